@@ -1,0 +1,369 @@
+"""Derivatives of single-example losses: the only room that knows autograd.
+
+Every function takes an objective and a batch of b examples and returns sums or rows over that batch: no mean, no
+penalty, no 1/n. Vectors are rows of (k, p). Objectives with a linear predictor go through the closed forms of
+`linear`; all others through autograd, on the route that `probe` found.
+
+Hessian products are a double backward pass with batched cotangents over a vmapped single-example loss, which is
+2–4× faster for 1 to 8 vectors than nesting forward over reverse.  References: Pearlmutter (1994); paper, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import scipy.sparse
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight import linear
+from upweight.errors import InvalidInput, NotDeterministic, UnsupportedModel, UpweightError
+from upweight.objective import L2, Objective, Route
+from upweight.transforms import grad, vmap
+from upweight.trees import batch_length, like, take, tree_map
+
+
+def losses(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
+    """L(z_b, θ̂) for every example."""
+    if objective.linear is not None:
+        return linear.losses(objective, batch)
+    with torch.no_grad():
+        return _losses(objective, objective.params, _ready(objective, batch))
+
+
+def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
+    """∇L(z_b, θ̂) for every example.  Cost: one backward pass, and b × p numbers."""
+    if objective.linear is not None:
+        return linear.gradients(objective, batch)
+    batch = _ready(objective, batch)
+    if objective.route.examples == "vmap":
+        tree = vmap(grad(objective.loss), in_dims=(None, 0))(objective.params, batch)
+        blocks = list(tree.values()) if isinstance(tree, dict) else [tree]
+        return torch.cat([block.detach().reshape(len(block), -1) for block in blocks], 1)
+    params = _leaves(objective)
+    rows = []
+    for b in range(batch_length(batch)):
+        loss = objective.loss(params, take(batch, b))
+        rows.append(_flat(torch.autograd.grad(loss, _blocks(params), allow_unused=True), _blocks(params)))
+    return torch.stack(rows)
+
+
+def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Tensor, "b k"]:
+    """∇L(z_b)ᵀ v for every example and vector, without forming b × p.
+
+    Σ_b u_b ∇L_b is linear in u, so its derivative along v with respect to u holds every dot product.
+    Cost: two backward passes, shared by the k vectors.
+    """
+    if objective.linear is not None:
+        return linear.dots(objective, batch, V)
+    params = _leaves(objective)
+    values = _losses(objective, params, _ready(objective, batch))
+    u = torch.ones_like(values, requires_grad=True)
+    pulled = _grad(values, params, u[None], create_graph=True)[0]
+    return _pull_rows(objective, pulled, u, V.to(pulled)).T
+
+
+def pull(objective: Objective, batch: Any, R: Float[Tensor, "k b"]) -> Float[Tensor, "k p"]:
+    """Σ_b R[k, b] ∇L(z_b): weighted sums of gradients.  Cost: one forward pass, one backward pass per k (batched)."""
+    if objective.linear is not None:
+        return linear.pull(objective, batch, R)
+    params = _leaves(objective)
+    values = _losses(objective, params, _ready(objective, batch))
+    return _pull_rows(objective, values, params, R.to(values))
+
+
+def hvp(objective: Objective, batch: Any, V: Float[Tensor, "k p"], weights: Float[Tensor, " b"] | None = None) -> Float[Tensor, "k p"]:
+    """Σ_b w_b ∇²L(z_b, θ̂) V, a sum over the batch (not a mean; the penalty is not included).
+
+    Cost: two backward passes over the batch, shared by the k rows of V.
+    """
+    if objective.linear is not None:
+        return linear.hvp(objective, batch, V, _weights(batch, weights))
+    params = _leaves(objective)
+    values = _losses(objective, params, _ready(objective, batch))
+    total = (values * _weights(batch, weights).to(values)).sum()
+    first = _grad(total[None], params, total.new_ones(1, 1), create_graph=True)[0]
+    if not first.requires_grad:  # a loss that is linear in θ has no curvature
+        return torch.zeros_like(V)
+    return _pull_rows(objective, first, params, V.to(first))
+
+
+def ggnvp(objective: Objective, batch: Any, V: Float[Tensor, "k p"], weights: Float[Tensor, " b"] | None = None) -> Float[Tensor, "k p"]:
+    """Σ_b w_b J_bᵀ (∂²ℓ/∂f²) J_b V with f the model's output: the Gauss–Newton product, positive when ℓ is convex in f.
+
+    Cost: three backward passes over the batch, shared by the k rows of V.  Ref: Schraudolph (2002).
+    """
+    if objective.linear is not None:
+        return linear.hvp(objective, batch, V, _weights(batch, weights))
+    batch = _ready(objective, batch)
+    params = _leaves(objective)
+    f = _outputs(objective, params, batch)  # (b, K)
+    u = torch.zeros_like(f, requires_grad=True)
+    pulled = _grad(f.reshape(-1), params, u.reshape(1, -1), create_graph=True)[0]  # Jᵀu, linear in u
+    JV = _pull_rows(objective, pulled, u, V.to(pulled)).reshape(len(V), *f.shape)  # (k, b, K)
+    h = output_hessians(objective, batch) * _weights(batch, weights).to(f)[:, None, None]
+    return _pull_rows(objective, f, params, torch.einsum("bij,kbj->kbi", h, JV).reshape(len(V), *f.shape))
+
+
+def output_jacobians(objective: Objective, batch: Any) -> Float[Tensor, "b K p"]:
+    """∂f/∂θ of every example, with f the flattened model output.  Cost: K backward passes per example."""
+    batch = _ready(objective, batch)
+    params = _leaves(objective)
+    f = _outputs(objective, params, batch)
+    if objective.route.examples == "vmap":
+        rows = []
+        for j in range(f.shape[1]):
+            one = grad(lambda params, example, j=j: objective.outputs(params, example).reshape(-1)[j])  # type: ignore[misc]
+            tree = vmap(one, in_dims=(None, 0))(objective.params, batch)
+            blocks = list(tree.values()) if isinstance(tree, dict) else [tree]
+            rows.append(torch.cat([block.detach().reshape(len(block), -1) for block in blocks], 1))
+        return torch.stack(rows, 1)
+    cotangents = torch.eye(f.numel(), dtype=f.dtype, device=f.device).reshape(f.numel(), *f.shape)
+    return _pull_rows(objective, f, params, cotangents).reshape(*f.shape, -1)
+
+
+def output_hessians(objective: Objective, batch: Any) -> Float[Tensor, "b K K"]:
+    """∂²ℓ/∂f² of every example, with f the flattened model output."""
+    batch = _ready(objective, batch)
+    output, output_loss = _structure(objective)
+    shape = output(objective.params, take(batch, 0)).shape
+    with torch.no_grad():
+        f = _outputs(objective, objective.params, batch)
+
+    def one(f: Tensor, example: Any) -> Tensor:
+        return output_loss(f.reshape(shape), example)
+
+    rows = []
+    f = f.detach().requires_grad_()
+    if objective.route.examples == "vmap":
+        values = vmap(one, in_dims=(0, 0))(f, batch)
+    else:
+        values = torch.stack([one(f[b], take(batch, b)) for b in range(len(f))])
+    first = torch.autograd.grad(values.sum(), f, create_graph=True)[0]
+    for j in range(f.shape[1]):
+        rows.append(_or_zero(torch.autograd.grad(first[:, j].sum(), f, retain_graph=True, allow_unused=True)[0], f) if first.requires_grad else torch.zeros_like(f))
+    return torch.stack(rows, 1).detach()
+
+
+def input_gradients(objective: Objective, batch: Any, S: Float[Tensor, "k p"]) -> Float[Tensor, "k b ..."]:
+    """∂/∂x of s·∇_θ L(x, θ̂), for every vector and example; x is the first leaf of the example.
+
+    Raises:
+        InvalidInput: if x is not made of floating-point numbers.
+    """
+    if objective.linear is not None:
+        return linear.input_gradients(objective, batch, S)
+    batch = _ready(objective, batch)
+    x = batch[0] if isinstance(batch, tuple | list) else batch
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        message = f"The input x is {kind}; only floating-point inputs can be moved by a small amount. Explain the embedded inputs instead."
+        raise InvalidInput(message)
+    x = x.clone().requires_grad_()
+    moved = (x, *batch[1:]) if isinstance(batch, tuple | list) else x
+    params = _leaves(objective)
+    values = _losses(objective, params, moved)
+    pulled = _grad(values.sum()[None], params, values.new_ones(1, 1), create_graph=True)[0]
+    return _pull_rows(objective, pulled, x, S.to(pulled)).reshape(len(S), *x.shape)
+
+
+def penalty_value(objective: Objective) -> float:
+    """r(θ̂)."""
+    return 0.0 if objective.penalty is None else float(_penalty(objective)(objective.params))
+
+
+def penalty_gradient(objective: Objective) -> Float[Tensor, " p"]:
+    """∇r(θ̂), float64."""
+    if objective.penalty is None:
+        return torch.zeros(objective.size, dtype=torch.float64)
+    params = _leaves(objective)
+    value = _penalty(objective)(params)
+    return _flat(torch.autograd.grad(value, _blocks(params), allow_unused=True), _blocks(params)).double().cpu()
+
+
+def penalty_hvp(objective: Objective, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+    """∇²r(θ̂) V, float64."""
+    if objective.penalty is None:
+        return torch.zeros_like(V)
+    if isinstance(objective.penalty, L2):
+        return V * penalty_diagonal(objective)
+    params = _leaves(objective)
+    value = _penalty(objective)(params)
+    first = _grad(value[None], params, value.new_ones(1, 1), create_graph=True)[0]
+    if not first.requires_grad:
+        return torch.zeros_like(V)
+    return torch.stack([_flat(torch.autograd.grad(first, _blocks(params), v.to(first), retain_graph=True, allow_unused=True), _blocks(params)) for v in V]).to(V)
+
+
+def penalty_diagonal(objective: Objective) -> Float[Tensor, " p"]:
+    """The diagonal λ of an L2 penalty's Hessian, zero where a parameter is free."""
+    strengths = objective.penalty.strengths if isinstance(objective.penalty, L2) else {}
+    pieces = [torch.as_tensor(strengths.get(name, 0.0), dtype=torch.float64).expand(block.shape).reshape(-1) for name, block in objective.blocks.items()]
+    return torch.cat(pieces)
+
+
+# ---------------------------------------------------------------------------------------------------------------- routes
+
+
+def probe(objective: Objective, batch: Any) -> Objective:
+    """The objective with the fastest route that gives right answers on this small batch.
+
+    vmap cannot follow control flow that depends on data, nor fused recurrent cells; such models run example by example.
+    A loss whose value depends on chance, or on the other examples of its batch, is refused.
+
+    Raises:
+        NotDeterministic: if the same example costs something else when asked again.
+        UnsupportedModel: if the loss of an example changes with the batch it is in.
+        InvalidInput: if the loss fails, or does not return one finite number.
+    """
+    if objective.linear is not None:
+        return objective
+    ready = _ready(objective, batch)
+    generator = torch.get_rng_state()
+    try:
+        slow = replace(objective, route=Route("loop", "loop", ""))
+        reference = _checked_losses(slow, ready)
+        again = _checked_losses(slow, ready)
+        if not torch.equal(reference, again):
+            message = (
+                f"The loss of one example was {reference[0]:.6g} and then {again[0]:.6g}: something in it is random, such as dropout called as a "
+                "function or a noise layer. Influence needs one value per example: call model.eval(), or fix the randomness inside the loss."
+            )
+            raise NotDeterministic(message)
+        reason = ""
+        for examples, cotangents in (("vmap", "batched"), ("vmap", "loop"), ("loop", "batched"), ("loop", "loop")):
+            candidate = replace(objective, route=Route(examples, cotangents, reason))
+            try:
+                same = _same_answers(candidate, slow, ready)
+            except UpweightError:
+                raise
+            except Exception as error:
+                if examples == cotangents == "loop":
+                    message = f"The loss cannot be differentiated twice ({_first_line(error)}). Use operations with a second derivative, or losses.smooth_hinge."
+                    raise UnsupportedModel(message) from error
+                reason = reason or f"vmap or batched backward refused: {_first_line(error)}"
+                continue
+            if same:
+                return candidate
+            reason = reason or "vmapped values differ from one-by-one values"
+    finally:
+        torch.set_rng_state(generator)
+    message = "The loss of an example changes with the examples computed beside it, so there is no per-example loss. Is a normalisation layer in training mode? Call model.eval()."
+    raise UnsupportedModel(message)
+
+
+def _checked_losses(objective: Objective, batch: Any) -> Tensor:
+    try:
+        with torch.no_grad():
+            values = [objective.loss(objective.params, take(batch, b)) for b in range(batch_length(batch))]
+    except UpweightError:
+        raise
+    except Exception as error:
+        message = f"The loss failed on one example: {type(error).__name__}: {_first_line(error)}. It is called as loss(params, example) with one example, without a batch axis."
+        raise InvalidInput(message) from error
+    first = values[0]
+    if not isinstance(first, Tensor) or first.shape != ():
+        shape = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
+        message = f"The loss of one example is {shape}; it must be one number, a tensor of shape (). Sum or average inside the loss (criterion: reduction='mean')."
+        raise InvalidInput(message)
+    stacked = torch.stack(values)
+    if not torch.isfinite(stacked).all():
+        message = f"The loss of an example is {stacked[~torch.isfinite(stacked)][0]}. Scores would be NaN; check the example, or clamp inside the loss (log of 0?)."
+        raise InvalidInput(message)
+    return stacked
+
+
+def _same_answers(candidate: Objective, slow: Objective, batch: Any) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    V = torch.randn(2, candidate.size, generator=generator, dtype=torch.float64)
+    tolerance = 1e-3 if candidate.reference.dtype != torch.float64 else 1e-8
+    pairs = [(losses(candidate, batch), losses(slow, batch)), (dots(candidate, batch, V), dots(slow, batch, V)), (hvp(candidate, batch, V), hvp(slow, batch, V))]
+    return all(torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance * float(b.abs().max() + 1e-12)) for a, b in pairs)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+# --------------------------------------------------------------------------------------------------------------- autograd
+
+
+def _ready(objective: Objective, batch: Any) -> Any:
+    dense = tree_map(lambda leaf: torch.from_numpy(leaf.toarray()) if scipy.sparse.issparse(leaf) else leaf, batch)
+    return like(dense, objective.reference)
+
+
+def _weights(batch: Any, weights: Tensor | None) -> Tensor:
+    return torch.ones(batch_length(batch), dtype=torch.float64) if weights is None else weights
+
+
+def _leaves(objective: Objective) -> Any:
+    return tree_map(lambda block: block.detach().clone().requires_grad_(), objective.params)
+
+
+def _blocks(params: Any) -> list[Tensor]:
+    return list(params.values()) if isinstance(params, dict) else [params]
+
+
+def _penalty(objective: Objective) -> Callable[[Any], Tensor]:
+    def value(params: Any) -> Tensor:
+        r = objective.penalty(params)  # type: ignore[operator, misc]
+        if not isinstance(r, Tensor) or r.shape != ():
+            shape = tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__
+            message = f"The penalty returned {shape}; it must return one number, a tensor of shape (), computed from params."
+            raise InvalidInput(message)
+        return r
+
+    return value
+
+
+def _structure(objective: Objective) -> tuple[Callable[[Any, Any], Tensor], Callable[[Tensor, Any], Tensor]]:
+    if objective.outputs is None or objective.output_loss is None:
+        message = (
+            f"Gauss–Newton needs the model's output apart from its loss, and {objective.name} is one function. "
+            "Pass Objective(..., outputs=f, output_loss=l) with loss = l(f(params, example), example), or use curvature=Hessian()."
+        )
+        raise UnsupportedModel(message)
+    return objective.outputs, objective.output_loss
+
+
+def _losses(objective: Objective, params: Any, batch: Any) -> Tensor:
+    if objective.route.examples == "vmap":
+        return vmap(objective.loss, in_dims=(None, 0))(params, batch)
+    return torch.stack([objective.loss(params, take(batch, b)) for b in range(batch_length(batch))])
+
+
+def _outputs(objective: Objective, params: Any, batch: Any) -> Tensor:
+    """(b, K): the flattened outputs."""
+    output, _ = _structure(objective)
+    if objective.route.examples == "vmap":
+        return vmap(output, in_dims=(None, 0))(params, batch).flatten(1)
+    return torch.stack([output(params, take(batch, b)).reshape(-1) for b in range(batch_length(batch))])
+
+
+def _grad(values: Tensor, params: Any, cotangents: Tensor, *, create_graph: bool) -> list[Tensor]:
+    """One flat gradient per row of cotangents, keeping the graph when asked."""
+    blocks = _blocks(params)
+    return [_flat(torch.autograd.grad(values, blocks, c, create_graph=create_graph, retain_graph=True, allow_unused=True), blocks) for c in cotangents]
+
+
+def _pull_rows(objective: Objective, values: Tensor, inputs: Any, cotangents: Tensor) -> Tensor:
+    """The gradient of values·c for every row c of cotangents: (k, size of inputs), batched where autograd can."""
+    blocks = _blocks(inputs)
+    if not values.requires_grad:
+        return values.new_zeros(len(cotangents), sum(block.numel() for block in blocks))
+    if objective.route.cotangents == "batched" and len(cotangents) > 1:
+        pieces = torch.autograd.grad(values, blocks, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        return torch.cat([(_or_zero(piece, block.expand(len(cotangents), *block.shape))).reshape(len(cotangents), -1) for piece, block in zip(pieces, blocks, strict=True)], 1).detach()
+    return torch.stack([_flat(torch.autograd.grad(values, blocks, c, retain_graph=True, allow_unused=True), blocks) for c in cotangents]).detach()
+
+
+def _flat(pieces: Any, blocks: list[Tensor]) -> Tensor:
+    return torch.cat([_or_zero(piece, block).reshape(-1) for piece, block in zip(pieces, blocks, strict=True)])
+
+
+def _or_zero(piece: Tensor | None, block: Tensor) -> Tensor:
+    return torch.zeros_like(block) if piece is None else piece

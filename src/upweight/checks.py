@@ -1,0 +1,157 @@
+"""Whether the theory's assumptions hold for a fitted model: the numbers behind `Influence.check`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from upweight import calculus
+from upweight.errors import SolverError
+from upweight.solvers.lanczos import smallest_eigenvalue, suggest_damping
+from upweight.trees import batch_length, take, tree_map
+
+if TYPE_CHECKING:
+    from upweight.influence import Influence
+
+_SAMPLED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check()` found. `ok` is True when the first-order theory applies as it stands.
+
+    Args:
+        n: training rows.
+        p: differentiated parameters.
+        gradient_norm: ‖∇R(θ̂)‖; 0 at a minimum.
+        rows_from_minimum: ‖∇R‖ divided by the root mean square of wᵢ‖∇Lᵢ‖/n: by how many rows' worth of gradient θ̂ misses
+            the minimum. Below 1 the miss is smaller than the effect that is being estimated.
+        sum_of_influences: largest |Σᵢ wᵢ I(zᵢ, query)|/n over the probed queries, penalty folded; 0 at a minimum. It equals the drift.
+        drift: largest predicted change of a probed query's loss if training went on to the minimum (appendix B); NaN if unsolved.
+        min_curvature: smallest eigenvalue of C; must exceed −damping.
+        residual: largest relative residual of the probed linear systems; NaN if unsolved.
+        damping: the λ that acts.
+        suggested_damping: a damping that makes C + λI positive, if the present one does not; else None.
+        coverage: fraction of the model's parameters that are differentiated.
+        batch_drift: largest change of an example's loss when it is computed alone instead of in a batch.
+        curvature: in words.
+        solver: in words.
+        autograd: the route that the probe chose, with the reason if it is not the fastest.
+        problem: the solver's message if the probed systems could not be solved, else "".
+    """
+
+    n: int
+    p: int
+    gradient_norm: float
+    rows_from_minimum: float
+    sum_of_influences: float
+    drift: float
+    min_curvature: float
+    residual: float
+    damping: float
+    suggested_damping: float | None
+    coverage: float
+    batch_drift: float
+    curvature: str
+    solver: str
+    autograd: str
+    problem: str = ""
+
+    @property
+    def at_minimum(self) -> bool:
+        """Whether θ̂ is nearer to a minimum than one row's effect."""
+        return self.rows_from_minimum < 1
+
+    @property
+    def ok(self) -> bool:
+        """Whether θ̂ is at a minimum, C + λI is positive and the systems were solved."""
+        return self.at_minimum and self.min_curvature + self.damping > 0 and not self.problem
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers, ready for JSON."""
+        return asdict(self) | {"at_minimum": self.at_minimum, "ok": self.ok}
+
+    def __str__(self) -> str:
+        verdict = "at a minimum" if self.at_minimum else "NOT at a minimum: train further, or read values as effects on the present θ̂ (appendix B)"
+        positive = self.min_curvature + self.damping > 0
+        lines = [
+            f"rows                 {self.n}",
+            f"parameters           {self.p} ({self.coverage:.1%} of the model)",
+            f"gradient             ‖∇R‖ = {self.gradient_norm:.3g}, as much as {self.rows_from_minimum:.3g} rows: {verdict}",
+            f"drift                {self.drift:.3g} in a query's loss if training went on; |Σᵢ Iᵢ| = {self.sum_of_influences:.3g}",
+            f"curvature            {self.curvature} + {self.damping:.3g}·I, smallest eigenvalue of C {self.min_curvature:.3g}: {'positive' if positive else 'NOT positive'}",
+            f"solver               {self.solver}, residual {self.residual:.2g}",
+            f"autograd             {self.autograd}; one by one instead of in a batch moves a loss by {self.batch_drift:.1g}",
+        ]
+        if self.suggested_damping is not None:
+            lines.append(f"suggestion           damping={self.suggested_damping:g} makes C + λI positive; or curvature=GaussNewton(), or train further")
+        if self.problem:
+            lines.append(f"problem              {self.problem}")
+        return "\n".join([*lines, f"verdict              {'ok' if self.ok else 'see above'}"])
+
+    def __repr__(self) -> str:
+        return f"Report\n{self}"
+
+
+def examine(influence: Influence, queries: Any) -> Report:
+    """The report on an Influence, with the drift measured on a batch of queries."""
+    objective, sweep = influence.objective, influence.sweep
+    gradient = influence.risk_gradient
+    V = calculus.gradients(objective, queries).double().cpu()
+    problem, residual, drift, suggested = "", float("nan"), float("nan"), None
+    lowest = float("nan")
+    damping = float("nan")
+    try:
+        damping = influence.damping
+        solution = influence.prepared.solve(V)
+        residual = float(solution.residual.max())
+        drift = float((solution.x @ gradient).abs().max())
+        lowest = solution.min_curvature
+    except SolverError as error:
+        problem = str(error)
+    if problem or not np.isfinite(lowest) or type(influence.solver).__name__ != "Cholesky":
+        lowest = smallest_eigenvalue(influence.operator)[0]
+    if lowest + damping <= 0:
+        suggested, lowest = suggest_damping(influence.operator, damping)
+    return Report(
+        n=influence.n,
+        p=objective.size,
+        gradient_norm=float(gradient.norm()),
+        rows_from_minimum=rows_from_minimum(influence),
+        sum_of_influences=drift,
+        drift=drift,
+        min_curvature=lowest,
+        residual=residual,
+        damping=damping,
+        suggested_damping=suggested,
+        coverage=objective.coverage,
+        batch_drift=_batch_drift(influence),
+        curvature=repr(influence.curvature),
+        solver=repr(influence.solver),
+        autograd="closed form of a linear predictor" if sweep.objective.linear is not None else repr(sweep.objective.route),
+        problem=problem,
+    )
+
+
+def rows_from_minimum(influence: Influence) -> float:
+    """‖∇R‖ in units of one row's effect on the gradient: ‖∇R‖ / rms(wᵢ‖∇Lᵢ‖/n), over rows spread through the data."""
+    rows = np.unique(np.linspace(0, influence.n - 1, _SAMPLED_ROWS).astype(np.int64))
+    objective = influence.objective
+    wide = 1 + 16 * objective.size // influence.sweep.example_bytes
+    norms = influence.sweep.emit(lambda batch, w: calculus.gradients(objective, batch).double().norm(dim=1).cpu() * w, vectors=wide, rows=rows, label="row norms")
+    typical = float(np.sqrt(np.mean(norms**2))) / influence.n
+    size = float(influence.risk_gradient.norm())
+    return size / typical if typical > 0 else (0.0 if size == 0 else float("inf"))
+
+
+def _batch_drift(influence: Influence) -> float:
+    if influence.objective.linear is not None:
+        return 0.0
+    batch = influence.examples.batch(np.arange(min(8, influence.n)))
+    together = calculus.losses(influence.objective, batch)
+    singles = [tree_map(lambda leaf: leaf[None], take(batch, b)) for b in range(batch_length(batch))]
+    alone = torch.cat([calculus.losses(influence.objective, single) for single in singles])
+    return float((together - alone).abs().max())

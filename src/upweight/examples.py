@@ -1,0 +1,239 @@
+"""Indexed data: row i of the training set, or of the queries, has the stable id i.
+
+An example is `(x, y)`, or just `x` when there is no target, or whatever item a map-style Dataset returns. A batch is
+the same nesting with a leading axis. Arrays are never copied as a whole; a batch is a view where the memory allows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from upweight.errors import InvalidInput, NotDeterministic, RowOutOfRange
+from upweight.trees import leaves, tree_map
+
+PROBE_ROWS = 32
+_CHECK_ROWS = 65_536
+
+
+class Examples:
+    """n examples with stable row ids 0 … n−1 and one weight each.
+
+    Args:
+        X: array, tensor, SciPy sparse matrix or DataFrame with n rows; or a map-style Dataset (`__len__` and
+            `__getitem__`) of examples, for which `y` is omitted.
+        y: array, tensor or Series with n rows; omitted when an example has no target.
+        sample_weight: (n,) non-negative weights wᵢ of R(θ) = (1/n) Σ wᵢ L(zᵢ, θ) + r(θ); None means all ones.
+
+    Raises:
+        InvalidInput: if there are no rows, lengths differ, or a value is NaN, infinite or not a number.
+        NotDeterministic: if the dataset gives different items for the same index.
+
+    >>> examples = Examples(np.eye(3), np.array([0, 1, 1]))
+    >>> len(examples), [tuple(leaf.shape) for leaf in examples.batch([2, 0])]
+    (3, [(2, 3), (2,)])
+    """
+
+    def __init__(self, X: Any, y: Any = None, *, sample_weight: Any = None) -> None:
+        self.dataset = X if _is_dataset(X) else None
+        if self.dataset is not None and y is not None:
+            message = "X is a Dataset that already yields whole examples, and y was given too. Omit y, or pass two arrays."
+            raise InvalidInput(message)
+        self.x = None if self.dataset is not None else as_array(X, "X")
+        self.y = None if y is None else as_array(y, "y")
+        self.length = len(X) if self.dataset is not None else int(self.x.shape[0])  # type: ignore[union-attr]
+        if self.length == 0:
+            message = "There are no examples: X has 0 rows. An influence is a sum over at least one row; check the filter that made X."
+            raise InvalidInput(message)
+        if self.y is not None and len(self.y) != self.length:
+            message = f"X has {self.length} rows and y has {len(self.y)}. They must describe the same examples in the same order."
+            raise InvalidInput(message)
+        for array, name in ((self.x, "X"), (self.y, "y")):
+            check_finite(array, name)
+        if self.dataset is not None:
+            self._check_dataset()
+        self.weights = checked_weights(sample_weight, self.length)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __repr__(self) -> str:
+        shapes = self.dataset.__class__.__name__ if self.x is None else f"X {tuple(self.x.shape)}"
+        return f"Examples(n={self.length}, {shapes})"
+
+    def batch(self, rows: slice | Sequence[int] | NDArray[np.int64]) -> Any:
+        """The examples of these rows, stacked along a new first axis."""
+        if self.dataset is not None:
+            numbers = range(*rows.indices(self.length)) if isinstance(rows, slice) else rows
+            batch = _collate([self.dataset[int(row)] for row in numbers])
+            for leaf in leaves(batch):
+                check_finite(leaf, "the dataset's items")
+            return batch
+        x = _as_tensor(self.x[rows])  # type: ignore[index]
+        return x if self.y is None else (x, _as_tensor(self.y[rows]))
+
+    def rows(self, rows: Any) -> NDArray[np.int64]:
+        """`rows` as checked row numbers; None means all of them.
+
+        Raises:
+            RowOutOfRange: if a row is not in 0 … n−1 (negative numbers do not count from the end).
+            InvalidInput: if rows are not whole numbers, or there are none.
+        """
+        return checked_rows(rows, self.length)
+
+    def fingerprint(self) -> str:
+        """A short hash of n, the weights and a probe of rows spread over the data; never of all data."""
+        probe = np.unique(np.linspace(0, self.length - 1, PROBE_ROWS).astype(np.int64))
+        digest = hashlib.sha256(f"{self.length}".encode())
+        for leaf in leaves(self.batch(probe)):
+            array = leaf.toarray() if scipy.sparse.issparse(leaf) else leaf.detach().cpu().numpy()
+            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        digest.update(self.weights.tobytes())
+        return digest.hexdigest()[:16]
+
+    def _check_dataset(self) -> None:
+        for row in sorted({0, self.length // 2, self.length - 1}):
+            first, second = (list(leaves(_collate([self.dataset[row]]))) for _ in range(2))  # type: ignore[index]
+            same = len(first) == len(second) and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True))
+            if not same:
+                message = (
+                    f"The dataset gave two different items for row {row}. Influence needs the example the model was trained on, so a "
+                    "random augmentation has to be switched off: pass a Dataset without random transforms."
+                )
+                raise NotDeterministic(message)
+
+
+def _is_dataset(X: Any) -> bool:
+    arraylike = isinstance(X, np.ndarray | Tensor | list | tuple) or scipy.sparse.issparse(X) or hasattr(X, "to_numpy") or hasattr(X, "__array__")
+    return not arraylike and hasattr(X, "__getitem__") and hasattr(X, "__len__")
+
+
+def as_array(values: Any, name: str) -> Any:
+    """An indexable NumPy array, tensor or CSR matrix of numbers; data are not copied.
+
+    Raises:
+        InvalidInput: if the values are not numbers, or form no array.
+    """
+    if scipy.sparse.issparse(values):
+        return scipy.sparse.csr_matrix(values)
+    if isinstance(values, Tensor):
+        return values.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            array = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
+        except (ValueError, TypeError, Warning) as error:
+            message = f"{name} is a {type(values).__name__} that does not form an array ({error}). Pass an array with one row per example."
+            raise InvalidInput(message) from error
+    if array.ndim == 0:
+        message = f"{name} is a single {type(values).__name__}, not a set of rows. Pass an array with one row per example."
+        raise InvalidInput(message)
+    if array.dtype == object:
+        try:
+            array = array.astype(np.float64)
+        except (ValueError, TypeError) as error:
+            message = f"{name} holds values that are not numbers ({error}). Encode them as numbers first, for example with a scikit-learn Pipeline."
+            raise InvalidInput(message) from error
+    if array.dtype.kind not in "biuf":
+        message = f"{name} has dtype {array.dtype}, which is not a number. Encode it first: labels as 0 … K−1, categories as one-hot columns."
+        raise InvalidInput(message)
+    return array
+
+
+def _as_tensor(values: Any) -> Any:
+    if isinstance(values, Tensor) or scipy.sparse.issparse(values):
+        return values
+    array = np.asarray(values)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.astype(np.int64)
+    if array.dtype == np.longdouble:
+        array = array.astype(np.float64)
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    return torch.from_numpy(array)
+
+
+def _collate(items: list[Any]) -> Any:
+    try:
+        return tree_map(lambda leaf: leaf, default_collate(items))
+    except (TypeError, RuntimeError) as error:
+        message = f"The dataset's items cannot be stacked into a batch ({error}). Items need the same shapes; pad or crop them in the Dataset."
+        raise InvalidInput(message) from error
+
+
+def check_finite(array: Any, name: str) -> None:
+    """Raises InvalidInput when `array` holds a NaN or an infinity, and says where.
+
+    Raises:
+        InvalidInput: if a value is not finite.
+    """
+    if array is None:
+        return
+    values = array.data if scipy.sparse.issparse(array) else array
+    for start in range(0, len(values), _CHECK_ROWS):
+        block = values[start : start + _CHECK_ROWS]
+        if isinstance(block, Tensor):
+            bad = (~torch.isfinite(block)).cpu().numpy() if block.is_floating_point() else np.zeros(1, bool)
+        else:
+            bad = ~np.isfinite(block) if block.dtype.kind == "f" else np.zeros(1, bool)
+        if bad.any():
+            row = start + int(np.argwhere(bad)[0][0])
+            where = f"{row} of the stored entries" if scipy.sparse.issparse(array) else f"{row}"
+            message = (
+                f"{name} holds {int(bad.sum())} NaN or infinite values, the first in row {where}. One such value makes every score NaN. "
+                "Impute or drop those rows before fitting and explaining."
+            )
+            raise InvalidInput(message)
+
+
+def checked_weights(sample_weight: Any, n: int) -> NDArray[np.float64]:
+    """(n,) finite, non-negative float64 weights, not all zero.
+
+    Raises:
+        InvalidInput: if they are anything else.
+    """
+    if sample_weight is None:
+        return np.ones(n)
+    weights = np.array(as_array(sample_weight, "sample_weight"), dtype=np.float64)
+    check_finite(weights, "sample_weight")
+    if weights.shape != (n,):
+        message = f"sample_weight has shape {weights.shape}, and there are {n} rows. Pass one weight per training row."
+        raise InvalidInput(message)
+    if weights.min() < 0 or weights.sum() == 0:
+        message = f"sample_weight reaches from {weights.min():g} to {weights.max():g}. Weights must be ≥ 0 and not all zero, as in fit()."
+        raise InvalidInput(message)
+    return weights
+
+
+def checked_rows(rows: Any, n: int) -> NDArray[np.int64]:
+    """`rows` as an array of row numbers in 0 … n−1.
+
+    Raises:
+        RowOutOfRange: if a row is not in 0 … n−1.
+        InvalidInput: if rows are not whole numbers, or there are none.
+    """
+    if rows is None:
+        return np.arange(n)
+    array = np.atleast_1d(np.asarray(list(rows) if isinstance(rows, Iterable) and not hasattr(rows, "__array__") else rows))
+    if array.dtype == bool and array.shape == (n,):
+        array = np.flatnonzero(array)
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+        message = f"rows has shape {array.shape} and dtype {array.dtype}. Pass a non-empty list of whole row numbers (or a mask of {n} booleans)."
+        raise InvalidInput(message)
+    array = array.astype(np.int64)
+    outside = array[(array < 0) | (array >= n)]
+    if outside.size:
+        message = f"Row {outside[0]} does not exist: there are {n} rows, numbered 0 to {n - 1}. (Negative numbers do not count from the end.)"
+        raise RowOutOfRange(message)
+    return array

@@ -1,0 +1,170 @@
+"""Closed-form calculus of objectives with a linear predictor, η = coef · x + intercept.
+
+With r = ∂ℓ/∂η (K,) and h = ∂²ℓ/∂η² (K, K), and x̃ = (x, 1):
+
+    ∇L = r ⊗ x̃        ∇²L = h ⊗ x̃ x̃ᵀ        ∂/∂x (s·∇L) = coefᵀ h (s x̃) + s_coefᵀ r
+
+All functions take a batch (x, y) with x dense (b, d) or SciPy CSR, and vectors as rows of (k, p), where a row is
+(coef (K, d), intercept (K,)) flattened. Sums run over the batch; the penalty is never included. X is read in its own
+memory layout; nothing of size b × p is formed except by `gradients`, which is asked for it by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import scipy.sparse
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.errors import InvalidInput
+from upweight.objective import Linear, Objective
+
+
+def predictor(objective: Objective, X: Any) -> Float[Tensor, "b K"]:
+    """η for a batch of inputs."""
+    coef, intercept = _parts(_structure(objective), objective.theta[None])
+    return (_times(X, coef[0].T) + intercept[0]) if intercept is not None else _times(X, coef[0].T)
+
+
+def losses(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
+    """The loss of every example."""
+    X, y = _inputs(objective, batch)
+    return _structure(objective).loss.value(predictor(objective, X), y)
+
+
+def slopes(objective: Objective, batch: Any) -> Float[Tensor, "b K"]:
+    """∂ℓ/∂η of every example."""
+    X, y = _inputs(objective, batch)
+    return _structure(objective).loss.slope(predictor(objective, X), y)
+
+
+def curvatures(objective: Objective, batch: Any) -> Float[Tensor, "b K K"]:
+    """∂²ℓ/∂η² of every example."""
+    X, y = _inputs(objective, batch)
+    return _structure(objective).loss.curvature(predictor(objective, X), y)
+
+
+def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
+    """∇L of every example, dense."""
+    X, _ = _inputs(objective, batch)
+    r = slopes(objective, batch)
+    dense = torch.from_numpy(X.toarray()) if scipy.sparse.issparse(X) else X
+    coef = (r[:, :, None] * dense[:, None, :]).flatten(1)
+    return torch.cat([coef, r], 1) if _structure(objective).intercept else coef
+
+
+def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Tensor, "b k"]:
+    """∇Lᵀ v for every example and vector."""
+    X, _ = _inputs(objective, batch)
+    Z = directional(objective, X, V)  # (b, k, K)
+    return torch.einsum("bkj,bj->bk", Z, slopes(objective, batch))
+
+
+def pull(objective: Objective, batch: Any, R: Float[Tensor, "k b"]) -> Float[Tensor, "k p"]:
+    """Σ_b R[k, b] ∇L_b."""
+    X, _ = _inputs(objective, batch)
+    return transposed(objective, X, R.T[:, :, None] * slopes(objective, batch)[:, None, :])
+
+
+def hvp(objective: Objective, batch: Any, V: Float[Tensor, "k p"], weights: Float[Tensor, " b"]) -> Float[Tensor, "k p"]:
+    """Σ_b w_b ∇²L_b V, which for a linear predictor is also the Gauss–Newton product."""
+    X, _ = _inputs(objective, batch)
+    h = weights[:, None, None] * curvatures(objective, batch)
+    Z = directional(objective, X, V)
+    HZ = Z * h[:, :, 0][:, None, :] if h.shape[1] == 1 else torch.einsum("bij,bkj->bki", h, Z)
+    return transposed(objective, X, HZ)
+
+
+def hessian(objective: Objective, batch: Any, weights: Float[Tensor, " b"]) -> Float[Tensor, "p p"]:
+    """Σ_b w_b ∇²L_b as a matrix.  Cost: K(K+1)/2 products XᵀDX of 2 b d² flops each."""
+    structure = _structure(objective)
+    X, _ = _inputs(objective, batch)
+    h = weights[:, None, None] * curvatures(objective, batch)
+    K, d = structure.n_outputs, structure.n_features
+    H = torch.zeros(objective.size, objective.size, dtype=torch.float64)
+    for i in range(K):
+        for j in range(i, K):
+            D = h[:, i, j]
+            XD = X.multiply(D.numpy()[:, None]).tocsr() if scipy.sparse.issparse(X) else X * D[:, None]
+            block = torch.from_numpy((X.T @ XD).toarray()) if scipy.sparse.issparse(X) else X.T @ XD
+            H[i * d : (i + 1) * d, j * d : (j + 1) * d] = block
+            if structure.intercept:
+                column = torch.from_numpy(XD.sum(0).A1) if scipy.sparse.issparse(XD) else XD.sum(0)
+                H[i * d : (i + 1) * d, K * d + j] = column
+                H[j * d : (j + 1) * d, K * d + i] = column
+                H[K * d + i, K * d + j] = D.sum()
+    return torch.triu(H) + torch.triu(H, 1).T
+
+
+def input_gradients(objective: Objective, batch: Any, S: Float[Tensor, "k p"]) -> Float[Tensor, "k b d"]:
+    """∂/∂x of s·∇L(x) for every vector and example."""
+    X, _ = _inputs(objective, batch)
+    coef, _ = _parts(_structure(objective), objective.theta[None])
+    vectors, _ = _parts(_structure(objective), S)
+    hZ = torch.einsum("bij,bkj->kbi", curvatures(objective, batch), directional(objective, X, S))
+    return hZ @ coef[0] + slopes(objective, batch) @ vectors
+
+
+def directional(objective: Objective, X: Any, V: Float[Tensor, "k p"]) -> Float[Tensor, "b k K"]:
+    """The change of η when θ moves along each row of V: (v x̃)."""
+    structure = _structure(objective)
+    coef, intercept = _parts(structure, V)
+    Z = _times(X, coef.reshape(-1, structure.n_features).T).reshape(X.shape[0], len(V), structure.n_outputs)
+    return Z if intercept is None else Z + intercept
+
+
+def unit_solutions(objective: Objective, X: Any) -> Float[Tensor, "bK p"]:
+    """The right-hand sides e_j ⊗ x̃ for every example and output j: rows b·K + j."""
+    structure = _structure(objective)
+    dense = torch.from_numpy(X.toarray()) if scipy.sparse.issparse(X) else X
+    eye = torch.eye(structure.n_outputs, dtype=torch.float64)
+    coef = torch.einsum("ij,bd->bijd", eye, dense.double()).reshape(len(dense) * structure.n_outputs, -1)
+    return torch.cat([coef, eye.repeat(len(dense), 1)], 1) if structure.intercept else coef
+
+
+def largest_curvature(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
+    """λmax(∇²L_b) = λmax(h_b) ‖x̃_b‖² of every example, exactly."""
+    X, _ = _inputs(objective, batch)
+    squares = torch.from_numpy(X.multiply(X).sum(1).A1) if scipy.sparse.issparse(X) else (X * X).sum(1)
+    return torch.linalg.eigvalsh(curvatures(objective, batch))[:, -1] * (squares + float(_structure(objective).intercept))
+
+
+def _structure(objective: Objective) -> Linear:
+    if objective.linear is None:
+        message = f"{objective.name} has no linear predictor, and this computation needs one."
+        raise InvalidInput(message)
+    return objective.linear
+
+
+def _inputs(objective: Objective, batch: Any) -> tuple[Any, Tensor]:
+    """x in float64 (dense or CSR) and y, with the number of features checked."""
+    X, y = batch
+    d = _structure(objective).n_features
+    if X.shape[1:] != (d,):
+        message = f"X has rows of shape {tuple(X.shape[1:])}, and the model was fitted on ({d},). Apply the same preprocessing as in fit()."
+        raise InvalidInput(message)
+    if scipy.sparse.issparse(X):
+        return X.astype("float64", copy=False), y
+    return X.to(torch.float64), y
+
+
+def _parts(structure: Linear, V: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows of (k, p) as coef (k, K, d) and intercept (k, K)."""
+    split = structure.n_outputs * structure.n_features
+    coef = V[:, :split].reshape(len(V), structure.n_outputs, structure.n_features)
+    return coef, V[:, split:] if structure.intercept else None
+
+
+def _times(X: Any, A: Tensor) -> Tensor:
+    return torch.from_numpy(X @ A.numpy()) if scipy.sparse.issparse(X) else X @ A
+
+
+def transposed(objective: Objective, X: Any, R: Float[Tensor, "b k K"]) -> Float[Tensor, "k p"]:
+    """Σ_b R[b] ⊗ x̃_b for every vector."""
+    k = R.shape[1]
+    flat = R.reshape(len(R), -1)
+    product = torch.from_numpy((X.T @ flat.numpy()).T.copy()) if scipy.sparse.issparse(X) else flat.T @ X
+    coef = product.reshape(k, -1)
+    return torch.cat([coef, R.sum(0)], 1) if _structure(objective).intercept else coef

@@ -1,0 +1,308 @@
+"""What was minimised: the loss of ONE example, the penalty, and the fitted θ̂.
+
+    R(θ) = (1/n) Σᵢ wᵢ L(zᵢ, θ) + r(θ)
+
+n is the number of training rows (not Σw), L has no reduction, and r is the `penalty`. This is the one place where
+the formula stands; everything else follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.errors import InvalidInput, UnsupportedModel
+from upweight.losses import Loss
+from upweight.transforms import functional_call
+from upweight.trees import like
+
+Params = Tensor | dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class L2:
+    """The penalty r(θ) = ½ Σ_blocks λ_block ‖θ_block‖²; a block that is not named is free.
+
+    A strength may be a tensor that broadcasts against its block.
+    """
+
+    strengths: Mapping[str, float | Tensor]
+
+    def __call__(self, params: Params) -> Tensor:
+        """r(θ), a scalar."""
+        blocks = _as_blocks(params)
+        terms = [(strength * blocks[name] ** 2).sum() / 2 for name, strength in self.strengths.items()]
+        return torch.stack(terms).sum() if terms else next(iter(blocks.values())).new_zeros(())
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name}={value:.3g}" if isinstance(value, int | float) else name for name, value in self.strengths.items())
+        return f"L2({inside})"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Structure: L(z, θ) = ℓ(η, y) and η = coef · x + intercept, so all derivatives have closed forms.
+
+    θ has the blocks `coef` (K, d) and, if `intercept`, `intercept` (K,), in that order.
+    """
+
+    loss: Loss
+    n_outputs: int
+    n_features: int
+    intercept: bool
+
+
+@dataclass(frozen=True)
+class Route:
+    """How autograd runs on this objective, found by a probe: see `calculus.probe`."""
+
+    examples: str = "vmap"
+    cotangents: str = "batched"
+    reason: str = ""
+
+    def __repr__(self) -> str:
+        return f"{self.examples} over examples, {self.cotangents} over vectors" + (f" ({self.reason})" if self.reason else "")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The training objective R(θ) = (1/n) Σᵢ wᵢ L(zᵢ, θ) + r(θ), at its fitted parameters θ̂.
+
+    The weights wᵢ live with the data, in `Examples`.
+
+    Args:
+        loss: `loss(params, example)` → scalar tensor, the loss of one example; no mean, no sum, no penalty.
+        params: θ̂, a floating-point tensor or a dict of them. Only what is here is differentiated.
+        penalty: r. A float λ means (λ/2)‖θ‖² over all of `params`, biases included (torch's weight_decay); a callable
+            gets `params` and returns a scalar; None means no penalty.
+        penalty_per_example: what removing a row does to r. True: the row takes its share wᵢ/Σw of r along (the
+            paper, which folds the penalty into L). False or None: r stays as it is.
+        outputs, output_loss: the same loss in two steps, L = output_loss(outputs(params, example), example), which the
+            Gauss–Newton matrix needs; `from_module` sets both.
+        linear: the closed-form structure, set by the scikit-learn adapters.
+        gauge: a function that projects (k, p) vectors off the directions in which R is constant by construction.
+        route: how autograd runs; set by `calculus.probe`.
+        coverage: fraction of the model's parameters that `params` holds.
+        name: what this objective belongs to, for people.
+
+    Raises:
+        InvalidInput: if params are empty, not floating point, or not finite; or the penalty is no number ≥ 0.
+    """
+
+    loss: Callable[[Any, Any], Tensor]
+    params: Params
+    _: KW_ONLY
+    penalty: float | Callable[[Any], Tensor] | None = None
+    penalty_per_example: bool | None = None
+    outputs: Callable[[Any, Any], Tensor] | None = None
+    output_loss: Callable[[Tensor, Any], Tensor] | None = None
+    linear: Linear | None = None
+    gauge: Callable[[Tensor], Tensor] | None = None
+    route: Route = field(default_factory=Route)
+    coverage: float = 1.0
+    name: str = "loss"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", _checked_params(self.params))
+        penalty = self.penalty
+        if isinstance(penalty, int | float | np.number) and not isinstance(penalty, bool):
+            if not (np.isfinite(penalty) and penalty >= 0):
+                message = f"penalty={penalty}. A number λ means (λ/2)‖θ‖² and must be finite and ≥ 0; for anything else pass a function of params."
+                raise InvalidInput(message)
+            object.__setattr__(self, "penalty", L2({name: float(penalty) for name in self.blocks}) if penalty > 0 else None)
+        elif penalty is not None and not callable(penalty):
+            message = f"penalty is a {type(penalty).__name__}. Pass a float λ for (λ/2)‖θ‖², a function of params, or None."
+            raise InvalidInput(message)
+
+    @property
+    def blocks(self) -> dict[str, Tensor]:
+        """θ̂ as named blocks, in the order of the flat vector."""
+        return _as_blocks(self.params)
+
+    @property
+    def size(self) -> int:
+        """p, the number of differentiated parameters."""
+        return sum(block.numel() for block in self.blocks.values())
+
+    @property
+    def reference(self) -> Tensor:
+        """A tensor that carries the dtype and the device of θ̂."""
+        return next(iter(self.blocks.values()))
+
+    @property
+    def folded(self) -> bool:
+        """Whether removing a row removes its share of the penalty."""
+        return bool(self.penalty_per_example) and self.penalty is not None
+
+    @property
+    def theta(self) -> Float[Tensor, " p"]:
+        """θ̂ as one flat float64 vector."""
+        return self.ravel(self.params).double()
+
+    def ravel(self, params: Params) -> Float[Tensor, " p"]:
+        """The blocks of `params`, flattened and joined."""
+        return torch.cat([block.reshape(-1) for block in _as_blocks(params).values()])
+
+    def unravel(self, vector: Float[Tensor, " p"]) -> Params:
+        """A flat vector in the shape of `params`, in the dtype of θ̂."""
+        pieces = {}
+        start = 0
+        for name, block in self.blocks.items():
+            pieces[name] = vector[start : start + block.numel()].reshape(block.shape).to(block)
+            start += block.numel()
+        return pieces if isinstance(self.params, dict) else next(iter(pieces.values()))
+
+    def at(self, theta: Float[Tensor, " p"]) -> Objective:
+        """The same objective at other parameters."""
+        return replace(self, params=self.unravel(theta))
+
+    def measuring(self, measure: Callable[[Any, Any], Tensor]) -> Objective:
+        """An objective whose loss is any other scalar of (params, example); for what a query asks."""
+        return replace(self, loss=measure, outputs=None, output_loss=None, linear=None, route=Route(), name=getattr(measure, "__name__", "measure"))
+
+    def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """V without its part along the gauge directions."""
+        return V if self.gauge is None else self.gauge(V)
+
+    @classmethod
+    def from_module(
+        cls,
+        model: torch.nn.Module,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        *,
+        penalty: float | Callable[[Any], Tensor] | None = None,
+        penalty_per_example: bool | None = None,
+        parameters: Iterable[str] | Callable[[str], bool] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Objective:
+        """The objective of a torch module: an example (x, y) costs criterion(model(x[None]), y[None]).
+
+        The module is never changed; its chosen parameters are copied, so later training does not move θ̂.
+
+        Args:
+            model: in the mode it should be explained in, normally after `model.eval()`.
+            criterion: of a batch of one, for example `torch.nn.functional.cross_entropy`.
+            penalty: as for Objective.
+            penalty_per_example: as for Objective.
+            parameters: names (or a test on names) of the parameters to differentiate; None takes all with requires_grad.
+            dtype: precision of the arithmetic; None means the precision of the weights.
+
+        Raises:
+            UnsupportedModel: if nothing is left to differentiate, or dropout or batch statistics are active.
+        """
+        refuse_training_mode(model)
+        chosen = _chosen_parameters(model, parameters)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        params = {name: parameter.detach().clone() for name, parameter in chosen.items()}
+        fixed = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers()) if name not in chosen}
+        if dtype is not None:
+            params = {name: tensor.to(dtype) for name, tensor in params.items()}
+            fixed = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in fixed.items()}
+
+        def outputs(params: dict[str, Tensor], example: Any) -> Tensor:
+            x = like(example[0], next(iter(params.values())))
+            state = {**fixed, **params}
+            if isinstance(x, Mapping):
+                return functional_call(model, state, (), {key: value[None] for key, value in x.items()})
+            inputs = tuple(value[None] for value in x) if isinstance(x, tuple | list) else (x[None],)
+            return functional_call(model, state, inputs)
+
+        def output_loss(output: Tensor, example: Any) -> Tensor:
+            return criterion(output, example[1][None])
+
+        def loss(params: dict[str, Tensor], example: Any) -> Tensor:
+            return output_loss(outputs(params, example), example)
+
+        return cls(
+            loss,
+            params,
+            penalty=penalty,
+            penalty_per_example=penalty_per_example,
+            outputs=outputs,
+            output_loss=output_loss,
+            coverage=sum(tensor.numel() for tensor in params.values()) / total,
+            name=f"{type(model).__name__} with {getattr(criterion, '__name__', type(criterion).__name__)}",
+        )
+
+
+def refuse_training_mode(model: torch.nn.Module) -> None:
+    """Raises when a module of `model` would make an example's loss random or dependent on its batch.
+
+    Raises:
+        UnsupportedModel: if dropout is active or batch statistics are being used.
+    """
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        kind = type(module).__name__
+        if "Dropout" in kind and getattr(module, "p", 1) > 0:
+            message = f"Dropout is active in '{name}' ({kind}, p={getattr(module, 'p', '?')}), so the loss of an example is random. Call model.eval() first."
+            raise UnsupportedModel(message)
+        if "BatchNorm" in kind:
+            message = (
+                f"'{name}' ({kind}) is in training mode, so the loss of one example depends on the others in its batch and there is no "
+                "per-example loss to differentiate. Call model.eval() first: it then uses its running statistics."
+            )
+            raise UnsupportedModel(message)
+
+
+def _chosen_parameters(model: torch.nn.Module, parameters: Iterable[str] | Callable[[str], bool] | None) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    if not named:
+        message = f"{type(model).__name__} has no parameters, so nothing was learned from data and there is no influence to compute."
+        raise UnsupportedModel(message)
+    if parameters is None:
+        chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        if not chosen:
+            message = (
+                f"All {len(named)} parameters of {type(model).__name__} are frozen (requires_grad=False), so there is nothing to differentiate. "
+                "Call requires_grad_(True) on what was trained, or name it: parameters=[...]."
+            )
+            raise UnsupportedModel(message)
+        return chosen
+    if callable(parameters):
+        wanted = [name for name in named if parameters(name)]
+    else:
+        wanted = [parameters] if isinstance(parameters, str) else list(parameters)
+    unknown = [name for name in wanted if name not in named]
+    if unknown or not wanted:
+        problem = f"parameters names {unknown}, which the model does not have" if unknown else "parameters selects nothing"
+        message = f"{problem}. The model has: {', '.join(named)}."
+        raise InvalidInput(message)
+    return {name: named[name] for name in named if name in set(wanted)}
+
+
+def _as_blocks(params: Params) -> dict[str, Tensor]:
+    return params if isinstance(params, dict) else {"theta": params}
+
+
+def _checked_params(params: Any) -> Params:
+    """Detached tensors, all finite and of one floating dtype."""
+
+    def check(name: str, value: Any) -> Tensor:
+        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
+        if not tensor.is_floating_point():
+            message = f"Parameter '{name}' has dtype {tensor.dtype}; only floating-point parameters can be differentiated. Convert it with .double()."
+            raise InvalidInput(message)
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            message = f"Parameter '{name}' holds {bad} NaN or infinite values: training diverged. Refit the model before explaining it."
+            raise InvalidInput(message)
+        return tensor
+
+    if isinstance(params, Mapping):
+        if not params:
+            message = "params is empty, so there is nothing to differentiate. Pass a dict of tensors, or one tensor."
+            raise InvalidInput(message)
+        return {str(name): check(str(name), value) for name, value in params.items()}
+    tensor = check("params", params)
+    if tensor.numel() == 0:
+        message = "params has no elements, so there is nothing to differentiate."
+        raise InvalidInput(message)
+    return tensor

@@ -1,0 +1,195 @@
+"""Operators that are applied by sweeping over the data: Hessian, GaussNewton, EmpiricalFisher, Identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight import calculus, linear
+from upweight.objective import Objective
+from upweight.sweep import Sweep
+
+Product = Callable[[Objective, Any, Tensor, Tensor], Tensor]
+_MATRIX_ENTRIES = 2**25  # numbers held by one block of vectors or of gradients while a matrix is assembled
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """C = (1/n) Σᵢ wᵢ cᵢ + ∇²r, applied by one sweep over the data for any number of vectors.
+
+    `product(objective, batch, V, weights)` is the weighted sum of cᵢ V over a batch; `assemble(objective, batch,
+    weights)` the same sum as a matrix, or None where only products are known; it holds `assembly_bytes` per example.
+    """
+
+    sweep: Sweep
+    product: Product
+    assemble: Callable[[Objective, Any, Tensor], Tensor] | None
+    assembly_bytes: int = 0
+    bounded: bool = False
+
+    @property
+    def size(self) -> int:
+        """p."""
+        return self.sweep.objective.size
+
+    def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """C v for every row v.  Cost: one sweep."""
+        return self._sum(V, None) / self.sweep.n + calculus.penalty_hvp(self.sweep.objective, V)
+
+    def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:
+        """(1/b) Σ_{i in rows} wᵢ cᵢ v + ∇²r v."""
+        weights = torch.from_numpy(self.sweep.examples.weights[rows])
+        total = self.product(self.sweep.objective, self.sweep.examples.batch(rows), V, weights)
+        return total.double().cpu() / len(rows) + calculus.penalty_hvp(self.sweep.objective, V)
+
+    def largest_row_curvature(self) -> float | None:
+        """An exact bound for linear predictors: max wᵢ λmax(∇²Lᵢ) + the largest penalty strength."""
+        objective = self.sweep.objective
+        if objective.linear is None or not self.bounded:
+            return None
+        largest = self.sweep.emit(lambda batch, weights: weights * linear.largest_curvature(objective, batch), label="curvature bound")
+        return float(largest.max()) + float(calculus.penalty_diagonal(objective).max())
+
+    def matrix(self) -> Float[Tensor, "p p"]:
+        """C as a dense matrix.  Cost: p products' worth of arithmetic in as few sweeps as memory allows; 8p² bytes."""
+        p = self.size
+        eye = torch.eye(p, dtype=torch.float64)
+        penalty = calculus.penalty_hvp(self.sweep.objective, eye)
+        if self.assemble is not None:
+            assemble = self.assemble
+            vectors = 1 + self.assembly_bytes // self.sweep.example_bytes
+            total = self.sweep.fold(lambda batch, w: assemble(self.sweep.objective, batch, w), vectors=vectors, label="curvature matrix")
+        else:
+            step = max(1, min(256, _MATRIX_ENTRIES // p))
+            total = torch.cat([self._sum(eye[start : start + step], "curvature matrix") for start in range(0, p, step)])
+        full = total / self.sweep.n + penalty
+        return (full + full.T) / 2
+
+    def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """V without the objective's gauge directions."""
+        return self.sweep.objective.project(V)
+
+    def _sum(self, V: Tensor, label: str | None) -> Tensor:
+        objective, product = self.sweep.objective, self.product
+        return self.sweep.fold(lambda batch, weights: product(objective, batch, V, weights), vectors=len(V), label=label or "curvature product")
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """The Hessian of the risk: C = (1/n) Σᵢ wᵢ ∇²L(zᵢ, θ̂) + ∇²r(θ̂).
+
+    Exact, and what the paper's equations ask for. It may have negative eigenvalues when θ̂ is not a minimum.
+    Cost of a product: one sweep of two backward passes.  References: paper, equation 1; Pearlmutter (1994).
+    """
+
+    def bind(self, sweep: Sweep) -> Implicit:
+        """The operator of this objective on these examples."""
+        assemble = linear.hessian if sweep.objective.linear is not None else None
+        return Implicit(sweep, calculus.hvp, assemble, bounded=True)
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """The generalised Gauss–Newton matrix: C = (1/n) Σᵢ wᵢ Jᵢᵀ (∂²ℓ/∂f²) Jᵢ + ∇²r, with f the model's output.
+
+    Positive semi-definite when ℓ is convex in f (cross-entropy, squared error), so it suits networks that are not at a
+    minimum. Equal to the Hessian for linear predictors, and wherever the residuals vanish.
+    Cost of a product: one sweep of three backward passes.  Reference: Schraudolph (2002); Martens (2020).
+    """
+
+    def bind(self, sweep: Sweep) -> Implicit:
+        """The operator of this objective on these examples.
+
+        Raises:
+            UnsupportedModel: if the objective does not know its outputs.
+        """
+        if sweep.objective.linear is not None:
+            return Implicit(sweep, calculus.ggnvp, linear.hessian, bounded=True)
+        n_outputs = calculus.output_hessians(sweep.objective, sweep.examples.batch([0])).shape[1]
+        return Implicit(sweep, calculus.ggnvp, _assemble_gauss_newton, assembly_bytes=16 * n_outputs * sweep.objective.size)
+
+
+@dataclass(frozen=True)
+class EmpiricalFisher:
+    """The empirical Fisher matrix: C = (1/n) Σᵢ wᵢ ∇Lᵢ ∇Lᵢᵀ + ∇²r.
+
+    Not a Gauss–Newton matrix: it uses the observed targets, and vanishes where the model fits them. Offered because it is
+    cheap and widely used.  Reference: Kunstner, Hennig and Balles (2019).
+    """
+
+    def bind(self, sweep: Sweep) -> Implicit:
+        """The operator of this objective on these examples."""
+        return Implicit(sweep, _fisher_product, _assemble_fisher, assembly_bytes=16 * sweep.objective.size)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """C = I: no curvature. Scores become gradient products, as in TracIn with one checkpoint (paper, figure 1)."""
+
+    def bind(self, sweep: Sweep) -> IdentityOperator:
+        """The operator of this objective on these examples."""
+        return IdentityOperator(sweep)
+
+
+@dataclass(frozen=True)
+class IdentityOperator:
+    """The identity on R^p; the penalty is not included."""
+
+    sweep: Sweep = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """p."""
+        return self.sweep.objective.size
+
+    @property
+    def eigenvalues(self) -> Float[Tensor, " p"]:
+        """p ones."""
+        return torch.ones(self.size, dtype=torch.float64)
+
+    def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """V."""
+        return V.clone()
+
+    def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:  # noqa: ARG002
+        """V, whatever the rows."""
+        return V.clone()
+
+    def largest_row_curvature(self) -> float:
+        """1."""
+        return 1.0
+
+    def map(self, function: Callable[[Tensor], Tensor], V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """f(1) v."""
+        return function(self.eigenvalues) * V
+
+    def matrix(self) -> Float[Tensor, "p p"]:
+        """The identity matrix."""
+        return torch.eye(self.size, dtype=torch.float64)
+
+    def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """V: the identity has no flat direction to leave out."""
+        return V
+
+
+def _fisher_product(objective: Objective, batch: Any, V: Tensor, weights: Tensor) -> Tensor:
+    products = calculus.dots(objective, batch, V).double()
+    return calculus.pull(objective, batch, (products * weights[:, None].to(products)).T)
+
+
+def _assemble_fisher(objective: Objective, batch: Any, weights: Tensor) -> Tensor:
+    G = calculus.gradients(objective, batch).double()
+    return G.T @ (G * weights[:, None].to(G))
+
+
+def _assemble_gauss_newton(objective: Objective, batch: Any, weights: Tensor) -> Tensor:
+    J = calculus.output_jacobians(objective, batch).double()  # (b, K, p)
+    h = calculus.output_hessians(objective, batch).double() * weights[:, None, None].to(J)
+    return J.flatten(0, 1).T @ torch.einsum("bij,bjp->bip", h, J).flatten(0, 1)

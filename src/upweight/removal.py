@@ -1,0 +1,155 @@
+"""Removing rows from a model with a linear predictor, by the removal's own Newton step.
+
+With U the rows e_j ⊗ x̃ᵢ of a group (m·K of them), D = blockdiag(wᵢ hᵢ)/n and A = U C⁻¹ Uᵀ, the curvature without the
+group is C − UᵀDU and, by Woodbury's identity,
+
+    (C − UᵀDU)⁻¹ = C⁻¹ + C⁻¹Uᵀ D (I − A D)⁻¹ U C⁻¹
+
+For one row and one output this is the leverage correction 1/(1 − h). No new factorisation is needed.
+Reference: Pregibon (1981); paper, section 2 (leave-one-out), taken one step beyond first order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight import calculus, linear
+from upweight.errors import NotPositiveDefinite, UnsupportedModel
+from upweight.examples import Examples
+from upweight.objective import L2, Objective
+from upweight.solvers import Solution
+from upweight.sweep import Sweep
+
+_GROUP_BLOCK = 64
+_SHARE_STEPS = 3  # the penalty's share w/Σw of a row is tiny, so this fixed-point iteration gains a factor n each time
+
+
+@dataclass(frozen=True)
+class NewtonStep:
+    """The move of θ̂ when each group is removed, (g, p), and the gradient of the remaining risk there, (g, p)."""
+
+    theta_change: Float[Tensor, "g p"]
+    remaining_gradient: Float[Tensor, "g p"]
+
+
+def newton_steps(
+    objective: Objective,
+    sweep: Sweep,
+    solve: Callable[[Tensor], Solution],
+    groups: list[NDArray[np.int64]],
+    risk_gradient: Float[Tensor, " p"],
+) -> NewtonStep:
+    """The Newton step of removing each group, and what is left of the gradient after it."""
+    if objective.folded and not isinstance(objective.penalty, L2):
+        message = "of_removing with penalty_per_example=True needs an L2 penalty, whose share it removes in closed form. Use on_loss (first order)."
+        raise UnsupportedModel(message)
+    changes, gradients = [], []
+    for start in range(0, len(groups), _GROUP_BLOCK):
+        block = groups[start : start + _GROUP_BLOCK]
+        change = _steps(objective, sweep.examples, solve, block)
+        changes.append(change)
+        gradients.append(_remaining(objective, sweep, block, change, risk_gradient))
+    return NewtonStep(torch.cat(changes), torch.cat(gradients))
+
+
+def changes(objective: Objective, queries: Examples, theta_change: Float[Tensor, "g p"]) -> Float[NDArray[np.float64], "q g"]:
+    """ℓ(query) at θ̂ + Δ minus ℓ(query) at θ̂, exactly, for every query and move."""
+    X, y = queries.batch(slice(None))
+    X = X if not isinstance(X, Tensor) else X.double()
+    now = linear.predictor(objective, X)  # (q, K)
+    moved = now[:, None, :] + linear.directional(objective, X, theta_change)  # (q, g, K)
+    assert objective.linear is not None
+    value = objective.linear.loss.value
+    before = value(now, y)
+    return torch.stack([value(moved[:, g], y) - before for g in range(len(theta_change))], 1).numpy()
+
+
+def _steps(objective: Objective, examples: Examples, solve: Callable[[Tensor], Solution], groups: list[NDArray[np.int64]]) -> Tensor:
+    n, total = len(examples), float(examples.weights.sum())
+    union = np.unique(np.concatenate(groups))
+    batch = examples.batch(union)
+    K = objective.linear.n_outputs  # type: ignore[union-attr]
+    U = linear.unit_solutions(objective, batch[0])  # (m K, p)
+    weights = torch.from_numpy(examples.weights[union])
+    slopes = linear.slopes(objective, batch) * weights[:, None]
+    curvatures = linear.curvatures(objective, batch) * weights[:, None, None]
+    penalty = calculus.penalty_gradient(objective) if objective.folded else None
+    solved = solve(U if penalty is None else torch.cat([U, penalty[None]])).x
+    XU = solved[: len(U)]
+    strengths = calculus.penalty_diagonal(objective)
+    lines = []
+    for group in groups:
+        place = np.searchsorted(union, group)
+        index = torch.from_numpy((place[:, None] * K + np.arange(K)).reshape(-1))
+        u, xu = U[index], XU[index]
+        D = torch.block_diag(*curvatures[torch.from_numpy(place)]) / n
+        A = u @ xu.T
+        inner = torch.eye(len(A), dtype=torch.float64) - A @ D
+        _refuse_singular(inner, A, D, group)
+        correction = D @ torch.linalg.inv(inner)
+
+        def without_group(step: Tensor, u: Tensor = u, xu: Tensor = xu, correction: Tensor = correction) -> Tensor:
+            """(C − UᵀDU)⁻¹ v from C⁻¹ v."""
+            return step + (correction @ (u @ step)) @ xu
+
+        move = slopes[torch.from_numpy(place)].reshape(-1) @ xu / n
+        if penalty is not None:
+            share = float(examples.weights[group].sum()) / total
+            move = move + share * solved[-1]
+            first = without_group(move)
+            delta = first
+            for _ in range(_SHARE_STEPS):
+                delta = first + without_group(solve((share * strengths * delta)[None]).x[0])
+            lines.append(delta)
+        else:
+            lines.append(without_group(move))
+    return torch.stack(lines)
+
+
+def _refuse_singular(inner: Tensor, A: Tensor, D: Tensor, group: NDArray[np.int64]) -> None:
+    """The curvature that is left must be positive: 1 − leverage > 0."""
+    smallest = float(torch.linalg.eigvals(inner).real.min()) if len(A) else 1.0
+    if smallest < 1e-10:
+        largest = float(torch.linalg.eigvals(A @ D).real.max())
+        message = (
+            f"Removing rows {group[:5].tolist()} leaves no curvature in some direction (leverage {largest:.6f}): they alone determine a parameter. "
+            "Without them the fit is not unique. Add a penalty or damping, or remove other rows."
+        )
+        raise NotPositiveDefinite(message)
+
+
+def _remaining(objective: Objective, sweep: Sweep, groups: list[NDArray[np.int64]], change: Tensor, risk_gradient: Tensor) -> Tensor:
+    """∇R without each group at θ̂ + Δ, less the gradient that was there before: (g, p)."""
+    loss = objective.linear.loss  # type: ignore[union-attr]
+    g, K = len(groups), objective.linear.n_outputs  # type: ignore[union-attr]
+
+    def slopes_after(batch: Any, moves: Tensor) -> Tensor:
+        """(b, g, K) slopes at θ̂ + Δ."""
+        X = batch[0].double() if isinstance(batch[0], Tensor) else batch[0]
+        eta = linear.predictor(objective, X)[:, None, :] + linear.directional(objective, X, moves)
+        return torch.stack([loss.slope(eta[:, j], batch[1]) for j in range(len(moves))], 1)
+
+    def total(batch: Any, weights: Tensor) -> Tensor:
+        X = batch[0].double() if isinstance(batch[0], Tensor) else batch[0]
+        return linear.transposed(objective, X, slopes_after(batch, change) * weights[:, None, None])
+
+    gradient = sweep.fold(total, vectors=g * max(1, K // 2), label="removal error") / sweep.n
+    n_total = float(sweep.examples.weights.sum())
+    penalty = torch.stack([calculus.penalty_gradient(objective.at(objective.theta + step)) for step in change])
+    for j, group in enumerate(groups):
+        batch = sweep.examples.batch(group)
+        weights = torch.from_numpy(sweep.examples.weights[group])
+        X = batch[0].double() if isinstance(batch[0], Tensor) else batch[0]
+        mine = slopes_after(batch, change[j : j + 1]) * weights[:, None, None]
+        gradient[j] -= linear.transposed(objective, X, mine)[0] / sweep.n
+        share = float(sweep.examples.weights[group].sum()) / n_total if objective.folded else 0.0
+        gradient[j] += (1 - share) * penalty[j]
+    return gradient - risk_gradient

@@ -1,0 +1,234 @@
+"""Numbers that know their sign, units, n and certificate.
+
+`values[q, i]` is the predicted change of query q's measure (its loss, in nats for log losses) under the named
+counterfactual: L(query) after it, minus L(query) now. When a row is removed, a positive value means that the row HELPS
+the query, for the query's loss would rise without it. The paper's raw derivative (equation 2) is `derivative`.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from upweight.errors import InvalidInput, Undefined, require
+from upweight.store import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class TopK(NamedTuple):
+    """The k rows that help or harm most, strongest first: `rows` and `values`, each (q, k)."""
+
+    rows: Int[NDArray[np.int64], "q k"]
+    values: Float[NDArray[np.float64], "q k"]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far the numbers can be trusted.
+
+    Args:
+        residual: (q,) relative residuals of the linear systems, ‖v − (C + λI) x‖ / ‖v‖, recomputed from the definition.
+        converged: whether the solver kept its promise for every query.
+        damping: the λ that acted.
+        gradient_norm: ‖∇R(θ̂)‖; the theory asks for 0.
+        min_curvature: smallest eigenvalue of C, exact for Cholesky, an upper bound for CG, NaN when unknown.
+        coverage: fraction of the model's parameters that were differentiated.
+        drift: (q,) change of the query's measure if training simply went on to the minimum, −∇f_qᵀ(C + λI)⁻¹∇R
+            (paper, appendix B). It is not due to any row.
+        curvature: the operator, in words.
+        solver: the solver, in words.
+        sweeps: products with C that the solution took.
+        truncation: bound on the relative bias of a recursion that was stopped early (LiSSA), else 0.
+    """
+
+    residual: Float[NDArray[np.float64], " q"]
+    converged: bool
+    damping: float
+    gradient_norm: float
+    min_curvature: float
+    coverage: float
+    drift: Float[NDArray[np.float64], " q"]
+    curvature: str = ""
+    solver: str = ""
+    sweeps: int = 0
+    truncation: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.curvature} + {self.damping:.3g}·I solved by {self.solver}",
+            f"residual ≤ {float(np.max(self.residual)):.1e}" + ("" if self.converged else ", NOT converged"),
+            f"‖∇R‖ = {self.gradient_norm:.1e}",
+            f"smallest curvature {self.min_curvature:.2e}",
+            f"{self.coverage:.0%} of parameters",
+        ]
+        if self.truncation:
+            parts.append(f"truncation bias ≤ {self.truncation:.1%}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Predicted changes of each query's measure, one column per row, group or new example.
+
+    Args:
+        values: (q, r) predicted change of the query's measure under the counterfactual.
+        counterfactual: what happens, in words, such as "row removed".
+        rows: (r,) the training rows (or the numbers of groups or new examples) that the columns stand for.
+        n: number of training rows.
+        certificate: how far the numbers can be trusted.
+        scale: (r,) with values = scale · derivative; None where no derivative is defined.
+        measure: what is measured on the query, in words.
+        query_values: (q,) the measure now, before the counterfactual.
+        standard_error: (q, r) of a stochastic solver, or None.
+        error: (q, r) estimate of what `values` still miss, or None.
+    """
+
+    values: Float[NDArray[np.float64], "q r"]
+    counterfactual: str
+    rows: Int[NDArray[np.int64], " r"]
+    n: int
+    certificate: Certificate
+    scale: Float[NDArray[np.float64], " r"] | None = None
+    measure: str = "loss"
+    query_values: Float[NDArray[np.float64], " q"] | None = None
+    standard_error: Float[NDArray[np.float64], "q r"] | None = field(default=None, repr=False)
+    error: Float[NDArray[np.float64], "q r"] | None = field(default=None, repr=False)
+
+    @property
+    def derivative(self) -> Float[NDArray[np.float64], "q r"]:
+        """The paper's raw derivative with respect to the weight ε of the counterfactual (equations 2 and 3).
+
+        Removal: I_up,loss(z, z_query) = −∇L(z_query)ᵀ (C + λI)⁻¹ ∇L(z), so that values = −(w/n) · derivative.
+
+        Raises:
+            Undefined: if the counterfactual is not infinitesimal, or a row has weight 0.
+        """
+        if self.scale is None:
+            message = f"'{self.counterfactual}' is a finite change, so it has no derivative. Use .values, or on_loss for the derivative of equation 2."
+            raise Undefined(message)
+        if not self.scale.all():
+            row = int(self.rows[np.flatnonzero(self.scale == 0)[0]])
+            message = f"Row {row} has sample weight 0: removing it changes nothing (values = 0) and its derivative is not kept. Use of_adding for its derivative."
+            raise Undefined(message)
+        return self.values / self.scale
+
+    def helpful(self, k: int = 10) -> TopK:
+        """The k columns with the largest values, largest first: rows that help the query, if the counterfactual is removal."""
+        return self._top(-self.values, k)
+
+    def harmful(self, k: int = 10) -> TopK:
+        """The k columns with the smallest values, smallest first: rows that harm the query, if the counterfactual is removal."""
+        return self._top(self.values, k)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A DataFrame of values: one line per query, one column per row."""
+        pandas = require("pandas", "pandas")
+        index = pandas.RangeIndex(len(self.values), name="query")
+        return pandas.DataFrame(self.values, index=index, columns=pandas.Index(self.rows, name="row"))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file, atomically."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+        card = asdict(self.certificate)
+        arrays |= {f"certificate.{name}": card.pop(name) for name in ("residual", "drift")}
+        text = {"counterfactual": self.counterfactual, "measure": self.measure, "n": self.n, "certificate": card, "kind": "scores"}
+        write_tensors(path, arrays, {"upweight": json.dumps(text)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scores:
+        """Scores that were written by `save`.
+
+        Raises:
+            InvalidInput: if the file holds something else.
+        """
+        arrays, metadata = read_tensors(path)
+        text = json.loads(metadata.get("upweight", "{}"))
+        if text.get("kind") != "scores":
+            message = f"{path} is a safetensors file without upweight scores in it. Scores are written by scores.save(path)."
+            raise InvalidInput(message)
+        card = Certificate(residual=arrays.pop("certificate.residual"), drift=arrays.pop("certificate.drift"), **text["certificate"])
+        return cls(**arrays, counterfactual=text["counterfactual"], measure=text["measure"], n=text["n"], certificate=card)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        queries, columns = self.values.shape
+        return f"Scores({queries} queries × {columns} columns: change of the query's {self.measure}, {self.counterfactual}; {self.certificate})"
+
+    def _repr_html_(self, queries: int = 5, k: int = 3) -> str:
+        """A small table for notebooks: for each of the first queries, the rows that help and harm most."""
+        up, down = self.helpful(min(k, self.values.shape[1])), self.harmful(min(k, self.values.shape[1]))
+
+        def cell(top: TopK, query: int) -> str:
+            return ", ".join(f"{row}&nbsp;({value:+.3g})" for row, value in zip(top.rows[query], top.values[query], strict=True))
+
+        lines = [
+            f"<tr><td>{q}</td><td>{cell(up, q)}</td><td>{cell(down, q)}</td></tr>" for q in range(min(queries, len(self.values)))
+        ]
+        more = f"<p>… and {len(self.values) - queries} more queries</p>" if len(self.values) > queries else ""
+        caption = html.escape(f"Change of the query's {self.measure}, {self.counterfactual}")
+        head = "<tr><th>query</th><th>most helpful (value rises)</th><th>most harmful (value falls)</th></tr>"
+        return f"<table><caption>{caption}</caption>{head}{''.join(lines)}</table>{more}<p><small>{html.escape(str(self.certificate))}</small></p>"
+
+    def _top(self, keys: NDArray[np.float64], k: int) -> TopK:
+        order = top_columns(keys, k)
+        return TopK(self.rows[order], np.take_along_axis(self.values, order, 1))
+
+
+@dataclass(frozen=True)
+class SelfScores:
+    """Each row's removal, measured on its own loss: `values` (n,), ≥ 0 when the penalty is not folded and C + λI is positive.
+
+    Large values belong to rows that the model could not predict from the others: mislabelled, rare or atypical.
+    """
+
+    values: Float[NDArray[np.float64], " n"]
+    rows: Int[NDArray[np.int64], " n"]
+    n: int
+    certificate: Certificate
+    scale: Float[NDArray[np.float64], " n"]
+
+    @property
+    def derivative(self) -> Float[NDArray[np.float64], " n"]:
+        """I_up,loss(z, z), with values = −(w/n) · derivative.
+
+        Raises:
+            Undefined: if a row has weight 0.
+        """
+        return Scores(self.values[None], "row removed", self.rows, self.n, self.certificate, self.scale).derivative[0]
+
+    def top(self, k: int = 10) -> TopK:
+        """The k rows with the largest values, largest first; `rows` and `values` are (k,)."""
+        order = top_columns(-self.values[None], k)[0]
+        return TopK(self.rows[order], self.values[order])
+
+    def __repr__(self) -> str:
+        return f"SelfScores({len(self.values)} rows: change of a row's own loss, row removed; {self.certificate})"
+
+
+_ARRAYS = ("values", "rows", "scale", "query_values", "standard_error", "error")
+
+
+def top_columns(keys: Float[NDArray[np.float64], "q r"], k: int) -> Int[NDArray[np.int64], "q k"]:
+    """The columns of the k smallest keys of every line, smallest first; ties go to the lower column.
+
+    Raises:
+        InvalidInput: if k is not between 1 and the number of columns.
+    """
+    if not 1 <= k <= keys.shape[1]:
+        message = f"k={k}, and there are {keys.shape[1]} columns to choose from. Ask for 1 to {keys.shape[1]}."
+        raise InvalidInput(message)
+    return np.stack([_smallest(line, k) for line in keys])
+
+
+def _smallest(line: NDArray[np.float64], k: int) -> NDArray[np.int64]:
+    threshold = np.partition(line, k - 1)[k - 1]
+    candidates: NDArray[Any] = np.flatnonzero(line <= threshold)
+    return candidates[np.argsort(line[candidates], kind="stable")][:k]

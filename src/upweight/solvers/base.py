@@ -1,0 +1,81 @@
+"""What a solver promises: to solve (C + λI) x = v, where λ is the damping and means itself everywhere.
+
+A specification (`CG(rtol=1e-6)`) holds hyper-parameters; `prepare(operator, damping)` does once what can be done once;
+`solve(V)` then solves for many right-hand sides, the rows of V, and returns a `Solution` that carries its residuals.
+Damping is given to `prepare` only. Directions in which the objective is constant by construction (its gauge) are
+projected out of V and of x, which gives the solution of minimum norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.errors import InvalidInput
+from upweight.operators.base import Operator
+
+
+@dataclass(frozen=True)
+class Solution:
+    """x with (C + λI) x ≈ v, and how near that is.
+
+    Args:
+        x: (k, p) solutions.
+        residual: (k,) relative residuals ‖v − (C + λI) x‖ / ‖v‖, recomputed from the definition; NaN if not promised.
+        converged: whether every row kept the solver's promise.
+        sweeps: how many times the operator was applied.
+        min_curvature: an estimate of the smallest eigenvalue of C (exact for Cholesky, an upper bound for CG, NaN if unknown).
+        replicas: (r, k, p) independent estimates whose mean is x, for stochastic solvers; their spread is the standard error.
+        truncation: a bound on the relative bias of stopping a recursion early; 0 for solvers that do not.
+        state: what `solve(V, state=…)` needs in order to go on.
+    """
+
+    x: Float[Tensor, "k p"]
+    residual: Float[Tensor, " k"]
+    converged: bool
+    sweeps: int = 0
+    min_curvature: float = float("nan")
+    replicas: Float[Tensor, "r k p"] | None = None
+    truncation: float = 0.0
+    state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+class Prepared(Protocol):
+    """(C + λI)⁻¹, ready to be applied."""
+
+    def solve(self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None) -> Solution:
+        """x with (C + λI) x = v for every row v."""
+        ...
+
+
+class Solver(Protocol):
+    """A specification of a method to solve linear systems."""
+
+    def prepare(self, operator: Operator, damping: float = 0.0) -> Prepared:
+        """What can be computed before the right-hand sides are known."""
+        ...
+
+
+def checked_damping(damping: float) -> float:
+    """λ as a finite float ≥ 0.
+
+    Raises:
+        InvalidInput: if it is anything else.
+    """
+    if isinstance(damping, bool) or not isinstance(damping, int | float | np.number) or not np.isfinite(damping) or damping < 0:
+        message = f"damping={damping!r}. It is the λ of (C + λI) x = v and must be a finite number ≥ 0; damping=0 solves with C itself."
+        raise InvalidInput(message)
+    return float(damping)
+
+
+def residuals(operator: Operator, damping: float, X: Float[Tensor, "k p"], V: Float[Tensor, "k p"]) -> Float[Tensor, " k"]:
+    """‖v − (C + λI) x‖ / ‖v‖ for every row, by definition; 0 where v = 0 and x = 0.  Cost: one product."""
+    missing = (V - operator.apply(X) - damping * X).norm(dim=1)
+    size = V.norm(dim=1)
+    return torch.where(size > 0, missing / size.clamp(min=torch.finfo(size.dtype).tiny), missing)
