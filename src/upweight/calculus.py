@@ -144,7 +144,9 @@ def output_hessians(objective: Objective, batch: Any) -> Float[Tensor, "b K K"]:
         values = torch.stack([one(f[b], take(batch, b)) for b in range(len(f))])
     first = torch.autograd.grad(values.sum(), f, create_graph=True)[0]
     for j in range(f.shape[1]):
-        rows.append(_or_zero(torch.autograd.grad(first[:, j].sum(), f, retain_graph=True, allow_unused=True)[0], f) if first.requires_grad else torch.zeros_like(f))
+        rows.append(
+            _or_zero(torch.autograd.grad(first[:, j].sum(), f, retain_graph=True, allow_unused=True)[0], f) if first.requires_grad else torch.zeros_like(f)
+        )
     return torch.stack(rows, 1).detach()
 
 
@@ -195,7 +197,9 @@ def penalty_hvp(objective: Objective, V: Float[Tensor, "k p"]) -> Float[Tensor, 
     first = _grad(value[None], params, value.new_ones(1, 1), create_graph=True)[0]
     if not first.requires_grad:
         return torch.zeros_like(V)
-    return torch.stack([_flat(torch.autograd.grad(first, _blocks(params), v.to(first), retain_graph=True, allow_unused=True), _blocks(params)) for v in V]).to(V)
+    return torch.stack([_flat(torch.autograd.grad(first, _blocks(params), v.to(first), retain_graph=True, allow_unused=True), _blocks(params)) for v in V]).to(
+        V
+    )
 
 
 def penalty_diagonal(objective: Objective) -> Float[Tensor, " p"]:
@@ -242,7 +246,9 @@ def probe(objective: Objective, batch: Any) -> Objective:
                 raise
             except Exception as error:
                 if examples == cotangents == "loop":
-                    message = f"The loss cannot be differentiated twice ({_first_line(error)}). Use operations with a second derivative, or losses.smooth_hinge."
+                    message = (
+                        f"The loss cannot be differentiated twice ({_first_line(error)}). Use operations with a second derivative, or losses.smooth_hinge."
+                    )
                     raise UnsupportedModel(message) from error
                 reason = reason or f"vmap or batched backward refused: {_first_line(error)}"
                 continue
@@ -267,11 +273,15 @@ def _checked_losses(objective: Objective, batch: Any) -> Tensor:
     first = values[0]
     if not isinstance(first, Tensor) or first.shape != ():
         shape = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
-        message = f"The loss of one example is {shape}; it must be one number, a tensor of shape (). Sum or average inside the loss (criterion: reduction='mean')."
+        message = (
+            f"The loss of one example is {shape}; it must be one number, a tensor of shape (). Sum or average inside the loss (criterion: reduction='mean')."
+        )
         raise InvalidInput(message)
     stacked = torch.stack(values)
     if not torch.isfinite(stacked).all():
-        message = f"The loss of an example is {stacked[~torch.isfinite(stacked)][0]}. Scores would be NaN; check the example, or clamp inside the loss (log of 0?)."
+        message = (
+            f"The loss of an example is {stacked[~torch.isfinite(stacked)][0]}. Scores would be NaN; check the example, or clamp inside the loss (log of 0?)."
+        )
         raise InvalidInput(message)
     return stacked
 
@@ -280,7 +290,11 @@ def _same_answers(candidate: Objective, slow: Objective, batch: Any) -> bool:
     generator = torch.Generator().manual_seed(0)
     V = torch.randn(2, candidate.size, generator=generator, dtype=torch.float64)
     tolerance = 1e-3 if candidate.reference.dtype != torch.float64 else 1e-8
-    pairs = [(losses(candidate, batch), losses(slow, batch)), (dots(candidate, batch, V), dots(slow, batch, V)), (hvp(candidate, batch, V), hvp(slow, batch, V))]
+    pairs = [
+        (losses(candidate, batch), losses(slow, batch)),
+        (dots(candidate, batch, V), dots(slow, batch, V)),
+        (hvp(candidate, batch, V), hvp(slow, batch, V)),
+    ]
     return all(torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance * float(b.abs().max() + 1e-12)) for a, b in pairs)
 
 
@@ -357,7 +371,10 @@ def _pull_rows(objective: Objective, values: Tensor, inputs: Any, cotangents: Te
         return values.new_zeros(len(cotangents), sum(block.numel() for block in blocks))
     if objective.route.cotangents == "batched" and len(cotangents) > 1:
         pieces = torch.autograd.grad(values, blocks, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True)
-        return torch.cat([(_or_zero(piece, block.expand(len(cotangents), *block.shape))).reshape(len(cotangents), -1) for piece, block in zip(pieces, blocks, strict=True)], 1).detach()
+        return torch.cat(
+            [(_or_zero(piece, block.expand(len(cotangents), *block.shape))).reshape(len(cotangents), -1) for piece, block in zip(pieces, blocks, strict=True)],
+            1,
+        ).detach()
     return torch.stack([_flat(torch.autograd.grad(values, blocks, c, retain_graph=True, allow_unused=True), blocks) for c in cotangents]).detach()
 
 

@@ -141,7 +141,9 @@ def rows_from_minimum(influence: Influence) -> float:
     rows = np.unique(np.linspace(0, influence.n - 1, _SAMPLED_ROWS).astype(np.int64))
     objective = influence.objective
     wide = 1 + 16 * objective.size // influence.sweep.example_bytes
-    norms = influence.sweep.emit(lambda batch, w: calculus.gradients(objective, batch).double().norm(dim=1).cpu() * w, vectors=wide, rows=rows, label="row norms")
+    norms = influence.sweep.emit(
+        lambda batch, w: calculus.gradients(objective, batch).double().norm(dim=1).cpu() * w, vectors=wide, rows=rows, label="row norms"
+    )
     typical = float(np.sqrt(np.mean(norms**2))) / influence.n
     size = float(influence.risk_gradient.norm())
     return size / typical if typical > 0 else (0.0 if size == 0 else float("inf"))

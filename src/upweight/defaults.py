@@ -1,12 +1,12 @@
 """The only automatic choices. Each is a function of what is known, and what it chose shows in repr() and check().
 
-    curvature   Hessian for linear predictors and for losses given as one function; GaussNewton for torch modules,
-                because they are rarely at a minimum and it is positive there.
-    solver      Cholesky for p ≤ 4,000, else CG to a relative residual of 1e-6.
-    damping     0 for scikit-learn estimators, for Hessian() and for Identity(). For GaussNewton and EmpiricalFisher of
-                other models: 0 if an L2 penalty covers every parameter, for it already bounds C from below; else a tenth
-                of C's mean eigenvalue, estimated with 16 random vectors (Grosse et al., 2023, use the same share).
-    batch       as many examples as keep their saved activations under 1 GiB.
+curvature   Hessian for linear predictors and for losses given as one function; GaussNewton for torch modules,
+            because they are rarely at a minimum and it is positive there.
+solver      Cholesky for p ≤ 4,000, else CG to a relative residual of 1e-6.
+damping     0 for scikit-learn estimators, for Hessian() and for Identity(). For GaussNewton and EmpiricalFisher of
+            other models: 0 if an L2 penalty covers every parameter, for it already bounds C from below; else a tenth
+            of C's mean eigenvalue, estimated with 16 random vectors (Grosse et al., 2023, use the same share).
+batch       as many examples as keep their saved activations under 1 GiB.
 """
 
 from __future__ import annotations

@@ -90,6 +90,12 @@ class Examples:
         """
         return checked_rows(rows, self.length)
 
+    def only(self, row: int) -> Examples:
+        """One example as Examples of their own; its row number becomes 0."""
+        if self.dataset is not None:
+            return Examples(_Rows(self.dataset, [row]))
+        return Examples(self.x[[row]], None if self.y is None else self.y[[row]])  # type: ignore[index]
+
     def fingerprint(self) -> str:
         """A short hash of n, the weights and a probe of rows spread over the data; never of all data."""
         probe = np.unique(np.linspace(0, self.length - 1, PROBE_ROWS).astype(np.int64))
@@ -110,6 +116,20 @@ class Examples:
                     "random augmentation has to be switched off: pass a Dataset without random transforms."
                 )
                 raise NotDeterministic(message)
+
+
+class _Rows:
+    """Some items of a map-style Dataset."""
+
+    def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.numbers = rows
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.dataset[self.numbers[row]]
 
 
 def _is_dataset(X: Any) -> bool:

@@ -203,7 +203,9 @@ class Influence:
         for row, move in zip(rows, moves, strict=False):
             mixed = calculus.input_gradients(self.objective, self.examples.batch([int(row)]), eye)[:, 0].double().cpu()
             if len(moves) != len(rows) or move.shape != mixed.shape[1:]:
-                message = f"deltas has shape {tuple(moves.shape)}; {len(rows)} rows of inputs of shape {tuple(mixed.shape[1:])} need {(len(rows), *mixed.shape[1:])}."
+                message = (
+                    f"deltas has shape {tuple(moves.shape)}; {len(rows)} rows of inputs of shape {tuple(mixed.shape[1:])} need {(len(rows), *mixed.shape[1:])}."
+                )
                 raise InvalidInput(message)
             lines.append(mixed.flatten(1) @ move.flatten())
         return -self._solve(torch.stack(lines)).x.numpy()
@@ -314,7 +316,7 @@ class Influence:
         rows = self.examples.rows(rows)
         S = self._solve(self._gradients(self.objective, self._queries(*on))).x
         out = self.sweep.emit(
-            lambda batch, w: (calculus.input_gradients(self.objective, batch, S).double().cpu().movedim(0, 1) * w.reshape(-1, *[1] * (_input_axes(batch) + 1))),
+            lambda batch, w: calculus.input_gradients(self.objective, batch, S).double().cpu().movedim(0, 1) * w.reshape(-1, *[1] * (_input_axes(batch) + 1)),
             vectors=len(S),
             rows=rows,
             label="perturb",
@@ -356,9 +358,7 @@ class Influence:
         values = summed(single.values)
         assert values is not None
         n_groups = len(members)
-        return Scores(
-            values, "group removed", np.arange(n_groups), self.n, single.certificate, np.full(n_groups, -1 / self.n), "loss", single.query_values
-        )
+        return Scores(values, "group removed", np.arange(n_groups), self.n, single.certificate, np.full(n_groups, -1 / self.n), "loss", single.query_values)
 
     def of_removing(self, groups: Sequence[Rows], *, on: tuple[Any, ...]) -> Scores:
         """The change of each query's loss if rows are removed, by the removal's own Newton step (leverage corrected).
@@ -528,7 +528,9 @@ class Influence:
         scale, difference, weights = self._replacement(rows, new)
         nonzero = np.where(weights == 0, 1, weights)
         per_weight = difference / torch.from_numpy(nonzero)[:, None]
-        return self._scores(solution, (per_weight @ solution.x.T).numpy(), np.where(weights == 0, 1 / self.n, scale), rows, counterfactual, queries, G=per_weight)
+        return self._scores(
+            solution, (per_weight @ solution.x.T).numpy(), np.where(weights == 0, 1 / self.n, scale), rows, counterfactual, queries, G=per_weight
+        )
 
     def _replacement(self, rows: NDArray[np.int64], new: Any) -> tuple[NDArray[np.float64], Tensor, NDArray[np.float64]]:
         """wᵢ/n, the change w_new ∇L(z_new) − wᵢ ∇L(zᵢ) of n·∇R, and wᵢ; a new label brings its own class weight."""

@@ -117,7 +117,9 @@ class Scores:
             raise Undefined(message)
         if not self.scale.all():
             row = int(self.rows[np.flatnonzero(self.scale == 0)[0]])
-            message = f"Row {row} has sample weight 0: removing it changes nothing (values = 0) and its derivative is not kept. Use of_adding for its derivative."
+            message = (
+                f"Row {row} has sample weight 0: removing it changes nothing (values = 0) and its derivative is not kept. Use of_adding for its derivative."
+            )
             raise Undefined(message)
         return self.values / self.scale
 
@@ -169,9 +171,7 @@ class Scores:
         def cell(top: TopK, query: int) -> str:
             return ", ".join(f"{row}&nbsp;({value:+.3g})" for row, value in zip(top.rows[query], top.values[query], strict=True))
 
-        lines = [
-            f"<tr><td>{q}</td><td>{cell(up, q)}</td><td>{cell(down, q)}</td></tr>" for q in range(min(queries, len(self.values)))
-        ]
+        lines = [f"<tr><td>{q}</td><td>{cell(up, q)}</td><td>{cell(down, q)}</td></tr>" for q in range(min(queries, len(self.values)))]
         more = f"<p>… and {len(self.values) - queries} more queries</p>" if len(self.values) > queries else ""
         caption = html.escape(f"Change of the query's {self.measure}, {self.counterfactual}")
         head = "<tr><th>query</th><th>most helpful (value rises)</th><th>most harmful (value falls)</th></tr>"

@@ -55,7 +55,7 @@ class Factored:
             self.factor = scipy.linalg.cho_factor(shifted, lower=True, overwrite_a=True)
         except np.linalg.LinAlgError as error:
             raise self._refusal() from error
-        reciprocal, _ = scipy.linalg.lapack.dpocon(self.factor[0], norm, uplo="L")
+        reciprocal, _ = _reciprocal_condition(self.factor[0], norm, uplo="L")
         if reciprocal < _MIN_RECIPROCAL_CONDITION:
             raise self._refusal()
         self.min_curvature = self._smallest() - damping
@@ -96,10 +96,12 @@ class Factored:
         negative = smallest < -1e-10 * largest
         floor = 1e-6 * largest
         suggestion = rounded_up(max(-1.1 * smallest, 0) if negative else max(floor - smallest, floor))
-        why = (
-            "θ̂ is probably not a minimum" if negative else "Features are probably collinear, or there are more parameters than the data determine"
+        why = "θ̂ is probably not a minimum" if negative else "Features are probably collinear, or there are more parameters than the data determine"
+        kind = (
+            f"negative curvature {smallest:.3g}"
+            if negative
+            else f"a curvature of {smallest:.3g} against a largest of {largest:.3g}, which is singular to rounding"
         )
-        kind = f"negative curvature {smallest:.3g}" if negative else f"a curvature of {smallest:.3g} against a largest of {largest:.3g}, which is singular to rounding"
         message = (
             f"C + λI has {kind} (damping {self.damping:g}, {int((eigenvalues < -1e-10 * largest).sum())} of {len(eigenvalues)} eigenvalues negative). "
             f"{why}. Try damping={suggestion:g}, curvature=GaussNewton(), or train further; see influence.check()."

@@ -12,7 +12,9 @@ from upweight.operators.base import Operator
 _SHARE = 0.1  # suggested damping lies this far beyond the most negative eigenvalue
 
 
-def smallest_eigenvalue(operator: Operator, *, steps: int = 100, tolerance: float = 1e-3, seed: int = 0, start: Tensor | None = None) -> tuple[float, float, Tensor]:
+def smallest_eigenvalue(
+    operator: Operator, *, steps: int = 100, tolerance: float = 1e-3, seed: int = 0, start: Tensor | None = None
+) -> tuple[float, float, Tensor]:
     """The smallest Ritz value of C, its error bound, and its vector, with full reorthogonalisation.
 
     The true smallest eigenvalue is never above the Ritz value; an eigenvalue lies within the error bound of it.

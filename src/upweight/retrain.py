@@ -1,0 +1,217 @@
+"""Really training again, to compare with what was predicted.
+
+A `Retrain` maps example weights and a seed to parameters. The weights multiply the examples' own sample weights: all
+ones is the training set as it was, one zero is leave-one-out. Reference retrainers minimise, from θ̂,
+
+    R_m(θ) = (1/n) Σᵢ mᵢ wᵢ L(zᵢ, θ) + c r(θ)
+
+with c = Σ mᵢwᵢ / Σ wᵢ when the penalty is folded into the rows, else 1; n does not change.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.optimize
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight import calculus, defaults
+from upweight.errors import InvalidInput, NotConverged
+from upweight.objective import L2, Objective
+from upweight.operators import Dense, Hessian
+from upweight.solvers import CG, Cholesky, Prepared
+from upweight.sweep import Sweep
+
+_WORTHWHILE = 0.2  # a Newton step with an old factor must shrink the gradient to this share, else the curvature is renewed
+
+
+class Retrain(Protocol):
+    """A training procedure: (example weights, seed) → θ, as `params` or as one flat vector."""
+
+    def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Any:
+        """The parameters that training finds with these weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class Newton:
+    """Newton's method for objectives with a linear predictor, to a gradient far below one row's effect.
+
+    The curvature at θ̂ is factorised once and used again as long as it shrinks the gradient; it is renewed when it does not.
+
+    Args:
+        rtol: ‖∇R_m‖ to reach, relative to the root mean square of ‖wᵢ∇Lᵢ‖/n.
+        max_steps: steps after which NotConverged is raised.
+    """
+
+    rtol: float = 1e-8
+    max_steps: int = 200
+
+    def bind(self, sweep: Sweep) -> BoundNewton:
+        """The retrainer of this objective on these examples."""
+        return BoundNewton(self, sweep, _typical_row(sweep), _factor(sweep))
+
+
+@dataclass(frozen=True)
+class BoundNewton:
+    """A Newton retrainer with the curvature at θ̂ at hand."""
+
+    spec: Newton
+    sweep: Sweep
+    typical: float
+    factor: Prepared
+
+    def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Float[Tensor, " p"]:  # noqa: ARG002
+        """θ at the minimum of R_m.
+
+        Raises:
+            NotConverged: if the gradient does not become small enough.
+        """
+        sweep = reweighted(self.sweep, weights)
+        theta, factor = sweep.objective.theta, self.factor
+        value, gradient = _value_and_gradient(sweep, theta)
+        for _ in range(self.spec.max_steps):
+            size = float(gradient.norm())
+            if size <= self.spec.rtol * self.typical:
+                return theta
+            candidate = theta - factor.solve(gradient[None]).x[0]
+            new_value, new_gradient = _value_and_gradient(sweep, candidate)
+            if not float(new_gradient.norm()) <= _WORTHWHILE * size:
+                factor = _factor(replace(sweep, objective=sweep.objective.at(theta)))
+                step = factor.solve(gradient[None]).x[0]
+                candidate, new_value, new_gradient = _descend(sweep, theta, step, value, gradient)
+                if float(new_gradient.norm()) >= size and size <= 1e3 * self.spec.rtol * self.typical:
+                    return theta  # rounding, not curvature, is what is left
+            theta, value, gradient = candidate, new_value, new_gradient
+        message = f"Newton's method left ‖∇R‖ = {float(gradient.norm()):.3g} after {self.spec.max_steps} steps. The objective may have no minimum without these rows; add a penalty."
+        raise NotConverged(message)
+
+
+@dataclass(frozen=True)
+class LBFGS:
+    """L-BFGS from θ̂ on the full data, for modules and any other objective; deterministic.
+
+    Args:
+        gtol: largest component of the gradient to reach.
+        max_steps: iterations after which NotConverged is raised.
+    """
+
+    gtol: float = 1e-7
+    max_steps: int = 5000
+
+    def bind(self, sweep: Sweep) -> BoundLBFGS:
+        """The retrainer of this objective on these examples."""
+        return BoundLBFGS(self, sweep)
+
+
+@dataclass(frozen=True)
+class BoundLBFGS:
+    """An L-BFGS retrainer."""
+
+    spec: LBFGS
+    sweep: Sweep
+
+    def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Float[Tensor, " p"]:  # noqa: ARG002
+        """θ at a minimum of R_m near θ̂.
+
+        Raises:
+            NotConverged: if the gradient does not become small enough.
+        """
+        sweep = reweighted(self.sweep, weights)
+
+        def function(vector: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            value, gradient = _value_and_gradient(sweep, torch.from_numpy(vector))
+            return value, gradient.numpy()
+
+        options = {"maxiter": self.spec.max_steps, "maxfun": 2 * self.spec.max_steps, "gtol": self.spec.gtol, "ftol": 0.0, "maxcor": 30}
+        result = scipy.optimize.minimize(function, sweep.objective.theta.numpy().copy(), jac=True, method="L-BFGS-B", options=options)
+        largest = float(np.abs(result.jac).max())
+        if largest > 1e3 * self.spec.gtol:
+            message = (
+                f"L-BFGS stopped with a gradient of {largest:.3g} after {result.nit} iterations ({result.message}); {self.spec.gtol:g} was asked. "
+                "Raise max_steps, accept less with LBFGS(gtol=…), or pass your own retrain=."
+            )
+            raise NotConverged(message)
+        return torch.from_numpy(result.x)
+
+
+def reference(objective: Objective) -> Newton | LBFGS:
+    """The retrainer for an objective when none is given."""
+    return Newton() if objective.linear is not None else LBFGS()
+
+
+def bound(retrain: Any, sweep: Sweep) -> Retrain:
+    """A retrainer from a specification, a function (weights, seed) → θ, or None.
+
+    Raises:
+        InvalidInput: if it is none of them.
+    """
+    if retrain is None:
+        retrain = reference(sweep.objective)
+    if hasattr(retrain, "bind"):
+        return retrain.bind(sweep)
+    if not callable(retrain):
+        message = f"retrain is a {type(retrain).__name__}. Pass a function (weights, seed) → params, or Newton() or LBFGS()."
+        raise InvalidInput(message)
+    return retrain
+
+
+def reweighted(sweep: Sweep, weights: Float[NDArray[np.float64], " n"]) -> Sweep:
+    """The same work with the examples' weights multiplied, and the penalty's share of them."""
+    examples = copy(sweep.examples)
+    examples.weights = sweep.examples.weights * weights
+    objective = sweep.objective
+    share = float(examples.weights.sum() / sweep.examples.weights.sum()) if objective.folded else 1.0
+    if share != 1.0:
+        objective = replace(objective, penalty=_scaled(objective.penalty, share))
+    return replace(sweep, examples=examples, objective=objective, progress=False)
+
+
+def _scaled(penalty: Any, share: float) -> Any:
+    if isinstance(penalty, L2):
+        return L2({name: share * strength for name, strength in penalty.strengths.items()})
+    return lambda params: share * penalty(params)
+
+
+def _value_and_gradient(sweep: Sweep, theta: Tensor) -> tuple[float, Tensor]:
+    objective = sweep.objective.at(theta)
+
+    def both(batch: Any, weights: Tensor) -> Tensor:
+        values = calculus.losses(objective, batch).double().cpu() @ weights
+        return torch.cat([values[None], calculus.pull(objective, batch, weights[None])[0].double().cpu()])
+
+    total = sweep.fold(both) / sweep.n
+    return float(total[0]) + calculus.penalty_value(objective), total[1:] + calculus.penalty_gradient(objective)
+
+
+def _descend(sweep: Sweep, theta: Tensor, step: Tensor, value: float, gradient: Tensor) -> tuple[Tensor, float, Tensor]:
+    """The longest of θ − step, θ − step/2, … that lowers R (Armijo)."""
+    slope = float(gradient @ step)
+    length = 1.0
+    for _ in range(40):
+        candidate = theta - length * step
+        new_value, new_gradient = _value_and_gradient(sweep, candidate)
+        if new_value <= value - 1e-4 * length * slope or abs(slope) < 1e-14 * max(abs(value), 1e-300):
+            break
+        length /= 2
+    return candidate, new_value, new_gradient
+
+
+def _factor(sweep: Sweep) -> Prepared:
+    quiet = replace(sweep, progress=False)
+    if sweep.objective.size <= defaults.DIRECT_UP_TO:
+        return Cholesky().prepare(Dense(Hessian()).bind(quiet))
+    return CG(rtol=1e-4).prepare(Hessian().bind(quiet))
+
+
+def _typical_row(sweep: Sweep) -> float:
+    rows = np.unique(np.linspace(0, sweep.n - 1, 256).astype(np.int64))
+    wide = 1 + 16 * sweep.objective.size // sweep.example_bytes
+    norms = sweep.emit(lambda batch, w: calculus.gradients(sweep.objective, batch).double().norm(dim=1).cpu() * w, vectors=wide, rows=rows, label="row norms")
+    return max(float(np.sqrt(np.mean(norms**2))) / sweep.n, 1e-300)

@@ -1,0 +1,160 @@
+"""Predicted against actual: train again without rows, and compare."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from upweight import calculus
+from upweight.errors import InvalidInput
+from upweight.influence import Influence
+from upweight.objective import Objective
+from upweight.retrain import Retrain, bound
+from upweight.scores import Scores
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What really happened to each query's measure when training ran again without each row.
+
+    Args:
+        actual: (q, r) measure after retraining without the row, minus the measure after retraining with all rows.
+        control: (q,) measure after retraining with all rows, minus the measure of the model as it is: the drift of
+            retraining itself, which no row caused. Near 0 when θ̂ is the minimum that retraining finds.
+        rows: (r,) the rows that were left out.
+    """
+
+    actual: Float[NDArray[np.float64], "q r"]
+    control: Float[NDArray[np.float64], " q"]
+    rows: Int[NDArray[np.int64], " r"]
+
+    def __repr__(self) -> str:
+        return f"Outcomes({self.actual.shape[0]} queries × {len(self.rows)} retrainings; control drift ≤ {np.abs(self.control).max():.2g})"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How predicted and actual changes agree over all (query, row) pairs.
+
+    Args:
+        pearson: linear correlation.
+        spearman: rank correlation.
+        slope: least squares of actual on predicted, with an intercept; 1 means that the size is right, which no correlation sees.
+        intercept: of the same line, in units of the measure.
+        pairs: how many pairs were compared.
+    """
+
+    pearson: float
+    spearman: float
+    slope: float
+    intercept: float = 0.0
+    pairs: int = 0
+
+    def __str__(self) -> str:
+        return f"r = {self.pearson:.5f}, rank r = {self.spearman:.5f}, slope = {self.slope:.4f} over {self.pairs} pairs"
+
+
+def leave_one_out(
+    influence: Influence,
+    on: tuple[Any, ...],
+    rows: Any,
+    retrain: Retrain | Any = None,
+    *,
+    measure: Callable[[Any, Any], Tensor] | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Outcomes:
+    """Train again without each row, and once with all of them as the control.
+
+    Cost: len(rows) + 1 trainings.
+
+    Args:
+        influence: whose objective and data are trained again.
+        on: (Xq, yq), the queries.
+        rows: the rows to leave out, one at a time.
+        retrain: a function (weights, seed) → params (or flat θ), where weights multiply the examples' weights; or
+            Newton() or LBFGS(). None takes Newton for linear predictors and L-BFGS from θ̂ otherwise.
+        measure: scalar of (params, example); None is the loss.
+        seed: given to `retrain` for every training, the control included.
+        progress: True or False forces the progress bar on or off; None shows it on a terminal only.
+
+    Raises:
+        RowOutOfRange: if a row does not exist.
+    """
+    rows = influence.examples.rows(rows)
+    objective = influence.objective
+    queries = influence.encoder.examples(*on).batch(slice(None))
+    measured = objective if measure is None else calculus.probe(objective.measuring(measure), queries)
+    train = bound(retrain, influence.sweep)
+
+    def after(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        theta = _flat(objective, train(weights, seed))
+        return calculus.losses(measured.at(theta), queries).double().cpu().numpy()
+
+    now = calculus.losses(measured, queries).double().cpu().numpy()
+    ones = np.ones(influence.n)
+    control = after(ones)
+    actual = np.empty((len(now), len(rows)))
+    hidden = not sys.stderr.isatty() if progress is None else not progress
+    for column, row in enumerate(tqdm(rows, desc="retraining", disable=hidden, file=sys.stderr, leave=False)):
+        weights = ones.copy()
+        weights[row] = 0
+        actual[:, column] = after(weights) - control
+    return Outcomes(actual, control - now, rows)
+
+
+def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
+    """Correlations and slope of actual on predicted, over all queries and all rows that were really removed.
+
+    Raises:
+        InvalidInput: if the rows or queries do not match, or fewer than two pairs remain.
+    """
+    place = {int(row): column for column, row in enumerate(scores.rows)}
+    missing = [int(row) for row in outcomes.rows if int(row) not in place]
+    if missing or len(scores.values) != len(outcomes.actual):
+        message = (
+            f"The scores hold {len(scores.values)} queries and {len(place)} rows, the outcomes {len(outcomes.actual)} queries"
+            + (f" and rows such as {missing[0]} that the scores do not have" if missing else "")
+            + ". Compare scores and outcomes of the same queries and rows."
+        )
+        raise InvalidInput(message)
+    predicted = scores.values[:, [place[int(row)] for row in outcomes.rows]].ravel()
+    actual = outcomes.actual.ravel()
+    if len(predicted) < 2 or np.ptp(predicted) == 0:
+        message = f"{len(predicted)} pair(s) with a spread of {np.ptp(predicted):.3g} in the prediction: a slope needs at least two different predictions."
+        raise InvalidInput(message)
+    slope, intercept = np.polyfit(predicted, actual, 1)
+    constant = np.ptp(actual) == 0
+    pearson = float("nan") if constant else float(np.corrcoef(predicted, actual)[0, 1])
+    spearman = float("nan") if constant else float(scipy.stats.spearmanr(predicted, actual).statistic)
+    return Agreement(pearson, spearman, float(slope), float(intercept), len(predicted))
+
+
+def _flat(objective: Objective, params: Any) -> Tensor:
+    """Whatever a retrainer returned, as a flat vector.
+
+    Raises:
+        InvalidInput: if it does not fit θ̂.
+    """
+    if isinstance(params, dict):
+        missing = [name for name in objective.blocks if name not in params]
+        if missing:
+            message = f"retrain returned parameters without '{missing[0]}'. Return a dict with the names {list(objective.blocks)}, or one flat vector."
+            raise InvalidInput(message)
+        vector = torch.cat([torch.as_tensor(params[name]).detach().reshape(-1).double() for name in objective.blocks])
+    else:
+        vector = torch.as_tensor(params).detach().reshape(-1).double()
+    if len(vector) != objective.size:
+        message = f"retrain returned {len(vector)} numbers, and the objective has {objective.size} parameters ({', '.join(objective.blocks)})."
+        raise InvalidInput(message)
+    return vector

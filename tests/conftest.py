@@ -1,0 +1,36 @@
+"""One thread per test process, and run-time checks of every annotated shape (jaxtyping + beartype)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)
+
+install_import_hook(
+    ["upweight.influence", "upweight.linear", "upweight.calculus", "upweight.operators", "upweight.solvers", "upweight.removal"], "beartype.beartype"
+)
+
+settings.register_profile("default", max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def _leave_randomness_alone():
+    """No test, and no call into the library, may move torch's global random state without saying so."""
+    before = torch.get_rng_state()
+    yield
+    torch.set_rng_state(before)
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("-m"):
+        skip = pytest.mark.skip(reason="slow: run with -m slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
