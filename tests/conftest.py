@@ -13,10 +13,20 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
 
 install_import_hook(
-    ["upweight.influence", "upweight.linear", "upweight.calculus", "upweight.operators", "upweight.solvers", "upweight.removal"], "beartype.beartype"
+    [
+        "upweight.influence",
+        "upweight.linear",
+        "upweight.calculus",
+        "upweight.operators",
+        "upweight.solvers",
+        "upweight.removal",
+    ],
+    "beartype.beartype",
 )
 
-settings.register_profile("default", max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "default", max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("default")
 
 

@@ -75,7 +75,9 @@ def pull(objective: Objective, batch: Any, R: Float[Tensor, "k b"]) -> Float[Ten
     return _pull_rows(objective, values, params, R.to(values))
 
 
-def hvp(objective: Objective, batch: Any, V: Float[Tensor, "k p"], weights: Float[Tensor, " b"] | None = None) -> Float[Tensor, "k p"]:
+def hvp(
+    objective: Objective, batch: Any, V: Float[Tensor, "k p"], weights: Float[Tensor, " b"] | None = None
+) -> Float[Tensor, "k p"]:
     """Σ_b w_b ∇²L(z_b, θ̂) V, a sum over the batch (not a mean; the penalty is not included).
 
     Cost: two backward passes over the batch, shared by the k rows of V.
@@ -91,7 +93,9 @@ def hvp(objective: Objective, batch: Any, V: Float[Tensor, "k p"], weights: Floa
     return _pull_rows(objective, first, params, V.to(first))
 
 
-def ggnvp(objective: Objective, batch: Any, V: Float[Tensor, "k p"], weights: Float[Tensor, " b"] | None = None) -> Float[Tensor, "k p"]:
+def ggnvp(
+    objective: Objective, batch: Any, V: Float[Tensor, "k p"], weights: Float[Tensor, " b"] | None = None
+) -> Float[Tensor, "k p"]:
     """Σ_b w_b J_bᵀ (∂²ℓ/∂f²) J_b V with f the model's output: the Gauss–Newton product, positive when ℓ is convex in f.
 
     Cost: three backward passes over the batch, shared by the k rows of V.  Ref: Schraudolph (2002).
@@ -145,7 +149,9 @@ def output_hessians(objective: Objective, batch: Any) -> Float[Tensor, "b K K"]:
     first = torch.autograd.grad(values.sum(), f, create_graph=True)[0]
     for j in range(f.shape[1]):
         rows.append(
-            _or_zero(torch.autograd.grad(first[:, j].sum(), f, retain_graph=True, allow_unused=True)[0], f) if first.requires_grad else torch.zeros_like(f)
+            _or_zero(torch.autograd.grad(first[:, j].sum(), f, retain_graph=True, allow_unused=True)[0], f)
+            if first.requires_grad
+            else torch.zeros_like(f)
         )
     return torch.stack(rows, 1).detach()
 
@@ -162,7 +168,10 @@ def input_gradients(objective: Objective, batch: Any, S: Float[Tensor, "k p"]) -
     x = batch[0] if isinstance(batch, tuple | list) else batch
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        message = f"The input x is {kind}; only floating-point inputs can be moved by a small amount. Explain the embedded inputs instead."
+        message = (
+            f"The input x is {kind}; only floating-point inputs can be moved by a small amount. Explain the "
+            "embedded inputs instead."
+        )
         raise InvalidInput(message)
     x = x.clone().requires_grad_()
     moved = (x, *batch[1:]) if isinstance(batch, tuple | list) else x
@@ -197,19 +206,28 @@ def penalty_hvp(objective: Objective, V: Float[Tensor, "k p"]) -> Float[Tensor, 
     first = _grad(value[None], params, value.new_ones(1, 1), create_graph=True)[0]
     if not first.requires_grad:
         return torch.zeros_like(V)
-    return torch.stack([_flat(torch.autograd.grad(first, _blocks(params), v.to(first), retain_graph=True, allow_unused=True), _blocks(params)) for v in V]).to(
-        V
-    )
+    return torch.stack(
+        [
+            _flat(
+                torch.autograd.grad(first, _blocks(params), v.to(first), retain_graph=True, allow_unused=True),
+                _blocks(params),
+            )
+            for v in V
+        ]
+    ).to(V)
 
 
 def penalty_diagonal(objective: Objective) -> Float[Tensor, " p"]:
     """The diagonal λ of an L2 penalty's Hessian, zero where a parameter is free."""
     strengths = objective.penalty.strengths if isinstance(objective.penalty, L2) else {}
-    pieces = [torch.as_tensor(strengths.get(name, 0.0), dtype=torch.float64).expand(block.shape).reshape(-1) for name, block in objective.blocks.items()]
+    pieces = [
+        torch.as_tensor(strengths.get(name, 0.0), dtype=torch.float64).expand(block.shape).reshape(-1)
+        for name, block in objective.blocks.items()
+    ]
     return torch.cat(pieces)
 
 
-# ---------------------------------------------------------------------------------------------------------------- routes
+# ---- routes --------------------------------------------------------------------------------
 
 
 def probe(objective: Objective, batch: Any) -> Objective:
@@ -233,8 +251,10 @@ def probe(objective: Objective, batch: Any) -> Objective:
         again = _checked_losses(slow, ready)
         if not torch.equal(reference, again):
             message = (
-                f"The loss of one example was {reference[0]:.6g} and then {again[0]:.6g}: something in it is random, such as dropout called as a "
-                "function or a noise layer. Influence needs one value per example: call model.eval(), or fix the randomness inside the loss."
+                f"The loss of one example was {reference[0]:.6g} and then {again[0]:.6g}: something in it is "
+                "random, such as dropout called as a "
+                "function or a noise layer. Influence needs one value per example: call model.eval(), or fix the "
+                "randomness inside the loss."
             )
             raise NotDeterministic(message)
         reason = ""
@@ -247,7 +267,8 @@ def probe(objective: Objective, batch: Any) -> Objective:
             except Exception as error:
                 if examples == cotangents == "loop":
                     message = (
-                        f"The loss cannot be differentiated twice ({_first_line(error)}). Use operations with a second derivative, or losses.smooth_hinge."
+                        f"The loss cannot be differentiated twice ({_first_line(error)}). Use operations with a "
+                        "second derivative, or losses.smooth_hinge."
                     )
                     raise UnsupportedModel(message) from error
                 reason = reason or f"vmap or batched backward refused: {_first_line(error)}"
@@ -257,7 +278,10 @@ def probe(objective: Objective, batch: Any) -> Objective:
             reason = reason or "vmapped values differ from one-by-one values"
     finally:
         torch.set_rng_state(generator)
-    message = "The loss of an example changes with the examples computed beside it, so there is no per-example loss. Is a normalisation layer in training mode? Call model.eval()."
+    message = (
+        "The loss of an example changes with the examples computed beside it, so there is no per-example loss. Is "
+        "a normalisation layer in training mode? Call model.eval()."
+    )
     raise UnsupportedModel(message)
 
 
@@ -268,19 +292,24 @@ def _checked_losses(objective: Objective, batch: Any) -> Tensor:
     except UpweightError:
         raise
     except Exception as error:
-        message = f"The loss failed on one example: {type(error).__name__}: {_first_line(error)}. It is called as loss(params, example) with one example, without a batch axis."
+        message = (
+            f"The loss failed on one example: {type(error).__name__}: {_first_line(error)}. It is called as "
+            "loss(params, example) with one example, without a batch axis."
+        )
         raise InvalidInput(message) from error
     first = values[0]
     if not isinstance(first, Tensor) or first.shape != ():
         shape = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
         message = (
-            f"The loss of one example is {shape}; it must be one number, a tensor of shape (). Sum or average inside the loss (criterion: reduction='mean')."
+            f"The loss of one example is {shape}; it must be one number, a tensor of shape (). Sum or average "
+            "inside the loss (criterion: reduction='mean')."
         )
         raise InvalidInput(message)
     stacked = torch.stack(values)
     if not torch.isfinite(stacked).all():
         message = (
-            f"The loss of an example is {stacked[~torch.isfinite(stacked)][0]}. Scores would be NaN; check the example, or clamp inside the loss (log of 0?)."
+            f"The loss of an example is {stacked[~torch.isfinite(stacked)][0]}. Scores would be NaN; check the "
+            "example, or clamp inside the loss (log of 0?)."
         )
         raise InvalidInput(message)
     return stacked
@@ -295,14 +324,17 @@ def _same_answers(candidate: Objective, slow: Objective, batch: Any) -> bool:
         (dots(candidate, batch, V), dots(slow, batch, V)),
         (hvp(candidate, batch, V), hvp(slow, batch, V)),
     ]
-    return all(torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance * float(b.abs().max() + 1e-12)) for a, b in pairs)
+    return all(
+        torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance * float(b.abs().max() + 1e-12))
+        for a, b in pairs
+    )
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-# --------------------------------------------------------------------------------------------------------------- autograd
+# ---- autograd --------------------------------------------------------------------------------
 
 
 def _ready(objective: Objective, batch: Any) -> Any:
@@ -327,7 +359,9 @@ def _penalty(objective: Objective) -> Callable[[Any], Tensor]:
         r = objective.penalty(params)  # type: ignore[operator, misc]
         if not isinstance(r, Tensor) or r.shape != ():
             shape = tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__
-            message = f"The penalty returned {shape}; it must return one number, a tensor of shape (), computed from params."
+            message = (
+                f"The penalty returned {shape}; it must return one number, a tensor of shape (), computed from params."
+            )
             raise InvalidInput(message)
         return r
 
@@ -338,7 +372,8 @@ def _structure(objective: Objective) -> tuple[Callable[[Any, Any], Tensor], Call
     if objective.outputs is None or objective.output_loss is None:
         message = (
             f"Gauss–Newton needs the model's output apart from its loss, and {objective.name} is one function. "
-            "Pass Objective(..., outputs=f, output_loss=l) with loss = l(f(params, example), example), or use curvature=Hessian()."
+            "Pass Objective(..., outputs=f, output_loss=l) with loss = l(f(params, example), example), or use "
+            "curvature=Hessian()."
         )
         raise UnsupportedModel(message)
     return objective.outputs, objective.output_loss
@@ -361,7 +396,13 @@ def _outputs(objective: Objective, params: Any, batch: Any) -> Tensor:
 def _grad(values: Tensor, params: Any, cotangents: Tensor, *, create_graph: bool) -> list[Tensor]:
     """One flat gradient per row of cotangents, keeping the graph when asked."""
     blocks = _blocks(params)
-    return [_flat(torch.autograd.grad(values, blocks, c, create_graph=create_graph, retain_graph=True, allow_unused=True), blocks) for c in cotangents]
+    return [
+        _flat(
+            torch.autograd.grad(values, blocks, c, create_graph=create_graph, retain_graph=True, allow_unused=True),
+            blocks,
+        )
+        for c in cotangents
+    ]
 
 
 def _pull_rows(objective: Objective, values: Tensor, inputs: Any, cotangents: Tensor) -> Tensor:
@@ -370,12 +411,22 @@ def _pull_rows(objective: Objective, values: Tensor, inputs: Any, cotangents: Te
     if not values.requires_grad:
         return values.new_zeros(len(cotangents), sum(block.numel() for block in blocks))
     if objective.route.cotangents == "batched" and len(cotangents) > 1:
-        pieces = torch.autograd.grad(values, blocks, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        pieces = torch.autograd.grad(
+            values, blocks, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True
+        )
         return torch.cat(
-            [(_or_zero(piece, block.expand(len(cotangents), *block.shape))).reshape(len(cotangents), -1) for piece, block in zip(pieces, blocks, strict=True)],
+            [
+                (_or_zero(piece, block.expand(len(cotangents), *block.shape))).reshape(len(cotangents), -1)
+                for piece, block in zip(pieces, blocks, strict=True)
+            ],
             1,
         ).detach()
-    return torch.stack([_flat(torch.autograd.grad(values, blocks, c, retain_graph=True, allow_unused=True), blocks) for c in cotangents]).detach()
+    return torch.stack(
+        [
+            _flat(torch.autograd.grad(values, blocks, c, retain_graph=True, allow_unused=True), blocks)
+            for c in cotangents
+        ]
+    ).detach()
 
 
 def _flat(pieces: Any, blocks: list[Tensor]) -> Tensor:

@@ -27,10 +27,12 @@ class Report:
         n: training rows.
         p: differentiated parameters.
         gradient_norm: ‖∇R(θ̂)‖; 0 at a minimum.
-        rows_from_minimum: ‖∇R‖ divided by the root mean square of wᵢ‖∇Lᵢ‖/n: by how many rows' worth of gradient θ̂ misses
-            the minimum. Below 1 the miss is smaller than the effect that is being estimated.
-        sum_of_influences: largest |Σᵢ wᵢ I(zᵢ, query)|/n over the probed queries, penalty folded; 0 at a minimum. It equals the drift.
-        drift: largest predicted change of a probed query's loss if training went on to the minimum (appendix B); NaN if unsolved.
+        rows_from_minimum: ‖∇R‖ divided by the root mean square of wᵢ‖∇Lᵢ‖/n: by how many rows' worth of gradient θ̂
+            misses the minimum. Below 1 the miss is smaller than the effect that is being estimated.
+        sum_of_influences: largest |Σᵢ wᵢ I(zᵢ, query)|/n over the probed queries, penalty folded; 0 at a minimum. It
+            equals the drift.
+        drift: largest predicted change of a probed query's loss if training went on to the minimum (appendix B); NaN
+            if unsolved.
         min_curvature: smallest eigenvalue of C; must exceed −damping.
         residual: largest relative residual of the probed linear systems; NaN if unsolved.
         damping: the λ that acts.
@@ -75,19 +77,30 @@ class Report:
         return asdict(self) | {"at_minimum": self.at_minimum, "ok": self.ok}
 
     def __str__(self) -> str:
-        verdict = "at a minimum" if self.at_minimum else "NOT at a minimum: train further, or read values as effects on the present θ̂ (appendix B)"
+        verdict = (
+            "at a minimum"
+            if self.at_minimum
+            else "NOT at a minimum: train further, or read values as effects on the present θ̂ (appendix B)"
+        )
         positive = self.min_curvature + self.damping > 0
         lines = [
             f"rows                 {self.n}",
             f"parameters           {self.p} ({self.coverage:.1%} of the model)",
-            f"gradient             ‖∇R‖ = {self.gradient_norm:.3g}, as much as {self.rows_from_minimum:.3g} rows: {verdict}",
-            f"drift                {self.drift:.3g} in a query's loss if training went on; |Σᵢ Iᵢ| = {self.sum_of_influences:.3g}",
-            f"curvature            {self.curvature} + {self.damping:.3g}·I, smallest eigenvalue of C {self.min_curvature:.3g}: {'positive' if positive else 'NOT positive'}",
+            f"gradient             ‖∇R‖ = {self.gradient_norm:.3g}, as much as {self.rows_from_minimum:.3g} rows: "
+            f"{verdict}",
+            f"drift                {self.drift:.3g} in a query's loss if training went on; |Σᵢ Iᵢ| = "
+            f"{self.sum_of_influences:.3g}",
+            f"curvature            {self.curvature} + {self.damping:.3g}·I, smallest eigenvalue of C "
+            f"{self.min_curvature:.3g}: {'positive' if positive else 'NOT positive'}",
             f"solver               {self.solver}, residual {self.residual:.2g}",
-            f"autograd             {self.autograd}; one by one instead of in a batch moves a loss by {self.batch_drift:.1g}",
+            f"autograd             {self.autograd}; one by one instead of in a batch moves a loss by "
+            f"{self.batch_drift:.1g}",
         ]
         if self.suggested_damping is not None:
-            lines.append(f"suggestion           damping={self.suggested_damping:g} makes C + λI positive; or curvature=GaussNewton(), or train further")
+            lines.append(
+                f"suggestion           damping={self.suggested_damping:g} makes C + λI positive; or "
+                "curvature=GaussNewton(), or train further"
+            )
         if self.problem:
             lines.append(f"problem              {self.problem}")
         return "\n".join([*lines, f"verdict              {'ok' if self.ok else 'see above'}"])
@@ -131,7 +144,9 @@ def examine(influence: Influence, queries: Any) -> Report:
         batch_drift=_batch_drift(influence),
         curvature=repr(influence.curvature),
         solver=repr(influence.solver),
-        autograd="closed form of a linear predictor" if sweep.objective.linear is not None else repr(sweep.objective.route),
+        autograd="closed form of a linear predictor"
+        if sweep.objective.linear is not None
+        else repr(sweep.objective.route),
         problem=problem,
     )
 
@@ -142,7 +157,10 @@ def rows_from_minimum(influence: Influence) -> float:
     objective = influence.objective
     wide = 1 + 16 * objective.size // influence.sweep.example_bytes
     norms = influence.sweep.emit(
-        lambda batch, w: calculus.gradients(objective, batch).double().norm(dim=1).cpu() * w, vectors=wide, rows=rows, label="row norms"
+        lambda batch, w: calculus.gradients(objective, batch).double().norm(dim=1).cpu() * w,
+        vectors=wide,
+        rows=rows,
+        label="row norms",
     )
     typical = float(np.sqrt(np.mean(norms**2))) / influence.n
     size = float(influence.risk_gradient.norm())

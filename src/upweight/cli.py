@@ -38,7 +38,11 @@ def demo(out: Path = Path("upweight-demo"), rows: int = 40, json: bool = False) 
 
     found = story.run(rows)
     page = story.write_html(found, out)
-    _print(found.to_dict() | {"report": str(page)}, f"{found.text()}\n\nReport with pictures: {page.resolve()}  ({found.seconds:.1f} s)", json)
+    _print(
+        found.to_dict() | {"report": str(page)},
+        f"{found.text()}\n\nReport with pictures: {page.resolve()}  ({found.seconds:.1f} s)",
+        json,
+    )
     return 0
 
 
@@ -71,7 +75,11 @@ def score(study: StudyName, out: Path, store: Path | None = None, json: bool = F
     out.parent.mkdir(parents=True, exist_ok=True)
     scores.save(out)
     queries, rows = scores.values.shape
-    _print({"out": str(out), "queries": queries, "rows": rows, "certificate": _card(scores)}, f"{scores}\nSaved to {out.resolve()}", json)
+    _print(
+        {"out": str(out), "queries": queries, "rows": rows, "certificate": _card(scores)},
+        f"{scores}\nSaved to {out.resolve()}",
+        json,
+    )
     return 0
 
 
@@ -100,9 +108,19 @@ def top(study: StudyName, query: int = 0, k: int = 10, json: bool = False) -> in
     lines = [f"Query {query}: change of its {scores.measure}, {scores.counterfactual}"]
     for kind, (rows, values) in kinds.items():
         lines += ["", f"  most {kind}"]
-        lines += [f"  row {row:>8} {value:>+14.6g}  {describe(int(row)) if describe else ''}".rstrip() for row, value in zip(rows, values, strict=True)]
-    found = {kind: [{"row": int(r), "value": float(v)} for r, v in zip(rows, values, strict=True)] for kind, (rows, values) in kinds.items()}
-    _print({"query": query, "measure": scores.measure, "counterfactual": scores.counterfactual} | found, "\n".join([*lines, "", str(scores.certificate)]), json)
+        lines += [
+            f"  row {row:>8} {value:>+14.6g}  {describe(int(row)) if describe else ''}".rstrip()
+            for row, value in zip(rows, values, strict=True)
+        ]
+    found = {
+        kind: [{"row": int(r), "value": float(v)} for r, v in zip(rows, values, strict=True)]
+        for kind, (rows, values) in kinds.items()
+    }
+    _print(
+        {"query": query, "measure": scores.measure, "counterfactual": scores.counterfactual} | found,
+        "\n".join([*lines, "", str(scores.certificate)]),
+        json,
+    )
     return 0
 
 
@@ -126,8 +144,13 @@ def validate(study: StudyName, query: int = 0, rows: int = 20, json: bool = Fals
     chosen = np.argsort(-np.abs(scores.values[0]), kind="stable")[:rows]
     outcomes = leave_one_out(loaded.influence, on, chosen, loaded.retrain)
     found = agreement(scores, outcomes)
-    pairs = [(int(row), float(scores.values[0, row]), float(outcomes.actual[0, place])) for place, row in enumerate(chosen)]
-    lines = [f"{'row':>8} {'predicted':>14} {'actual':>14}", *(f"{row:>8} {predicted:>+14.6g} {actual:>+14.6g}" for row, predicted, actual in pairs)]
+    pairs = [
+        (int(row), float(scores.values[0, row]), float(outcomes.actual[0, place])) for place, row in enumerate(chosen)
+    ]
+    lines = [
+        f"{'row':>8} {'predicted':>14} {'actual':>14}",
+        *(f"{row:>8} {predicted:>+14.6g} {actual:>+14.6g}" for row, predicted, actual in pairs),
+    ]
     control = float(outcomes.control[0])
     numbers = {
         "query": query,
@@ -172,7 +195,10 @@ def _line(query: int, count: int) -> int:
 def _card(scores: Scores) -> dict[str, Any]:
     from dataclasses import asdict
 
-    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in asdict(scores.certificate).items()}
+    return {
+        name: value.tolist() if hasattr(value, "tolist") else value
+        for name, value in asdict(scores.certificate).items()
+    }
 
 
 def _print(numbers: dict[str, Any], text: str, as_json: bool) -> None:

@@ -62,7 +62,10 @@ def _mnist_file(name: str, folder: str | os.PathLike[str] | None) -> Path:
     if place is not None:
         file = place / f"{name}.gz"
         if not file.is_file():
-            message = f"There is no {name}.gz in {place}. It should hold the four MNIST files; unset UPWEIGHT_DATA to download them."
+            message = (
+                f"There is no {name}.gz in {place}. It should hold the four MNIST files; unset UPWEIGHT_DATA to "
+                "download them."
+            )
             raise PathNotFound(message)
         return file
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "upweight" / "mnist"

@@ -71,5 +71,5 @@ def example_bytes(objective: Objective, batch: Any) -> int:
         objective.loss(params, example)
     activations = sum(size for pointer, size in seen.items() if pointer not in own)
     largest = max(block.numel() * block.element_size() for block in blocks.values())
-    # a batched backward pass holds a few copies of the activations; a convolution may hold the weights of an example too
+    # a batched backward pass holds a few copies of the activations; a convolution may hold an example's weights too
     return math.ceil(4 * activations + largest / 8 + 1024)

@@ -40,11 +40,18 @@ class Demo:
     query_image: NDArray[np.float64]
     seconds: float
 
+    @property
+    def loss(self) -> float:
+        """The loss of the query, in nats."""
+        assert self.scores.query_values is not None
+        return float(self.scores.query_values[0])
+
     def text(self, k: int = 5) -> str:
         """A page of plain text."""
         lines = [
-            f"Digit {self.query} of the test set is a {self.label}; the model says {self.predicted_label} (probability of {self.label}: {self.probability:.1%}).",
-            f"Its loss is {float(self.scores.query_values[0]):.4f}. Which of the {self.scores.n} training digits are behind that?",  # type: ignore[index]
+            f"Digit {self.query} of the test set is a {self.label}; the model says {self.predicted_label} "
+            f"(probability of {self.label}: {self.probability:.1%}).",
+            f"Its loss is {self.loss:.4f}. Which of the {self.scores.n} training digits are behind that?",
             "",
             f"  {'most helpful: without it the loss rises':<42}{'most harmful: without it the loss falls'}",
         ]
@@ -58,7 +65,11 @@ class Demo:
         ]
         columns = {int(row): column for column, row in enumerate(self.scores.rows)}
         for place, row in enumerate(self.outcomes.rows[:8]):
-            first, newton, actual = self.scores.values[0, columns[int(row)]], self.removing.values[0, place], self.outcomes.actual[0, place]
+            first, newton, actual = (
+                self.scores.values[0, columns[int(row)]],
+                self.removing.values[0, place],
+                self.outcomes.actual[0, place],
+            )
             lines.append(f"  {row:>5} {self.labels[row]:>6} {first:>+11.6f} {newton:>+12.6f} {actual:>+11.6f}")
         lines += [
             f"  {'…':>5}",
@@ -100,7 +111,9 @@ def run(rows: int = 40) -> Demo:
         InvalidInput: if rows is not between 2 and the number of training rows.
     """
     if not 2 <= rows <= _TRAIN:
-        message = f"rows={rows}. The demo retrains without that many of {_TRAIN} rows, one at a time; ask for 2 to {_TRAIN}."
+        message = (
+            f"rows={rows}. The demo retrains without that many of {_TRAIN} rows, one at a time; ask for 2 to {_TRAIN}."
+        )
         raise InvalidInput(message)
     start = time.perf_counter()
     bunch = require("sklearn.datasets", "demo").load_digits()
@@ -138,24 +151,40 @@ def write_html(demo: Demo, folder: Path) -> Path:
     """The demo as one self-contained HTML file in `folder`; returns its path."""
     page = Page("Which training digits are behind this mistake?")
     page.text(
-        f"The model was fitted to {demo.scores.n} digits. Test digit {demo.query} is a {demo.label}, and the model says {demo.predicted_label}. "
-        f"Its loss is {float(demo.scores.query_values[0]):.4f} nats."  # type: ignore[index]
+        f"The model was fitted to {demo.scores.n} digits. Test digit {demo.query} is a {demo.label}, and the model "
+        f"says {demo.predicted_label}. "
+        f"Its loss is {demo.loss:.4f} nats."
     )
-    page.add(picture_row([(picture(demo.query_image), f"test digit {demo.query}", f"is {demo.label}, called {demo.predicted_label}")]))
+    page.add(
+        picture_row(
+            [(picture(demo.query_image), f"test digit {demo.query}", f"is {demo.label}, called {demo.predicted_label}")]
+        )
+    )
     for title, top, meaning in (
-        ("Most helpful training digits", demo.scores.helpful(8), "Without one of these the loss of the test digit rises by the number below it."),
-        ("Most harmful training digits", demo.scores.harmful(8), "Without one of these the loss of the test digit falls by the number below it."),
+        (
+            "Most helpful training digits",
+            demo.scores.helpful(8),
+            "Without one of these the loss of the test digit rises by the number below it.",
+        ),
+        (
+            "Most harmful training digits",
+            demo.scores.harmful(8),
+            "Without one of these the loss of the test digit falls by the number below it.",
+        ),
     ):
         page.heading(title)
         page.text(meaning)
         cells = [
-            (picture(demo.images[row]), f"row {row}, a {demo.labels[row]}", f"{value:+.5f}") for row, value in zip(top.rows[0], top.values[0], strict=True)
+            (picture(demo.images[row]), f"row {row}, a {demo.labels[row]}", f"{value:+.5f}")
+            for row, value in zip(top.rows[0], top.values[0], strict=True)
         ]
         page.add(picture_row(cells))
     page.heading("Predicted against actual")
     page.text(
-        f"Each of the {len(demo.outcomes.rows)} most influential digits was really removed and the model trained again. "
-        "On the line, the prediction is exact. The Newton step corrects for leverage: a row that determines its own fit leaves a larger gap than its gradient says."
+        f"Each of the {len(demo.outcomes.rows)} most influential digits was really removed and the model trained "
+        "again. "
+        "On the line, the prediction is exact. The Newton step corrects for leverage: a row that determines its "
+        "own fit leaves a larger gap than its gradient says."
     )
     page.add(scatter([(demo.scores, "first order"), (demo.removing, "Newton step")], demo.outcomes))
     columns = {int(row): column for column, row in enumerate(demo.scores.rows)}

@@ -104,5 +104,8 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        message = f"{module.partition('.')[0]} is not installed, and this needs it. Install it with: pip install 'upweight[{extra}]'"
+        message = (
+            f"{module.partition('.')[0]} is not installed, and this needs it. Install it with: pip install "
+            f"'upweight[{extra}]'"
+        )
         raise MissingExtra(message) from error

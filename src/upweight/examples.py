@@ -46,16 +46,24 @@ class Examples:
     def __init__(self, X: Any, y: Any = None, *, sample_weight: Any = None) -> None:
         self.dataset = X if _is_dataset(X) else None
         if self.dataset is not None and y is not None:
-            message = "X is a Dataset that already yields whole examples, and y was given too. Omit y, or pass two arrays."
+            message = (
+                "X is a Dataset that already yields whole examples, and y was given too. Omit y, or pass two arrays."
+            )
             raise InvalidInput(message)
         self.x = None if self.dataset is not None else as_array(X, "X")
         self.y = None if y is None else as_array(y, "y")
         self.length = len(X) if self.dataset is not None else int(self.x.shape[0])  # type: ignore[union-attr]
         if self.length == 0:
-            message = "There are no examples: X has 0 rows. An influence is a sum over at least one row; check the filter that made X."
+            message = (
+                "There are no examples: X has 0 rows. An influence is a sum over at least one row; check the "
+                "filter that made X."
+            )
             raise InvalidInput(message)
         if self.y is not None and len(self.y) != self.length:
-            message = f"X has {self.length} rows and y has {len(self.y)}. They must describe the same examples in the same order."
+            message = (
+                f"X has {self.length} rows and y has {len(self.y)}. They must describe the same examples in the "
+                "same order."
+            )
             raise InvalidInput(message)
         for array, name in ((self.x, "X"), (self.y, "y")):
             check_finite(array, name)
@@ -109,10 +117,13 @@ class Examples:
     def _check_dataset(self) -> None:
         for row in sorted({0, self.length // 2, self.length - 1}):
             first, second = (list(leaves(_collate([self.dataset[row]]))) for _ in range(2))  # type: ignore[index]
-            same = len(first) == len(second) and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True))
+            same = len(first) == len(second) and all(
+                a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True)
+            )
             if not same:
                 message = (
-                    f"The dataset gave two different items for row {row}. Influence needs the example the model was trained on, so a "
+                    f"The dataset gave two different items for row {row}. Influence needs the example the model was "
+                    "trained on, so a "
                     "random augmentation has to be switched off: pass a Dataset without random transforms."
                 )
                 raise NotDeterministic(message)
@@ -133,7 +144,12 @@ class _Rows:
 
 
 def _is_dataset(X: Any) -> bool:
-    arraylike = isinstance(X, np.ndarray | Tensor | list | tuple) or scipy.sparse.issparse(X) or hasattr(X, "to_numpy") or hasattr(X, "__array__")
+    arraylike = (
+        isinstance(X, np.ndarray | Tensor | list | tuple)
+        or scipy.sparse.issparse(X)
+        or hasattr(X, "to_numpy")
+        or hasattr(X, "__array__")
+    )
     return not arraylike and hasattr(X, "__getitem__") and hasattr(X, "__len__")
 
 
@@ -152,19 +168,30 @@ def as_array(values: Any, name: str) -> Any:
         try:
             array = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
         except (ValueError, TypeError, Warning) as error:
-            message = f"{name} is a {type(values).__name__} that does not form an array ({error}). Pass an array with one row per example."
+            message = (
+                f"{name} is a {type(values).__name__} that does not form an array ({error}). Pass an array with one "
+                "row per example."
+            )
             raise InvalidInput(message) from error
     if array.ndim == 0:
-        message = f"{name} is a single {type(values).__name__}, not a set of rows. Pass an array with one row per example."
+        message = (
+            f"{name} is a single {type(values).__name__}, not a set of rows. Pass an array with one row per example."
+        )
         raise InvalidInput(message)
     if array.dtype == object:
         try:
             array = array.astype(np.float64)
         except (ValueError, TypeError) as error:
-            message = f"{name} holds values that are not numbers ({error}). Encode them as numbers first, for example with a scikit-learn Pipeline."
+            message = (
+                f"{name} holds values that are not numbers ({error}). Encode them as numbers first, for example "
+                "with a scikit-learn Pipeline."
+            )
             raise InvalidInput(message) from error
     if array.dtype.kind not in "biuf":
-        message = f"{name} has dtype {array.dtype}, which is not a number. Encode it first: labels as 0 … K−1, categories as one-hot columns."
+        message = (
+            f"{name} has dtype {array.dtype}, which is not a number. Encode it first: labels as 0 … K−1, categories "
+            "as one-hot columns."
+        )
         raise InvalidInput(message)
     return array
 
@@ -188,7 +215,10 @@ def _collate(items: list[Any]) -> Any:
     try:
         return tree_map(lambda leaf: leaf, default_collate(items))
     except (TypeError, RuntimeError) as error:
-        message = f"The dataset's items cannot be stacked into a batch ({error}). Items need the same shapes; pad or crop them in the Dataset."
+        message = (
+            f"The dataset's items cannot be stacked into a batch ({error}). Items need the same shapes; pad or crop "
+            "them in the Dataset."
+        )
         raise InvalidInput(message) from error
 
 
@@ -211,7 +241,8 @@ def check_finite(array: Any, name: str) -> None:
             row = start + int(np.argwhere(bad)[0][0])
             where = f"{row} of the stored entries" if scipy.sparse.issparse(array) else f"{row}"
             message = (
-                f"{name} holds {int(bad.sum())} NaN or infinite values, the first in row {where}. One such value makes every score NaN. "
+                f"{name} holds {int(bad.sum())} NaN or infinite values, the first in row {where}. One such value "
+                "makes every score NaN. "
                 "Impute or drop those rows before fitting and explaining."
             )
             raise InvalidInput(message)
@@ -231,7 +262,10 @@ def checked_weights(sample_weight: Any, n: int) -> NDArray[np.float64]:
         message = f"sample_weight has shape {weights.shape}, and there are {n} rows. Pass one weight per training row."
         raise InvalidInput(message)
     if weights.min() < 0 or weights.sum() == 0:
-        message = f"sample_weight reaches from {weights.min():g} to {weights.max():g}. Weights must be ≥ 0 and not all zero, as in fit()."
+        message = (
+            f"sample_weight reaches from {weights.min():g} to {weights.max():g}. Weights must be ≥ 0 and not all "
+            "zero, as in fit()."
+        )
         raise InvalidInput(message)
     return weights
 
@@ -245,15 +279,23 @@ def checked_rows(rows: Any, n: int) -> NDArray[np.int64]:
     """
     if rows is None:
         return np.arange(n)
-    array = np.atleast_1d(np.asarray(list(rows) if isinstance(rows, Iterable) and not hasattr(rows, "__array__") else rows))
+    array = np.atleast_1d(
+        np.asarray(list(rows) if isinstance(rows, Iterable) and not hasattr(rows, "__array__") else rows)
+    )
     if array.dtype == bool and array.shape == (n,):
         array = np.flatnonzero(array)
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-        message = f"rows has shape {array.shape} and dtype {array.dtype}. Pass a non-empty list of whole row numbers (or a mask of {n} booleans)."
+        message = (
+            f"rows has shape {array.shape} and dtype {array.dtype}. Pass a non-empty list of whole row numbers (or "
+            f"a mask of {n} booleans)."
+        )
         raise InvalidInput(message)
     array = array.astype(np.int64)
     outside = array[(array < 0) | (array >= n)]
     if outside.size:
-        message = f"Row {outside[0]} does not exist: there are {n} rows, numbered 0 to {n - 1}. (Negative numbers do not count from the end.)"
+        message = (
+            f"Row {outside[0]} does not exist: there are {n} rows, numbered 0 to {n - 1}. (Negative numbers do not "
+            "count from the end.)"
+        )
         raise RowOutOfRange(message)
     return array

@@ -73,19 +73,30 @@ def explain(
     }
     if isinstance(model, torch.nn.Module):
         if loss is None:
-            message = f"{type(model).__name__} is a torch module, which does not know its loss. Pass the criterion: explain(model, X, y, loss=torch.nn.functional.cross_entropy)."
+            message = (
+                f"{type(model).__name__} is a torch module, which does not know its loss. Pass the criterion: "
+                "explain(model, X, y, loss=torch.nn.functional.cross_entropy)."
+            )
             raise InvalidInput(message)
         return module.explain(model, X, y, loss=loss, penalty=penalty, parameters=parameters, **settings)
     if "sklearn" in sys.modules and (hasattr(model, "get_params") or hasattr(model, "fit")):
         from upweight.adapters import sklearn
 
-        given = [name for name, value in (("loss", loss), ("penalty", penalty), ("parameters", parameters)) if value is not None]
+        given = [
+            name
+            for name, value in (("loss", loss), ("penalty", penalty), ("parameters", parameters))
+            if value is not None
+        ]
         if given:
-            message = f"{', '.join(given)} was given for {type(model).__name__}, whose own is read off the estimator. Omit it, or write Influence(Objective(…), (X, y))."
+            message = (
+                f"{', '.join(given)} was given for {type(model).__name__}, whose own is read off the estimator. "
+                "Omit it, or write Influence(Objective(…), (X, y))."
+            )
             raise InvalidInput(message)
         return sklearn.explain(model, X, y, **settings)
     message = (
         f"{type(model).__name__} is neither a scikit-learn estimator nor a torch module. "
-        "For any other model only the loss is needed: upweight.Influence(upweight.Objective(loss, params, penalty=…), (X, y))."
+        "For any other model only the loss is needed: upweight.Influence(upweight.Objective(loss, params, "
+        "penalty=…), (X, y))."
     )
     raise UnsupportedModel(message)

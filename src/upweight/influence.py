@@ -31,6 +31,7 @@ from upweight.solvers import Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping
 from upweight.store import Store
 from upweight.sweep import Sweep
+from upweight.trees import batch_length
 
 Rows = Any
 Queries = Any
@@ -90,7 +91,9 @@ class Influence:
 
     >>> X = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
     >>> y = torch.tensor([0.0, 2.0, 2.0], dtype=torch.float64)
-    >>> fit = Objective(lambda theta, example: (theta @ example[0] - example[1]) ** 2, torch.tensor([1.2], dtype=torch.float64))
+    >>> def loss(theta, example):
+    ...     return (theta @ example[0] - example[1]) ** 2
+    >>> fit = Objective(loss, torch.tensor([1.2], dtype=torch.float64))
     >>> Influence(fit, (X, y)).on_loss(X[:1] + 1, y[:1] + 1).values.round(4)
     array([[-0.    ,  0.064 , -0.064 ]])
     """
@@ -114,7 +117,9 @@ class Influence:
         probe = examples.batch(np.arange(min(_PROBE, len(examples))))
         self.objective = calculus.probe(objective, probe)
         self.examples = examples
-        self.sweep = Sweep(self.objective, examples, batch_size, progress, defaults.example_bytes(self.objective, probe))
+        self.sweep = Sweep(
+            self.objective, examples, batch_size, progress, defaults.example_bytes(self.objective, probe)
+        )
         self.curvature = curvature or defaults.curvature(objective)
         self.solver = solver or defaults.solver(objective)
         self.encoder: Encoder = encoder or PlainEncoder()
@@ -126,11 +131,13 @@ class Influence:
     def __repr__(self) -> str:
         damping = "chosen when first needed" if self._damping is None else f"{self._damping:.4g}"
         return (
-            f"Influence({self.objective.name}: n={self.n}, p={self.objective.size}, curvature={self.curvature}, solver={self.solver}, damping={damping}, "
-            f"penalty={self.objective.penalty}, penalty_per_example={self.objective.folded}, autograd={self.objective.route})"
+            f"Influence({self.objective.name}: n={self.n}, p={self.objective.size}, curvature={self.curvature}, "
+            f"solver={self.solver}, damping={damping}, "
+            f"penalty={self.objective.penalty}, penalty_per_example={self.objective.folded}, "
+            f"autograd={self.objective.route})"
         )
 
-    # ------------------------------------------------------------------------------------------------ what is prepared once
+    # ---- what is prepared once ------------------------------------------------------------
 
     @property
     def n(self) -> int:
@@ -166,8 +173,7 @@ class Influence:
             self._risk_gradient = total / self.n + calculus.penalty_gradient(self.objective)
         return self._risk_gradient
 
-    # -------------------------------------------------------------------------------------------------- effects on θ̂
-
+    # ---- effects on the parameters ----------------------------------------------------------------------
     def on_params(self, rows: Rows = None) -> Float[NDArray[np.float64], "k p"]:
         """Equation 1: I_up,params(z) = dθ̂/dε = −(C + λI)⁻¹ ∇L(z) for each row, when its weight grows by ε.
 
@@ -204,13 +210,14 @@ class Influence:
             mixed = calculus.input_gradients(self.objective, self.examples.batch([int(row)]), eye)[:, 0].double().cpu()
             if len(moves) != len(rows) or move.shape != mixed.shape[1:]:
                 message = (
-                    f"deltas has shape {tuple(moves.shape)}; {len(rows)} rows of inputs of shape {tuple(mixed.shape[1:])} need {(len(rows), *mixed.shape[1:])}."
+                    f"deltas has shape {tuple(moves.shape)}; {len(rows)} rows of inputs of shape "
+                    f"{tuple(mixed.shape[1:])} need {(len(rows), *mixed.shape[1:])}."
                 )
                 raise InvalidInput(message)
             lines.append(mixed.flatten(1) @ move.flatten())
         return -self._solve(torch.stack(lines)).x.numpy()
 
-    # ------------------------------------------------------------------------------------------------ effects on queries
+    # ---- effects on queries ----------------------------------------------------------------------
 
     def on_loss(self, Xq: Queries, yq: Any = None, *, store: Any = None) -> Scores:
         """Equation 2: the change of each query's loss if a training row is removed, for every row.
@@ -231,7 +238,9 @@ class Influence:
         queries = self._queries(Xq, yq)
         return self._removal_scores(self.objective, queries, "loss", store)
 
-    def on_measure(self, measure: Callable[[Any, Any], Tensor], Xq: Queries, yq: Any = None, *, store: Any = None) -> Scores:
+    def on_measure(
+        self, measure: Callable[[Any, Any], Tensor], Xq: Queries, yq: Any = None, *, store: Any = None
+    ) -> Scores:
         """As on_loss, for any scalar `measure(params, example)` of a query: a margin, log-odds, a probability.
 
         Args:
@@ -241,7 +250,9 @@ class Influence:
             store: as for on_loss.
         """
         queries = self._queries(Xq, yq)
-        objective = calculus.probe(self.objective.measuring(measure), queries.batch(np.arange(min(_PROBE, len(queries)))))
+        objective = calculus.probe(
+            self.objective.measuring(measure), queries.batch(np.arange(min(_PROBE, len(queries))))
+        )
         return self._removal_scores(objective, queries, objective.name, store)
 
     def of_self(self, rows: Rows = None) -> SelfScores:
@@ -257,7 +268,14 @@ class Influence:
         values, residual, converged, sweeps, bottom = np.empty(len(rows)), [], True, 0, np.inf
         for start in range(0, len(rows), _SELF_BLOCK):
             block = rows[start : start + _SELF_BLOCK]
-            G = torch.from_numpy(self.sweep.emit(lambda batch, _: calculus.gradients(self.objective, batch), vectors=self._wide(), rows=block, label="self"))
+            G = torch.from_numpy(
+                self.sweep.emit(
+                    lambda batch, _: calculus.gradients(self.objective, batch),
+                    vectors=self._wide(),
+                    rows=block,
+                    label="self",
+                )
+            )
             solution = self._solve(G + shared)
             values[start : start + len(block)] = (G * solution.x).sum(1).numpy()
             residual.append(solution.residual)
@@ -295,11 +313,17 @@ class Influence:
         rows = self.examples.rows(rows)
         batch = self.examples.batch(rows)
         if not isinstance(batch, tuple | list) or len(batch) != 2:
-            message = "These examples are not (x, y) pairs, so there is no label to change. Use of_replacing with whole new examples."
+            message = (
+                "These examples are not (x, y) pairs, so there is no label to change. Use of_replacing with whole "
+                "new examples."
+            )
             raise InvalidInput(message)
         targets = self.encoder.targets(y_new)
         if targets.shape != batch[1].shape:
-            message = f"y_new has shape {tuple(targets.shape)}, and the labels of {len(rows)} rows have {tuple(batch[1].shape)}. Pass one new label per row."
+            message = (
+                f"y_new has shape {tuple(targets.shape)}, and the labels of {len(rows)} rows have "
+                f"{tuple(batch[1].shape)}. Pass one new label per row."
+            )
             raise InvalidInput(message)
         return self._replacing(rows, (batch[0], targets.to(batch[1].dtype)), "row relabelled", on)
 
@@ -316,7 +340,10 @@ class Influence:
         rows = self.examples.rows(rows)
         S = self._solve(self._gradients(self.objective, self._queries(*on))).x
         out = self.sweep.emit(
-            lambda batch, w: calculus.input_gradients(self.objective, batch, S).double().cpu().movedim(0, 1) * w.reshape(-1, *[1] * (_input_axes(batch) + 1)),
+            lambda batch, w: (
+                calculus.input_gradients(self.objective, batch, S).double().cpu().movedim(0, 1)
+                * w.reshape(-1, *[1] * (_input_axes(batch) + 1))
+            ),
             vectors=len(S),
             rows=rows,
             label="perturb",
@@ -338,10 +365,18 @@ class Influence:
         solution = self._solve(self._gradients(self.objective, queries))
         weights = self._class_weights(new.batch(slice(None)))
         G = self._row_gradients(new, np.arange(len(new)))
-        return self._scores(solution, G.numpy() @ solution.x.numpy().T, weights / self.n, np.arange(len(new)), "example added", queries, G=G)
+        return self._scores(
+            solution,
+            G.numpy() @ solution.x.numpy().T,
+            weights / self.n,
+            np.arange(len(new)),
+            "example added",
+            queries,
+            G=G,
+        )
 
     def of_groups(self, groups: Sequence[Rows] | Mapping[Any, Rows], *, on: tuple[Any, ...]) -> Scores:
-        """The change of each query's loss if a whole group of rows is removed, to first order: the sum over its members.
+        """The change of each query's loss if a whole group of rows is removed, to first order: the sum over members.
 
         Args:
             groups: lists of training rows, or a dict of them; column g of the result is group g in that order.
@@ -353,12 +388,25 @@ class Influence:
         single = self._removal_scores(self.objective, queries, "loss", None, union)
 
         def summed(values: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
-            return None if values is None else np.stack([values[:, np.searchsorted(union, group)].sum(1) for group in members], 1)
+            return (
+                None
+                if values is None
+                else np.stack([values[:, np.searchsorted(union, group)].sum(1) for group in members], 1)
+            )
 
         values = summed(single.values)
         assert values is not None
         n_groups = len(members)
-        return Scores(values, "group removed", np.arange(n_groups), self.n, single.certificate, np.full(n_groups, -1 / self.n), "loss", single.query_values)
+        return Scores(
+            values,
+            "group removed",
+            np.arange(n_groups),
+            self.n,
+            single.certificate,
+            np.full(n_groups, -1 / self.n),
+            "loss",
+            single.query_values,
+        )
 
     def of_removing(self, groups: Sequence[Rows], *, on: tuple[Any, ...]) -> Scores:
         """The change of each query's loss if rows are removed, by the removal's own Newton step (leverage corrected).
@@ -378,7 +426,8 @@ class Influence:
         """
         if self.objective.linear is None or type(self.curvature).__name__ not in {"Hessian", "GaussNewton", "Dense"}:
             message = (
-                f"of_removing updates the exact Hessian of a linear predictor, and this is {self.objective.name} with {self.curvature}. "
+                f"of_removing updates the exact Hessian of a linear predictor, and this is {self.objective.name} "
+                f"with {self.curvature}. "
                 "Use on_loss or of_groups (first order), or leave_one_out to retrain."
             )
             raise UnsupportedModel(message)
@@ -389,7 +438,11 @@ class Influence:
         step = removal.newton_steps(self.objective, self.sweep, self._solve, members, self.risk_gradient)
         values = removal.changes(self.objective, queries, step.theta_change)
         error = -(solution.x @ step.remaining_gradient.T).numpy()
-        columns = np.array([group[0] for group in members]) if all(len(group) == 1 for group in members) else np.arange(len(members))
+        columns = (
+            np.array([group[0] for group in members])
+            if all(len(group) == 1 for group in members)
+            else np.arange(len(members))
+        )
         certificate = self._certificate(solution, -(solution.x @ self.risk_gradient).numpy())
         now = self._query_values(self.objective, queries)
         return Scores(values, "row removed, Newton step", columns, self.n, certificate, None, "loss", now, error=error)
@@ -402,30 +455,41 @@ class Influence:
         Args:
             on: (Xq, yq) queries to measure the drift on; None uses a few training rows.
         """
-        queries = self.examples.batch(np.arange(min(8, self.n))) if on is None else self._queries(*on).batch(slice(0, 64))
+        queries = (
+            self.examples.batch(np.arange(min(8, self.n))) if on is None else self._queries(*on).batch(slice(0, 64))
+        )
         return examine(self, queries)
 
-    # ------------------------------------------------------------------------------------------------------ inner steps
-
+    # ---- inner steps ----------------------------------------------------------------------
     def _queries(self, X: Any, y: Any = None) -> Examples:
         return self.encoder.examples(X, y)
 
     def _new(self, rows: NDArray[np.int64], X: Any, y: Any) -> Examples:
         new = self._queries(X, y)
         if len(new) != len(rows):
-            message = f"{len(rows)} rows are to be replaced by {len(new)} new examples. Pass one new example for each row."
+            message = (
+                f"{len(rows)} rows are to be replaced by {len(new)} new examples. Pass one new example for each row."
+            )
             raise InvalidInput(message)
         return new
 
     def _groups(self, groups: Any) -> list[NDArray[np.int64]]:
-        listed = list(groups.values()) if isinstance(groups, Mapping) else list(groups) if isinstance(groups, Iterable) else [groups]
+        listed = (
+            list(groups.values())
+            if isinstance(groups, Mapping)
+            else list(groups)
+            if isinstance(groups, Iterable)
+            else [groups]
+        )
         if not listed:
             message = "groups is empty. Pass a list of rows, or a list of lists of rows."
             raise InvalidInput(message)
         members = [self.examples.rows(group) for group in listed]
         for number, group in enumerate(members):
             if len(np.unique(group)) < len(group):
-                message = f"Group {number} names a row twice; a row can be removed only once. Use np.unique on the group."
+                message = (
+                    f"Group {number} names a row twice; a row can be removed only once. Use np.unique on the group."
+                )
                 raise InvalidInput(message)
         return members
 
@@ -445,12 +509,21 @@ class Influence:
     def _gradients(self, objective: Objective, queries: Examples) -> Tensor:
         """(q, p) gradients of the measure, without penalty."""
         sweep = Sweep(objective, queries, self.sweep.batch_size, self.sweep.progress, self.sweep.example_bytes)
-        return torch.from_numpy(sweep.emit(lambda batch, _: calculus.gradients(objective, batch), vectors=self._wide(), label="query gradients"))
+        return torch.from_numpy(
+            sweep.emit(
+                lambda batch, _: calculus.gradients(objective, batch), vectors=self._wide(), label="query gradients"
+            )
+        )
 
     def _row_gradients(self, examples: Examples, rows: NDArray[np.int64]) -> Tensor:
         """(k, p) gradients of training rows or new examples, with the penalty's share."""
         sweep = Sweep(self.objective, examples, self.sweep.batch_size, self.sweep.progress, self.sweep.example_bytes)
-        G = sweep.emit(lambda batch, _: calculus.gradients(self.objective, batch), vectors=self._wide(), rows=rows, label="row gradients")
+        G = sweep.emit(
+            lambda batch, _: calculus.gradients(self.objective, batch),
+            vectors=self._wide(),
+            rows=rows,
+            label="row gradients",
+        )
         return torch.from_numpy(G) + self._shared_penalty()
 
     def _query_values(self, objective: Objective, queries: Examples) -> NDArray[np.float64]:
@@ -461,15 +534,34 @@ class Influence:
         """(r, k): the gradients of rows, with the penalty's share, times every vector of S."""
         constant = S @ self._shared_penalty()
         return self.sweep.emit(
-            lambda batch, _: calculus.dots(self.objective, batch, S).double().cpu() + constant, vectors=len(S), rows=rows, store=store, label="scores"
+            lambda batch, _: calculus.dots(self.objective, batch, S).double().cpu() + constant,
+            vectors=len(S),
+            rows=rows,
+            store=store,
+            label="scores",
         )
 
-    def _removal_scores(self, objective: Objective, queries: Examples, measure: str, store: Any, rows: NDArray[np.int64] | None = None) -> Scores:
+    def _removal_scores(
+        self, objective: Objective, queries: Examples, measure: str, store: Any, rows: NDArray[np.int64] | None = None
+    ) -> Scores:
         solution = self._solve(self._gradients(objective, queries))
-        kept = None if store is None else Store(store, self.fingerprint() | {"queries": queries.fingerprint(), "measure": measure})
+        kept = (
+            None
+            if store is None
+            else Store(store, self.fingerprint() | {"queries": queries.fingerprint(), "measure": measure})
+        )
         products = self._products(solution.x, rows, kept)
         columns = self.examples.rows(rows)
-        return self._scores(solution, products, -self.examples.weights[columns] / self.n, columns, "row removed", queries, objective, rows=rows)
+        return self._scores(
+            solution,
+            products,
+            -self.examples.weights[columns] / self.n,
+            columns,
+            "row removed",
+            queries,
+            objective,
+            rows=rows,
+        )
 
     def _scores(
         self,
@@ -529,10 +621,18 @@ class Influence:
         nonzero = np.where(weights == 0, 1, weights)
         per_weight = difference / torch.from_numpy(nonzero)[:, None]
         return self._scores(
-            solution, (per_weight @ solution.x.T).numpy(), np.where(weights == 0, 1 / self.n, scale), rows, counterfactual, queries, G=per_weight
+            solution,
+            (per_weight @ solution.x.T).numpy(),
+            np.where(weights == 0, 1 / self.n, scale),
+            rows,
+            counterfactual,
+            queries,
+            G=per_weight,
         )
 
-    def _replacement(self, rows: NDArray[np.int64], new: Any) -> tuple[NDArray[np.float64], Tensor, NDArray[np.float64]]:
+    def _replacement(
+        self, rows: NDArray[np.int64], new: Any
+    ) -> tuple[NDArray[np.float64], Tensor, NDArray[np.float64]]:
         """wᵢ/n, the change w_new ∇L(z_new) − wᵢ ∇L(zᵢ) of n·∇R, and wᵢ; a new label brings its own class weight."""
         old = self.examples.batch(rows)
         weights = self.examples.weights[rows]
@@ -547,7 +647,7 @@ class Influence:
 
     def _class_weights(self, batch: Any) -> NDArray[np.float64]:
         if not isinstance(batch, tuple | list) or not isinstance(batch[-1], Tensor):
-            return np.ones(int(batch.shape[0]) if hasattr(batch, "shape") else 1)
+            return np.ones(batch_length(batch))
         return self.encoder.class_weights(batch[-1])
 
     def fingerprint(self) -> dict[str, Any]:

@@ -68,7 +68,9 @@ def pull(objective: Objective, batch: Any, R: Float[Tensor, "k b"]) -> Float[Ten
     return transposed(objective, X, R.T[:, :, None] * slopes(objective, batch)[:, None, :])
 
 
-def hvp(objective: Objective, batch: Any, V: Float[Tensor, "k p"], weights: Float[Tensor, " b"]) -> Float[Tensor, "k p"]:
+def hvp(
+    objective: Objective, batch: Any, V: Float[Tensor, "k p"], weights: Float[Tensor, " b"]
+) -> Float[Tensor, "k p"]:
     """Σ_b w_b ∇²L_b V, which for a linear predictor is also the Gauss–Newton product."""
     X, _ = _inputs(objective, batch)
     h = weights[:, None, None] * curvatures(objective, batch)
@@ -128,7 +130,9 @@ def largest_curvature(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
     """λmax(∇²L_b) = λmax(h_b) ‖x̃_b‖² of every example, exactly."""
     X, _ = _inputs(objective, batch)
     squares = torch.from_numpy(X.multiply(X).sum(1).A1) if scipy.sparse.issparse(X) else (X * X).sum(1)
-    return torch.linalg.eigvalsh(curvatures(objective, batch))[:, -1] * (squares + float(_structure(objective).intercept))
+    return torch.linalg.eigvalsh(curvatures(objective, batch))[:, -1] * (
+        squares + float(_structure(objective).intercept)
+    )
 
 
 def _structure(objective: Objective) -> Linear:
@@ -143,7 +147,10 @@ def _inputs(objective: Objective, batch: Any) -> tuple[Any, Tensor]:
     X, y = batch
     d = _structure(objective).n_features
     if X.shape[1:] != (d,):
-        message = f"X has rows of shape {tuple(X.shape[1:])}, and the model was fitted on ({d},). Apply the same preprocessing as in fit()."
+        message = (
+            f"X has rows of shape {tuple(X.shape[1:])}, and the model was fitted on ({d},). Apply the same "
+            "preprocessing as in fit()."
+        )
         raise InvalidInput(message)
     if scipy.sparse.issparse(X):
         return X.astype("float64", copy=False), y

@@ -143,7 +143,10 @@ def smooth_hinge(t: float) -> Loss:
         InvalidInput: if t is not positive.
     """
     if not t > 0:
-        message = f"smooth_hinge: t is {t}, and must be a positive number. Try smooth_hinge(0.001), the paper's value, or losses.hinge."
+        message = (
+            f"smooth_hinge: t is {t}, and must be a positive number. Try smooth_hinge(0.001), the paper's value, or "
+            "losses.hinge."
+        )
         raise InvalidInput(message)
 
     def value(eta: Tensor, y: Tensor) -> Tensor:

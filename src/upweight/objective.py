@@ -41,7 +41,9 @@ class L2:
         return torch.stack(terms).sum() if terms else next(iter(blocks.values())).new_zeros(())
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{name}={value:.3g}" if isinstance(value, int | float) else name for name, value in self.strengths.items())
+        inside = ", ".join(
+            f"{name}={value:.3g}" if isinstance(value, int | float) else name for name, value in self.strengths.items()
+        )
         return f"L2({inside})"
 
 
@@ -67,7 +69,9 @@ class Route:
     reason: str = ""
 
     def __repr__(self) -> str:
-        return f"{self.examples} over examples, {self.cotangents} over vectors" + (f" ({self.reason})" if self.reason else "")
+        return f"{self.examples} over examples, {self.cotangents} over vectors" + (
+            f" ({self.reason})" if self.reason else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,18 @@ class Objective:
         penalty = self.penalty
         if isinstance(penalty, int | float | np.number) and not isinstance(penalty, bool):
             if not (np.isfinite(penalty) and penalty >= 0):
-                message = f"penalty={penalty}. A number λ means (λ/2)‖θ‖² and must be finite and ≥ 0; for anything else pass a function of params."
+                message = (
+                    f"penalty={penalty}. A number λ means (λ/2)‖θ‖² and must be finite and ≥ 0; for anything else "
+                    "pass a function of params."
+                )
                 raise InvalidInput(message)
-            object.__setattr__(self, "penalty", L2({name: float(penalty) for name in self.blocks}) if penalty > 0 else None)
+            object.__setattr__(
+                self, "penalty", L2({name: float(penalty) for name in self.blocks}) if penalty > 0 else None
+            )
         elif penalty is not None and not callable(penalty):
-            message = f"penalty is a {type(penalty).__name__}. Pass a float λ for (λ/2)‖θ‖², a function of params, or None."
+            message = (
+                f"penalty is a {type(penalty).__name__}. Pass a float λ for (λ/2)‖θ‖², a function of params, or None."
+            )
             raise InvalidInput(message)
 
     @property
@@ -164,7 +175,15 @@ class Objective:
 
     def measuring(self, measure: Callable[[Any, Any], Tensor]) -> Objective:
         """An objective whose loss is any other scalar of (params, example); for what a query asks."""
-        return replace(self, loss=measure, outputs=None, output_loss=None, linear=None, route=Route(), name=getattr(measure, "__name__", "measure"))
+        return replace(
+            self,
+            loss=measure,
+            outputs=None,
+            output_loss=None,
+            linear=None,
+            route=Route(),
+            name=getattr(measure, "__name__", "measure"),
+        )
 
     def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """V without its part along the gauge directions."""
@@ -190,7 +209,8 @@ class Objective:
             criterion: of a batch of one, for example `torch.nn.functional.cross_entropy`.
             penalty: as for Objective.
             penalty_per_example: as for Objective.
-            parameters: names (or a test on names) of the parameters to differentiate; None takes all with requires_grad.
+            parameters: names (or a test on names) of the parameters to differentiate; None takes all with
+                requires_grad.
             dtype: precision of the arithmetic; None means the precision of the weights.
 
         Raises:
@@ -200,7 +220,11 @@ class Objective:
         chosen = _chosen_parameters(model, parameters)
         total = sum(parameter.numel() for parameter in model.parameters())
         params = {name: parameter.detach().clone() for name, parameter in chosen.items()}
-        fixed = {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers()) if name not in chosen}
+        fixed = {
+            name: tensor.detach()
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if name not in chosen
+        }
         if dtype is not None:
             params = {name: tensor.to(dtype) for name, tensor in params.items()}
             fixed = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in fixed.items()}
@@ -242,26 +266,36 @@ def refuse_training_mode(model: torch.nn.Module) -> None:
             continue
         kind = type(module).__name__
         if "Dropout" in kind and getattr(module, "p", 1) > 0:
-            message = f"Dropout is active in '{name}' ({kind}, p={getattr(module, 'p', '?')}), so the loss of an example is random. Call model.eval() first."
+            message = (
+                f"Dropout is active in '{name}' ({kind}, p={getattr(module, 'p', '?')}), so the loss of an example "
+                "is random. Call model.eval() first."
+            )
             raise UnsupportedModel(message)
         if "BatchNorm" in kind:
             message = (
-                f"'{name}' ({kind}) is in training mode, so the loss of one example depends on the others in its batch and there is no "
+                f"'{name}' ({kind}) is in training mode, so the loss of one example depends on the others in its "
+                "batch and there is no "
                 "per-example loss to differentiate. Call model.eval() first: it then uses its running statistics."
             )
             raise UnsupportedModel(message)
 
 
-def _chosen_parameters(model: torch.nn.Module, parameters: Iterable[str] | Callable[[str], bool] | None) -> dict[str, Tensor]:
-    named = dict(model.named_parameters())
+def _chosen_parameters(
+    model: torch.nn.Module, parameters: Iterable[str] | Callable[[str], bool] | None
+) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = dict(model.named_parameters())
     if not named:
-        message = f"{type(model).__name__} has no parameters, so nothing was learned from data and there is no influence to compute."
+        message = (
+            f"{type(model).__name__} has no parameters, so nothing was learned from data and there is no influence "
+            "to compute."
+        )
         raise UnsupportedModel(message)
     if parameters is None:
         chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         if not chosen:
             message = (
-                f"All {len(named)} parameters of {type(model).__name__} are frozen (requires_grad=False), so there is nothing to differentiate. "
+                f"All {len(named)} parameters of {type(model).__name__} are frozen (requires_grad=False), so there "
+                "is nothing to differentiate. "
                 "Call requires_grad_(True) on what was trained, or name it: parameters=[...]."
             )
             raise UnsupportedModel(message)
@@ -272,10 +306,12 @@ def _chosen_parameters(model: torch.nn.Module, parameters: Iterable[str] | Calla
         wanted = [parameters] if isinstance(parameters, str) else list(parameters)
     unknown = [name for name in wanted if name not in named]
     if unknown or not wanted:
-        problem = f"parameters names {unknown}, which the model does not have" if unknown else "parameters selects nothing"
+        problem = (
+            f"parameters names {unknown}, which the model does not have" if unknown else "parameters selects nothing"
+        )
         message = f"{problem}. The model has: {', '.join(named)}."
         raise InvalidInput(message)
-    return {name: named[name] for name in named if name in set(wanted)}
+    return {name: parameter for name, parameter in named.items() if name in set(wanted)}
 
 
 def _as_blocks(params: Params) -> dict[str, Tensor]:
@@ -288,11 +324,17 @@ def _checked_params(params: Any) -> Params:
     def check(name: str, value: Any) -> Tensor:
         tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
         if not tensor.is_floating_point():
-            message = f"Parameter '{name}' has dtype {tensor.dtype}; only floating-point parameters can be differentiated. Convert it with .double()."
+            message = (
+                f"Parameter '{name}' has dtype {tensor.dtype}; only floating-point parameters can be "
+                "differentiated. Convert it with .double()."
+            )
             raise InvalidInput(message)
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
-            message = f"Parameter '{name}' holds {bad} NaN or infinite values: training diverged. Refit the model before explaining it."
+            message = (
+                f"Parameter '{name}' holds {bad} NaN or infinite values: training diverged. Refit the model before "
+                "explaining it."
+            )
             raise InvalidInput(message)
         return tensor
 

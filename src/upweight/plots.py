@@ -34,7 +34,12 @@ def agreement(scores: Scores, outcomes: Outcomes, ax: Axes | None = None, *, lab
     ends = np.array([low - margin, high + margin])
     ax.plot(ends, ends, color=GREY, linewidth=1, zorder=1)
     ax.scatter(predicted, actual, s=22, alpha=0.8, color=BLUE, edgecolor="white", linewidth=0.4, zorder=2, label=label)
-    ax.set(xlim=ends, ylim=ends, xlabel=f"predicted change of {scores.measure}", ylabel=f"actual change of {scores.measure}")
+    ax.set(
+        xlim=ends,
+        ylim=ends,
+        xlabel=f"predicted change of {scores.measure}",
+        ylabel=f"actual change of {scores.measure}",
+    )
     ax.set_aspect("equal")
     ax.grid(alpha=0.25)
     return ax

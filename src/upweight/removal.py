@@ -49,7 +49,10 @@ def newton_steps(
 ) -> NewtonStep:
     """The Newton step of removing each group, and what is left of the gradient after it."""
     if objective.folded and not isinstance(objective.penalty, L2):
-        message = "of_removing with penalty_per_example=True needs an L2 penalty, whose share it removes in closed form. Use on_loss (first order)."
+        message = (
+            "of_removing with penalty_per_example=True needs an L2 penalty, whose share it removes in closed form. "
+            "Use on_loss (first order)."
+        )
         raise UnsupportedModel(message)
     changes, gradients = [], []
     for start in range(0, len(groups), _GROUP_BLOCK):
@@ -60,7 +63,9 @@ def newton_steps(
     return NewtonStep(torch.cat(changes), torch.cat(gradients))
 
 
-def changes(objective: Objective, queries: Examples, theta_change: Float[Tensor, "g p"]) -> Float[NDArray[np.float64], "q g"]:
+def changes(
+    objective: Objective, queries: Examples, theta_change: Float[Tensor, "g p"]
+) -> Float[NDArray[np.float64], "q g"]:
     """ℓ(query) at θ̂ + Δ minus ℓ(query) at θ̂, exactly, for every query and move."""
     X, y = queries.batch(slice(None))
     X = X if not isinstance(X, Tensor) else X.double()
@@ -72,7 +77,9 @@ def changes(objective: Objective, queries: Examples, theta_change: Float[Tensor,
     return torch.stack([value(moved[:, g], y) - before for g in range(len(theta_change))], 1).numpy()
 
 
-def _steps(objective: Objective, examples: Examples, solve: Callable[[Tensor], Solution], groups: list[NDArray[np.int64]]) -> Tensor:
+def _steps(
+    objective: Objective, examples: Examples, solve: Callable[[Tensor], Solution], groups: list[NDArray[np.int64]]
+) -> Tensor:
     n, total = len(examples), float(examples.weights.sum())
     union = np.unique(np.concatenate(groups))
     batch = examples.batch(union)
@@ -120,13 +127,16 @@ def _refuse_singular(inner: Tensor, A: Tensor, D: Tensor, group: NDArray[np.int6
     if smallest < 1e-10:
         largest = float(torch.linalg.eigvals(A @ D).real.max())
         message = (
-            f"Removing rows {group[:5].tolist()} leaves no curvature in some direction (leverage {largest:.6f}): they alone determine a parameter. "
+            f"Removing rows {group[:5].tolist()} leaves no curvature in some direction (leverage {largest:.6f}): "
+            "they alone determine a parameter. "
             "Without them the fit is not unique. Add a penalty or damping, or remove other rows."
         )
         raise NotPositiveDefinite(message)
 
 
-def _remaining(objective: Objective, sweep: Sweep, groups: list[NDArray[np.int64]], change: Tensor, risk_gradient: Tensor) -> Tensor:
+def _remaining(
+    objective: Objective, sweep: Sweep, groups: list[NDArray[np.int64]], change: Tensor, risk_gradient: Tensor
+) -> Tensor:
     """∇R without each group at θ̂ + Δ, less the gradient that was there before: (g, p)."""
     loss = objective.linear.loss  # type: ignore[union-attr]
     g, K = len(groups), objective.linear.n_outputs  # type: ignore[union-attr]

@@ -59,8 +59,14 @@ class Page:
 
     def render(self) -> str:
         """The whole page."""
-        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(self.title)}</title><style>{_STYLE}</style>'
-        return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{html.escape(self.title)}</h1>{"".join(self.parts)}</body></html>\n'
+        head = (
+            '<meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width"><title>{html.escape(self.title)}</title><style>{_STYLE}</style>'
+        )
+        return (
+            "<!doctype html><html "
+            f'lang="en"><head>{head}</head><body><h1>{html.escape(self.title)}</h1>{"".join(self.parts)}</body></html>\n'
+        )
 
     def write(self, path: Path) -> Path:
         """Write the page atomically; returns its path."""
@@ -87,7 +93,8 @@ def picture(pixels: Float[NDArray[np.float64], "h w"]) -> str:
 def picture_row(cells: Sequence[tuple[str, str, str]]) -> str:
     """Pictures side by side; each has an address, a caption and a number below it."""
     figures = "".join(
-        f'<figure><img src="{address}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}<b>{html.escape(number)}</b></figcaption></figure>'
+        f'<figure><img src="{address}" '
+        f'alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}<b>{html.escape(number)}</b></figcaption></figure>'
         for address, caption, number in cells
     )
     return f'<div class="pictures">{figures}</div>'
@@ -100,7 +107,9 @@ def scatter(series: Sequence[tuple[Scores, str]], outcomes: Outcomes) -> str:
         plots.agreement(scores, outcomes, ax).set_title(name)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return f'<img class="plot" src="{_data_address(buffer.getvalue())}" alt="actual against predicted change of the loss">'
+    return (
+        f'<img class="plot" src="{_data_address(buffer.getvalue())}" alt="actual against predicted change of the loss">'
+    )
 
 
 def _data_address(png: bytes) -> str:

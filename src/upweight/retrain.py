@@ -28,7 +28,9 @@ from upweight.operators import Dense, Hessian
 from upweight.solvers import CG, Cholesky, Prepared
 from upweight.sweep import Sweep
 
-_WORTHWHILE = 0.2  # a Newton step with an old factor must shrink the gradient to this share, else the curvature is renewed
+_WORTHWHILE = (
+    0.2  # a Newton step with an old factor must shrink the gradient to this share, else the curvature is renewed
+)
 
 
 class Retrain(Protocol):
@@ -43,7 +45,8 @@ class Retrain(Protocol):
 class Newton:
     """Newton's method for objectives with a linear predictor, to a gradient far below one row's effect.
 
-    The curvature at θ̂ is factorised once and used again as long as it shrinks the gradient; it is renewed when it does not.
+    The curvature at θ̂ is factorised once and used again as long as it shrinks the gradient; it is renewed when it
+    does not.
 
     Args:
         rtol: ‖∇R_m‖ to reach, relative to the root mean square of ‖wᵢ∇Lᵢ‖/n.
@@ -89,7 +92,10 @@ class BoundNewton:
                 if float(new_gradient.norm()) >= size and size <= 1e3 * self.spec.rtol * self.typical:
                     return theta  # rounding, not curvature, is what is left
             theta, value, gradient = candidate, new_value, new_gradient
-        message = f"Newton's method left ‖∇R‖ = {float(gradient.norm()):.3g} after {self.spec.max_steps} steps. The objective may have no minimum without these rows; add a penalty."
+        message = (
+            f"Newton's method left ‖∇R‖ = {float(gradient.norm()):.3g} after {self.spec.max_steps} steps. The "
+            "objective may have no minimum without these rows; add a penalty."
+        )
         raise NotConverged(message)
 
 
@@ -129,12 +135,21 @@ class BoundLBFGS:
             value, gradient = _value_and_gradient(sweep, torch.from_numpy(vector))
             return value, gradient.numpy()
 
-        options = {"maxiter": self.spec.max_steps, "maxfun": 2 * self.spec.max_steps, "gtol": self.spec.gtol, "ftol": 0.0, "maxcor": 30}
-        result = scipy.optimize.minimize(function, sweep.objective.theta.numpy().copy(), jac=True, method="L-BFGS-B", options=options)
+        options = {
+            "maxiter": self.spec.max_steps,
+            "maxfun": 2 * self.spec.max_steps,
+            "gtol": self.spec.gtol,
+            "ftol": 0.0,
+            "maxcor": 30,
+        }
+        result = scipy.optimize.minimize(
+            function, sweep.objective.theta.numpy().copy(), jac=True, method="L-BFGS-B", options=options
+        )
         largest = float(np.abs(result.jac).max())
         if largest > 1e3 * self.spec.gtol:
             message = (
-                f"L-BFGS stopped with a gradient of {largest:.3g} after {result.nit} iterations ({result.message}); {self.spec.gtol:g} was asked. "
+                f"L-BFGS stopped with a gradient of {largest:.3g} after {result.nit} iterations ({result.message}); "
+                f"{self.spec.gtol:g} was asked. "
                 "Raise max_steps, accept less with LBFGS(gtol=…), or pass your own retrain=."
             )
             raise NotConverged(message)
@@ -157,7 +172,9 @@ def bound(retrain: Any, sweep: Sweep) -> Retrain:
     if hasattr(retrain, "bind"):
         return retrain.bind(sweep)
     if not callable(retrain):
-        message = f"retrain is a {type(retrain).__name__}. Pass a function (weights, seed) → params, or Newton() or LBFGS()."
+        message = (
+            f"retrain is a {type(retrain).__name__}. Pass a function (weights, seed) → params, or Newton() or LBFGS()."
+        )
         raise InvalidInput(message)
     return retrain
 
@@ -213,5 +230,10 @@ def _factor(sweep: Sweep) -> Prepared:
 def _typical_row(sweep: Sweep) -> float:
     rows = np.unique(np.linspace(0, sweep.n - 1, 256).astype(np.int64))
     wide = 1 + 16 * sweep.objective.size // sweep.example_bytes
-    norms = sweep.emit(lambda batch, w: calculus.gradients(sweep.objective, batch).double().norm(dim=1).cpu() * w, vectors=wide, rows=rows, label="row norms")
+    norms = sweep.emit(
+        lambda batch, w: calculus.gradients(sweep.objective, batch).double().norm(dim=1).cpu() * w,
+        vectors=wide,
+        rows=rows,
+        label="row norms",
+    )
     return max(float(np.sqrt(np.mean(norms**2))) / sweep.n, 1e-300)

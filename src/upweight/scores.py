@@ -113,22 +113,26 @@ class Scores:
             Undefined: if the counterfactual is not infinitesimal, or a row has weight 0.
         """
         if self.scale is None:
-            message = f"'{self.counterfactual}' is a finite change, so it has no derivative. Use .values, or on_loss for the derivative of equation 2."
+            message = (
+                f"'{self.counterfactual}' is a finite change, so it has no derivative. Use .values, or on_loss for "
+                "the derivative of equation 2."
+            )
             raise Undefined(message)
         if not self.scale.all():
             row = int(self.rows[np.flatnonzero(self.scale == 0)[0]])
             message = (
-                f"Row {row} has sample weight 0: removing it changes nothing (values = 0) and its derivative is not kept. Use of_adding for its derivative."
+                f"Row {row} has sample weight 0: removing it changes nothing (values = 0) and its derivative is not "
+                "kept. Use of_adding for its derivative."
             )
             raise Undefined(message)
         return self.values / self.scale
 
     def helpful(self, k: int = 10) -> TopK:
-        """The k columns with the largest values, largest first: rows that help the query, if the counterfactual is removal."""
+        """The k columns with the largest values, largest first; on removal, the rows that help the query most."""
         return self._top(-self.values, k)
 
     def harmful(self, k: int = 10) -> TopK:
-        """The k columns with the smallest values, smallest first: rows that harm the query, if the counterfactual is removal."""
+        """The k columns with the smallest values, smallest first; on removal, the rows that harm the query most."""
         return self._top(self.values, k)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -142,7 +146,13 @@ class Scores:
         arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
         card = asdict(self.certificate)
         arrays |= {f"certificate.{name}": card.pop(name) for name in ("residual", "drift")}
-        text = {"counterfactual": self.counterfactual, "measure": self.measure, "n": self.n, "certificate": card, "kind": "scores"}
+        text = {
+            "counterfactual": self.counterfactual,
+            "measure": self.measure,
+            "n": self.n,
+            "certificate": card,
+            "kind": "scores",
+        }
         write_tensors(path, arrays, {"upweight": json.dumps(text)})
 
     @classmethod
@@ -155,27 +165,42 @@ class Scores:
         arrays, metadata = read_tensors(path)
         text = json.loads(metadata.get("upweight", "{}"))
         if text.get("kind") != "scores":
-            message = f"{path} is a safetensors file without upweight scores in it. Scores are written by scores.save(path)."
+            message = (
+                f"{path} is a safetensors file without upweight scores in it. Scores are written by scores.save(path)."
+            )
             raise InvalidInput(message)
-        card = Certificate(residual=arrays.pop("certificate.residual"), drift=arrays.pop("certificate.drift"), **text["certificate"])
-        return cls(**arrays, counterfactual=text["counterfactual"], measure=text["measure"], n=text["n"], certificate=card)  # type: ignore[arg-type]
+        card = Certificate(
+            residual=arrays.pop("certificate.residual"), drift=arrays.pop("certificate.drift"), **text["certificate"]
+        )
+        return cls(
+            **arrays, counterfactual=text["counterfactual"], measure=text["measure"], n=text["n"], certificate=card
+        )  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         queries, columns = self.values.shape
-        return f"Scores({queries} queries × {columns} columns: change of the query's {self.measure}, {self.counterfactual}; {self.certificate})"
+        return (
+            f"Scores({queries} queries × {columns} columns: change of the query's {self.measure}, "
+            f"{self.counterfactual}; {self.certificate})"
+        )
 
     def _repr_html_(self, queries: int = 5, k: int = 3) -> str:
         """A small table for notebooks: for each of the first queries, the rows that help and harm most."""
         up, down = self.helpful(min(k, self.values.shape[1])), self.harmful(min(k, self.values.shape[1]))
 
         def cell(top: TopK, query: int) -> str:
-            return ", ".join(f"{row}&nbsp;({value:+.3g})" for row, value in zip(top.rows[query], top.values[query], strict=True))
+            return ", ".join(
+                f"{row}&nbsp;({value:+.3g})" for row, value in zip(top.rows[query], top.values[query], strict=True)
+            )
 
-        lines = [f"<tr><td>{q}</td><td>{cell(up, q)}</td><td>{cell(down, q)}</td></tr>" for q in range(min(queries, len(self.values)))]
+        lines = [
+            f"<tr><td>{q}</td><td>{cell(up, q)}</td><td>{cell(down, q)}</td></tr>"
+            for q in range(min(queries, len(self.values)))
+        ]
         more = f"<p>… and {len(self.values) - queries} more queries</p>" if len(self.values) > queries else ""
         caption = html.escape(f"Change of the query's {self.measure}, {self.counterfactual}")
         head = "<tr><th>query</th><th>most helpful (value rises)</th><th>most harmful (value falls)</th></tr>"
-        return f"<table><caption>{caption}</caption>{head}{''.join(lines)}</table>{more}<p><small>{html.escape(str(self.certificate))}</small></p>"
+        certificate = f"<p><small>{html.escape(str(self.certificate))}</small></p>"
+        return f"<table><caption>{caption}</caption>{head}{''.join(lines)}</table>{more}{certificate}"
 
     def _top(self, keys: NDArray[np.float64], k: int) -> TopK:
         order = top_columns(keys, k)
@@ -184,7 +209,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class SelfScores:
-    """Each row's removal, measured on its own loss: `values` (n,), ≥ 0 when the penalty is not folded and C + λI is positive.
+    """Each row's removal, measured on its own loss: `values` (n,).
+
+    They are ≥ 0 when the penalty is not folded and C + λI is positive.
 
     Large values belong to rows that the model could not predict from the others: mislabelled, rare or atypical.
     """

@@ -52,7 +52,10 @@ class Store:
             self.path.mkdir(parents=True, exist_ok=True)
             strangers = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".tmp-"))
             if strangers:
-                message = f"{self.path} is not empty ({strangers[0]}, …) and is no upweight store. Name an empty or a new folder."
+                message = (
+                    f"{self.path} is not empty ({strangers[0]}, …) and is no upweight store. Name an empty or a new "
+                    "folder."
+                )
                 raise InvalidInput(message)
             write_file(file, json.dumps(manifest, indent=1, sort_keys=True).encode())
 
@@ -81,7 +84,9 @@ def write_file(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def write_tensors(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> None:
     """Arrays and text in one safetensors file, written atomically."""
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     write_file(Path(path), save_tensors(whole, metadata=dict(metadata) if metadata else None))
@@ -110,7 +115,14 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]],
 def _compare(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
     old = {"format": found.get("format"), **found.get("fingerprint", {})}
     new = {"format": wanted["format"], **wanted["fingerprint"]}
-    differences = [f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    differences = [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
     if differences:
-        message = f"{path} holds the results of other work. Different: {'; '.join(differences)}. Name another folder, or delete this one to start again."
+        message = (
+            f"{path} holds the results of other work. Different: {'; '.join(differences)}. Name another folder, or "
+            "delete this one to start again."
+        )
         raise StoreMismatch(message)

@@ -39,7 +39,10 @@ def load(name: str) -> Study:
     """
     module_name, colon, function_name = name.partition(":")
     if not colon or not function_name:
-        message = f"'{name}' does not name a function. Write module:function, for example my_study:digits, where digits() returns an upweight.Study."
+        message = (
+            f"'{name}' does not name a function. Write module:function, for example my_study:digits, where digits() "
+            "returns an upweight.Study."
+        )
         raise InvalidInput(message)
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -48,7 +51,10 @@ def load(name: str) -> Study:
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
             raise
-        message = f"There is no module '{error.name}' on the path. Run from the folder that holds {error.name.partition('.')[0]}.py, or install it."
+        message = (
+            f"There is no module '{error.name}' on the path. Run from the folder that holds "
+            f"{error.name.partition('.')[0]}.py, or install it."
+        )
         raise PathNotFound(message) from error
     function = getattr(module, function_name, None)
     if not callable(function):

@@ -60,7 +60,14 @@ class Sweep:
         """The number of examples."""
         return len(self.examples)
 
-    def fold(self, function: Callable[[Any, Tensor], Tensor], *, vectors: int = 1, rows: NDArray[np.int64] | None = None, label: str = "fold") -> Tensor:
+    def fold(
+        self,
+        function: Callable[[Any, Tensor], Tensor],
+        *,
+        vectors: int = 1,
+        rows: NDArray[np.int64] | None = None,
+        label: str = "fold",
+    ) -> Tensor:
         """The sum of function(batch, weights) over all batches, float64.
 
         Args:
@@ -99,7 +106,9 @@ class Sweep:
             if store is not None and number in store:
                 values = store.read(number)
             else:
-                values = np.concatenate([batch.double().cpu().numpy() for batch in self._batches(function, chunk, vectors)])
+                values = np.concatenate(
+                    [batch.double().cpu().numpy() for batch in self._batches(function, chunk, vectors)]
+                )
                 if store is not None:
                     store.write(number, values)
             if outputs is None:
@@ -111,14 +120,18 @@ class Sweep:
     def _chunks(self, rows: NDArray[np.int64] | None, label: str) -> Iterator[tuple[int, slice | NDArray[np.int64]]]:
         n = self.n if rows is None else len(rows)
         hidden = not sys.stderr.isatty() if self.progress is None else not self.progress
-        with tqdm(total=n, desc=label, unit="row", unit_scale=True, leave=False, disable=hidden, file=sys.stderr) as bar:
+        with tqdm(
+            total=n, desc=label, unit="row", unit_scale=True, leave=False, disable=hidden, file=sys.stderr
+        ) as bar:
             for number, start in enumerate(range(0, n, CHUNK)):
                 stop = min(start + CHUNK, n)
                 yield number, slice(start, stop) if rows is None else rows[start:stop]
                 bar.update(stop - start)
 
-    def _batches(self, function: Callable[[Any, Tensor], Tensor], chunk: slice | NDArray[np.int64], vectors: int) -> Iterator[Tensor]:
-        """Results for one chunk, in batches that fit; a batch that runs out of memory is tried again at half the size."""
+    def _batches(
+        self, function: Callable[[Any, Tensor], Tensor], chunk: slice | NDArray[np.int64], vectors: int
+    ) -> Iterator[Tensor]:
+        """Results for one chunk, in batches that fit; one that runs out of memory is tried again at half the size."""
         length = chunk.stop - chunk.start if isinstance(chunk, slice) else len(chunk)
         size = self.batch_size or max(1, self.memory // (self.example_bytes * (1 + vectors)))
         start = 0
@@ -137,4 +150,8 @@ class Sweep:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )

@@ -39,7 +39,10 @@ class Outcomes:
     rows: Int[NDArray[np.int64], " r"]
 
     def __repr__(self) -> str:
-        return f"Outcomes({self.actual.shape[0]} queries × {len(self.rows)} retrainings; control drift ≤ {np.abs(self.control).max():.2g})"
+        return (
+            f"Outcomes({self.actual.shape[0]} queries × {len(self.rows)} retrainings; control drift ≤ "
+            f"{np.abs(self.control).max():.2g})"
+        )
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Agreement:
     Args:
         pearson: linear correlation.
         spearman: rank correlation.
-        slope: least squares of actual on predicted, with an intercept; 1 means that the size is right, which no correlation sees.
+        slope: least squares of actual on predicted, with an intercept; 1 means that the size is right, which no
+            correlation sees.
         intercept: of the same line, in units of the measure.
         pairs: how many pairs were compared.
     """
@@ -123,7 +127,8 @@ def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
     missing = [int(row) for row in outcomes.rows if int(row) not in place]
     if missing or len(scores.values) != len(outcomes.actual):
         message = (
-            f"The scores hold {len(scores.values)} queries and {len(place)} rows, the outcomes {len(outcomes.actual)} queries"
+            f"The scores hold {len(scores.values)} queries and {len(place)} rows, the outcomes "
+            f"{len(outcomes.actual)} queries"
             + (f" and rows such as {missing[0]} that the scores do not have" if missing else "")
             + ". Compare scores and outcomes of the same queries and rows."
         )
@@ -131,12 +136,15 @@ def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
     predicted = scores.values[:, [place[int(row)] for row in outcomes.rows]].ravel()
     actual = outcomes.actual.ravel()
     if len(predicted) < 2 or np.ptp(predicted) == 0:
-        message = f"{len(predicted)} pair(s) with a spread of {np.ptp(predicted):.3g} in the prediction: a slope needs at least two different predictions."
+        message = (
+            f"{len(predicted)} pair(s) with a spread of {np.ptp(predicted):.3g} in the prediction: a slope needs at "
+            "least two different predictions."
+        )
         raise InvalidInput(message)
     slope, intercept = np.polyfit(predicted, actual, 1)
     constant = np.ptp(actual) == 0
     pearson = float("nan") if constant else float(np.corrcoef(predicted, actual)[0, 1])
-    spearman = float("nan") if constant else float(scipy.stats.spearmanr(predicted, actual).statistic)
+    spearman = float("nan") if constant else float(scipy.stats.spearmanr(predicted, actual)[0])  # type: ignore[arg-type]
     return Agreement(pearson, spearman, float(slope), float(intercept), len(predicted))
 
 
@@ -149,12 +157,18 @@ def _flat(objective: Objective, params: Any) -> Tensor:
     if isinstance(params, dict):
         missing = [name for name in objective.blocks if name not in params]
         if missing:
-            message = f"retrain returned parameters without '{missing[0]}'. Return a dict with the names {list(objective.blocks)}, or one flat vector."
+            message = (
+                f"retrain returned parameters without '{missing[0]}'. Return a dict with the names "
+                f"{list(objective.blocks)}, or one flat vector."
+            )
             raise InvalidInput(message)
         vector = torch.cat([torch.as_tensor(params[name]).detach().reshape(-1).double() for name in objective.blocks])
     else:
         vector = torch.as_tensor(params).detach().reshape(-1).double()
     if len(vector) != objective.size:
-        message = f"retrain returned {len(vector)} numbers, and the objective has {objective.size} parameters ({', '.join(objective.blocks)})."
+        message = (
+            f"retrain returned {len(vector)} numbers, and the objective has {objective.size} parameters "
+            f"({', '.join(objective.blocks)})."
+        )
         raise InvalidInput(message)
     return vector

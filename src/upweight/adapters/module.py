@@ -49,24 +49,47 @@ def explain(
     examples = X if isinstance(X, Examples) else Examples(X, y, sample_weight=sample_weight)
     probe = examples.batch(np.arange(min(_PROBE, len(examples))))
     if not isinstance(probe, tuple | list) or len(probe) != 2:
-        message = "A module is explained on (x, y) examples. Pass X and y, or a Dataset of (x, y); for other shapes write Objective(loss, params)."
+        message = (
+            "A module is explained on (x, y) examples. Pass X and y, or a Dataset of (x, y); for other shapes "
+            "write Objective(loss, params)."
+        )
         raise InvalidInput(message)
 
     def build(criterion: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype | None) -> Objective:
-        return Objective.from_module(model, criterion, penalty=penalty, penalty_per_example=penalty_per_example, parameters=parameters, dtype=dtype)
+        return Objective.from_module(
+            model,
+            criterion,
+            penalty=penalty,
+            penalty_per_example=penalty_per_example,
+            parameters=parameters,
+            dtype=dtype,
+        )
 
     objective, criterion, dtype = _working(build, loss, probe)
     _refuse_other_reductions(model, criterion, objective, probe)
     encoder = PlainEncoder()
-    influence = Influence(objective, examples, curvature=curvature, solver=solver, damping=damping, batch_size=batch_size, progress=progress, encoder=encoder)
+    influence = Influence(
+        objective,
+        examples,
+        curvature=curvature,
+        solver=solver,
+        damping=damping,
+        batch_size=batch_size,
+        progress=progress,
+        encoder=encoder,
+    )
     if dtype is None and objective.reference.dtype != torch.float64:
-        route = replace(influence.objective.route, reason=f"in {objective.reference.dtype}, for the module refuses float64")
+        route = replace(
+            influence.objective.route, reason=f"in {objective.reference.dtype}, for the module refuses float64"
+        )
         influence.objective = replace(influence.objective, route=route)
     return influence
 
 
 def _working(
-    build: Callable[[Callable[[Tensor, Tensor], Tensor], torch.dtype | None], Objective], loss: Callable[[Tensor, Tensor], Tensor], probe: Any
+    build: Callable[[Callable[[Tensor, Tensor], Tensor], torch.dtype | None], Objective],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    probe: Any,
 ) -> tuple[Objective, Callable[[Tensor, Tensor], Tensor], torch.dtype | None]:
     """The first of a few equivalent readings of dtype and labels under which the loss of an example can be computed.
 
@@ -93,14 +116,18 @@ def _working(
                     calculus.probe(objective, tree_map(lambda leaf: leaf[:2], probe))
             except UpweightError as error:
                 failures.append(error)
-                if isinstance(error.__cause__, RuntimeError | TypeError | ValueError) and "failed on one example" in str(error):
+                if isinstance(
+                    error.__cause__, RuntimeError | TypeError | ValueError
+                ) and "failed on one example" in str(error):
                     continue
                 raise
             return objective, criterion, dtype
     raise failures[0]
 
 
-def _refuse_other_reductions(model: torch.nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], objective: Objective, probe: Any) -> None:
+def _refuse_other_reductions(
+    model: torch.nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], objective: Objective, probe: Any
+) -> None:
     """The criterion on a batch must be the mean, or the sum, of its single-example values.
 
     Raises:
@@ -109,24 +136,35 @@ def _refuse_other_reductions(model: torch.nn.Module, criterion: Callable[[Tensor
     reference = objective.reference
     cast = tree_map(lambda leaf: leaf.to(reference.dtype) if leaf.is_floating_point() else leaf, probe)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a broadcasting criterion warns; its value then differs, which is what we look for
+        warnings.simplefilter(
+            "ignore"
+        )  # a broadcasting criterion warns; its value then differs, which is what we look for
         singles = torch.stack([objective.loss(objective.params, take(cast, b)) for b in range(batch_length(cast))])
         try:
             rows = [objective.outputs(objective.params, take(cast, b)) for b in range(batch_length(cast))]  # type: ignore[misc]
             batch = criterion(torch.cat(rows), cast[1])
         except (RuntimeError, ValueError, TypeError) as error:
-            message = f"The criterion accepts one example but not a batch of {len(singles)} ({error}). Pass loss(output, target) that takes a batch."
+            message = (
+                f"The criterion accepts one example but not a batch of {len(singles)} ({error}). Pass loss(output, "
+                "target) that takes a batch."
+            )
             raise InvalidInput(message) from error
     if batch.shape != ():
-        message = f"The criterion returns a tensor of shape {tuple(batch.shape)} for a batch; it must return one number. Use reduction='mean'."
+        message = (
+            f"The criterion returns a tensor of shape {tuple(batch.shape)} for a batch; it must return one number. "
+            "Use reduction='mean'."
+        )
         raise InvalidInput(message)
     mean, total, value = float(singles.mean()), float(singles.sum()), float(batch)
     size = float(singles.abs().max()) + 1e-12
     if abs(value - mean) > 1e-5 * size and abs(value - total) > 1e-5 * size * len(singles):
         shapes = [tuple(leaf.shape) for leaf in leaves(cast[1])]
         message = (
-            f"The criterion gives {value:.6g} for {len(singles)} examples whose single values have the mean {mean:.6g} and the sum {total:.6g}. "
-            f"It weighs examples unequally (class weights, ignore_index, token means) or broadcasts outputs {tuple(torch.cat(rows).shape)} against targets {shapes}. "
-            f"Pass an unweighted criterion to {type(model).__name__} and put the weights into sample_weight; make output and target shapes equal."
+            f"The criterion gives {value:.6g} for {len(singles)} examples whose single values have the mean "
+            f"{mean:.6g} and the sum {total:.6g}. "
+            "It weighs examples unequally (class weights, ignore_index, token means) or broadcasts outputs "
+            f"{tuple(torch.cat(rows).shape)} against targets {shapes}. "
+            f"Pass an unweighted criterion to {type(model).__name__} and put the weights into sample_weight; make "
+            "output and target shapes equal."
         )
         raise InvalidInput(message)

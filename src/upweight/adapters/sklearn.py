@@ -46,7 +46,8 @@ class Built:
         intercept_penalty: λ of (λ/2)‖intercept‖², 0 when it is free.
         targets: turns labels into what ℓ expects.
         class_weights: the weight of each encoded target.
-        gauge: "none", "intercept" or "all": which blocks a common shift of all outputs leaves the loss unchanged and free.
+        gauge: "none", "intercept" or "all": which blocks a common shift of all outputs leaves the loss unchanged and
+            free.
         predictor: the estimator's own η, to compare with.
     """
 
@@ -97,12 +98,23 @@ def explain(
     encoder = SklearnEncoder(transformers, estimator, built)
     targets = built.targets(y)
     if len(targets) != x.shape[0]:
-        message = f"X has {x.shape[0]} rows and y has {len(targets)}. They must describe the same examples in the same order."
+        message = (
+            f"X has {x.shape[0]} rows and y has {len(targets)}. They must describe the same examples in the same order."
+        )
         raise InvalidInput(message)
     examples = Examples(x, targets, sample_weight=weights * built.class_weights(targets))
     objective = _objective(built, type(estimator).__name__, penalty_per_example)
     _compare_predictors(objective, examples, built, estimator)
-    influence = Influence(objective, examples, curvature=curvature, solver=solver, damping=damping, batch_size=batch_size, progress=progress, encoder=encoder)
+    influence = Influence(
+        objective,
+        examples,
+        curvature=curvature,
+        solver=solver,
+        damping=damping,
+        batch_size=batch_size,
+        progress=progress,
+        encoder=encoder,
+    )
     _warn_if_not_at_minimum(influence, estimator)
     return influence
 
@@ -125,15 +137,24 @@ class SklearnEncoder:
                 raise InvalidInput(message) from error
         names = getattr(self.estimator, "feature_names_in_", None)
         if self.transformers is None and names is not None and hasattr(X, "columns") and list(X.columns) != list(names):
-            message = f"X has the columns {list(X.columns)[:8]}, and the model was fitted on {list(names)[:8]}. Pass the same columns in the same order."
+            message = (
+                f"X has the columns {list(X.columns)[:8]}, and the model was fitted on {list(names)[:8]}. Pass the "
+                "same columns in the same order."
+            )
             raise InvalidInput(message)
         array = as_array(X, "X")
         if array.ndim != 2:
-            message = f"X has shape {tuple(array.shape)}; it needs two axes, (rows, features). Write X.reshape(1, -1) for a single row."
+            message = (
+                f"X has shape {tuple(array.shape)}; it needs two axes, (rows, features). Write X.reshape(1, -1) for "
+                "a single row."
+            )
             raise InvalidInput(message)
         expected = self.estimator.n_features_in_
         if array.shape[1] != expected:
-            message = f"X has {array.shape[1]} features, and the model was fitted on {expected}. Pass the same columns as in fit()."
+            message = (
+                f"X has {array.shape[1]} features, and the model was fitted on {expected}. Pass the same columns as "
+                "in fit()."
+            )
             raise InvalidInput(message)
         return array
 
@@ -157,21 +178,30 @@ class SklearnEncoder:
         return self.built.targets(y)
 
 
-# ------------------------------------------------------------------------------------------------------------- builders
+# ---- builders --------------------------------------------------------------------------------
 
 
 def _logistic_regression(model: Any, y: Any, n: int, sample_weight: Any) -> Built:
     strength, ratio = _l2_strength(model, n)
     if ratio:
-        message = f"LogisticRegression with an l1 share of {ratio:g} has a penalty without second derivatives. Refit with l2 (l1_ratio=0), or without a penalty (C=inf)."
+        message = (
+            f"LogisticRegression with an l1 share of {ratio:g} has a penalty without second derivatives. Refit with "
+            "l2 (l1_ratio=0), or without a penalty (C=inf)."
+        )
         raise UnsupportedModel(message)
     K = len(model.classes_)
     if K > 2 and (getattr(model, "multi_class", "auto") == "ovr" or model.solver == "liblinear"):
-        message = f"One-vs-rest LogisticRegression with {K} classes is {K} separate problems. Refit as multinomial (the default), or explain each binary model."
+        message = (
+            f"One-vs-rest LogisticRegression with {K} classes is {K} separate problems. Refit as multinomial (the "
+            "default), or explain each binary model."
+        )
         raise UnsupportedModel(message)
     softmax_pair = K == 2 and getattr(model, "multi_class", "auto") == "multinomial"
     if softmax_pair:
-        message = "LogisticRegression(multi_class='multinomial') on two classes penalises half of what its coefficients show. Refit without multi_class."
+        message = (
+            "LogisticRegression(multi_class='multinomial') on two classes penalises half of what its coefficients "
+            "show. Refit without multi_class."
+        )
         raise UnsupportedModel(message)
     per_class = _class_weight_vector(model, model.classes_, y, sample_weight)
     liblinear = model.solver == "liblinear"
@@ -216,8 +246,8 @@ def _ridge_classifier(model: Any, y: Any, n: int, _sample_weight: Any) -> Built:
     def signs(labels: Any) -> NDArray[np.float64]:
         numbers = _class_numbers(labels, model.classes_)
         if len(model.classes_) == 2:
-            return 2.0 * numbers[:, None] - 1
-        return 2.0 * (numbers[:, None] == np.arange(len(model.classes_))) - 1
+            return np.where(numbers[:, None] == 1, 1.0, -1.0)
+        return np.where(numbers[:, None] == np.arange(len(model.classes_)), 1.0, -1.0)
 
     def class_weights(targets: NDArray[Any]) -> NDArray[np.float64]:
         numbers = (targets[:, 0] > 0).astype(int) if targets.shape[1] == 1 else targets.argmax(1)
@@ -228,7 +258,10 @@ def _ridge_classifier(model: Any, y: Any, n: int, _sample_weight: Any) -> Built:
 
 def _squared(model: Any, coef_penalty: Any, targets: Callable[[Any], NDArray[Any]], class_weights: Any = None) -> Built:
     if getattr(model, "positive", False):
-        message = f"{type(model).__name__}(positive=True) is a constrained fit; at a bound θ̂ does not move smoothly. Refit with positive=False."
+        message = (
+            f"{type(model).__name__}(positive=True) is a constrained fit; at a bound θ̂ does not move smoothly. "
+            "Refit with positive=False."
+        )
         raise UnsupportedModel(message)
     coef = np.atleast_2d(np.asarray(model.coef_, dtype=np.float64))
     K = len(coef)
@@ -261,7 +294,7 @@ BUILDERS: dict[str, Builder] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ the parts
+# ---- the parts --------------------------------------------------------------------------------
 
 
 def _split(model: Any) -> tuple[Any, Any]:
@@ -278,11 +311,17 @@ def _builder(estimator: Any) -> Builder:
         return BUILDERS[name]
     supported = ", ".join(BUILDERS)
     if any(word in name for word in ("Tree", "Forest", "Boosting", "Bagging", "Neighbors")):
-        why = "is not fitted by minimising a smooth function of parameters, so influence functions do not apply to it. Retrain without the rows instead"
+        why = (
+            "is not fitted by minimising a smooth function of parameters, so influence functions do not apply to "
+            "it. Retrain without the rows instead"
+        )
     elif hasattr(estimator, "named_steps") or isinstance(estimator, type):
         why = "is not a fitted estimator at the end of a Pipeline. Pass the fitted object"
     else:
-        why = "is not supported. Write its objective yourself: upweight.Influence(upweight.Objective(loss, params, penalty=…), (X, y))"
+        why = (
+            "is not supported. Write its objective yourself: upweight.Influence(upweight.Objective(loss, params, "
+            "penalty=…), (X, y))"
+        )
     message = f"{name} {why}. Supported estimators: {supported}, and a Pipeline of transformers around one of them."
     raise UnsupportedModel(message)
 
@@ -292,7 +331,9 @@ def _require_fitted(model: Any, estimator: Any) -> None:
     try:
         validation.check_is_fitted(estimator)
     except Exception as error:
-        message = f"{type(model).__name__} is not fitted, so it has no parameters to explain. Call model.fit(X, y) first."
+        message = (
+            f"{type(model).__name__} is not fitted, so it has no parameters to explain. Call model.fit(X, y) first."
+        )
         raise NotFitted(message) from error
 
 
@@ -303,7 +344,9 @@ def _objective(built: Built, name: str, penalty_per_example: bool | None) -> Obj
         params["intercept"] = torch.tensor(built.intercept)
     strengths: dict[str, Any] = {}
     if np.any(built.coef_penalty):
-        strengths["coef"] = float(built.coef_penalty) if np.size(built.coef_penalty) == 1 else torch.as_tensor(built.coef_penalty)
+        strengths["coef"] = (
+            float(built.coef_penalty) if np.size(built.coef_penalty) == 1 else torch.as_tensor(built.coef_penalty)
+        )
     if built.intercept is not None and built.intercept_penalty:
         strengths["intercept"] = built.intercept_penalty
     structure = Linear(built.loss, K, d, built.intercept is not None)
@@ -323,7 +366,9 @@ def _objective(built: Built, name: str, penalty_per_example: bool | None) -> Obj
         outputs=outputs,
         output_loss=lambda output, example: built.loss(output, example[1]),
         linear=structure,
-        gauge=None if built.gauge == "none" or (built.gauge == "intercept" and built.intercept is None) else _shift_projector(structure, built.gauge),
+        gauge=None
+        if built.gauge == "none" or (built.gauge == "intercept" and built.intercept is None)
+        else _shift_projector(structure, built.gauge),
         name=name,
     )
 
@@ -361,7 +406,10 @@ def _class_numbers(labels: Any, classes: NDArray[Any]) -> NDArray[np.int64]:
     numbers = {label: number for number, label in enumerate(classes.tolist())}
     unseen = sorted({str(label) for label in array.tolist() if label not in numbers})
     if unseen:
-        message = f"y holds labels that fit() never saw: {', '.join(unseen[:5])}. The model knows {', '.join(map(str, classes.tolist()[:10]))}."
+        message = (
+            f"y holds labels that fit() never saw: {', '.join(unseen[:5])}. The model knows "
+            f"{', '.join(map(str, classes.tolist()[:10]))}."
+        )
         raise InvalidInput(message)
     return np.array([numbers[label] for label in array.tolist()], dtype=np.int64)
 
@@ -376,15 +424,21 @@ def _class_weight_vector(model: Any, classes: NDArray[Any], y: Any, sample_weigh
         return np.ones(len(classes))
     compute = require("sklearn.utils.class_weight", "sklearn").compute_class_weight
     labels = classes[_class_numbers(y, classes)]
-    extra = {"sample_weight": sample_weight} if sample_weight is not None and "sample_weight" in inspect.signature(compute).parameters else {}
-    return np.asarray(compute(model.class_weight, classes=classes, y=labels, **extra), dtype=np.float64)
+    extra = (
+        {"sample_weight": sample_weight}
+        if sample_weight is not None and "sample_weight" in inspect.signature(compute).parameters
+        else {}
+    )
+    return np.array(compute(model.class_weight, classes=classes, y=labels, **extra), dtype=np.float64)
 
 
 def _compare_predictors(objective: Objective, examples: Examples, built: Built, estimator: Any) -> None:
     """Our η must be the estimator's own: otherwise this is another model than the one that was read."""
     rows = np.unique(np.linspace(0, len(examples) - 1, _COMPARED_ROWS).astype(np.int64))
     X = examples.x[rows]  # type: ignore[index]
-    ours = linear.predictor(objective, X if scipy.sparse.issparse(X) else torch.as_tensor(np.asarray(X), dtype=torch.float64)).numpy()
+    ours = linear.predictor(
+        objective, X if scipy.sparse.issparse(X) else torch.as_tensor(np.asarray(X), dtype=torch.float64)
+    ).numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn warns about missing feature names
         theirs = np.asarray(built.predictor(X)).reshape(len(rows), -1)
@@ -392,7 +446,8 @@ def _compare_predictors(objective: Objective, examples: Examples, built: Built, 
     tolerance = 1e-3 if theirs.dtype == np.float32 else 1e-8
     if gap > tolerance * (1 + float(np.abs(theirs).max())):
         message = (
-            f"{type(estimator).__name__} predicts values that differ by {gap:.3g} from coef_ · x + intercept_. Was the estimator changed after fit(), "
+            f"{type(estimator).__name__} predicts values that differ by {gap:.3g} from coef_ · x + intercept_. Was "
+            "the estimator changed after fit(), "
             "or subclassed? Refit it."
         )
         raise UnsupportedModel(message)
@@ -404,10 +459,14 @@ def _warn_if_not_at_minimum(influence: Influence, estimator: Any) -> None:
     size = float(influence.risk_gradient.norm())
     if missed < 1 or size < 1e-10:
         return
-    settings = [f"{name}={getattr(estimator, name)}" for name in ("tol", "max_iter", "solver") if hasattr(estimator, name)]
+    settings = [
+        f"{name}={getattr(estimator, name)}" for name in ("tol", "max_iter", "solver") if hasattr(estimator, name)
+    ]
     message = (
-        f"{type(estimator).__name__} is not at a minimum of its objective on these data: ‖∇R‖ = {size:.3g}, as much as {missed:.3g} rows. "
-        f"Either it stopped early ({', '.join(settings) or 'no tolerance'}): refit with a smaller tol and a larger max_iter; "
+        f"{type(estimator).__name__} is not at a minimum of its objective on these data: ‖∇R‖ = {size:.3g}, as much "
+        f"as {missed:.3g} rows. "
+        f"Either it stopped early ({', '.join(settings) or 'no tolerance'}): refit with a smaller tol and a larger "
+        "max_iter; "
         "or X, y or sample_weight are not the ones it was fitted with."
     )
     warnings.warn(message, TheoryWarning, stacklevel=5)

@@ -54,7 +54,9 @@ class Implicit:
         objective = self.sweep.objective
         if objective.linear is None or not self.bounded:
             return None
-        largest = self.sweep.emit(lambda batch, weights: weights * linear.largest_curvature(objective, batch), label="curvature bound")
+        largest = self.sweep.emit(
+            lambda batch, weights: weights * linear.largest_curvature(objective, batch), label="curvature bound"
+        )
         return float(largest.max()) + float(calculus.penalty_diagonal(objective).max())
 
     def matrix(self) -> Float[Tensor, "p p"]:
@@ -65,7 +67,9 @@ class Implicit:
         if self.assemble is not None:
             assemble = self.assemble
             vectors = 1 + self.assembly_bytes // self.sweep.example_bytes
-            total = self.sweep.fold(lambda batch, w: assemble(self.sweep.objective, batch, w), vectors=vectors, label="curvature matrix")
+            total = self.sweep.fold(
+                lambda batch, w: assemble(self.sweep.objective, batch, w), vectors=vectors, label="curvature matrix"
+            )
         else:
             step = max(1, min(256, _MATRIX_ENTRIES // p))
             total = torch.cat([self._sum(eye[start : start + step], "curvature matrix") for start in range(0, p, step)])
@@ -78,7 +82,11 @@ class Implicit:
 
     def _sum(self, V: Tensor, label: str | None) -> Tensor:
         objective, product = self.sweep.objective, self.product
-        return self.sweep.fold(lambda batch, weights: product(objective, batch, V, weights), vectors=len(V), label=label or "curvature product")
+        return self.sweep.fold(
+            lambda batch, weights: product(objective, batch, V, weights),
+            vectors=len(V),
+            label=label or "curvature product",
+        )
 
 
 @dataclass(frozen=True)
@@ -113,14 +121,17 @@ class GaussNewton:
         if sweep.objective.linear is not None:
             return Implicit(sweep, calculus.ggnvp, linear.hessian, bounded=True)
         n_outputs = calculus.output_hessians(sweep.objective, sweep.examples.batch([0])).shape[1]
-        return Implicit(sweep, calculus.ggnvp, _assemble_gauss_newton, assembly_bytes=16 * n_outputs * sweep.objective.size)
+        return Implicit(
+            sweep, calculus.ggnvp, _assemble_gauss_newton, assembly_bytes=16 * n_outputs * sweep.objective.size
+        )
 
 
 @dataclass(frozen=True)
 class EmpiricalFisher:
     """The empirical Fisher matrix: C = (1/n) Σᵢ wᵢ ∇Lᵢ ∇Lᵢᵀ + ∇²r.
 
-    Not a Gauss–Newton matrix: it uses the observed targets, and vanishes where the model fits them. Offered because it is
+    Not a Gauss–Newton matrix: it uses the observed targets, and vanishes where the model fits them. Offered because
+    it is
     cheap and widely used.  Reference: Kunstner, Hennig and Balles (2019).
     """
 

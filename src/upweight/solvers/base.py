@@ -30,8 +30,10 @@ class Solution:
         residual: (k,) relative residuals ‖v − (C + λI) x‖ / ‖v‖, recomputed from the definition; NaN if not promised.
         converged: whether every row kept the solver's promise.
         sweeps: how many times the operator was applied.
-        min_curvature: an estimate of the smallest eigenvalue of C (exact for Cholesky, an upper bound for CG, NaN if unknown).
-        replicas: (r, k, p) independent estimates whose mean is x, for stochastic solvers; their spread is the standard error.
+        min_curvature: an estimate of the smallest eigenvalue of C (exact for Cholesky, an upper bound for CG, NaN if
+            unknown).
+        replicas: (r, k, p) independent estimates whose mean is x, for stochastic solvers; their spread is the
+            standard error.
         truncation: a bound on the relative bias of stopping a recursion early; 0 for solvers that do not.
         state: what `solve(V, state=…)` needs in order to go on.
     """
@@ -68,13 +70,23 @@ def checked_damping(damping: float) -> float:
     Raises:
         InvalidInput: if it is anything else.
     """
-    if isinstance(damping, bool) or not isinstance(damping, int | float | np.number) or not np.isfinite(damping) or damping < 0:
-        message = f"damping={damping!r}. It is the λ of (C + λI) x = v and must be a finite number ≥ 0; damping=0 solves with C itself."
+    if (
+        isinstance(damping, bool)
+        or not isinstance(damping, int | float | np.number)
+        or not np.isfinite(damping)
+        or damping < 0
+    ):
+        message = (
+            f"damping={damping!r}. It is the λ of (C + λI) x = v and must be a finite number ≥ 0; damping=0 solves "
+            "with C itself."
+        )
         raise InvalidInput(message)
     return float(damping)
 
 
-def residuals(operator: Operator, damping: float, X: Float[Tensor, "k p"], V: Float[Tensor, "k p"]) -> Float[Tensor, " k"]:
+def residuals(
+    operator: Operator, damping: float, X: Float[Tensor, "k p"], V: Float[Tensor, "k p"]
+) -> Float[Tensor, " k"]:
     """‖v − (C + λI) x‖ / ‖v‖ for every row, by definition; 0 where v = 0 and x = 0.  Cost: one product."""
     missing = (V - operator.apply(X) - damping * X).norm(dim=1)
     size = V.norm(dim=1)

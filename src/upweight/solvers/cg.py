@@ -68,7 +68,8 @@ class Iteration:
 
         Raises:
             NotConverged: if max_sweeps products do not reach rtol; carries the partial Solution.
-            NotPositiveDefinite: if a direction of curvature ≤ 0 is met; carries the partial Solution and a damping that would do.
+            NotPositiveDefinite: if a direction of curvature ≤ 0 is met; carries the partial Solution and a damping
+                that would do.
         """
         V = self.operator.project(V.double())
         size = V.norm(dim=1)
@@ -120,23 +121,32 @@ class Iteration:
         return self.operator.project(self.operator.apply(V)) + self.damping * V
 
     def _partial(self, X: Tensor, P: Tensor, V: Tensor, sweeps: int) -> Solution:
-        return Solution(X, residuals(self.operator, self.damping, X, V), False, sweeps, state={"x": X.clone(), "p": P.clone()})
+        return Solution(
+            X, residuals(self.operator, self.damping, X, V), False, sweeps, state={"x": X.clone(), "p": P.clone()}
+        )
 
     def _unfinished(self, X: Tensor, P: Tensor, V: Tensor, sweeps: int, smallest: Tensor) -> NotConverged:
         partial = self._partial(X, P, V, sweeps)
         worst = int(partial.residual.argmax())
         message = (
-            f"CG reached a relative residual of {float(partial.residual[worst]):.2g} for query {worst} after {sweeps} sweeps; {self.spec.rtol:g} was promised "
-            f"(damping {self.damping:g}, smallest curvature met {float(smallest.min()):.2g}). The system is badly conditioned, or the arithmetic is too coarse (float32). "
-            f"Continue from error.solution.state, raise max_sweeps, use a larger damping, or accept less: CG(rtol={2 * float(partial.residual[worst]):.1g})."
+            f"CG reached a relative residual of {float(partial.residual[worst]):.2g} for query {worst} after "
+            f"{sweeps} sweeps; {self.spec.rtol:g} was promised "
+            f"(damping {self.damping:g}, smallest curvature met {float(smallest.min()):.2g}). The system is badly "
+            "conditioned, or the arithmetic is too coarse (float32). "
+            "Continue from error.solution.state, raise max_sweeps, use a larger damping, or accept less: "
+            f"CG(rtol={2 * float(partial.residual[worst]):.1g})."
         )
         return NotConverged(message, partial)
 
-    def _refusal(self, X: Tensor, P: Tensor, V: Tensor, sweeps: int, active: Tensor, quotient: Tensor) -> NotPositiveDefinite:
+    def _refusal(
+        self, X: Tensor, P: Tensor, V: Tensor, sweeps: int, active: Tensor, quotient: Tensor
+    ) -> NotPositiveDefinite:
         worst = int(quotient.argmin())
         suggestion, lowest = suggest_damping(self.operator, self.damping, P[active[worst]])
         message = (
-            f"CG met curvature {float(quotient[worst]):.3g} after {sweeps} sweeps (damping {self.damping:g}); Lanczos finds {lowest + self.damping:.3g} at the lowest. "
-            f"θ̂ is probably not a minimum. Try damping={suggestion:g}, curvature=GaussNewton(), or train further; see influence.check()."
+            f"CG met curvature {float(quotient[worst]):.3g} after {sweeps} sweeps (damping {self.damping:g}); "
+            f"Lanczos finds {lowest + self.damping:.3g} at the lowest. "
+            f"θ̂ is probably not a minimum. Try damping={suggestion:g}, curvature=GaussNewton(), or train further; "
+            "see influence.check()."
         )
         return NotPositiveDefinite(message, self._partial(X, P, V, sweeps), suggestion)

@@ -23,7 +23,9 @@ def smallest_eigenvalue(
     """
     p = operator.size
     generator = torch.Generator().manual_seed(seed)
-    vector = torch.randn(1, p, generator=generator, dtype=torch.float64) if start is None else start.reshape(1, p).double()
+    vector = (
+        torch.randn(1, p, generator=generator, dtype=torch.float64) if start is None else start.reshape(1, p).double()
+    )
     vector = operator.project(vector)
     basis = (vector / vector.norm()).reshape(1, p)
     alphas: list[float] = []
@@ -53,7 +55,8 @@ def suggest_damping(operator: Operator, damping: float, witness: Tensor | None =
     """A damping that makes C + λI positive definite, and the smallest curvature found.
 
     CG knows only that some curvature is negative, not how negative the worst is. Lanczos finds it, starting from the
-    `witness` direction that CG met and again from random ones; the suggestion is checked by a new start before it is made.
+    `witness` direction that CG met and again from random ones; the suggestion is checked by a new start before it is
+    made.
     """
     value, bound, _ = smallest_eigenvalue(operator, start=witness)
     lowest = value - bound

@@ -66,7 +66,10 @@ class LiSSA:
             UnsupportedModel: if the operator is not a mean over rows.
         """
         if not isinstance(operator, Sampled):
-            message = f"LiSSA draws minibatches of curvature, and {type(operator).__name__} has none. Use Hessian(), GaussNewton() or EmpiricalFisher(); or Cholesky() for a matrix."
+            message = (
+                f"LiSSA draws minibatches of curvature, and {type(operator).__name__} has none. Use Hessian(), "
+                "GaussNewton() or EmpiricalFisher(); or Cholesky() for a matrix."
+            )
             raise UnsupportedModel(message)
         damping = checked_damping(damping)
         return Recursion(self, operator, damping, self.scale or _scale(self, operator) + damping)
@@ -88,19 +91,28 @@ class Recursion:
             Diverged: if an estimate grows faster than a valid scale allows.
         """
         V = self.operator.project(V.double())
-        replicas = torch.stack([self._recursion(V, stream) for stream in np.random.SeedSequence(self.spec.seed).spawn(self.spec.repeats)])
+        replicas = torch.stack(
+            [self._recursion(V, stream) for stream in np.random.SeedSequence(self.spec.seed).spawn(self.spec.repeats)]
+        )
         x = replicas.mean(0)
         missing = V - self._apply(replicas.flatten(0, 1)).reshape(replicas.shape)  # (r, k, p)
         residual = residuals(self.operator, self.damping, x, V)
         truncation = self._truncation()
         if self.spec.repeats > 1:
-            # a mean residual that its own spread explains is noise, and repeats will shrink it; a larger one is bias, and only depth will
+            # a mean residual within its own spread is noise, which repeats shrink; a larger one is bias, for depth
             noise = (missing.var(0).sum(1) / self.spec.repeats).sqrt()
             converged = bool((missing.mean(0).norm(dim=1) <= 2 * noise).all())
         else:
             converged = truncation < 0.05
         steps = self.spec.depth * self.spec.repeats * self.spec.batch_size
-        return Solution(x, residual, converged, sweeps=-(-steps // self.operator.sweep.n) + 2, replicas=replicas, truncation=truncation)
+        return Solution(
+            x,
+            residual,
+            converged,
+            sweeps=-(-steps // self.operator.sweep.n) + 2,
+            replicas=replicas,
+            truncation=truncation,
+        )
 
     def _recursion(self, V: Tensor, stream: np.random.SeedSequence) -> Tensor:
         draw = np.random.default_rng(stream)
@@ -120,7 +132,8 @@ class Recursion:
     def _divergence(self, x: Tensor, V: Tensor, step: int, growth: float) -> Diverged:
         partial = Solution(x, torch.full((len(V),), torch.nan, dtype=torch.float64), False)
         message = (
-            f"LiSSA diverged: after {step} steps an estimate is {growth:.2g} times as long as its right-hand side (scale {self.scale:g}, damping {self.damping:g}). "
+            f"LiSSA diverged: after {step} steps an estimate is {growth:.2g} times as long as its right-hand side "
+            f"(scale {self.scale:g}, damping {self.damping:g}). "
             f"A minibatch of {self.spec.batch_size} has more curvature than the scale, or negative curvature. "
             f"Try scale={4 * self.scale:.3g}, a larger batch_size, curvature=GaussNewton(), or solver=CG()."
         )
@@ -130,13 +143,13 @@ class Recursion:
         return self.operator.project(self.operator.apply(X)) + self.damping * X
 
     def _truncation(self) -> float:
-        """(1 − μ/s)^depth with μ the largest lower bound of C + λI that is known: damping and the smallest penalty strength."""
+        """(1 − μ/s)^depth, μ the best lower bound of C + λI that is known: damping + the smallest penalty strength."""
         floor = self.damping + float(penalty_diagonal(self.operator.sweep.objective).min())
         return float(max(0.0, 1 - floor / self.scale) ** self.spec.depth)
 
 
 def _scale(spec: LiSSA, operator: Sampled) -> float:
-    """A bound of the minibatches' largest curvature: exact over single rows if that is known and tight, else sampled."""
+    """A bound of the minibatches' largest curvature: exact over single rows if known and tight, else sampled."""
     rigorous = operator.largest_row_curvature()
     if spec.batch_size == 1 and rigorous is not None:
         return rigorous
