@@ -12,7 +12,7 @@ Reference: Koh & Liang (2017), equations 1 to 5.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ _PROBE = 3
 _SELF_BLOCK = 256
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """How queries and new labels become examples: what the adapters know about an estimator's inputs."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.optimize
@@ -33,6 +33,7 @@ _WORTHWHILE = (
 )
 
 
+@runtime_checkable
 class Retrain(Protocol):
     """A training procedure: (example weights, seed) → θ, as `params` or as one flat vector."""
 

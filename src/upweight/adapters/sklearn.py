@@ -345,7 +345,7 @@ def _objective(built: Built, name: str, penalty_per_example: bool | None) -> Obj
     strengths: dict[str, Any] = {}
     if np.any(built.coef_penalty):
         strengths["coef"] = (
-            float(built.coef_penalty) if np.size(built.coef_penalty) == 1 else torch.as_tensor(built.coef_penalty)
+            np.asarray(built.coef_penalty).item() if np.size(built.coef_penalty) == 1 else torch.as_tensor(built.coef_penalty)
         )
     if built.intercept is not None and built.intercept_penalty:
         strengths["intercept"] = built.intercept_penalty

@@ -72,6 +72,7 @@ class Spectral(Operator, Protocol):
         ...
 
 
+@runtime_checkable
 class Curvature(Protocol):
     """A specification: hyper-parameters only, bound to an objective and its data by `bind`."""
 

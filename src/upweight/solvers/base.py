@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ class Solution:
     state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
+@runtime_checkable
 class Prepared(Protocol):
     """(C + λI)⁻¹, ready to be applied."""
 
@@ -56,6 +57,7 @@ class Prepared(Protocol):
         ...
 
 
+@runtime_checkable
 class Solver(Protocol):
     """A specification of a method to solve linear systems."""
 

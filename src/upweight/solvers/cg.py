@@ -145,7 +145,7 @@ class Iteration:
         suggestion, lowest = suggest_damping(self.operator, self.damping, P[active[worst]])
         message = (
             f"CG met curvature {float(quotient[worst]):.3g} after {sweeps} sweeps (damping {self.damping:g}); "
-            f"Lanczos finds {lowest + self.damping:.3g} at the lowest. "
+            f"the smallest eigenvalue of C is about {lowest:.3g} (Lanczos). "
             f"θ̂ is probably not a minimum. Try damping={suggestion:g}, curvature=GaussNewton(), or train further; "
             "see influence.check()."
         )
