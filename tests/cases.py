@@ -115,7 +115,11 @@ def _make(name: str, folded: bool, weighted: bool) -> Case:
     draw = torch.Generator().manual_seed(3)
     n_queries = 4
     X, y, Xq, yq = model.X[:-n_queries], model.y[:-n_queries], model.X[-n_queries:], model.y[-n_queries:]
-    weights = torch.rand(len(X), generator=draw, dtype=torch.float64) * 1.5 + 0.5 if weighted else torch.ones(len(X), dtype=torch.float64)
+    weights = (
+        torch.rand(len(X), generator=draw, dtype=torch.float64) * 1.5 + 0.5
+        if weighted
+        else torch.ones(len(X), dtype=torch.float64)
+    )
 
     def loss(theta, x, y):
         return model.output_loss(model.output(model.split(theta), x), y)
@@ -144,13 +148,20 @@ def _binary(eta: Tensor, y: Tensor) -> Tensor:
 
 def _logistic(estimator=None) -> Model:
     X, draw = _data(44, 4, 0)
-    y = (X @ torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64) + torch.randn(44, generator=draw, dtype=torch.float64) > 0).long()
+    y = (
+        X @ torch.tensor([1.0, -2.0, 0.5, 0.0], dtype=torch.float64)
+        + torch.randn(44, generator=draw, dtype=torch.float64)
+        > 0
+    ).long()
     return Model(_affine, _binary, {"coef": (1, 4), "intercept": (1,)}, X, y, 0.05, ("coef",), estimator)
 
 
 def _softmax(estimator=None) -> Model:
     X, draw = _data(49, 3, 1)
-    y = (X @ torch.randn(3, 3, generator=draw, dtype=torch.float64) + torch.randn(49, 3, generator=draw, dtype=torch.float64)).argmax(1)
+    y = (
+        X @ torch.randn(3, 3, generator=draw, dtype=torch.float64)
+        + torch.randn(49, 3, generator=draw, dtype=torch.float64)
+    ).argmax(1)
     shapes = {"coef": (3, 3), "intercept": (3,)}
     # with free intercepts a common shift of them changes nothing; the oracle needs one minimum, so it penalises them too
     penalised = ("coef",) if estimator else ("coef", "intercept")

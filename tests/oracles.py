@@ -55,7 +55,10 @@ def dense_hessian(problem: Problem, theta: Tensor) -> Tensor:
 
 
 def dense_gauss_newton(
-    problem: Problem, output: Callable[[Tensor, Tensor], Tensor], output_loss: Callable[[Tensor, Tensor], Tensor], theta: Tensor
+    problem: Problem,
+    output: Callable[[Tensor, Tensor], Tensor],
+    output_loss: Callable[[Tensor, Tensor], Tensor],
+    theta: Tensor,
 ) -> Tensor:
     """(1/n) Σ wᵢ Jᵢᵀ (∂²ℓ/∂f²) Jᵢ + ∇²r, row by row."""
     total = torch.zeros(len(theta), len(theta), dtype=torch.float64)

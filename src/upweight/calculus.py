@@ -2,7 +2,7 @@
 
 Every function takes an objective and a batch of b examples and returns sums or rows over that batch: no mean, no
 penalty, no 1/n. Vectors are rows of (k, p). Objectives with a linear predictor go through the closed forms of
-`linear`; all others through autograd, on the route that `probe` found.
+`linear`; all others through autograd, on the route that `routes.probe` found.
 
 Hessian products are a double backward pass with batched cotangents over a vmapped single-example loss, which is
 2–4× faster for 1 to 8 vectors than nesting forward over reverse.  References: Pearlmutter (1994); paper, section 3.
@@ -11,7 +11,6 @@ Hessian products are a double backward pass with batched cotangents over a vmapp
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import scipy.sparse
@@ -20,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight import linear
-from upweight.errors import InvalidInput, NotDeterministic, UnsupportedModel, UpweightError
-from upweight.objective import L2, Objective, Route
+from upweight.errors import InvalidInput, UnsupportedModel, first_line
+from upweight.objective import L2, Objective
 from upweight.transforms import grad, vmap
 from upweight.trees import batch_length, like, take, tree_map
 
@@ -31,19 +30,19 @@ def losses(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
     if objective.linear is not None:
         return linear.losses(objective, batch)
     with torch.no_grad():
-        return _losses(objective, objective.params, _ready(objective, batch))
+        return _losses(objective, objective.params, ready(objective, batch))
 
 
 def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
     """∇L(z_b, θ̂) for every example.  Cost: one backward pass, and b × p numbers."""
     if objective.linear is not None:
         return linear.gradients(objective, batch)
-    batch = _ready(objective, batch)
+    batch = ready(objective, batch)
     if objective.route.examples == "vmap":
         tree = vmap(grad(objective.loss), in_dims=(None, 0))(objective.params, batch)
         blocks = list(tree.values()) if isinstance(tree, dict) else [tree]
         return torch.cat([block.detach().reshape(len(block), -1) for block in blocks], 1)
-    params = _leaves(objective)
+    params = leaves_of(objective)
     rows = []
     for b in range(batch_length(batch)):
         loss = objective.loss(params, take(batch, b))
@@ -59,8 +58,8 @@ def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Ten
     """
     if objective.linear is not None:
         return linear.dots(objective, batch, V)
-    params = _leaves(objective)
-    values = _losses(objective, params, _ready(objective, batch))
+    params = leaves_of(objective)
+    values = _losses(objective, params, ready(objective, batch))
     u = torch.ones_like(values, requires_grad=True)
     pulled = _grad(values, params, u[None], create_graph=True)[0]
     return _pull_rows(objective, pulled, u, V.to(pulled)).T
@@ -70,8 +69,8 @@ def pull(objective: Objective, batch: Any, R: Float[Tensor, "k b"]) -> Float[Ten
     """Σ_b R[k, b] ∇L(z_b): weighted sums of gradients.  Cost: one forward pass, one backward pass per k (batched)."""
     if objective.linear is not None:
         return linear.pull(objective, batch, R)
-    params = _leaves(objective)
-    values = _losses(objective, params, _ready(objective, batch))
+    params = leaves_of(objective)
+    values = _losses(objective, params, ready(objective, batch))
     return _pull_rows(objective, values, params, R.to(values))
 
 
@@ -84,8 +83,8 @@ def hvp(
     """
     if objective.linear is not None:
         return linear.hvp(objective, batch, V, _weights(batch, weights))
-    params = _leaves(objective)
-    values = _losses(objective, params, _ready(objective, batch))
+    params = leaves_of(objective)
+    values = _losses(objective, params, ready(objective, batch))
     total = (values * _weights(batch, weights).to(values)).sum()
     first = _grad(total[None], params, total.new_ones(1, 1), create_graph=True)[0]
     if not first.requires_grad:  # a loss that is linear in θ has no curvature
@@ -102,8 +101,8 @@ def ggnvp(
     """
     if objective.linear is not None:
         return linear.hvp(objective, batch, V, _weights(batch, weights))
-    batch = _ready(objective, batch)
-    params = _leaves(objective)
+    batch = ready(objective, batch)
+    params = leaves_of(objective)
     f = _outputs(objective, params, batch)  # (b, K)
     u = torch.zeros_like(f, requires_grad=True)
     pulled = _grad(f.reshape(-1), params, u.reshape(1, -1), create_graph=True)[0]  # Jᵀu, linear in u
@@ -114,8 +113,8 @@ def ggnvp(
 
 def output_jacobians(objective: Objective, batch: Any) -> Float[Tensor, "b K p"]:
     """∂f/∂θ of every example, with f the flattened model output.  Cost: K backward passes per example."""
-    batch = _ready(objective, batch)
-    params = _leaves(objective)
+    batch = ready(objective, batch)
+    params = leaves_of(objective)
     f = _outputs(objective, params, batch)
     if objective.route.examples == "vmap":
         rows = []
@@ -131,7 +130,7 @@ def output_jacobians(objective: Objective, batch: Any) -> Float[Tensor, "b K p"]
 
 def output_hessians(objective: Objective, batch: Any) -> Float[Tensor, "b K K"]:
     """∂²ℓ/∂f² of every example, with f the flattened model output."""
-    batch = _ready(objective, batch)
+    batch = ready(objective, batch)
     output, output_loss = _structure(objective)
     shape = output(objective.params, take(batch, 0)).shape
     with torch.no_grad():
@@ -164,7 +163,7 @@ def input_gradients(objective: Objective, batch: Any, S: Float[Tensor, "k p"]) -
     """
     if objective.linear is not None:
         return linear.input_gradients(objective, batch, S)
-    batch = _ready(objective, batch)
+    batch = ready(objective, batch)
     x = batch[0] if isinstance(batch, tuple | list) else batch
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -175,10 +174,29 @@ def input_gradients(objective: Objective, batch: Any, S: Float[Tensor, "k p"]) -
         raise InvalidInput(message)
     x = x.clone().requires_grad_()
     moved = (x, *batch[1:]) if isinstance(batch, tuple | list) else x
-    params = _leaves(objective)
+    params = leaves_of(objective)
     values = _losses(objective, params, moved)
     pulled = _grad(values.sum()[None], params, values.new_ones(1, 1), create_graph=True)[0]
     return _pull_rows(objective, pulled, x, S.to(pulled)).reshape(len(S), *x.shape)
+
+
+def mixed_products(objective: Objective, batch: Any, deltas: Float[Tensor, "b ..."]) -> Float[Tensor, "b p"]:
+    """[∇ₓ∇_θ L(z_b)] δ_b = ∇_θ (δ_b · ∇ₓL(z_b)) for every example.  Cost: two backward passes per example."""
+    if objective.linear is not None:
+        return linear.mixed_products(objective, batch, deltas)
+    batch = ready(objective, batch)
+    rows = []
+    for b in range(batch_length(batch)):
+        example, params = take(batch, b), leaves_of(objective)
+        x = _float_input(example).clone().requires_grad_()
+        moved = (x, *example[1:]) if isinstance(example, tuple | list) else x
+        first = torch.autograd.grad(objective.loss(params, moved), x, create_graph=True)[0]
+        blocks = _blocks(params)
+        if first.requires_grad:
+            rows.append(_flat(torch.autograd.grad(first, blocks, deltas[b].to(first), allow_unused=True), blocks))
+        else:
+            rows.append(first.new_zeros(objective.size))
+    return torch.stack(rows)
 
 
 def penalty_value(objective: Objective) -> float:
@@ -190,9 +208,18 @@ def penalty_gradient(objective: Objective) -> Float[Tensor, " p"]:
     """∇r(θ̂), float64."""
     if objective.penalty is None:
         return torch.zeros(objective.size, dtype=torch.float64)
-    params = _leaves(objective)
+    params = leaves_of(objective)
     value = _penalty(objective)(params)
+    if not value.requires_grad:  # a constant penalty moves nothing
+        return torch.zeros(objective.size, dtype=torch.float64)
     return _flat(torch.autograd.grad(value, _blocks(params), allow_unused=True), _blocks(params)).double().cpu()
+
+
+def penalty_share(objective: Objective, total_weight: float, n: int) -> Float[Tensor, " p"]:
+    """(n/Σw) ∇r when removing a row removes its share of the penalty, else 0: what is added to ∇L of every row."""
+    if not objective.folded:
+        return torch.zeros(objective.size, dtype=torch.float64)
+    return penalty_gradient(objective) * (n / total_weight)
 
 
 def penalty_hvp(objective: Objective, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
@@ -201,8 +228,10 @@ def penalty_hvp(objective: Objective, V: Float[Tensor, "k p"]) -> Float[Tensor, 
         return torch.zeros_like(V)
     if isinstance(objective.penalty, L2):
         return V * penalty_diagonal(objective)
-    params = _leaves(objective)
+    params = leaves_of(objective)
     value = _penalty(objective)(params)
+    if not value.requires_grad:
+        return torch.zeros_like(V)
     first = _grad(value[None], params, value.new_ones(1, 1), create_graph=True)[0]
     if not first.requires_grad:
         return torch.zeros_like(V)
@@ -227,126 +256,38 @@ def penalty_diagonal(objective: Objective) -> Float[Tensor, " p"]:
     return torch.cat(pieces)
 
 
-# ---- routes --------------------------------------------------------------------------------
+# ---- autograd ----------------------------------------------------------------------------------------------------
 
 
-def probe(objective: Objective, batch: Any) -> Objective:
-    """The objective with the fastest route that gives right answers on this small batch.
-
-    vmap cannot follow control flow that depends on data, nor fused recurrent cells; such models run example by example.
-    A loss whose value depends on chance, or on the other examples of its batch, is refused.
-
-    Raises:
-        NotDeterministic: if the same example costs something else when asked again.
-        UnsupportedModel: if the loss of an example changes with the batch it is in.
-        InvalidInput: if the loss fails, or does not return one finite number.
-    """
-    if objective.linear is not None:
-        return objective
-    ready = _ready(objective, batch)
-    generator = torch.get_rng_state()
-    try:
-        slow = replace(objective, route=Route("loop", "loop", ""))
-        reference = _checked_losses(slow, ready)
-        again = _checked_losses(slow, ready)
-        if not torch.equal(reference, again):
-            message = (
-                f"The loss of one example was {reference[0]:.6g} and then {again[0]:.6g}: something in it is "
-                "random, such as dropout called as a "
-                "function or a noise layer. Influence needs one value per example: call model.eval(), or fix the "
-                "randomness inside the loss."
-            )
-            raise NotDeterministic(message)
-        reason = ""
-        for examples, cotangents in (("vmap", "batched"), ("vmap", "loop"), ("loop", "batched"), ("loop", "loop")):
-            candidate = replace(objective, route=Route(examples, cotangents, reason))
-            try:
-                same = _same_answers(candidate, slow, ready)
-            except UpweightError:
-                raise
-            except Exception as error:
-                if examples == cotangents == "loop":
-                    message = (
-                        f"The loss cannot be differentiated twice ({_first_line(error)}). Use operations with a "
-                        "second derivative, or losses.smooth_hinge."
-                    )
-                    raise UnsupportedModel(message) from error
-                reason = reason or f"vmap or batched backward refused: {_first_line(error)}"
-                continue
-            if same:
-                return candidate
-            reason = reason or "vmapped values differ from one-by-one values"
-    finally:
-        torch.set_rng_state(generator)
-    message = (
-        "The loss of an example changes with the examples computed beside it, so there is no per-example loss. Is "
-        "a normalisation layer in training mode? Call model.eval()."
-    )
-    raise UnsupportedModel(message)
-
-
-def _checked_losses(objective: Objective, batch: Any) -> Tensor:
-    try:
-        with torch.no_grad():
-            values = [objective.loss(objective.params, take(batch, b)) for b in range(batch_length(batch))]
-    except UpweightError:
-        raise
-    except Exception as error:
-        message = (
-            f"The loss failed on one example: {type(error).__name__}: {_first_line(error)}. It is called as "
-            "loss(params, example) with one example, without a batch axis."
-        )
-        raise InvalidInput(message) from error
-    first = values[0]
-    if not isinstance(first, Tensor) or first.shape != ():
-        shape = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
-        message = (
-            f"The loss of one example is {shape}; it must be one number, a tensor of shape (). Sum or average "
-            "inside the loss (criterion: reduction='mean')."
-        )
-        raise InvalidInput(message)
-    stacked = torch.stack(values)
-    if not torch.isfinite(stacked).all():
-        message = (
-            f"The loss of an example is {stacked[~torch.isfinite(stacked)][0]}. Scores would be NaN; check the "
-            "example, or clamp inside the loss (log of 0?)."
-        )
-        raise InvalidInput(message)
-    return stacked
-
-
-def _same_answers(candidate: Objective, slow: Objective, batch: Any) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    V = torch.randn(2, candidate.size, generator=generator, dtype=torch.float64)
-    tolerance = 1e-3 if candidate.reference.dtype != torch.float64 else 1e-8
-    pairs = [
-        (losses(candidate, batch), losses(slow, batch)),
-        (dots(candidate, batch, V), dots(slow, batch, V)),
-        (hvp(candidate, batch, V), hvp(slow, batch, V)),
-    ]
-    return all(
-        torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance * float(b.abs().max() + 1e-12))
-        for a, b in pairs
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-# ---- autograd --------------------------------------------------------------------------------
-
-
-def _ready(objective: Objective, batch: Any) -> Any:
+def ready(objective: Objective, batch: Any) -> Any:
+    """The batch dense, on the device and in the precision of θ̂."""
     dense = tree_map(lambda leaf: torch.from_numpy(leaf.toarray()) if scipy.sparse.issparse(leaf) else leaf, batch)
     return like(dense, objective.reference)
+
+
+def _float_input(example: Any) -> Tensor:
+    """x of an example or of a batch.
+
+    Raises:
+        InvalidInput: if x is not made of floating-point numbers.
+    """
+    x = example[0] if isinstance(example, tuple | list) else example
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        message = (
+            f"The input x is {kind}; only floating-point inputs can be moved by a small amount. Explain the embedded "
+            "inputs instead."
+        )
+        raise InvalidInput(message)
+    return x
 
 
 def _weights(batch: Any, weights: Tensor | None) -> Tensor:
     return torch.ones(batch_length(batch), dtype=torch.float64) if weights is None else weights
 
 
-def _leaves(objective: Objective) -> Any:
+def leaves_of(objective: Objective) -> Any:
+    """A copy of θ̂ that records gradients."""
     return tree_map(lambda block: block.detach().clone().requires_grad_(), objective.params)
 
 
@@ -356,7 +297,14 @@ def _blocks(params: Any) -> list[Tensor]:
 
 def _penalty(objective: Objective) -> Callable[[Any], Tensor]:
     def value(params: Any) -> Tensor:
-        r = objective.penalty(params)  # type: ignore[operator, misc]
+        try:
+            r = objective.penalty(params)  # type: ignore[operator, misc]
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            message = (
+                f"The penalty failed: {type(error).__name__}: {first_line(error)}. It is called as penalty(params), "
+                f"with params as in the Objective: {', '.join(objective.blocks)}."
+            )
+            raise InvalidInput(message) from error
         if not isinstance(r, Tensor) or r.shape != ():
             shape = tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__
             message = (
@@ -389,7 +337,8 @@ def _outputs(objective: Objective, params: Any, batch: Any) -> Tensor:
     """(b, K): the flattened outputs."""
     output, _ = _structure(objective)
     if objective.route.examples == "vmap":
-        return vmap(output, in_dims=(None, 0))(params, batch).flatten(1)
+        values = vmap(output, in_dims=(None, 0))(params, batch)
+        return values.reshape(len(values), -1)
     return torch.stack([output(params, take(batch, b)).reshape(-1) for b in range(batch_length(batch))])
 
 

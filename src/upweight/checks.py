@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from upweight import calculus
-from upweight.errors import SolverError
+from upweight import calculus, scoring
+from upweight.errors import SolverError, TheoryWarning
+from upweight.solvers import Cholesky
 from upweight.solvers.lanczos import smallest_eigenvalue, suggest_damping
 from upweight.trees import batch_length, take, tree_map
 
 if TYPE_CHECKING:
     from upweight.influence import Influence
-
-_SAMPLED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,15 @@ def examine(influence: Influence, queries: Any) -> Report:
     damping = float("nan")
     try:
         damping = influence.damping
-        solution = influence.prepared.solve(V)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TheoryWarning)  # the report says it with more numbers
+            solution = influence.prepared.solve(V)
         residual = float(solution.residual.max())
         drift = float((solution.x @ gradient).abs().max())
         lowest = solution.min_curvature
     except SolverError as error:
         problem = str(error)
-    if problem or not np.isfinite(lowest) or type(influence.solver).__name__ != "Cholesky":
+    if problem or not np.isfinite(lowest) or not isinstance(influence.solver, Cholesky):
         lowest = smallest_eigenvalue(influence.operator)[0]
     if lowest + damping <= 0:
         suggested, lowest = suggest_damping(influence.operator, damping)
@@ -153,18 +155,21 @@ def examine(influence: Influence, queries: Any) -> Report:
 
 def rows_from_minimum(influence: Influence) -> float:
     """‖∇R‖ in units of one row's effect on the gradient: ‖∇R‖ / rms(wᵢ‖∇Lᵢ‖/n), over rows spread through the data."""
-    rows = np.unique(np.linspace(0, influence.n - 1, _SAMPLED_ROWS).astype(np.int64))
-    objective = influence.objective
-    wide = 1 + 16 * objective.size // influence.sweep.example_bytes
-    norms = influence.sweep.emit(
-        lambda batch, w: calculus.gradients(objective, batch).double().norm(dim=1).cpu() * w,
-        vectors=wide,
-        rows=rows,
-        label="row norms",
-    )
-    typical = float(np.sqrt(np.mean(norms**2))) / influence.n
+    return float(influence.risk_gradient.norm()) / scoring.typical_row(influence.sweep)
+
+
+def warn_if_not_at_minimum(influence: Influence) -> None:
+    """A TheoryWarning with the number when the exact Hessian is used further from a minimum than one row's effect."""
+    missed = rows_from_minimum(influence)
+    if missed < 1:
+        return
     size = float(influence.risk_gradient.norm())
-    return size / typical if typical > 0 else (0.0 if size == 0 else float("inf"))
+    message = (
+        f"{influence.objective.name} is not at a minimum: ‖∇R‖ = {size:.3g}, as much as {missed:.3g} rows. Train "
+        "further, check that the penalty is the one it was trained with, or use curvature=GaussNewton(); see "
+        "influence.check()."
+    )
+    warnings.warn(message, TheoryWarning, stacklevel=5)
 
 
 def _batch_drift(influence: Influence) -> float:

@@ -95,6 +95,23 @@ class TheoryWarning(UserWarning):
     """The theory is being stretched: the model is not at a minimum, or a curvature is negative."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, short enough to be quoted in another."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def checked_count(value: Any, name: str, *, least: int = 1, hint: str = "") -> int:
+    """`value` as a whole number ≥ `least`.
+
+    Raises:
+        InvalidInput: if it is anything else.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < least:
+        message = f"{name}={value!r}. It must be a whole number ≥ {least}" + (f"; {hint}." if hint else ".")
+        raise InvalidInput(message)
+    return int(value)
+
+
 def require(module: str, extra: str) -> ModuleType:
     """The imported optional `module`, or a MissingExtra that names the extra to install.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from upweight.errors import InvalidInput, NotDeterministic, RowOutOfRange
-from upweight.trees import leaves, tree_map
+from upweight.trees import batch_length, leaves, take, tree_map
 
 PROBE_ROWS = 32
 _CHECK_ROWS = 65_536
@@ -33,6 +33,7 @@ class Examples:
             `__getitem__`) of examples, for which `y` is omitted.
         y: array, tensor or Series with n rows; omitted when an example has no target.
         sample_weight: (n,) non-negative weights wᵢ of R(θ) = (1/n) Σ wᵢ L(zᵢ, θ) + r(θ); None means all ones.
+        class_weight: (n,) further factors of wᵢ that belong to a row's label, and change when the label does.
 
     Raises:
         InvalidInput: if there are no rows, lengths differ, or a value is NaN, infinite or not a number.
@@ -43,7 +44,7 @@ class Examples:
     (3, [(2, 3), (2,)])
     """
 
-    def __init__(self, X: Any, y: Any = None, *, sample_weight: Any = None) -> None:
+    def __init__(self, X: Any, y: Any = None, *, sample_weight: Any = None, class_weight: Any = None) -> None:
         self.dataset = X if _is_dataset(X) else None
         if self.dataset is not None and y is not None:
             message = (
@@ -52,7 +53,7 @@ class Examples:
             raise InvalidInput(message)
         self.x = None if self.dataset is not None else as_array(X, "X")
         self.y = None if y is None else as_array(y, "y")
-        self.length = len(X) if self.dataset is not None else int(self.x.shape[0])  # type: ignore[union-attr]
+        self.length = len(self.dataset) if self.x is None else int(self.x.shape[0])  # type: ignore[arg-type]
         if self.length == 0:
             message = (
                 "There are no examples: X has 0 rows. An influence is a sum over at least one row; check the "
@@ -69,7 +70,8 @@ class Examples:
             check_finite(array, name)
         if self.dataset is not None:
             self._check_dataset()
-        self.weights = checked_weights(sample_weight, self.length)
+        self.sample_weight = checked_weights(sample_weight, self.length)
+        self.weights = self.sample_weight * checked_weights(class_weight, self.length)
 
     def __len__(self) -> int:
         return self.length
@@ -82,12 +84,9 @@ class Examples:
         """The examples of these rows, stacked along a new first axis."""
         if self.dataset is not None:
             numbers = range(*rows.indices(self.length)) if isinstance(rows, slice) else rows
-            batch = _collate([self.dataset[int(row)] for row in numbers])
-            for leaf in leaves(batch):
-                check_finite(leaf, "the dataset's items")
-            return batch
-        x = _as_tensor(self.x[rows])  # type: ignore[index]
-        return x if self.y is None else (x, _as_tensor(self.y[rows]))
+            return _collate([self.dataset[int(row)] for row in numbers], numbers)
+        x = as_tensor(self.x[rows])  # type: ignore[index]
+        return x if self.y is None else (x, as_tensor(self.y[rows]))
 
     def rows(self, rows: Any) -> NDArray[np.int64]:
         """`rows` as checked row numbers; None means all of them.
@@ -104,19 +103,50 @@ class Examples:
             return Examples(_Rows(self.dataset, [row]))
         return Examples(self.x[[row]], None if self.y is None else self.y[[row]])  # type: ignore[index]
 
+    def relabelled(self, rows: NDArray[np.int64], targets: Tensor) -> Examples:
+        """The examples of these rows with other targets.
+
+        Raises:
+            InvalidInput: if the examples have no target, or the new ones have another shape.
+        """
+        batch = self.batch(rows)
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            message = (
+                "These examples are not (x, y) pairs, so there is no label to change. Use of_replacing with whole new "
+                "examples."
+            )
+            raise InvalidInput(message)
+        if targets.shape != batch[1].shape:
+            message = (
+                f"y_new has shape {tuple(targets.shape)}, and the labels of {len(rows)} rows have "
+                f"{tuple(batch[1].shape)}. Pass one new label per row."
+            )
+            raise InvalidInput(message)
+        as_before = targets.to(batch[1].dtype)
+        new = as_before if bool((as_before == targets).all()) else targets
+        return Examples(batch[0], new) if self.dataset is None else Examples(_Stacked((batch[0], new)))
+
     def fingerprint(self) -> str:
-        """A short hash of n, the weights and a probe of rows spread over the data; never of all data."""
-        probe = np.unique(np.linspace(0, self.length - 1, PROBE_ROWS).astype(np.int64))
+        """A short hash of n, the weights, the targets, and of the inputs' sum and a few of their rows."""
         digest = hashlib.sha256(f"{self.length}".encode())
-        for leaf in leaves(self.batch(probe)):
+        if self.y is not None:
+            digest.update(np.ascontiguousarray(np.asarray(self.y)).tobytes())
+        if self.x is not None:
+            total = self.x.sum(dtype=torch.float64 if isinstance(self.x, Tensor) else np.float64)
+            digest.update(f"{float(total):.9g}".encode())
+        for leaf in leaves(self.batch(self.spread(PROBE_ROWS))):
             array = leaf.toarray() if scipy.sparse.issparse(leaf) else leaf.detach().cpu().numpy()
             digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         digest.update(self.weights.tobytes())
         return digest.hexdigest()[:16]
 
+    def spread(self, count: int) -> NDArray[np.int64]:
+        """At most `count` different rows, spread evenly from the first to the last."""
+        return np.unique(np.linspace(0, self.length - 1, count).astype(np.int64))
+
     def _check_dataset(self) -> None:
-        for row in sorted({0, self.length // 2, self.length - 1}):
-            first, second = (list(leaves(_collate([self.dataset[row]]))) for _ in range(2))  # type: ignore[index]
+        for row in self.spread(3).tolist():
+            first, second = (list(leaves(self.batch([row]))) for _ in range(2))
             same = len(first) == len(second) and all(
                 a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True)
             )
@@ -127,6 +157,19 @@ class Examples:
                     "random augmentation has to be switched off: pass a Dataset without random transforms."
                 )
                 raise NotDeterministic(message)
+
+
+class _Stacked:
+    """A batch as a map-style Dataset."""
+
+    def __init__(self, batch: Any) -> None:
+        self.stacked = batch
+
+    def __len__(self) -> int:
+        return batch_length(self.stacked)
+
+    def __getitem__(self, row: int) -> Any:
+        return take(self.stacked, row)
 
 
 class _Rows:
@@ -145,7 +188,7 @@ class _Rows:
 
 def _is_dataset(X: Any) -> bool:
     arraylike = (
-        isinstance(X, np.ndarray | Tensor | list | tuple)
+        isinstance(X, np.ndarray | Tensor | list | tuple | Mapping | str | bytes)
         or scipy.sparse.issparse(X)
         or hasattr(X, "to_numpy")
         or hasattr(X, "__array__")
@@ -161,7 +204,14 @@ def as_array(values: Any, name: str) -> Any:
     """
     if scipy.sparse.issparse(values):
         return scipy.sparse.csr_matrix(values)
+    if isinstance(values, Mapping | str | bytes):
+        message = (
+            f"{name} is a {type(values).__name__}, not an array. For inputs of several parts pass a map-style Dataset "
+            "whose items are (x, y) with x a dict or a tuple."
+        )
+        raise InvalidInput(message)
     if isinstance(values, Tensor):
+        _refuse_tensor(values, name)
         return values.detach()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -196,7 +246,15 @@ def as_array(values: Any, name: str) -> Any:
     return array
 
 
-def _as_tensor(values: Any) -> Any:
+def _refuse_tensor(values: Tensor, name: str) -> None:
+    if values.ndim == 0 or values.layout != torch.strided or values.is_complex():
+        kind = "a single number" if values.ndim == 0 else f"{values.layout} of {values.dtype}"
+        message = f"{name} is a tensor that is {kind}. Pass a dense real tensor, or a SciPy sparse matrix, of n rows."
+        raise InvalidInput(message)
+
+
+def as_tensor(values: Any) -> Any:
+    """A tensor that shares the memory where torch can; a sparse matrix stays as it is."""
     if isinstance(values, Tensor) or scipy.sparse.issparse(values):
         return values
     array = np.asarray(values)
@@ -211,15 +269,30 @@ def _as_tensor(values: Any) -> Any:
     return torch.from_numpy(array)
 
 
-def _collate(items: list[Any]) -> Any:
+def _collate(items: list[Any], numbers: Sequence[int] | NDArray[np.int64] | range) -> Any:
     try:
-        return tree_map(lambda leaf: leaf, default_collate(items))
-    except (TypeError, RuntimeError) as error:
+        batch = tree_map(lambda leaf: leaf, default_collate(items))
+    except (TypeError, RuntimeError, KeyError, ValueError) as error:
         message = (
             f"The dataset's items cannot be stacked into a batch ({error}). Items need the same shapes; pad or crop "
             "them in the Dataset."
         )
         raise InvalidInput(message) from error
+    for leaf in leaves(batch):
+        if not isinstance(leaf, Tensor) or leaf.is_complex():
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf[0]).__name__
+            message = (
+                f"The dataset's items hold {kind}. An example is made of real numbers: tensors, arrays or numbers."
+            )
+            raise InvalidInput(message)
+        bad = torch.nonzero(~torch.isfinite(leaf).flatten(1).all(1) if leaf.ndim > 1 else ~torch.isfinite(leaf))
+        if len(bad):
+            message = (
+                f"Item {int(numbers[int(bad[0])])} of the dataset holds a NaN or infinite value, which makes every "
+                "score NaN. Impute it, or leave the item out of training and explaining."
+            )
+            raise InvalidInput(message)
+    return batch
 
 
 def check_finite(array: Any, name: str) -> None:
@@ -279,9 +352,12 @@ def checked_rows(rows: Any, n: int) -> NDArray[np.int64]:
     """
     if rows is None:
         return np.arange(n)
-    array = np.atleast_1d(
-        np.asarray(list(rows) if isinstance(rows, Iterable) and not hasattr(rows, "__array__") else rows)
-    )
+    try:
+        listed = list(rows) if isinstance(rows, Iterable) and not hasattr(rows, "__array__") else rows
+        array = np.atleast_1d(np.asarray(listed))
+    except ValueError as error:
+        message = f"rows has lines of different lengths ({error}). Pass a flat list of whole row numbers."
+        raise InvalidInput(message) from error
     if array.dtype == bool and array.shape == (n,):
         array = np.flatnonzero(array)
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":

@@ -11,7 +11,9 @@ Reference: Koh & Liang (2017), equations 1 to 5.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,18 +22,18 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, defaults, removal
-from upweight.checks import Report, examine
-from upweight.errors import InvalidInput, UnsupportedModel
-from upweight.examples import Examples, as_array
+from upweight import calculus, defaults, removal, routes, scoring
+from upweight.checks import Report, examine, warn_if_not_at_minimum
+from upweight.errors import InvalidInput, NotConverged, UnsupportedModel
+from upweight.examples import PROBE_ROWS, Examples, as_array, as_tensor, check_finite
 from upweight.objective import Objective
-from upweight.operators import Curvature, Operator
+from upweight.operators import Curvature, Dense, GaussNewton, Hessian, Operator
 from upweight.scores import Certificate, Scores, SelfScores
+from upweight.scoring import Products
 from upweight.solvers import Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping
 from upweight.store import Store
 from upweight.sweep import Sweep
-from upweight.trees import batch_length
 
 Rows = Any
 Queries = Any
@@ -41,7 +43,7 @@ _SELF_BLOCK = 256
 
 @runtime_checkable
 class Encoder(Protocol):
-    """How queries and new labels become examples: what the adapters know about an estimator's inputs."""
+    """How queries and new labels become examples: what the adapters know about a model's inputs."""
 
     def examples(self, X: Any, y: Any = None) -> Examples:
         """X and y as the training examples were made."""
@@ -61,15 +63,30 @@ class PlainEncoder:
 
     def examples(self, X: Any, y: Any = None) -> Examples:
         """X and y as examples."""
-        return X if isinstance(X, Examples) else Examples(X, y)
+        return whole_examples(X, y) or Examples(X, y)
 
     def targets(self, y: Any) -> Tensor:
         """y as a tensor."""
-        return torch.as_tensor(np.array(as_array(y, "y_new")) if not isinstance(y, Tensor) else y)
+        return as_tensor(as_array(y, "y_new"))
 
     def class_weights(self, y: Tensor) -> NDArray[np.float64]:
         """Ones."""
         return np.ones(len(y))
+
+
+def whole_examples(X: Any, y: Any, sample_weight: Any = None) -> Examples | None:
+    """X itself if it is Examples already, else None.
+
+    Raises:
+        InvalidInput: if X is Examples and targets or weights are given beside it.
+    """
+    if not isinstance(X, Examples):
+        return None
+    if y is not None or sample_weight is not None:
+        name = "y" if y is not None else "sample_weight"
+        message = f"X is Examples, which hold their own targets and weights, and {name} was given too. Omit it."
+        raise InvalidInput(message)
+    return X
 
 
 class Influence:
@@ -111,19 +128,16 @@ class Influence:
         progress: bool | None = None,
         encoder: Encoder | None = None,
     ) -> None:
-        if not isinstance(examples, Examples):
-            examples = Examples(*examples) if isinstance(examples, tuple) else Examples(examples)
+        self.encoder: Encoder = encoder or PlainEncoder()
         _check_specification(curvature, "bind", "curvature", "operators.Hessian()")
         _check_specification(solver, "prepare", "solver", "solvers.CG()")
-        probe = examples.batch(np.arange(min(_PROBE, len(examples))))
-        self.objective = calculus.probe(objective, probe)
-        self.examples = examples
-        self.sweep = Sweep(
-            self.objective, examples, batch_size, progress, defaults.example_bytes(self.objective, probe)
-        )
+        self.examples = examples if isinstance(examples, Examples) else self.queries(examples, "examples")
+        probe = self.examples.batch(self.examples.spread(_PROBE))
+        self.objective = routes.probe(objective, probe)
+        memory = defaults.example_bytes(self.objective, probe)
+        self.sweep = Sweep(self.objective, self.examples, batch_size, progress, memory)
         self.curvature = curvature or defaults.curvature(objective)
         self.solver = solver or defaults.solver(objective)
-        self.encoder: Encoder = encoder or PlainEncoder()
         self._damping = None if damping is None else checked_damping(damping)
         self._operator: Operator | None = None
         self._prepared: Prepared | None = None
@@ -133,12 +147,11 @@ class Influence:
         damping = "chosen when first needed" if self._damping is None else f"{self._damping:.4g}"
         return (
             f"Influence({self.objective.name}: n={self.n}, p={self.objective.size}, curvature={self.curvature}, "
-            f"solver={self.solver}, damping={damping}, "
-            f"penalty={self.objective.penalty}, penalty_per_example={self.objective.folded}, "
-            f"autograd={self.objective.route})"
+            f"solver={self.solver}, damping={damping}, penalty={self.objective.penalty}, "
+            f"penalty_per_example={self.objective.folded}, autograd={self.objective.route})"
         )
 
-    # ---- what is prepared once ------------------------------------------------------------
+    # ---- what is prepared once ---------------------------------------------------------------------------------------
 
     @property
     def n(self) -> int:
@@ -164,6 +177,8 @@ class Influence:
         """The solver, ready for right-hand sides."""
         if self._prepared is None:
             self._prepared = self.solver.prepare(self.operator, self.damping)
+            if isinstance(self._exact_curvature(), Hessian) and self.objective.linear is None:
+                warn_if_not_at_minimum(self)  # the scikit-learn adapter has looked already
         return self._prepared
 
     @property
@@ -174,7 +189,13 @@ class Influence:
             self._risk_gradient = total / self.n + calculus.penalty_gradient(self.objective)
         return self._risk_gradient
 
-    # ---- effects on the parameters ----------------------------------------------------------------------
+    @property
+    def penalty_share(self) -> Float[Tensor, " p"]:
+        """What a row's gradient carries of the penalty's: (n/Σw)∇r if removing a row removes its share, else 0."""
+        return calculus.penalty_share(self.objective, float(self.examples.weights.sum()), self.n)
+
+    # ---- effects on the parameters -----------------------------------------------------------------------------------
+
     def on_params(self, rows: Rows = None) -> Float[NDArray[np.float64], "k p"]:
         """Equation 1: I_up,params(z) = dθ̂/dε = −(C + λI)⁻¹ ∇L(z) for each row, when its weight grows by ε.
 
@@ -183,15 +204,15 @@ class Influence:
         Raises:
             RowOutOfRange: if a row does not exist.
         """
-        rows = self.examples.rows(rows)
-        G = self._row_gradients(self.examples, rows)
-        return -self._solve(G).x.numpy()
+        G = scoring.gradients(self.sweep, self.examples.rows(rows))
+        return -self._solve(G + self.penalty_share).x.numpy()
 
     def on_params_of_replacing(self, rows: Rows, X_new: Any, y_new: Any = None) -> Float[NDArray[np.float64], "k p"]:
         """Equation 3: dθ̂/dε = −(C + λI)⁻¹ (∇L(z_new) − ∇L(z)), when weight ε moves from each row to its new example."""
         rows = self.examples.rows(rows)
-        _, difference, weights = self._replacement(rows, self._new(rows, X_new, y_new).batch(slice(None)))
-        return -self._solve(difference / torch.from_numpy(np.where(weights == 0, 1, weights))[:, None]).x.numpy()
+        new = self._new(rows, X_new, y_new)
+        difference = scoring.gradients(self.sweep.over(self.objective, new)) - scoring.gradients(self.sweep, rows)
+        return -self._solve(difference).x.numpy()
 
     def on_params_of_perturbing(self, rows: Rows, deltas: Any) -> Float[NDArray[np.float64], "k p"]:
         """Equation 4: dθ̂/dε ≈ −(C + λI)⁻¹ [∇ₓ∇L(z)] δ, when weight ε moves from each row to x + δ.
@@ -204,21 +225,18 @@ class Influence:
             InvalidInput: if deltas do not have the shape of the rows' inputs.
         """
         rows = self.examples.rows(rows)
-        moves = torch.as_tensor(np.asarray(deltas, dtype=np.float64))
-        eye = torch.eye(self.objective.size, dtype=torch.float64)
-        lines = []
-        for row, move in zip(rows, moves, strict=False):
-            mixed = calculus.input_gradients(self.objective, self.examples.batch([int(row)]), eye)[:, 0].double().cpu()
-            if len(moves) != len(rows) or move.shape != mixed.shape[1:]:
-                message = (
-                    f"deltas has shape {tuple(moves.shape)}; {len(rows)} rows of inputs of shape "
-                    f"{tuple(mixed.shape[1:])} need {(len(rows), *mixed.shape[1:])}."
-                )
-                raise InvalidInput(message)
-            lines.append(mixed.flatten(1) @ move.flatten())
-        return -self._solve(torch.stack(lines)).x.numpy()
+        moves = as_tensor(as_array(deltas, "deltas")).double()
+        check_finite(moves, "deltas")
+        batch = self.examples.batch(rows)
+        x = batch[0] if isinstance(batch, tuple | list) else batch
+        if tuple(moves.shape) != tuple(x.shape):
+            message = (
+                f"deltas has shape {tuple(moves.shape)}, and the inputs of {len(rows)} rows have {tuple(x.shape)}."
+            )
+            raise InvalidInput(message + " Pass one change of the whole input for each row.")
+        return -self._solve(calculus.mixed_products(self.objective, batch, moves).double().cpu()).x.numpy()
 
-    # ---- effects on queries ----------------------------------------------------------------------
+    # ---- effects on queries ------------------------------------------------------------------------------------------
 
     def on_loss(self, Xq: Queries, yq: Any = None, *, store: Any = None) -> Scores:
         """Equation 2: the change of each query's loss if a training row is removed, for every row.
@@ -236,8 +254,8 @@ class Influence:
         Raises:
             InvalidInput: if the queries do not fit the model; SolverError if a system cannot be solved as promised.
         """
-        queries = self._queries(Xq, yq)
-        return self._removal_scores(self.objective, queries, "loss", store)
+        queries = self.encoder.examples(Xq, yq)
+        return self._removal_scores(self.objective, queries, store)
 
     def on_measure(
         self, measure: Callable[[Any, Any], Tensor], Xq: Queries, yq: Any = None, *, store: Any = None
@@ -250,11 +268,9 @@ class Influence:
             yq: the queries' targets; an example without one is x alone.
             store: as for on_loss.
         """
-        queries = self._queries(Xq, yq)
-        objective = calculus.probe(
-            self.objective.measuring(measure), queries.batch(np.arange(min(_PROBE, len(queries))))
-        )
-        return self._removal_scores(objective, queries, objective.name, store)
+        queries = self.encoder.examples(Xq, yq)
+        objective = routes.probe(self.objective.measuring(measure), queries.batch(queries.spread(_PROBE)))
+        return self._removal_scores(objective, queries, store)
 
     def of_self(self, rows: Rows = None) -> SelfScores:
         """Each row's removal, measured on its own loss: (wᵢ/n) ∇L(zᵢ)ᵀ (C + λI)⁻¹ ∇L(zᵢ).
@@ -265,26 +281,18 @@ class Influence:
             rows: the training rows; None means all.
         """
         rows = self.examples.rows(rows)
-        shared = self._shared_penalty()
-        values, residual, converged, sweeps, bottom = np.empty(len(rows)), [], True, 0, np.inf
-        for start in range(0, len(rows), _SELF_BLOCK):
-            block = rows[start : start + _SELF_BLOCK]
-            G = torch.from_numpy(
-                self.sweep.emit(
-                    lambda batch, _: calculus.gradients(self.objective, batch),
-                    vectors=self._wide(),
-                    rows=block,
-                    label="self",
-                )
-            )
-            solution = self._solve(G + shared)
-            values[start : start + len(block)] = (G * solution.x).sum(1).numpy()
-            residual.append(solution.residual)
-            converged, sweeps = converged and solution.converged, sweeps + solution.sweeps
-            bottom = min(bottom, solution.min_curvature)
+        blocks = [self._own(rows[start : start + _SELF_BLOCK]) for start in range(0, len(rows), _SELF_BLOCK)]
         scale = -self.examples.weights[rows] / self.n
-        whole = Solution(torch.empty(0), torch.cat(residual), converged, sweeps, bottom, truncation=solution.truncation)
-        return SelfScores(-scale * values, rows, self.n, self._certificate(whole, np.full(len(rows), np.nan)), scale)
+        errors = [products.standard_error() for products, _ in blocks]
+        known = [error[0] for error in errors if error is not None]
+        return SelfScores(
+            values=-scale * np.concatenate([products.mean[0] for products, _ in blocks]),
+            rows=rows,
+            n=self.n,
+            certificate=Certificate.joined([certificate for _, certificate in blocks]),
+            scale=scale,
+            standard_error=np.abs(scale) * np.concatenate(known) if known else None,
+        )
 
     def of_replacing(self, rows: Rows, X_new: Any, y_new: Any = None, *, on: tuple[Any, ...]) -> Scores:
         """Equation 3: the change of each query's loss if training row i becomes the new example, at its weight.
@@ -298,7 +306,7 @@ class Influence:
             on: (Xq, yq), the queries.
         """
         rows = self.examples.rows(rows)
-        return self._replacing(rows, self._new(rows, X_new, y_new).batch(slice(None)), "row replaced", on)
+        return self._replacing(rows, self._new(rows, X_new, y_new), "row replaced", on)
 
     def of_relabeling(self, rows: Rows, y_new: Any, *, on: tuple[Any, ...]) -> Scores:
         """The change of each query's loss if training row i had the label y_new[i] instead; equation 3 with the same x.
@@ -312,21 +320,7 @@ class Influence:
             InvalidInput: if the number of labels is wrong, or examples have no label.
         """
         rows = self.examples.rows(rows)
-        batch = self.examples.batch(rows)
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            message = (
-                "These examples are not (x, y) pairs, so there is no label to change. Use of_replacing with whole "
-                "new examples."
-            )
-            raise InvalidInput(message)
-        targets = self.encoder.targets(y_new)
-        if targets.shape != batch[1].shape:
-            message = (
-                f"y_new has shape {tuple(targets.shape)}, and the labels of {len(rows)} rows have "
-                f"{tuple(batch[1].shape)}. Pass one new label per row."
-            )
-            raise InvalidInput(message)
-        return self._replacing(rows, (batch[0], targets.to(batch[1].dtype)), "row relabelled", on)
+        return self._replacing(rows, self.examples.relabelled(rows, self.encoder.targets(y_new)), "row relabelled", on)
 
     def of_perturbing(self, rows: Rows, *, on: tuple[Any, ...]) -> Float[NDArray[np.float64], "q r ..."]:
         """Equation 5: the gradient of each query's loss with respect to the input of each training row.
@@ -339,42 +333,32 @@ class Influence:
             on: (Xq, yq), the queries.
         """
         rows = self.examples.rows(rows)
-        S = self._solve(self._gradients(self.objective, self._queries(*on))).x
-        out = self.sweep.emit(
-            lambda batch, w: (
-                calculus.input_gradients(self.objective, batch, S).double().cpu().movedim(0, 1)
-                * w.reshape(-1, *[1] * (_input_axes(batch) + 1))
-            ),
-            vectors=len(S),
-            rows=rows,
-            label="perturb",
-        )
-        return np.moveaxis(-out / self.n, 0, 1)
+        S = self._solve(self._query_gradients(self.objective, self.queries(on))).x
+
+        def fields(batch: Any, w: Tensor) -> Tensor:
+            gradient = calculus.input_gradients(self.objective, batch, S).double().cpu().movedim(0, 1)  # (b, q, *x)
+            return gradient * w.reshape(-1, *[1] * (gradient.ndim - 1))
+
+        return np.moveaxis(-self.sweep.emit(fields, vectors=len(S), rows=rows, label="perturb") / self.n, 0, 1)
 
     def of_adding(self, X_new: Any, y_new: Any = None, *, on: tuple[Any, ...]) -> Scores:
         """The change of each query's loss if a new example joined the training set with weight 1 (ε = +1/n).
 
-        values[q, j] = −(1/n) ∇L(z_q)ᵀ (C + λI)⁻¹ ∇L(z_new); a negative value means that the example would help.
+        values[q, j] = −(1/n) ∇L(z_q)ᵀ (C + λI)⁻¹ ∇L(z_new); a negative value means that the example would help. With
+        class weights, or Examples that have weights of their own, ε is the example's weight over n.
 
         Args:
             X_new: new inputs.
             y_new: new targets.
             on: (Xq, yq), the queries.
         """
-        new = self._queries(X_new, y_new)
-        queries = self._queries(*on)
-        solution = self._solve(self._gradients(self.objective, queries))
-        weights = self._class_weights(new.batch(slice(None)))
-        G = self._row_gradients(new, np.arange(len(new)))
-        return self._scores(
-            solution,
-            G.numpy() @ solution.x.numpy().T,
-            weights / self.n,
-            np.arange(len(new)),
-            "example added",
-            queries,
-            G=G,
-        )
+        new = self.encoder.examples(X_new, y_new)
+        queries = self.queries(on)
+        solution = self._solve(self._query_gradients(self.objective, queries))
+        scale = self.class_weights(new) * new.sample_weight / self.n
+        G = scoring.gradients(self.sweep.over(self.objective, new)) + self.penalty_share
+        changes = scoring.with_gradients(solution, G).scaled(-scale)
+        return self._scores(solution, changes, scale, np.arange(len(new)), "example added", queries)
 
     def of_groups(self, groups: Sequence[Rows] | Mapping[Any, Rows], *, on: tuple[Any, ...]) -> Scores:
         """The change of each query's loss if a whole group of rows is removed, to first order: the sum over members.
@@ -385,31 +369,16 @@ class Influence:
         """
         members = self._groups(groups)
         union = np.unique(np.concatenate(members))
-        queries = self._queries(*on)
-        single = self._removal_scores(self.objective, queries, "loss", None, union)
-
-        def summed(values: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
-            return (
-                None
-                if values is None
-                else np.stack([values[:, np.searchsorted(union, group)].sum(1) for group in members], 1)
-            )
-
-        values = summed(single.values)
-        assert values is not None
-        n_groups = len(members)
-        return Scores(
-            values,
-            "group removed",
-            np.arange(n_groups),
-            self.n,
-            single.certificate,
-            np.full(n_groups, -1 / self.n),
-            "loss",
-            single.query_values,
+        queries = self.queries(on)
+        solution = self._solve(self._query_gradients(self.objective, queries))
+        single = scoring.with_rows(self.sweep, solution, self.penalty_share, rows=union)
+        changes = single.scaled(self.examples.weights[union] / self.n).grouped(
+            [np.searchsorted(union, group) for group in members]
         )
+        scale = np.full(len(members), -1 / self.n)
+        return self._scores(solution, changes, scale, np.arange(len(members)), "group removed", queries)
 
-    def of_removing(self, groups: Sequence[Rows], *, on: tuple[Any, ...]) -> Scores:
+    def of_removing(self, groups: Sequence[Rows] | Mapping[Any, Rows], *, on: tuple[Any, ...]) -> Scores:
         """The change of each query's loss if rows are removed, by the removal's own Newton step (leverage corrected).
 
         θ moves by (C + λI − (1/n) Σ_group wᵢ∇²Lᵢ)⁻¹ (1/n) Σ_group wᵢ∇Lᵢ and the query's loss is evaluated there, so for
@@ -423,30 +392,33 @@ class Influence:
             on: (Xq, yq), the queries.
 
         Raises:
-            UnsupportedModel: if the model has no linear predictor, or the curvature is not its Hessian.
+            UnsupportedModel: if the model has no linear predictor, the curvature is not its Hessian, or the solver is
+                stochastic.
+            NotPositiveDefinite: if what is left does not determine the fit.
         """
-        if self.objective.linear is None or type(self.curvature).__name__ not in {"Hessian", "GaussNewton", "Dense"}:
+        if self.objective.linear is None or not isinstance(self._exact_curvature(), Hessian | GaussNewton):
             message = (
-                f"of_removing updates the exact Hessian of a linear predictor, and this is {self.objective.name} "
-                f"with {self.curvature}. "
-                "Use on_loss or of_groups (first order), or leave_one_out to retrain."
+                f"of_removing updates the exact Hessian of a linear predictor, and this is {self.objective.name} with "
+                f"{self.curvature}. Use on_loss or of_groups (first order), or leave_one_out to retrain."
             )
             raise UnsupportedModel(message)
         members = self._groups(groups)
-        queries = self._queries(*on)
-        gradients = self._gradients(self.objective, queries)
-        solution = self._solve(gradients)
+        queries = self.queries(on)
+        solution = self._solve(self._query_gradients(self.objective, queries))
+        if solution.replicas is not None:
+            message = f"of_removing needs exact solutions, and {self.solver} gives estimates. Use Cholesky() or CG()."
+            raise UnsupportedModel(message)
         step = removal.newton_steps(self.objective, self.sweep, self._solve, members, self.risk_gradient)
-        values = removal.changes(self.objective, queries, step.theta_change)
-        error = -(solution.x @ step.remaining_gradient.T).numpy()
-        columns = (
-            np.array([group[0] for group in members])
-            if all(len(group) == 1 for group in members)
-            else np.arange(len(members))
+        single = all(len(group) == 1 for group in members)
+        return Scores(
+            removal.changes(self.objective, queries, step.theta_change),
+            "row removed, Newton step" if single else "group removed, Newton step",
+            np.array([group[0] for group in members]) if single else np.arange(len(members)),
+            self.n,
+            scoring.certificate(self, solution),
+            query_values=scoring.measures(self.sweep.over(self.objective, queries)),
+            error=-(solution.x @ step.remaining_gradient.T).numpy(),
         )
-        certificate = self._certificate(solution, -(solution.x @ self.risk_gradient).numpy())
-        now = self._query_values(self.objective, queries)
-        return Scores(values, "row removed, Newton step", columns, self.n, certificate, None, "loss", now, error=error)
 
     def check(self, on: tuple[Any, ...] | None = None) -> Report:
         """Whether the theory's assumptions hold here: gradient, curvature, residuals, coverage, drift.
@@ -456,17 +428,30 @@ class Influence:
         Args:
             on: (Xq, yq) queries to measure the drift on; None uses a few training rows.
         """
-        queries = (
-            self.examples.batch(np.arange(min(8, self.n))) if on is None else self._queries(*on).batch(slice(0, 64))
-        )
-        return examine(self, queries)
+        return examine(self, self.examples.batch(slice(0, 8)) if on is None else self.queries(on).batch(slice(0, 64)))
 
-    # ---- inner steps ----------------------------------------------------------------------
-    def _queries(self, X: Any, y: Any = None) -> Examples:
-        return self.encoder.examples(X, y)
+    # ---- inputs ------------------------------------------------------------------------------------------------------
+
+    def queries(self, on: Any, name: str = "on") -> Examples:
+        """The queries of a question: (Xq, yq), (Xq,), Examples or a Dataset, as examples.
+
+        Raises:
+            InvalidInput: if `on` is something else.
+        """
+        if isinstance(on, tuple) and 1 <= len(on) <= 2:
+            return self.encoder.examples(*on)
+        if isinstance(on, Examples) or (hasattr(on, "__getitem__") and hasattr(on, "__len__") and name == "examples"):
+            return self.encoder.examples(on)
+        kind = f"{len(on)} things" if isinstance(on, tuple) else f"a {type(on).__name__}"
+        message = f"{name} is {kind}. Pass the pair ({name}=(X, y)), or upweight.Examples."
+        raise InvalidInput(message)
+
+    def class_weights(self, examples: Examples) -> NDArray[np.float64]:
+        """The part of wᵢ that belongs to the label of each example."""
+        return np.ones(len(examples)) if examples.y is None else self.encoder.class_weights(as_tensor(examples.y))
 
     def _new(self, rows: NDArray[np.int64], X: Any, y: Any) -> Examples:
-        new = self._queries(X, y)
+        new = self.encoder.examples(X, y)
         if len(new) != len(rows):
             message = (
                 f"{len(rows)} rows are to be replaced by {len(new)} new examples. Pass one new example for each row."
@@ -475,15 +460,10 @@ class Influence:
         return new
 
     def _groups(self, groups: Any) -> list[NDArray[np.int64]]:
-        listed = (
-            list(groups.values())
-            if isinstance(groups, Mapping)
-            else list(groups)
-            if isinstance(groups, Iterable)
-            else [groups]
-        )
-        if not listed:
-            message = "groups is empty. Pass a list of rows, or a list of lists of rows."
+        values = groups.values() if isinstance(groups, Mapping) else groups
+        listed = list(values) if isinstance(values, Iterable) else [values]
+        if not listed or any(group is None for group in listed):
+            message = f"groups is {'empty' if not listed else 'None'}. Pass a list of rows, or a list of lists of rows."
             raise InvalidInput(message)
         members = [self.examples.rows(group) for group in listed]
         for number, group in enumerate(members):
@@ -494,176 +474,93 @@ class Influence:
                 raise InvalidInput(message)
         return members
 
+    # ---- inner steps -------------------------------------------------------------------------------------------------
+
+    def _exact_curvature(self) -> Curvature:
+        """The curvature without the way it is stored."""
+        return self.curvature.of if isinstance(self.curvature, Dense) else self.curvature
+
     def _solve(self, V: Tensor) -> Solution:
-        return self.prepared.solve(V)
-
-    def _wide(self) -> int:
-        """How many vectors' memory a row of p gradients is worth."""
-        return 1 + 16 * self.objective.size // self.sweep.example_bytes
-
-    def _shared_penalty(self) -> Tensor:
-        """(n/Σw) ∇r when a row takes its share of the penalty along, else 0: what is added to ∇L(zᵢ)."""
-        if not self.objective.folded:
-            return torch.zeros(self.objective.size, dtype=torch.float64)
-        return calculus.penalty_gradient(self.objective) * (self.n / self.examples.weights.sum())
-
-    def _gradients(self, objective: Objective, queries: Examples) -> Tensor:
-        """(q, p) gradients of the measure, without penalty."""
-        sweep = Sweep(objective, queries, self.sweep.batch_size, self.sweep.progress, self.sweep.example_bytes)
-        return torch.from_numpy(
-            sweep.emit(
-                lambda batch, _: calculus.gradients(objective, batch), vectors=self._wide(), label="query gradients"
+        solution = self.prepared.solve(V)
+        if not solution.converged and solution.replicas is None:
+            message = (
+                f"{self.solver} left a relative residual of {float(solution.residual.max()):.2g}: C + λI is too badly "
+                f"conditioned for float64 (smallest curvature {solution.min_curvature:.2g}). Try a larger damping, or "
+                "drop collinear features."
             )
-        )
+            raise NotConverged(message, solution)
+        return solution
 
-    def _row_gradients(self, examples: Examples, rows: NDArray[np.int64]) -> Tensor:
-        """(k, p) gradients of training rows or new examples, with the penalty's share."""
-        sweep = Sweep(self.objective, examples, self.sweep.batch_size, self.sweep.progress, self.sweep.example_bytes)
-        G = sweep.emit(
-            lambda batch, _: calculus.gradients(self.objective, batch),
-            vectors=self._wide(),
-            rows=rows,
-            label="row gradients",
-        )
-        return torch.from_numpy(G) + self._shared_penalty()
+    def _query_gradients(self, objective: Objective, queries: Examples) -> Tensor:
+        return scoring.gradients(self.sweep.over(objective, queries))
 
-    def _query_values(self, objective: Objective, queries: Examples) -> NDArray[np.float64]:
-        sweep = Sweep(objective, queries, self.sweep.batch_size, self.sweep.progress, self.sweep.example_bytes)
-        return sweep.emit(lambda batch, _: calculus.losses(objective, batch), label="query measures")
+    def _own(self, rows: NDArray[np.int64]) -> tuple[Products, Certificate]:
+        """(1, k) products of rows with their own solutions."""
+        G = scoring.gradients(self.sweep, rows)
+        solution = self._solve(G + self.penalty_share)
+        replicas = None if solution.replicas is None else (solution.replicas * G).sum(2)[:, None].numpy()
+        return Products((solution.x * G).sum(1)[None].numpy(), replicas), scoring.certificate(self, solution)
 
-    def _products(self, S: Tensor, rows: NDArray[np.int64] | None, store: Store | None = None) -> NDArray[np.float64]:
-        """(r, k): the gradients of rows, with the penalty's share, times every vector of S."""
-        constant = S @ self._shared_penalty()
-        return self.sweep.emit(
-            lambda batch, _: calculus.dots(self.objective, batch, S).double().cpu() + constant,
-            vectors=len(S),
-            rows=rows,
-            store=store,
-            label="scores",
-        )
+    def _removal_scores(self, objective: Objective, queries: Examples, store: Any) -> Scores:
+        solution = self._solve(self._query_gradients(objective, queries))
+        folder = None if store is None else Store(store, self.fingerprint(queries, objective.name))
+        if folder is not None:
+            solution = self._compared(folder, solution)
+        weights = self.examples.weights / self.n
+        changes = scoring.with_rows(self.sweep, solution, self.penalty_share, store=folder).scaled(weights)
+        return self._scores(solution, changes, -weights, np.arange(self.n), "row removed", queries, objective)
 
-    def _removal_scores(
-        self, objective: Objective, queries: Examples, measure: str, store: Any, rows: NDArray[np.int64] | None = None
-    ) -> Scores:
-        solution = self._solve(self._gradients(objective, queries))
-        kept = (
-            None
-            if store is None
-            else Store(store, self.fingerprint() | {"queries": queries.fingerprint(), "measure": measure})
-        )
-        products = self._products(solution.x, rows, kept)
-        columns = self.examples.rows(rows)
-        return self._scores(
-            solution,
-            products,
-            -self.examples.weights[columns] / self.n,
-            columns,
-            "row removed",
-            queries,
-            objective,
-            rows=rows,
-        )
+    def _compared(self, folder: Store, solution: Solution) -> Solution:
+        """The solution that the folder's chunks were computed with, if this is the same work."""
+        probe = self.examples.batch(self.examples.spread(PROBE_ROWS))
+        folder.agree("losses", calculus.losses(self.objective, probe).double().cpu().numpy(), 1e-6)
+        folder.agree("penalty_gradient", self.penalty_share.numpy(), 1e-6)
+        rtol = max(1e-6, 100 * float(solution.residual.max())) if solution.replicas is None else 1e-6
+        kept = folder.agree("solutions", solution.x.numpy(), rtol)
+        return replace(solution, x=torch.from_numpy(kept))
+
+    def _replacing(self, rows: NDArray[np.int64], new: Examples, counterfactual: str, on: tuple[Any, ...]) -> Scores:
+        queries = self.queries(on)
+        solution = self._solve(self._query_gradients(self.objective, queries))
+        difference = scoring.replacement(self, rows, new)
+        changes = scoring.with_gradients(solution, difference / -self.n)
+        return self._scores(solution, changes, self.examples.weights[rows] / self.n, rows, counterfactual, queries)
 
     def _scores(
         self,
         solution: Solution,
-        products: NDArray[np.float64],
+        changes: Products,
         scale: NDArray[np.float64],
         columns: NDArray[np.int64],
         counterfactual: str,
         queries: Examples,
-        objective: Objective | None = None,
-        *,
-        rows: NDArray[np.int64] | None = None,
-        G: Tensor | None = None,
+        measured: Objective | None = None,
     ) -> Scores:
-        """Scores from (r, q) products S·gradient; derivative = −products and values = scale · derivative."""
-        measured = objective or self.objective
-        values = products.T * -scale
-        error = None
-        if solution.replicas is not None and len(solution.replicas) > 1:
-            replicas = solution.replicas  # (m, q, p)
-            flat = replicas.flatten(0, 1)
-            every = flat @ G.T if G is not None else torch.from_numpy(self._products(flat, rows)).T  # (m q, r)
-            spread = every.reshape(len(replicas), -1, len(columns)).std(0).numpy() / np.sqrt(len(replicas))
-            error = spread * np.abs(scale)
-        drift = -(solution.x @ self.risk_gradient).numpy()
+        measured = measured or self.objective
         return Scores(
-            values,
+            changes.mean,
             counterfactual,
             columns,
             self.n,
-            self._certificate(solution, drift),
+            scoring.certificate(self, solution),
             scale,
-            "loss" if objective in (None, self.objective) else measured.name,
-            self._query_values(measured, queries),
-            error,
+            "loss" if measured is self.objective else measured.name,
+            scoring.measures(self.sweep.over(measured, queries)),
+            changes.standard_error(),
         )
 
-    def _certificate(self, solution: Solution, drift: NDArray[np.float64]) -> Certificate:
-        return Certificate(
-            residual=solution.residual.numpy(),
-            converged=solution.converged,
-            damping=self.damping,
-            gradient_norm=float(self.risk_gradient.norm()),
-            min_curvature=solution.min_curvature,
-            coverage=self.objective.coverage,
-            drift=drift,
-            curvature=repr(self.curvature),
-            solver=repr(self.solver),
-            sweeps=solution.sweeps,
-            truncation=solution.truncation,
-        )
-
-    def _replacing(self, rows: NDArray[np.int64], new: Any, counterfactual: str, on: tuple[Any, ...]) -> Scores:
-        queries = self._queries(*on)
-        solution = self._solve(self._gradients(self.objective, queries))
-        scale, difference, weights = self._replacement(rows, new)
-        nonzero = np.where(weights == 0, 1, weights)
-        per_weight = difference / torch.from_numpy(nonzero)[:, None]
-        return self._scores(
-            solution,
-            (per_weight @ solution.x.T).numpy(),
-            np.where(weights == 0, 1 / self.n, scale),
-            rows,
-            counterfactual,
-            queries,
-            G=per_weight,
-        )
-
-    def _replacement(
-        self, rows: NDArray[np.int64], new: Any
-    ) -> tuple[NDArray[np.float64], Tensor, NDArray[np.float64]]:
-        """wᵢ/n, the change w_new ∇L(z_new) − wᵢ ∇L(zᵢ) of n·∇R, and wᵢ; a new label brings its own class weight."""
-        old = self.examples.batch(rows)
-        weights = self.examples.weights[rows]
-        was, becomes = self._class_weights(old), self._class_weights(new)
-        new_weights = weights * np.divide(becomes, was, out=np.ones_like(was), where=was != 0)
-        gradient = calculus.gradients
-        difference = gradient(self.objective, new).double().cpu() * torch.from_numpy(new_weights)[:, None]
-        difference = difference - gradient(self.objective, old).double().cpu() * torch.from_numpy(weights)[:, None]
-        if self.objective.folded:
-            difference = difference + torch.from_numpy(new_weights - weights)[:, None] * self._shared_penalty()
-        return weights / self.n, difference, weights
-
-    def _class_weights(self, batch: Any) -> NDArray[np.float64]:
-        if not isinstance(batch, tuple | list) or not isinstance(batch[-1], Tensor):
-            return np.ones(batch_length(batch))
-        return self.encoder.class_weights(batch[-1])
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What these numbers depend on: θ̂, a probe of the data, n, curvature, solver, damping, versions."""
-        import hashlib
-
+    def fingerprint(self, queries: Examples, measure: str) -> dict[str, Any]:
+        """What scores on these queries depend on: θ̂, a probe of the data, n, curvature, solver, damping, versions."""
         import upweight
 
-        theta = hashlib.sha256(self.objective.theta.numpy().tobytes()).hexdigest()[:16]
         return {
-            "theta": theta,
+            "theta": hashlib.sha256(self.objective.theta.numpy().tobytes()).hexdigest()[:16],
             "data": self.examples.fingerprint(),
+            "queries": queries.fingerprint(),
             "n": self.n,
             "objective": self.objective.name,
-            "penalty": f"{self.objective.penalty!r}, folded {self.objective.folded}",
+            "measure": measure,
+            "penalty_per_example": self.objective.folded,
             "curvature": repr(self.curvature),
             "solver": repr(self.solver),
             "damping": self.damping,
@@ -675,8 +572,3 @@ def _check_specification(value: Any, method: str, name: str, example: str) -> No
     if value is not None and (isinstance(value, type | str) or not hasattr(value, method)):
         message = f"{name}={value!r} is not a {name} specification. Pass an object such as {name}=uw.{example}."
         raise InvalidInput(message)
-
-
-def _input_axes(batch: Any) -> int:
-    x = batch[0] if isinstance(batch, tuple | list) else batch
-    return len(x.shape) - 1

@@ -109,6 +109,16 @@ def input_gradients(objective: Objective, batch: Any, S: Float[Tensor, "k p"]) -
     return hZ @ coef[0] + slopes(objective, batch) @ vectors
 
 
+def mixed_products(objective: Objective, batch: Any, deltas: Float[Tensor, "b d"]) -> Float[Tensor, "b p"]:
+    """[∇ₓ∇_θ L] δ = h (coef δ) ⊗ x̃ + r ⊗ δ for every example."""
+    X, _ = _inputs(objective, batch)
+    coef, _ = _parts(_structure(objective), objective.theta[None])
+    moved = torch.einsum("bij,bj->bi", curvatures(objective, batch), deltas @ coef[0].T)
+    dense = torch.from_numpy(X.toarray()) if scipy.sparse.issparse(X) else X
+    on_coef = moved[:, :, None] * dense[:, None, :] + slopes(objective, batch)[:, :, None] * deltas[:, None, :]
+    return torch.cat([on_coef.flatten(1), moved], 1) if _structure(objective).intercept else on_coef.flatten(1)
+
+
 def directional(objective: Objective, X: Any, V: Float[Tensor, "k p"]) -> Float[Tensor, "b k K"]:
     """The change of η when θ moves along each row of V: (v x̃)."""
     structure = _structure(objective)
@@ -144,6 +154,9 @@ def _structure(objective: Objective) -> Linear:
 
 def _inputs(objective: Objective, batch: Any) -> tuple[Any, Tensor]:
     """x in float64 (dense or CSR) and y, with the number of features checked."""
+    if not isinstance(batch, tuple | list):
+        message = f"{objective.name} needs examples (x, y), and these have no y. Pass the targets too: (X, y)."
+        raise InvalidInput(message)
     X, y = batch
     d = _structure(objective).n_features
     if X.shape[1:] != (d,):

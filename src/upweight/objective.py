@@ -20,7 +20,7 @@ from torch import Tensor
 from upweight.errors import InvalidInput, UnsupportedModel
 from upweight.losses import Loss
 from upweight.transforms import functional_call
-from upweight.trees import like
+from upweight.trees import like, tree_map
 
 Params = Tensor | dict[str, Tensor]
 
@@ -62,7 +62,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Route:
-    """How autograd runs on this objective, found by a probe: see `calculus.probe`."""
+    """How autograd runs on this objective, found by a probe: see `routes.probe`."""
 
     examples: str = "vmap"
     cotangents: str = "batched"
@@ -91,7 +91,7 @@ class Objective:
             Gauss–Newton matrix needs; `from_module` sets both.
         linear: the closed-form structure, set by the scikit-learn adapters.
         gauge: a function that projects (k, p) vectors off the directions in which R is constant by construction.
-        route: how autograd runs; set by `calculus.probe`.
+        route: how autograd runs; set by `routes.probe`.
         coverage: fraction of the model's parameters that `params` holds.
         name: what this objective belongs to, for people.
 
@@ -114,6 +114,9 @@ class Objective:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", _checked_params(self.params))
+        if self.penalty_per_example not in (None, True, False):
+            message = f"penalty_per_example={self.penalty_per_example!r}. It is True, False, or None for the default."
+            raise InvalidInput(message)
         penalty = self.penalty
         if isinstance(penalty, int | float | np.number) and not isinstance(penalty, bool):
             if not (np.isfinite(penalty) and penalty >= 0):
@@ -125,6 +128,8 @@ class Objective:
             object.__setattr__(
                 self, "penalty", L2({name: float(penalty) for name in self.blocks}) if penalty > 0 else None
             )
+        elif isinstance(penalty, L2):
+            _check_strengths(penalty, self.blocks)
         elif penalty is not None and not callable(penalty):
             message = (
                 f"penalty is a {type(penalty).__name__}. Pass a float λ for (λ/2)‖θ‖², a function of params, or None."
@@ -221,7 +226,7 @@ class Objective:
         total = sum(parameter.numel() for parameter in model.parameters())
         params = {name: parameter.detach().clone() for name, parameter in chosen.items()}
         fixed = {
-            name: tensor.detach()
+            name: tensor.detach().clone()
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
             if name not in chosen
         }
@@ -230,12 +235,9 @@ class Objective:
             fixed = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in fixed.items()}
 
         def outputs(params: dict[str, Tensor], example: Any) -> Tensor:
-            x = like(example[0], next(iter(params.values())))
-            state = {**fixed, **params}
-            if isinstance(x, Mapping):
-                return functional_call(model, state, (), {key: value[None] for key, value in x.items()})
-            inputs = tuple(value[None] for value in x) if isinstance(x, tuple | list) else (x[None],)
-            return functional_call(model, state, inputs)
+            refuse_training_mode(model)  # the user may have called model.train() since
+            one = tree_map(lambda leaf: leaf[None], like(example[0], next(iter(params.values()))))
+            return forward(model, {**fixed, **params}, one)
 
         def output_loss(output: Tensor, example: Any) -> Tensor:
             return criterion(output, example[1][None])
@@ -255,6 +257,16 @@ class Objective:
         )
 
 
+def forward(model: torch.nn.Module, state: Mapping[str, Tensor], x: Any) -> Tensor:
+    """The module's output for a batch, with other parameters and buffers than its own; the module is not changed.
+
+    A dict of inputs is passed by keywords, a tuple by position.
+    """
+    if isinstance(x, Mapping):
+        return functional_call(model, dict(state), (), dict(x))
+    return functional_call(model, dict(state), tuple(x) if isinstance(x, tuple | list) else (x,))
+
+
 def refuse_training_mode(model: torch.nn.Module) -> None:
     """Raises when a module of `model` would make an example's loss random or dependent on its batch.
 
@@ -262,9 +274,15 @@ def refuse_training_mode(model: torch.nn.Module) -> None:
         UnsupportedModel: if dropout is active or batch statistics are being used.
     """
     for name, module in model.named_modules():
+        kind = type(module).__name__
+        if "BatchNorm" in kind and not getattr(module, "track_running_stats", True):
+            message = (
+                f"'{name}' ({kind}) keeps no running statistics, so even in eval mode the loss of one example depends "
+                "on the others in its batch. Use track_running_stats=True, or a GroupNorm."
+            )
+            raise UnsupportedModel(message)
         if not module.training:
             continue
-        kind = type(module).__name__
         if "Dropout" in kind and getattr(module, "p", 1) > 0:
             message = (
                 f"Dropout is active in '{name}' ({kind}, p={getattr(module, 'p', '?')}), so the loss of an example "
@@ -274,8 +292,8 @@ def refuse_training_mode(model: torch.nn.Module) -> None:
         if "BatchNorm" in kind:
             message = (
                 f"'{name}' ({kind}) is in training mode, so the loss of one example depends on the others in its "
-                "batch and there is no "
-                "per-example loss to differentiate. Call model.eval() first: it then uses its running statistics."
+                "batch and there is no per-example loss to differentiate. Call model.eval() first: it then uses its "
+                "running statistics."
             )
             raise UnsupportedModel(message)
 
@@ -314,15 +332,32 @@ def _chosen_parameters(
     return {name: parameter for name, parameter in named.items() if name in set(wanted)}
 
 
+def _check_strengths(penalty: L2, blocks: Mapping[str, Tensor]) -> None:
+    for name, strength in penalty.strengths.items():
+        if name not in blocks:
+            message = f"L2 penalises '{name}', and the parameters are {', '.join(blocks)}. Name one of them."
+            raise InvalidInput(message)
+        lowest = float(torch.as_tensor(strength).min())
+        if not (np.isfinite(lowest) and lowest >= 0):
+            message = f"L2 has the strength {lowest:g} for '{name}'. λ must be finite and ≥ 0."
+            raise InvalidInput(message)
+
+
 def _as_blocks(params: Params) -> dict[str, Tensor]:
     return params if isinstance(params, dict) else {"theta": params}
 
 
 def _checked_params(params: Any) -> Params:
-    """Detached tensors, all finite and of one floating dtype."""
+    """Copies, so that later training does not move θ̂: all finite and floating-point."""
 
     def check(name: str, value: Any) -> Tensor:
-        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
+        try:
+            tensor = value.detach().clone() if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
+        except (TypeError, ValueError) as error:
+            message = (
+                f"Parameter '{name}' is a {type(value).__name__}, which is no tensor ({error}). Pass a dict of tensors."
+            )
+            raise InvalidInput(message) from error
         if not tensor.is_floating_point():
             message = (
                 f"Parameter '{name}' has dtype {tensor.dtype}; only floating-point parameters can be "

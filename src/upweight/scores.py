@@ -10,7 +10,8 @@ from __future__ import annotations
 import html
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -61,6 +62,18 @@ class Certificate:
     solver: str = ""
     sweeps: int = 0
     truncation: float = 0.0
+
+    @staticmethod
+    def joined(parts: Sequence[Certificate]) -> Certificate:
+        """One certificate for queries that were solved in several blocks."""
+        return replace(
+            parts[0],
+            residual=np.concatenate([part.residual for part in parts]),
+            drift=np.concatenate([part.drift for part in parts]),
+            converged=all(part.converged for part in parts),
+            sweeps=sum(part.sweeps for part in parts),
+            min_curvature=min(part.min_curvature for part in parts),
+        )
 
     def __str__(self) -> str:
         parts = [
@@ -221,6 +234,7 @@ class SelfScores:
     n: int
     certificate: Certificate
     scale: Float[NDArray[np.float64], " n"]
+    standard_error: Float[NDArray[np.float64], " n"] | None = field(default=None, repr=False)
 
     @property
     def derivative(self) -> Float[NDArray[np.float64], " n"]:
@@ -249,7 +263,7 @@ def top_columns(keys: Float[NDArray[np.float64], "q r"], k: int) -> Int[NDArray[
     Raises:
         InvalidInput: if k is not between 1 and the number of columns.
     """
-    if not 1 <= k <= keys.shape[1]:
+    if isinstance(k, bool) or not hasattr(k, "__index__") or not 1 <= k <= keys.shape[1]:
         message = f"k={k}, and there are {keys.shape[1]} columns to choose from. Ask for 1 to {keys.shape[1]}."
         raise InvalidInput(message)
     return np.stack([_smallest(line, k) for line in keys])

@@ -2,6 +2,7 @@
 
     run/
     ├── manifest.json            what the work is: format, fingerprint, rows per chunk, number of rows
+    ├── solutions.safetensors     what the chunks were computed with; compared, and used again, by the next run
     ├── chunk-000000.safetensors  a chunk file that exists is complete
     └── chunk-000001.safetensors
 
@@ -43,11 +44,11 @@ class Store:
     """
 
     def __init__(self, path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
-        self.path = Path(path)
+        self.path = _folder(path)
         manifest = {"format": FORMAT, "fingerprint": json.loads(json.dumps(dict(fingerprint)))}
         file = self.path / MANIFEST
         if file.exists():
-            _compare(json.loads(file.read_text()), manifest, self.path)
+            _compare(_manifest(file), manifest, self.path)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             strangers = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".tmp-"))
@@ -70,18 +71,55 @@ class Store:
         """A chunk that was kept."""
         return read_tensors(self._file(chunk))[0]["values"]
 
+    def agree(self, name: str, array: NDArray[np.float64], rtol: float) -> NDArray[np.float64]:
+        """What was kept under `name`, or `array`, kept now: what the chunks depend on but a hash cannot compare.
+
+        Raises:
+            StoreMismatch: if what was kept differs from `array` by more than rounding.
+        """
+        file = self.path / f"{name}.safetensors"
+        if not file.exists():
+            write_tensors(file, {name: array})
+            return array
+        kept = read_tensors(file)[0][name]
+        if kept.shape == array.shape:
+            gap = float(np.linalg.norm(kept - array)) / max(float(np.linalg.norm(array)), 1e-300)
+            if gap <= rtol:
+                return kept
+            found = f"differ by {gap:.2g} (relative)"
+        else:
+            found = f"have shape {kept.shape} there and {array.shape} now"
+        message = (
+            f"{self.path} holds the results of other work: its {name.replace('_', ' ')} {found}. Name another folder, "
+            "or delete this one to start again."
+        )
+        raise StoreMismatch(message)
+
     def _file(self, chunk: int) -> Path:
         return self.path / f"chunk-{chunk:06d}.safetensors"
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it exists either whole or not at all."""
+    """Write a file so that it exists either whole or not at all.
+
+    Raises:
+        PathNotFound: if the folder does not exist.
+        InvalidInput: if the path is a folder, or may not be written.
+    """
+    if not path.parent.is_dir():
+        message = f"There is no folder {path.parent} to write {path.name} into. Create it first."
+        raise PathNotFound(message)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        temporary.unlink(missing_ok=True)
+        message = f"{path} cannot be written ({error.strerror}). Name a file, in a folder that you may write to."
+        raise InvalidInput(message) from error
 
 
 def write_tensors(
@@ -108,8 +146,28 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]],
             metadata = opened.metadata() or {}
         return load_tensors(file.read_bytes()), metadata
     except safetensors.SafetensorError as error:
-        message = f"{file} is not a safetensors file, or is damaged ({error}). Scores are written by scores.save(path)."
+        message = f"{file} is not a safetensors file, or is damaged ({error}). Delete it, and compute it again."
         raise InvalidInput(message) from error
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        message = f"store={path!r}. It is a folder for finished chunks: pass its path, or None to keep nothing."
+        raise InvalidInput(message)
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        message = f"{folder} is a file, and a store is a folder. Name another path."
+        raise InvalidInput(message)
+    return folder
+
+
+def _manifest(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        message = f"{file} is no manifest of a store ({error}). Delete the folder to start again, or name another."
+        raise StoreMismatch(message) from error
+    return found if isinstance(found, dict) else {}
 
 
 def _compare(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from upweight.errors import InvalidInput
+from upweight.errors import InvalidInput, UpweightError, checked_count, first_line
 from upweight.examples import Examples
 from upweight.objective import Objective
 from upweight.store import Store
@@ -51,9 +51,12 @@ class Sweep:
     memory: int = MEMORY
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and (int(self.batch_size) != self.batch_size or self.batch_size < 1):
-            message = f"batch_size={self.batch_size}. It must be a whole number ≥ 1, or None to fit the memory."
-            raise InvalidInput(message)
+        if self.batch_size is not None:
+            checked_count(self.batch_size, "batch_size", hint="None fits the memory")
+
+    def over(self, objective: Objective, examples: Examples) -> Sweep:
+        """The same way of walking, over other examples."""
+        return replace(self, objective=objective, examples=examples)
 
     @property
     def n(self) -> int:
@@ -78,9 +81,14 @@ class Sweep:
         """
         total: Tensor | None = None
         for _, chunk in self._chunks(rows, label):
-            for values in self._batches(function, chunk, vectors):
-                total = values.double().cpu() if total is None else total.add_(values.cpu())
+            inside: Tensor | None = None
+            for _, values in self._batches(function, chunk, vectors, label):
+                inside = values.double().cpu() if inside is None else inside.add_(values.cpu())
+            assert inside is not None  # a chunk has at least one row
+            total = inside if total is None else total.add_(inside)
         assert total is not None  # there is at least one row
+        if not torch.isfinite(total).all():
+            raise _not_finite(label, "a sum over the rows is")
         return total
 
     def emit(
@@ -106,9 +114,13 @@ class Sweep:
             if store is not None and number in store:
                 values = store.read(number)
             else:
-                values = np.concatenate(
-                    [batch.double().cpu().numpy() for batch in self._batches(function, chunk, vectors)]
-                )
+                parts = []
+                for numbers, batch in self._batches(function, chunk, vectors, label):
+                    parts.append(batch.double().cpu().numpy())
+                    bad = np.flatnonzero(~np.isfinite(parts[-1]).reshape(len(batch), -1).all(1))
+                    if bad.size:
+                        raise _not_finite(label, f"row {numbers[int(bad[0])]} gives")
+                values = np.concatenate(parts)
                 if store is not None:
                     store.write(number, values)
             if outputs is None:
@@ -129,29 +141,43 @@ class Sweep:
                 bar.update(stop - start)
 
     def _batches(
-        self, function: Callable[[Any, Tensor], Tensor], chunk: slice | NDArray[np.int64], vectors: int
-    ) -> Iterator[Tensor]:
-        """Results for one chunk, in batches that fit; one that runs out of memory is tried again at half the size."""
-        length = chunk.stop - chunk.start if isinstance(chunk, slice) else len(chunk)
+        self, function: Callable[[Any, Tensor], Tensor], chunk: slice | NDArray[np.int64], vectors: int, label: str
+    ) -> Iterator[tuple[range | NDArray[np.int64], Tensor]]:
+        """Row numbers and results, in batches that fit; one that does not is tried again at half the size."""
+        numbers = range(chunk.start, chunk.stop) if isinstance(chunk, slice) else chunk
         size = self.batch_size or max(1, self.memory // (self.example_bytes * (1 + vectors)))
         start = 0
-        while start < length:
-            stop = min(start + size, length)
-            rows = slice(chunk.start + start, chunk.start + stop) if isinstance(chunk, slice) else chunk[start:stop]
+        while start < len(numbers):
+            inside = numbers[start : start + size]
+            rows = slice(inside.start, inside.stop) if isinstance(inside, range) else inside
             try:
                 values = function(self.examples.batch(rows), torch.from_numpy(self.examples.weights[rows]))
-            except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or stop - start == 1:
+            except UpweightError:
+                raise
+            except (MemoryError, RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+                if _out_of_memory(error) and len(inside) > 1:
+                    size = len(inside) // 2
+                    continue
+                if _out_of_memory(error):
                     raise
-                size = (stop - start) // 2
-                continue
-            yield values
-            start = stop
+                message = (
+                    f"{label}: the loss failed on rows {inside[0]} to {inside[-1]} "
+                    f"({type(error).__name__}: {first_line(error)}). Usual reasons: a label that the model has no "
+                    "output for, or inputs of another shape or kind than in training."
+                )
+                raise InvalidInput(message) from error
+            yield inside, values
+            start += len(inside)
+
+
+def _not_finite(label: str, what: str) -> InvalidInput:
+    message = (
+        f"{label}: {what} NaN or infinite. Usual reasons: a label that the loss ignores (ignore_index), log(0) or an "
+        "overflow inside the loss. Leave such rows out, or clamp inside the loss."
+    )
+    return InvalidInput(message)
 
 
 def _out_of_memory(error: Exception) -> bool:
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "can't allocate memory" in str(error)
-        or "not enough memory" in str(error)
-    )
+    told = ("can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in told)

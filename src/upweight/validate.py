@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from upweight import calculus
+from upweight import calculus, routes
 from upweight.errors import InvalidInput
 from upweight.influence import Influence
 from upweight.objective import Objective
@@ -32,11 +32,13 @@ class Outcomes:
         control: (q,) measure after retraining with all rows, minus the measure of the model as it is: the drift of
             retraining itself, which no row caused. Near 0 when θ̂ is the minimum that retraining finds.
         rows: (r,) the rows that were left out.
+        measure: what was measured on the query, in words.
     """
 
     actual: Float[NDArray[np.float64], "q r"]
     control: Float[NDArray[np.float64], " q"]
     rows: Int[NDArray[np.int64], " r"]
+    measure: str = "loss"
 
     def __repr__(self) -> str:
         return (
@@ -97,9 +99,9 @@ def leave_one_out(
     """
     rows = influence.examples.rows(rows)
     objective = influence.objective
-    queries = influence.encoder.examples(*on).batch(slice(None))
-    measured = objective if measure is None else calculus.probe(objective.measuring(measure), queries)
-    train = bound(retrain, influence.sweep)
+    queries = influence.queries(on).batch(slice(None))
+    measured = objective if measure is None else routes.probe(objective.measuring(measure), queries)
+    train = bound(retrain, influence)
 
     def after(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         theta = _flat(objective, train(weights, seed))
@@ -114,7 +116,7 @@ def leave_one_out(
         weights = ones.copy()
         weights[row] = 0
         actual[:, column] = after(weights) - control
-    return Outcomes(actual, control - now, rows)
+    return Outcomes(actual, control - now, rows, "loss" if measure is None else measured.name)
 
 
 def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
@@ -123,6 +125,16 @@ def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
     Raises:
         InvalidInput: if the rows or queries do not match, or fewer than two pairs remain.
     """
+    if not isinstance(scores, Scores) or not isinstance(outcomes, Outcomes):
+        message = f"agreement(scores, outcomes) got {type(scores).__name__}, {type(outcomes).__name__}."
+        raise InvalidInput(message)
+    if not scores.counterfactual.startswith("row removed") or scores.measure != outcomes.measure:
+        message = (
+            f"The scores predict the change of {scores.measure} for '{scores.counterfactual}', and the outcomes are the "
+            f"change of {outcomes.measure} for rows removed one at a time. Compare like with like: on_loss, on_measure "
+            "with leave_one_out(…, measure=…), or of_removing of single rows."
+        )
+        raise InvalidInput(message)
     place = {int(row): column for column, row in enumerate(scores.rows)}
     missing = [int(row) for row in outcomes.rows if int(row) not in place]
     if missing or len(scores.values) != len(outcomes.actual):
@@ -164,11 +176,21 @@ def _flat(objective: Objective, params: Any) -> Tensor:
             raise InvalidInput(message)
         vector = torch.cat([torch.as_tensor(params[name]).detach().reshape(-1).double() for name in objective.blocks])
     else:
-        vector = torch.as_tensor(params).detach().reshape(-1).double()
+        try:
+            vector = torch.as_tensor(params).detach().reshape(-1).double()
+        except (TypeError, ValueError, RuntimeError) as error:
+            message = (
+                f"retrain returned a {type(params).__name__} ({error}). Return the parameters: a dict with the names "
+                f"{list(objective.blocks)}, or one flat vector."
+            )
+            raise InvalidInput(message) from error
     if len(vector) != objective.size:
         message = (
             f"retrain returned {len(vector)} numbers, and the objective has {objective.size} parameters "
             f"({', '.join(objective.blocks)})."
         )
+        raise InvalidInput(message)
+    if not torch.isfinite(vector).all():
+        message = "retrain returned NaN or infinite parameters: training diverged. Check its step size."
         raise InvalidInput(message)
     return vector

@@ -60,7 +60,9 @@ def _bound(name, kind):
 
 def _fixture(kinds):
     pairs = [(name, kind) for name in cases.NAMES for kind in kinds]
-    return pytest.fixture(scope="module", params=pairs, ids=lambda p: f"{p[0]}-{p[1]}")(lambda request: _bound(*request.param))
+    return pytest.fixture(scope="module", params=pairs, ids=lambda p: f"{p[0]}-{p[1]}")(
+        lambda request: _bound(*request.param)
+    )
 
 
 bound = _fixture(ORACLES)

@@ -80,7 +80,9 @@ def test_a_zero_right_side_has_a_zero_solution(case, solver):
 
 def test_the_smallest_curvature_is_exact_for_cholesky_and_an_upper_bound_for_cg(case):
     operator = case.influence().operator
-    gauge = torch.eye(operator.size, dtype=torch.float64) - operator.project(torch.eye(operator.size, dtype=torch.float64))
+    gauge = torch.eye(operator.size, dtype=torch.float64) - operator.project(
+        torch.eye(operator.size, dtype=torch.float64)
+    )
     smallest = float(torch.linalg.eigvalsh(operator.matrix() + 100 * gauge)[0])
     V = right_sides(operator.size)
     assert Cholesky().prepare(operator, 0.2).solve(V).min_curvature == pytest.approx(smallest, rel=1e-7)
@@ -113,7 +115,9 @@ def test_negative_curvature_is_refused_with_a_damping_that_would_do(spec):
 
 def test_cg_suggests_by_lanczos_not_by_the_curvature_it_happened_to_meet():
     """The right side hardly sees the worst direction; the suggestion must still cover it."""
-    values = torch.cat([torch.linspace(0.5, 3, 38, dtype=torch.float64), torch.tensor([-0.05, -4.0], dtype=torch.float64)])
+    values = torch.cat(
+        [torch.linspace(0.5, 3, 38, dtype=torch.float64), torch.tensor([-0.05, -4.0], dtype=torch.float64)]
+    )
     v = torch.ones(1, 40, dtype=torch.float64)
     v[0, -1] = 1e-9
     with pytest.raises(NotPositiveDefinite) as refused:
@@ -174,7 +178,9 @@ def test_lissa_is_within_its_own_standard_errors(name, damping):
     assert torch.allclose(solution.replicas.mean(0), solution.x)
     eye = torch.eye(operator.size, dtype=torch.float64)
     complement = operator.matrix() + damping * eye + 100 * (eye - operator.project(eye))
-    bias = (1 - float(torch.linalg.eigvalsh(complement)[0]) / prepared.scale) ** spec.depth * expected.norm(dim=1, keepdim=True)
+    bias = (1 - float(torch.linalg.eigvalsh(complement)[0]) / prepared.scale) ** spec.depth * expected.norm(
+        dim=1, keepdim=True
+    )
     z = ((solution.x - expected).abs() - bias) / error.clamp(min=1e-12)
     assert float(z.max()) < STANDARD_ERRORS
     # the error bars are no larger than they have to be, or this test could not fail

@@ -31,15 +31,15 @@ def arrays(*tensors):
     return tuple(tensor.numpy() for tensor in tensors)
 
 
-def close(a, b, rtol=EXACT, floor=1e-12):
+def close(a, b, rtol=EXACT, size=0.0):
+    """Equal to within rtol of the largest number, or of `size` where the numbers themselves may vanish."""
     a, b = np.asarray(a), np.asarray(b)
     assert a.shape == b.shape
-    assert np.abs(a - b).max() <= rtol * max(np.abs(b).max(), floor)
+    assert np.abs(a - b).max() <= rtol * max(np.abs(b).max(), size)
 
 
-def values(case, examples=None, **settings):
-    influence = case.influence(**settings) if examples is None else uw.Influence(case.objective(), examples, curvature=uw.operators.Hessian())
-    return influence.on_loss(*arrays(*case.queries)).values
+def values(case, **settings):
+    return case.influence(**settings).on_loss(*arrays(*case.queries)).values
 
 
 def test_influences_sum_to_zero_at_a_minimum_when_the_penalty_is_folded(name):
@@ -52,9 +52,13 @@ def test_influences_sum_to_zero_at_a_minimum_when_the_penalty_is_folded(name):
 def test_and_away_from_it_the_sum_is_the_drift_of_appendix_b(name):
     """Σᵢ −valuesᵢ = −∇fᵀ(C + λI)⁻¹∇R: what a Newton step to the minimum would change, to first order."""
     folded = cases.make(name, folded=True, weighted=True)
-    theta = folded.theta + 0.05 * torch.randn(len(folded.theta), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    theta = folded.theta + 0.05 * torch.randn(
+        len(folded.theta), generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
     moved = uw.Influence(
-        folded.objective(theta=theta), uw.Examples(folded.X, folded.y, sample_weight=folded.problem.weights.numpy()), damping=0.05
+        folded.objective(theta=theta),
+        uw.Examples(folded.X, folded.y, sample_weight=folded.problem.weights.numpy()),
+        damping=0.05,
     )
     scores = moved.on_loss(*arrays(*folded.queries))
     close(scores.certificate.drift, -scores.values.sum(1), 1e-9)
@@ -93,14 +97,17 @@ def test_replacing_laws(case, data):
     on = arrays(*case.queries)
     influence = case.influence()
     same = influence.of_replacing(rows, *arrays(case.X[rows], case.y[rows]), on=on)
-    assert not same.values.any()
-    assert not influence.of_relabeling(rows, case.y[rows].numpy(), on=on).values.any()
+    removed = influence.on_loss(*on)
+    size = np.abs(removed.derivative).max()
+    close(same.derivative, np.zeros_like(same.derivative), size=size)
+    unchanged = influence.of_relabeling(rows, case.y[rows].numpy(), on=on)
+    close(unchanged.derivative, np.zeros_like(same.derivative), size=size)
     there = influence.of_replacing(rows, *arrays(case.X[other], case.y[other]), on=on)
     back = influence.of_replacing(other, *arrays(case.X[rows], case.y[rows]), on=on)
-    close(there.derivative, -back.derivative)
+    close(there.derivative, -back.derivative, size=size)
     # replacing is removing the one and adding the other, up to the penalty's share, which stays with the row
-    removed, added = influence.on_loss(*on), influence.of_adding(*arrays(case.X[other], case.y[other]), on=on)
-    close(there.derivative, added.derivative - removed.derivative[:, rows], 1e-9)
+    added = influence.of_adding(*arrays(case.X[other], case.y[other]), on=on)
+    close(there.derivative, added.derivative - removed.derivative[:, rows], size=size)
 
 
 def test_perturbing_is_the_limit_of_replacing(case):
@@ -129,8 +136,8 @@ def test_a_duplicated_row_is_a_row_of_weight_two(name):
     heavier = uw.Examples(case.X, case.y, sample_weight=weights)
     objective = case.objective()
     smaller = replace(objective, penalty=uw.L2({b: case.model.strength * n / (n + 1) for b in case.model.penalised}))
-    a = uw.Influence(smaller, doubled, curvature=uw.operators.Hessian()).on_loss(*arrays(*case.queries)).values
-    b = uw.Influence(objective, heavier, curvature=uw.operators.Hessian()).on_loss(*arrays(*case.queries)).values
+    a = uw.Influence(smaller, doubled, curvature=uw.operators.GaussNewton()).on_loss(*arrays(*case.queries)).values
+    b = uw.Influence(objective, heavier, curvature=uw.operators.GaussNewton()).on_loss(*arrays(*case.queries)).values
     close(a[:, 1:-1], b[:, 1:], 1e-9)
     close(a[:, 0] + a[:, -1], b[:, 0], 1e-9)
 
@@ -148,7 +155,10 @@ def test_row_order_changes_nothing(name, order):
     order = order[: case.n].argsort()
     examples = uw.Examples(case.X, case.y, sample_weight=case.problem.weights.numpy())
     shuffled = uw.Examples(case.X[order], case.y[order], sample_weight=case.problem.weights[order].numpy())
-    close(values(case, shuffled), values(case, examples)[:, order])
+    on, exact = arrays(*case.queries), uw.operators.Hessian()
+    before = uw.Influence(case.objective(), examples, curvature=exact, damping=0.1).on_loss(*on).values
+    after = uw.Influence(case.objective(), shuffled, curvature=exact, damping=0.1).on_loss(*on).values
+    close(after, before[:, order])
 
 
 @given(seeds())
@@ -159,7 +169,9 @@ def test_scores_do_not_depend_on_how_parameters_are_written(seed):
     A = torch.from_numpy(np.random.default_rng(seed).normal(size=(p, p))) + 3 * torch.eye(p, dtype=torch.float64)
     loss, penalty = case.problem.loss, case.problem.penalty
     written = uw.Objective(
-        lambda phi, example: loss(A @ phi, *example), torch.linalg.solve(A, case.theta), penalty=lambda phi: penalty(A @ phi)
+        lambda phi, example: loss(A @ phi, *example),
+        torch.linalg.solve(A, case.theta),
+        penalty=lambda phi: penalty(A @ phi),
     )
     examples = uw.Examples(case.X, case.y, sample_weight=case.problem.weights.numpy())
     other = uw.Influence(written, examples).on_loss(*arrays(*case.queries)).values
@@ -186,14 +198,18 @@ def test_scaling_the_objective_scales_nothing_but_the_units(factor):
 def test_weights_scale_values_and_not_derivatives(data):
     case = cases.make("ridge")
     w = data.draw(weights(case.n))
-    scores = uw.Influence(case.objective(), uw.Examples(case.X, case.y, sample_weight=w)).on_loss(*arrays(*case.queries))
+    scores = uw.Influence(case.objective(), uw.Examples(case.X, case.y, sample_weight=w)).on_loss(
+        *arrays(*case.queries)
+    )
     close(scores.values, -w / case.n * scores.derivative)
 
 
 def test_damping_is_added_to_the_curvature_and_nothing_else(case):
     v = case.influence(damping=0.7).on_loss(*arrays(*case.queries))
     C = oracles.dense_hessian(case.problem, case.theta) + 0.7 * torch.eye(len(case.theta), dtype=torch.float64)
-    G = torch.stack([oracles.gradient(lambda t, i=i: case.problem.loss(t, case.X[i], case.y[i]), case.theta) for i in range(case.n)])
+    G = torch.stack(
+        [oracles.gradient(lambda t, i=i: case.problem.loss(t, case.X[i], case.y[i]), case.theta) for i in range(case.n)]
+    )
     Q = torch.stack([oracles.gradient(lambda t, q=q: case.query_loss(t)[q], case.theta) for q in range(4)])
     close(v.values, (Q @ torch.linalg.solve(C, G.T)) * case.problem.weights / case.n, 1e-9)
     assert v.certificate.damping == 0.7
@@ -217,6 +233,8 @@ def test_the_sign_by_deed(case):
 
 def test_identity_gives_gradient_products(case):
     v = case.influence(curvature=uw.operators.Identity()).on_loss(*arrays(*case.queries)).values
-    G = torch.stack([oracles.gradient(lambda t, i=i: case.problem.loss(t, case.X[i], case.y[i]), case.theta) for i in range(case.n)])
+    G = torch.stack(
+        [oracles.gradient(lambda t, i=i: case.problem.loss(t, case.X[i], case.y[i]), case.theta) for i in range(case.n)]
+    )
     Q = torch.stack([oracles.gradient(lambda t, q=q: case.query_loss(t)[q], case.theta) for q in range(4)])
     close(v, (Q @ G.T) * case.problem.weights / case.n, 1e-10)

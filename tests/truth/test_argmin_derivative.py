@@ -16,7 +16,10 @@ MEANINGS = [False, True]
 SOLVERS = ["direct", "cg"]
 
 
-@pytest.fixture(params=[(name, folded) for name in cases.NAMES for folded in MEANINGS], ids=lambda p: f"{p[0]}-{'folded' if p[1] else 'fixed'}")
+@pytest.fixture(
+    params=[(name, folded) for name in cases.NAMES for folded in MEANINGS],
+    ids=lambda p: f"{p[0]}-{'folded' if p[1] else 'fixed'}",
+)
 def case(request):
     return cases.make(request.param[0], folded=request.param[1], weighted=True)
 
@@ -34,7 +37,9 @@ def test_equation_1(case):
 
 def test_equation_2_and_the_sign_and_size_of_removal(case):
     moved = torch.stack([oracles.params_when_weight_grows(case.problem, case.theta, row) for row in ROWS])
-    slopes = torch.stack([oracles.gradient(lambda t, q=q: case.query_loss(t)[q], case.theta) for q in range(len(case.yq))])
+    slopes = torch.stack(
+        [oracles.gradient(lambda t, q=q: case.query_loss(t)[q], case.theta) for q in range(len(case.yq))]
+    )
     truth = slopes @ moved.T
     scores = case.influence().on_loss(case.Xq.numpy(), case.yq.numpy())
     close(scores.derivative[:, ROWS], truth, ARGMIN_PARAMS)
@@ -106,12 +111,16 @@ def test_adding_an_example(case):
     def solved(change):
         X, y = torch.cat([case.X, x_new[None]]), torch.cat([case.y, y_new[None]])
         w = torch.cat([weights, torch.full((1,), change, dtype=torch.float64)])
-        problem = replace(case.problem, X=X, y=y, weights=w * (n + 1) / n, original_weight=float(weights.sum()) * (n + 1) / n)
+        problem = replace(
+            case.problem, X=X, y=y, weights=w * (n + 1) / n, original_weight=float(weights.sum()) * (n + 1) / n
+        )
         return oracles.argmin(problem, case.theta)
 
     truth = n * oracles.derivative(solved)
     slope = oracles.gradient(lambda t: case.query_loss(t)[0], case.theta)
-    scores = case.influence().of_adding(x_new[None].numpy(), y_new[None].numpy(), on=(case.Xq[:1].numpy(), case.yq[:1].numpy()))
+    scores = case.influence().of_adding(
+        x_new[None].numpy(), y_new[None].numpy(), on=(case.Xq[:1].numpy(), case.yq[:1].numpy())
+    )
     close(scores.derivative, (slope @ truth).reshape(1, 1), ARGMIN_PARAMS)
     close(scores.values, (slope @ truth / n).reshape(1, 1), ARGMIN_PARAMS)
 
@@ -132,6 +141,10 @@ def test_removing_rows_by_their_newton_step_is_closer_to_the_refit_than_first_or
     groups = [[0], [7, 8], [19, 20, 21, 22]]
     newton, first = influence.of_removing(groups, on=on).values, influence.of_groups(groups, on=on).values
     truth = torch.stack(
-        [case.query_loss(oracles.without_rows(case.problem, case.theta, group)) - case.query_loss(case.theta) for group in groups], 1
+        [
+            case.query_loss(oracles.without_rows(case.problem, case.theta, group)) - case.query_loss(case.theta)
+            for group in groups
+        ],
+        1,
     ).numpy()
     assert np.linalg.norm(newton - truth) < 0.5 * np.linalg.norm(first - truth)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus
-from upweight.errors import InvalidInput, UpweightError
-from upweight.examples import Examples
-from upweight.influence import Influence, PlainEncoder
-from upweight.objective import Objective
-from upweight.trees import batch_length, leaves, take, tree_map
+from upweight import routes
+from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, first_line
+from upweight.examples import Examples, as_array, as_tensor
+from upweight.influence import Influence, whole_examples
+from upweight.objective import Objective, forward
+from upweight.trees import batch_length, leaves, like, take, tree_map
 
-_PROBE = 8
+_SPREAD_ROWS = 8
+_LABEL_ROWS = 64  # at most so many more rows, one for each distinct label: class weights show only across labels
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 def explain(
@@ -26,7 +30,7 @@ def explain(
     X: Any,
     y: Any = None,
     *,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Criterion,
     penalty: float | Callable[[Any], Tensor] | None = None,
     parameters: Iterable[str] | Callable[[str], bool] | None = None,
     sample_weight: Any = None,
@@ -44,31 +48,37 @@ def explain(
 
     Raises:
         InvalidInput: if the criterion is no mean (or sum) of single-example losses, or refuses the data.
-        UnsupportedModel: if nothing can be differentiated, or the loss is random.
+        UnsupportedModel: if nothing can be differentiated, or the loss is random or depends on the batch.
     """
-    examples = X if isinstance(X, Examples) else Examples(X, y, sample_weight=sample_weight)
-    probe = examples.batch(np.arange(min(_PROBE, len(examples))))
+    examples = whole_examples(X, y, sample_weight) or Examples(X, y, sample_weight=sample_weight)
+    probe = examples.batch(_probe_rows(examples))
     if not isinstance(probe, tuple | list) or len(probe) != 2:
         message = (
-            "A module is explained on (x, y) examples. Pass X and y, or a Dataset of (x, y); for other shapes "
-            "write Objective(loss, params)."
+            "A module is explained on (x, y) examples. Pass X and y, or a Dataset of (x, y); for other shapes write "
+            "Objective(loss, params)."
         )
         raise InvalidInput(message)
 
-    def build(criterion: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype | None) -> Objective:
+    def build(reading: Reading) -> Objective:
         return Objective.from_module(
             model,
-            criterion,
+            reading.criterion(loss),
             penalty=penalty,
             penalty_per_example=penalty_per_example,
             parameters=parameters,
-            dtype=dtype,
+            dtype=reading.dtype,
         )
 
-    objective, criterion, dtype = _working(build, loss, probe)
-    _refuse_other_reductions(model, criterion, objective, probe)
-    encoder = PlainEncoder()
-    influence = Influence(
+    reading, objective = _working(build, probe)
+    _refuse_batch_effects(model, reading.criterion(loss), objective, reading.batch(probe))
+    if examples.x is not None:
+        examples = Examples(
+            reading.inputs(examples.x), reading.labels(examples.y), sample_weight=examples.sample_weight
+        )
+    if reading.dtype is None and objective.reference.dtype != torch.float64:
+        reason = f"in {objective.reference.dtype}, for the module refuses float64"
+        objective = replace(objective, name=f"{objective.name} {reason}")
+    return Influence(
         objective,
         examples,
         curvature=curvature,
@@ -76,79 +86,182 @@ def explain(
         damping=damping,
         batch_size=batch_size,
         progress=progress,
-        encoder=encoder,
+        encoder=ModuleEncoder(reading),
     )
-    if dtype is None and objective.reference.dtype != torch.float64:
-        route = replace(
-            influence.objective.route, reason=f"in {objective.reference.dtype}, for the module refuses float64"
-        )
-        influence.objective = replace(influence.objective, route=route)
-    return influence
 
 
-def _working(
-    build: Callable[[Callable[[Tensor, Tensor], Tensor], torch.dtype | None], Objective],
-    loss: Callable[[Tensor, Tensor], Tensor],
-    probe: Any,
-) -> tuple[Objective, Callable[[Tensor, Tensor], Tensor], torch.dtype | None]:
-    """The first of a few equivalent readings of dtype and labels under which the loss of an example can be computed.
+@dataclass(frozen=True)
+class Reading:
+    """How stored numbers are read: whole numbers in floats and in integers mean the same, but modules are particular.
 
-    Whole numbers stored as floats and as integers mean the same; which of them a criterion accepts is its own affair.
+    Args:
+        dtype: precision of weights and inputs; None keeps the module's own.
+        x_floats: integer inputs are turned into floats.
+        y_kind: "kept", "class" (int64 class numbers) or "float".
     """
-    y = probe[1]
-    casts: list[Callable[[Tensor], Tensor]] = [lambda target: target]
-    if isinstance(y, Tensor) and y.is_floating_point() and bool((y == y.round()).all()):
-        casts.append(lambda target: target.long())
-    if isinstance(y, Tensor) and not y.is_floating_point():
-        casts.append(lambda target: target.to(torch.get_default_dtype()))
-    failures: list[Exception] = []
-    for dtype in (torch.float64, None):
-        for cast in casts:
 
-            def criterion(output: Tensor, target: Tensor, cast: Callable[[Tensor], Tensor] = cast) -> Tensor:
-                moved = cast(target)
-                return loss(output, moved.to(output.dtype) if moved.is_floating_point() else moved)
+    dtype: torch.dtype | None
+    x_floats: bool
+    y_kind: str
 
-            criterion.__name__ = getattr(loss, "__name__", type(loss).__name__)
-            objective = build(criterion, dtype)
-            try:
-                with torch.random.fork_rng(devices=[]):
-                    calculus.probe(objective, tree_map(lambda leaf: leaf[:2], probe))
-            except UpweightError as error:
-                failures.append(error)
-                if isinstance(
-                    error.__cause__, RuntimeError | TypeError | ValueError
-                ) and "failed on one example" in str(error):
-                    continue
+    def criterion(self, loss: Criterion) -> Criterion:
+        """`loss` on targets of this reading; also reads those that a Dataset returns."""
+
+        def read(output: Tensor, target: Tensor) -> Tensor:
+            target = self._target(target)
+            return loss(output, target.to(output.dtype) if target.is_floating_point() else target)
+
+        read.__name__ = getattr(loss, "__name__", type(loss).__name__)
+        return read
+
+    def batch(self, batch: Any) -> tuple[Any, Tensor]:
+        """(x, y) as this reading has them."""
+        return tree_map(self._input, batch[0]), self._target(batch[1])
+
+    def inputs(self, X: Any) -> Any:
+        """Stored inputs as this reading has them."""
+        return self._input(as_tensor(X)) if self.x_floats else X
+
+    def labels(self, y: Any) -> Any:
+        """Stored targets as this reading has them.
+
+        Raises:
+            InvalidInput: if class numbers are wanted and a target is not a whole number.
+        """
+        if y is None or self.y_kind == "kept":
+            return y
+        target = as_tensor(y)
+        if self.y_kind == "class" and target.is_floating_point() and not bool((target == target.round()).all()):
+            wrong = float(target[target != target.round()].flatten()[0])
+            message = (
+                f"y holds {wrong:g}, which is no class number, and the criterion wants whole class numbers 0 … K−1. "
+                "Encode the labels, or use a regression loss."
+            )
+            raise InvalidInput(message)
+        return self._target(target)
+
+    def _input(self, x: Any) -> Any:
+        return x.to(torch.get_default_dtype()) if self.x_floats and not x.is_floating_point() else x
+
+    def _target(self, y: Tensor) -> Tensor:
+        if self.y_kind == "class":
+            return y.long()
+        return y.to(torch.get_default_dtype()) if self.y_kind == "float" and not y.is_floating_point() else y
+
+
+@dataclass(frozen=True)
+class ModuleEncoder:
+    """Queries and new labels, read as the training data were."""
+
+    reading: Reading
+
+    def examples(self, X: Any, y: Any = None) -> Examples:
+        """X and y as examples."""
+        whole = whole_examples(X, y) or Examples(X, y)
+        if whole.x is None:
+            return whole
+        return Examples(self.reading.inputs(whole.x), self.reading.labels(whole.y), sample_weight=whole.sample_weight)
+
+    def targets(self, y: Any) -> Tensor:
+        """y as a tensor."""
+        return as_tensor(self.reading.labels(as_array(y, "y_new")))
+
+    def class_weights(self, y: Tensor) -> NDArray[np.float64]:
+        """Ones: a module's criterion has no class weights."""
+        return np.ones(len(y))
+
+
+def _probe_rows(examples: Examples) -> NDArray[np.int64]:
+    """Rows spread over the data, and the first row of every label."""
+    rows = examples.spread(_SPREAD_ROWS)
+    if examples.y is None or examples.y.ndim != 1:
+        return rows
+    _, first = np.unique(np.asarray(examples.y), return_index=True)
+    return np.union1d(rows, first[:_LABEL_ROWS]) if len(first) <= _LABEL_ROWS else rows
+
+
+def _working(build: Callable[[Reading], Objective], probe: Any) -> tuple[Reading, Objective]:
+    """The first reading under which the loss of an example can be computed and differentiated.
+
+    Raises:
+        InvalidInput: if there is none; the text is that of the plainest reading.
+    """
+    failures: list[UpweightError] = []
+    few = tree_map(lambda leaf: leaf[:2], probe)
+    for reading in _readings(probe):
+        objective = build(reading)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                routes.probe(objective, reading.batch(few))
+        except UpweightError as error:
+            if not isinstance(error.__cause__, RuntimeError | TypeError | ValueError | IndexError):
                 raise
-            return objective, criterion, dtype
+            failures.append(error)
+            continue
+        return reading, objective
     raise failures[0]
 
 
-def _refuse_other_reductions(
-    model: torch.nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], objective: Objective, probe: Any
-) -> None:
-    """The criterion on a batch must be the mean, or the sum, of its single-example values.
+def _readings(probe: Any) -> Iterable[Reading]:
+    y = probe[1]
+    whole = isinstance(y, Tensor) and bool((y == y.round()).all()) if y.is_floating_point() else True
+    kinds = ["kept", *(["class"] if whole else []), *(["float"] if not y.is_floating_point() else [])]
+    integers = all(not leaf.is_floating_point() for leaf in leaves(probe[0]) if isinstance(leaf, Tensor))
+    for dtype in (torch.float64, None):
+        for x_floats in (False, True) if integers else (False,):
+            for kind in kinds:
+                yield Reading(dtype, x_floats, kind)
+
+
+def _refuse_batch_effects(model: torch.nn.Module, criterion: Criterion, objective: Objective, probe: Any) -> None:
+    """What the module and its criterion give for a batch must be what they give one by one, and its mean or sum.
 
     Raises:
-        InvalidInput: if it is neither, as with class weights, ignored labels or token means.
+        UnsupportedModel: if the output for an example depends on the others in its batch.
+        InvalidInput: if the criterion weighs examples unequally, as with class weights, ignored labels or token means.
     """
     reference = objective.reference
-    cast = tree_map(lambda leaf: leaf.to(reference.dtype) if leaf.is_floating_point() else leaf, probe)
+    cast = like(probe, reference)
+    size = batch_length(cast)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {name: t.to(reference.dtype) if t.is_floating_point() else t for name, t in state.items()}
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a broadcasting criterion warns; its value then differs, which is what we look for
-        singles = torch.stack([objective.loss(objective.params, take(cast, b)) for b in range(batch_length(cast))])
-        try:
-            rows = [objective.outputs(objective.params, take(cast, b)) for b in range(batch_length(cast))]  # type: ignore[misc]
-            batch = criterion(torch.cat(rows), cast[1])
-        except (RuntimeError, ValueError, TypeError) as error:
+        warnings.simplefilter("ignore")  # a broadcasting criterion warns; its value then differs, which is what we seek
+        singles = torch.stack([objective.loss(objective.params, take(cast, b)) for b in range(size)])
+        rows = [objective.outputs(objective.params, take(cast, b)) for b in range(size)]  # type: ignore[misc]
+        if rows[0].ndim == 0:
             message = (
-                f"The criterion accepts one example but not a batch of {len(singles)} ({error}). Pass loss(output, "
-                "target) that takes a batch."
+                f"{type(model).__name__} returns a single number without a batch axis for a batch of one; it probably "
+                "ends in .squeeze(). Use .squeeze(-1), which leaves the batch axis."
+            )
+            raise InvalidInput(message)
+        one_by_one = torch.cat(rows)
+        try:
+            together = forward(model, state, cast[0])
+            batch = criterion(together, cast[1])
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            message = (
+                f"The model and criterion accept one example but not a batch of {size} ({first_line(error)}). Pass a "
+                "model of batches and loss(output, target) that takes a batch."
             )
             raise InvalidInput(message) from error
+    _compare_outputs(model, together, one_by_one)
+    _compare_losses(model, singles, batch, tuple(together.shape), [tuple(leaf.shape) for leaf in leaves(cast[1])])
+
+
+def _compare_outputs(model: torch.nn.Module, together: Tensor, one_by_one: Tensor) -> None:
+    gap = float((together - one_by_one).abs().max()) if together.shape == one_by_one.shape else float("inf")
+    tolerance = 1e-8 if together.dtype == torch.float64 else 1e-3
+    if gap > tolerance * (1 + float(one_by_one.abs().max())):
+        message = (
+            f"{type(model).__name__} gives other outputs for a batch {tuple(together.shape)} than for its examples one "
+            f"by one {tuple(one_by_one.shape)}: the largest difference is {gap:.3g}. Something in it mixes the "
+            "examples of a batch (batch statistics, a mean over axis 0), so no example has a loss of its own."
+        )
+        raise UnsupportedModel(message)
+
+
+def _compare_losses(model: torch.nn.Module, singles: Tensor, batch: Tensor, output: Any, targets: Any) -> None:
     if batch.shape != ():
         message = (
             f"The criterion returns a tensor of shape {tuple(batch.shape)} for a batch; it must return one number. "
@@ -158,13 +271,10 @@ def _refuse_other_reductions(
     mean, total, value = float(singles.mean()), float(singles.sum()), float(batch)
     size = float(singles.abs().max()) + 1e-12
     if abs(value - mean) > 1e-5 * size and abs(value - total) > 1e-5 * size * len(singles):
-        shapes = [tuple(leaf.shape) for leaf in leaves(cast[1])]
         message = (
-            f"The criterion gives {value:.6g} for {len(singles)} examples whose single values have the mean "
-            f"{mean:.6g} and the sum {total:.6g}. "
-            "It weighs examples unequally (class weights, ignore_index, token means) or broadcasts outputs "
-            f"{tuple(torch.cat(rows).shape)} against targets {shapes}. "
-            f"Pass an unweighted criterion to {type(model).__name__} and put the weights into sample_weight; make "
-            "output and target shapes equal."
+            f"The criterion gives {value:.6g} for {len(singles)} examples whose single values have the mean {mean:.6g} "
+            f"and the sum {total:.6g}. It weighs examples unequally (class weights, ignore_index, token means) or "
+            f"broadcasts outputs {output} against targets {targets}. Pass an unweighted criterion to "
+            f"{type(model).__name__} and put the weights into sample_weight; make output and target shapes equal."
         )
         raise InvalidInput(message)

@@ -27,11 +27,14 @@ from torch import Tensor
 from upweight import linear, losses
 from upweight.checks import rows_from_minimum
 from upweight.errors import InvalidInput, NotFitted, TheoryWarning, UnsupportedModel, require
-from upweight.examples import Examples, as_array, check_finite, checked_weights
-from upweight.influence import Influence
+from upweight.examples import Examples, as_array, as_tensor, check_finite, checked_weights
+from upweight.influence import Influence, whole_examples
 from upweight.objective import L2, Linear, Objective
 
 _COMPARED_ROWS = 64
+_ROWS_MISSED_BY_ROUNDING = 1e-3
+_ROWS_MISSED_BY_ITERATION = 0.3
+_DIRECT = {"auto", "cholesky", "svd"}  # Ridge's solvers that end at the minimum, not near it
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Built:
         gauge: "none", "intercept" or "all": which blocks a common shift of all outputs leaves the loss unchanged and
             free.
         predictor: the estimator's own η, to compare with.
+        closed_form: whether fit() ends at the minimum to rounding, on dense data.
     """
 
     loss: losses.Loss
@@ -60,6 +64,7 @@ class Built:
     class_weights: Callable[[NDArray[Any]], NDArray[np.float64]]
     gauge: str
     predictor: Callable[[Any], Any]
+    closed_form: bool = False
 
 
 Builder = Callable[[Any, Any, int, Any], Built]
@@ -88,8 +93,11 @@ def explain(
     transformers, estimator = _split(model)
     builder = _builder(estimator)
     _require_fitted(model, estimator)
-    if y is None:
-        message = f"{type(estimator).__name__} was fitted on X and y; pass both: explain(model, X, y)."
+    whole = whole_examples(X, y, sample_weight)
+    if whole is not None:
+        X, y, sample_weight = whole.x, whole.y, whole.sample_weight
+    if X is None or y is None:
+        message = f"{type(estimator).__name__} was fitted on arrays X and y; pass both: explain(model, X, y)."
         raise InvalidInput(message)
     encoder = SklearnEncoder(transformers, estimator)
     x = encoder.inputs(X)
@@ -102,7 +110,7 @@ def explain(
             f"X has {x.shape[0]} rows and y has {len(targets)}. They must describe the same examples in the same order."
         )
         raise InvalidInput(message)
-    examples = Examples(x, targets, sample_weight=weights * built.class_weights(targets))
+    examples = Examples(x, targets, sample_weight=weights, class_weight=built.class_weights(targets))
     objective = _objective(built, type(estimator).__name__, penalty_per_example)
     _compare_predictors(objective, examples, built, estimator)
     influence = Influence(
@@ -115,7 +123,7 @@ def explain(
         progress=progress,
         encoder=encoder,
     )
-    _warn_if_not_at_minimum(influence, estimator)
+    _warn_if_not_at_minimum(influence, estimator, built.closed_form)
     return influence
 
 
@@ -160,13 +168,18 @@ class SklearnEncoder:
 
     def examples(self, X: Any, y: Any = None) -> Examples:
         """Queries or new rows as examples."""
-        if isinstance(X, Examples):
-            return X
-        return Examples(self.inputs(X), None if y is None else self._encode(y))
+        whole = whole_examples(X, y)
+        if whole is not None:
+            X, y = whole.x, whole.y
+        if X is None:
+            message = f"{type(self.estimator).__name__} takes arrays, not a Dataset. Pass (Xq, yq) as arrays."
+            raise InvalidInput(message)
+        weights = None if whole is None else whole.sample_weight
+        return Examples(self.inputs(X), None if y is None else self._encode(y), sample_weight=weights)
 
     def targets(self, y: Any) -> Tensor:
         """Labels as the loss expects them."""
-        return torch.from_numpy(np.array(self._encode(y)))
+        return as_tensor(self._encode(y))
 
     def class_weights(self, y: Tensor) -> NDArray[np.float64]:
         """The class weight of each encoded target."""
@@ -283,6 +296,7 @@ def _squared(model: Any, coef_penalty: Any, targets: Callable[[Any], NDArray[Any
         class_weights or (lambda values: np.ones(len(values))),
         "none",
         getattr(model, "decision_function", model.predict),
+        closed_form=getattr(model, "solver_", getattr(model, "solver", "auto")) in _DIRECT,
     )
 
 
@@ -301,6 +315,11 @@ def _split(model: Any) -> tuple[Any, Any]:
     """The transformers of a Pipeline (or None) and the final estimator."""
     if not hasattr(model, "steps"):
         return None, model
+    if not model.steps:
+        message = (
+            "The Pipeline has no steps, so there is no model in it. Pass a fitted Pipeline that ends in an estimator."
+        )
+        raise UnsupportedModel(message)
     return (model[:-1] if len(model.steps) > 1 else None), model.steps[-1][1]
 
 
@@ -315,8 +334,10 @@ def _builder(estimator: Any) -> Builder:
             "is not fitted by minimising a smooth function of parameters, so influence functions do not apply to "
             "it. Retrain without the rows instead"
         )
-    elif hasattr(estimator, "named_steps") or isinstance(estimator, type):
-        why = "is not a fitted estimator at the end of a Pipeline. Pass the fitted object"
+    elif isinstance(estimator, type):
+        name, why = estimator.__name__, "is a class, not a fitted estimator. Pass the object that fit() returned"
+    elif hasattr(estimator, "named_steps"):
+        why = "inside a Pipeline is not supported. Put its steps into the outer Pipeline"
     else:
         why = (
             "is not supported. Write its objective yourself: upweight.Influence(upweight.Objective(loss, params, "
@@ -345,7 +366,9 @@ def _objective(built: Built, name: str, penalty_per_example: bool | None) -> Obj
     strengths: dict[str, Any] = {}
     if np.any(built.coef_penalty):
         strengths["coef"] = (
-            np.asarray(built.coef_penalty).item() if np.size(built.coef_penalty) == 1 else torch.as_tensor(built.coef_penalty)
+            np.asarray(built.coef_penalty).item()
+            if np.size(built.coef_penalty) == 1
+            else torch.as_tensor(built.coef_penalty)
         )
     if built.intercept is not None and built.intercept_penalty:
         strengths["intercept"] = built.intercept_penalty
@@ -434,11 +457,9 @@ def _class_weight_vector(model: Any, classes: NDArray[Any], y: Any, sample_weigh
 
 def _compare_predictors(objective: Objective, examples: Examples, built: Built, estimator: Any) -> None:
     """Our η must be the estimator's own: otherwise this is another model than the one that was read."""
-    rows = np.unique(np.linspace(0, len(examples) - 1, _COMPARED_ROWS).astype(np.int64))
+    rows = examples.spread(_COMPARED_ROWS)
     X = examples.x[rows]  # type: ignore[index]
-    ours = linear.predictor(
-        objective, X if scipy.sparse.issparse(X) else torch.as_tensor(np.asarray(X), dtype=torch.float64)
-    ).numpy()
+    ours = linear.predictor(objective, X if scipy.sparse.issparse(X) else as_tensor(X).double()).numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn warns about missing feature names
         theirs = np.asarray(built.predictor(X)).reshape(len(rows), -1)
@@ -453,20 +474,20 @@ def _compare_predictors(objective: Objective, examples: Examples, built: Built, 
         raise UnsupportedModel(message)
 
 
-def _warn_if_not_at_minimum(influence: Influence, estimator: Any) -> None:
-    """A TheoryWarning with the number, when θ̂ misses the minimum by more than one row's effect."""
+def _warn_if_not_at_minimum(influence: Influence, estimator: Any, closed_form: bool) -> None:
+    """A TheoryWarning with the number, when θ̂ misses the minimum by more than the fit's own method explains."""
+    exact = closed_form and not scipy.sparse.issparse(influence.examples.x)
     missed = rows_from_minimum(influence)
     size = float(influence.risk_gradient.norm())
-    if missed < 1 or size < 1e-10:
+    if missed < (_ROWS_MISSED_BY_ROUNDING if exact else _ROWS_MISSED_BY_ITERATION) or size < 1e-12:
         return
     settings = [
         f"{name}={getattr(estimator, name)}" for name in ("tol", "max_iter", "solver") if hasattr(estimator, name)
     ]
+    stopped = f"it stopped early ({', '.join(settings)}): refit with a smaller tol and a larger max_iter"
+    others = "X, y, sample_weight or a setting changed since fit() are not those of the fit"
     message = (
-        f"{type(estimator).__name__} is not at a minimum of its objective on these data: ‖∇R‖ = {size:.3g}, as much "
-        f"as {missed:.3g} rows. "
-        f"Either it stopped early ({', '.join(settings) or 'no tolerance'}): refit with a smaller tol and a larger "
-        "max_iter; "
-        "or X, y or sample_weight are not the ones it was fitted with."
+        f"{type(estimator).__name__} is not at a minimum of its objective on these data: ‖∇R‖ = {size:.3g}, as much as "
+        f"{missed:.3g} rows. " + (f"Probably {others}." if exact else f"Either {stopped}; or {others}.")
     )
-    warnings.warn(message, TheoryWarning, stacklevel=5)
+    warnings.warn(message, TheoryWarning, stacklevel=4)

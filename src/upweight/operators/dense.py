@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.errors import InvalidInput
 from upweight.operators.base import Curvature
 from upweight.operators.implicit import Hessian
 from upweight.sweep import Sweep
@@ -28,6 +29,9 @@ class Dense:
 
     def bind(self, sweep: Sweep) -> DenseOperator:
         """The operator of this objective on these examples."""
+        if isinstance(self.of, type) or not hasattr(self.of, "bind"):
+            message = f"Dense(of={self.of!r}) is not a curvature. Pass an object, such as Dense(Hessian())."
+            raise InvalidInput(message)
         operator = self.of.bind(sweep)
         return DenseOperator(operator.matrix(), operator.project)
 

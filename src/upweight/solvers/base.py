@@ -86,6 +86,22 @@ def checked_damping(damping: float) -> float:
     return float(damping)
 
 
+def checked_sides(V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+    """Right-hand sides in float64, all finite.
+
+    Raises:
+        InvalidInput: if one of them is not.
+    """
+    bad = torch.nonzero(~torch.isfinite(V).all(1))
+    if len(bad):
+        message = (
+            f"The gradient of query {int(bad[0])} is NaN or infinite, so its system has no solution. Its loss is "
+            "probably infinite or not differentiable there; leave it out, or clamp inside the loss."
+        )
+        raise InvalidInput(message)
+    return V.double()
+
+
 def residuals(
     operator: Operator, damping: float, X: Float[Tensor, "k p"], V: Float[Tensor, "k p"]
 ) -> Float[Tensor, " k"]:

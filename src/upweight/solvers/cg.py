@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite
+from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, checked_count
 from upweight.operators.base import Operator
-from upweight.solvers.base import Solution, checked_damping, residuals
+from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 from upweight.solvers.lanczos import suggest_damping
 
 _RECOMPUTE = 50  # the recurrence for r drifts from v − Ax in floating point; every so often it is replaced by the truth
@@ -39,12 +39,10 @@ class CG:
     max_sweeps: int = 1000
 
     def __post_init__(self) -> None:
-        if not 0 < self.rtol < 1:
+        if not isinstance(self.rtol, float) or not 0 < self.rtol < 1:
             message = f"rtol={self.rtol}. It is a relative residual and must lie between 0 and 1, such as 1e-6."
             raise InvalidInput(message)
-        if self.max_sweeps < 1:
-            message = f"max_sweeps={self.max_sweeps}. At least one sweep is needed; 1000 is the default."
-            raise InvalidInput(message)
+        checked_count(self.max_sweeps, "max_sweeps", hint="1000 is the default")
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> Iteration:
         """The bound iteration; nothing is computed yet."""
@@ -71,7 +69,14 @@ class Iteration:
             NotPositiveDefinite: if a direction of curvature ≤ 0 is met; carries the partial Solution and a damping
                 that would do.
         """
-        V = self.operator.project(V.double())
+        V = self.operator.project(checked_sides(V))
+        if state is not None and {name: tuple(state[name].shape) for name in state} != dict.fromkeys(
+            "xp", tuple(V.shape)
+        ):
+            message = (
+                f"state is not that of an earlier Solution for {tuple(V.shape)} right-hand sides. Pass solution.state."
+            )
+            raise InvalidInput(message)
         size = V.norm(dim=1)
         X = torch.zeros_like(V) if state is None else state["x"].clone()
         R = V.clone() if state is None else V - self._apply(X)

@@ -15,10 +15,10 @@ from torch import Tensor
 from upweight.errors import NotPositiveDefinite
 from upweight.operators.base import Operator
 from upweight.operators.dense import DenseOperator
-from upweight.solvers.base import Solution, checked_damping, residuals
+from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 from upweight.solvers.lanczos import rounded_up, smallest_eigenvalue
 
-_MIN_RECIPROCAL_CONDITION = 1e-14
+_MIN_RECIPROCAL_CONDITION = 1e-12  # beyond it, forming C in float64 has lost what divides: errors of 1e-4 and more
 _PROMISE = 1e-6
 
 
@@ -72,7 +72,7 @@ class Factored:
 
     def solve(self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None) -> Solution:  # noqa: ARG002
         """x with (C + λI) x = v for every row v, with its residuals recomputed from C."""
-        V = self.operator.project(V.double())
+        V = self.operator.project(checked_sides(V))
         x = self.substitute(V)
         residual = residuals(self.operator, self.damping, x, V)
         return Solution(x, residual, converged=bool((residual < _PROMISE).all()), min_curvature=self.min_curvature)
@@ -98,9 +98,10 @@ class Factored:
             why = "Features are probably collinear, or there are more parameters than the data determine"
             suggestion = rounded_up(max(floor - smallest, floor))
         negative = int((eigenvalues < -rounding).sum())
+        instead = ", curvature=GaussNewton(), or train further" if negative else ", or drop features"
         message = (
             f"C has {kind} (damping {self.damping:g}, {negative} of {len(eigenvalues)} eigenvalues negative). "
-            f"{why}. Try damping={suggestion:g}, curvature=GaussNewton(), or train further; see influence.check()."
+            f"{why}. Try damping={suggestion:g}{instead}; see influence.check()."
         )
         return NotPositiveDefinite(message, None, suggestion)
 

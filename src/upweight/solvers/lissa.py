@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.stats
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from upweight.calculus import penalty_diagonal
-from upweight.errors import Diverged, InvalidInput, UnsupportedModel
+from upweight.errors import Diverged, InvalidInput, UnsupportedModel, checked_count
 from upweight.operators.base import Operator, Sampled
-from upweight.solvers.base import Solution, checked_damping, residuals
+from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 
 _PROBED_BATCHES = 8
 _POWER_STEPS = 15
 _MARGIN = 1.5
+_SETTLED = 0.05
+_REPEATS_THAT_TELL = 5
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,9 @@ class LiSSA:
 
     def __post_init__(self) -> None:
         for name in ("depth", "repeats", "batch_size"):
-            if getattr(self, name) < 1:
-                message = f"{name}={getattr(self, name)}. It counts something and must be ≥ 1."
-                raise InvalidInput(message)
-        if self.scale is not None and not self.scale > 0:
+            checked_count(getattr(self, name), name)
+        checked_count(self.seed, "seed", least=0)
+        if self.scale is not None and (not isinstance(self.scale, int | float) or not self.scale > 0):
             message = f"scale={self.scale}. It must exceed the largest curvature of a minibatch; None chooses it."
             raise InvalidInput(message)
 
@@ -90,7 +92,7 @@ class Recursion:
         Raises:
             Diverged: if an estimate grows faster than a valid scale allows.
         """
-        V = self.operator.project(V.double())
+        V = self.operator.project(checked_sides(V))
         replicas = torch.stack(
             [self._recursion(V, stream) for stream in np.random.SeedSequence(self.spec.seed).spawn(self.spec.repeats)]
         )
@@ -98,21 +100,29 @@ class Recursion:
         missing = V - self._apply(replicas.flatten(0, 1)).reshape(replicas.shape)  # (r, k, p)
         residual = residuals(self.operator, self.damping, x, V)
         truncation = self._truncation()
-        if self.spec.repeats > 1:
-            # a mean residual within its own spread is noise, which repeats shrink; a larger one is bias, for depth
-            noise = (missing.var(0).sum(1) / self.spec.repeats).sqrt()
-            converged = bool((missing.mean(0).norm(dim=1) <= 2 * noise).all())
-        else:
-            converged = truncation < 0.05
+        settled = truncation <= _SETTLED or self._only_noise(missing)
         steps = self.spec.depth * self.spec.repeats * self.spec.batch_size
         return Solution(
             x,
             residual,
-            converged,
+            settled,
             sweeps=-(-steps // self.operator.sweep.n) + 2,
             replicas=replicas,
             truncation=truncation,
         )
+
+    def _only_noise(self, missing: Tensor) -> bool:
+        """Whether the mean residual (r, k, p) of every coordinate is within its own spread.
+
+        What is within it is noise, which more repeats shrink; what is beyond it is bias, which only depth shrinks. The
+        bound is Student's t at a false alarm rate of 1 % over all coordinates; fewer than five repeats cannot tell.
+        """
+        repeats = len(missing)
+        if repeats < _REPEATS_THAT_TELL:
+            return False
+        noise = (missing.std(0) / repeats**0.5).clamp(min=1e-300)
+        bound = scipy.stats.t.ppf(1 - 0.005 / noise.numel(), repeats - 1)
+        return bool((missing.mean(0).abs() <= bound * noise + 1e-12 * missing.abs().max()).all())
 
     def _recursion(self, V: Tensor, stream: np.random.SeedSequence) -> Tensor:
         draw = np.random.default_rng(stream)

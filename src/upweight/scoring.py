@@ -1,0 +1,154 @@
+"""From gradients to solutions to Scores: the steps that all questions share.
+
+    gradients of queries  →  S = (C + λI)⁻¹ ∇f  →  products S · ∇L(zᵢ)  →  values, their standard error, the certificate
+
+A stochastic solver gives several independent S; every product is then formed for each of them, and their spread is the
+standard error. `Products` holds both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight import calculus
+from upweight.examples import Examples
+from upweight.scores import Certificate
+from upweight.solvers import Solution
+from upweight.store import Store
+from upweight.sweep import Sweep
+
+if TYPE_CHECKING:
+    from upweight.influence import Influence
+
+
+_SAMPLED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Products:
+    """S · g for every query and row: their `mean`, and one layer per independent estimate of S, if there are any."""
+
+    mean: Float[NDArray[np.float64], "q r"]
+    replicas: Float[NDArray[np.float64], "m q r"] | None = None
+
+    def grouped(self, columns: list[NDArray[np.int64]]) -> Products:
+        """The sums over groups of columns."""
+
+        def add(array: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.stack([array[..., group].sum(-1) for group in columns], -1)
+
+        return Products(add(self.mean), None if self.replicas is None else add(self.replicas))
+
+    def scaled(self, factors: Float[NDArray[np.float64], " r"]) -> Products:
+        """Every column times its factor."""
+        return Products(self.mean * factors, None if self.replicas is None else self.replicas * factors)
+
+    def standard_error(self) -> Float[NDArray[np.float64], "q r"] | None:
+        """Standard deviation of the estimates over √m, or None when there are no independent estimates."""
+        if self.replicas is None or len(self.replicas) < 2:
+            return None
+        return self.replicas.std(0, ddof=1) / np.sqrt(len(self.replicas))
+
+
+def gradients(sweep: Sweep, rows: NDArray[np.int64] | None = None) -> Float[Tensor, "k p"]:
+    """∇L of examples, or ∇f of queries; without penalty."""
+    one = sweep.objective
+    values = sweep.emit(
+        lambda batch, _: calculus.gradients(one, batch), vectors=width(sweep), rows=rows, label="gradients"
+    )
+    return torch.from_numpy(values)
+
+
+def measures(sweep: Sweep) -> Float[NDArray[np.float64], " q"]:
+    """The measure of every query now."""
+    return sweep.emit(lambda batch, _: calculus.losses(sweep.objective, batch), label="query measures")
+
+
+def with_rows(
+    sweep: Sweep,
+    solution: Solution,
+    constant: Float[Tensor, " p"],
+    *,
+    rows: NDArray[np.int64] | None = None,
+    store: Store | None = None,
+) -> Products:
+    """S · (∇L(zᵢ) + constant) for training rows, by one sweep that never forms their gradients.
+
+    Args:
+        sweep: over the training rows.
+        solution: S, and its independent estimates.
+        constant: the rows' share of the penalty's gradient.
+        rows: which rows; None means all.
+        store: finished chunks of the mean are kept there.
+    """
+
+    def run(S: Tensor, store: Store | None) -> NDArray[np.float64]:
+        shift = S @ constant
+        return sweep.emit(
+            lambda batch, _: calculus.dots(sweep.objective, batch, S).double().cpu() + shift,
+            vectors=len(S),
+            rows=rows,
+            store=store,
+            label="scores",
+        ).T
+
+    mean = run(solution.x, store)
+    if solution.replicas is None:
+        return Products(mean)
+    m, q, p = solution.replicas.shape
+    return Products(mean, run(solution.replicas.reshape(m * q, p), None).reshape(m, q, -1))
+
+
+def with_gradients(solution: Solution, G: Float[Tensor, "r p"]) -> Products:
+    """S · g for gradients that are at hand."""
+    replicas = None if solution.replicas is None else (solution.replicas @ G.T).numpy()
+    return Products((solution.x @ G.T).numpy(), replicas)
+
+
+def certificate(influence: Influence, solution: Solution) -> Certificate:
+    """What is known about how far a solution can be trusted."""
+    return Certificate(
+        residual=solution.residual.numpy(),
+        converged=solution.converged,
+        damping=influence.damping,
+        gradient_norm=float(influence.risk_gradient.norm()),
+        min_curvature=solution.min_curvature,
+        coverage=influence.objective.coverage,
+        drift=-(solution.x @ influence.risk_gradient).numpy(),
+        curvature=repr(influence.curvature),
+        solver=repr(influence.solver),
+        sweeps=solution.sweeps,
+        truncation=solution.truncation,
+    )
+
+
+def typical_row(sweep: Sweep) -> float:
+    """rms(wᵢ‖∇Lᵢ‖/n): how much one row moves ∇R, over rows spread through the data; never 0."""
+    rows = sweep.examples.spread(_SAMPLED_ROWS)
+    norms = gradients(sweep, rows).norm(dim=1).numpy() * sweep.examples.weights[rows]
+    return max(float(np.sqrt(np.mean(norms**2))) / sweep.n, 1e-300)
+
+
+def width(sweep: Sweep) -> int:
+    """How many vectors' memory a row of p gradients is worth."""
+    return 1 + 16 * sweep.objective.size // sweep.example_bytes
+
+
+def replacement(influence: Influence, rows: NDArray[np.int64], new: Examples) -> Float[Tensor, "r p"]:
+    """w_new ∇L(z_new) − wᵢ ∇L(zᵢ) for each row: how n·∇R changes when it is replaced.
+
+    A new label brings the weight of its own class; with a folded penalty the row's share of ∇r follows its weight.
+    """
+    examples = influence.examples
+    old_weights = examples.weights[rows]
+    new_weights = examples.sample_weight[rows] * influence.class_weights(new)
+    difference = gradients(influence.sweep.over(influence.objective, new)) * torch.from_numpy(new_weights)[:, None]
+    difference -= gradients(influence.sweep, rows) * torch.from_numpy(old_weights)[:, None]
+    return difference + torch.from_numpy(new_weights - old_weights)[:, None] * influence.penalty_share
