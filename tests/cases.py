@@ -12,11 +12,11 @@ from functools import cache
 
 import numpy as np
 import torch
-from oracles import Problem, argmin
 from torch import Tensor
 from torch.nn.functional import conv2d, cross_entropy, softplus
 
 import upweight as uw
+from oracles import Problem, argmin
 
 Split = Callable[[Tensor], dict[str, Tensor]]
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-import cases
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import cases
+import oracles
+import upweight as uw
 from strategies import batch_sizes, permutations, vectors
 from tolerances import EXACT, FLOAT32
-
-import upweight as uw
 from upweight.operators import Dense, EmpiricalFisher, GaussNewton, Hessian, Identity, Operator, Sampled, Spectral
 from upweight.sweep import Sweep
 

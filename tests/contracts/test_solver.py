@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import cases
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import cases
 from strategies import vectors
 from tolerances import SOLVERS_AGREE, STANDARD_ERRORS
-
 from upweight.errors import Diverged, InvalidInput, NotConverged, NotPositiveDefinite, UnsupportedModel, UpweightError
 from upweight.operators import Dense, DenseOperator, EmpiricalFisher, GaussNewton, Hessian, Identity
 from upweight.solvers import CG, Cholesky, LiSSA

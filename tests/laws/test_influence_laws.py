@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import cases
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import cases
+import oracles
+import upweight as uw
 from strategies import batch_sizes, permutations, seeds, subsets, weights
 from tolerances import EXACT
-
-import upweight as uw
 
 
 @pytest.fixture(scope="module", params=cases.NAMES)

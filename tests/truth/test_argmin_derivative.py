@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import cases
 import numpy as np
-import oracles
 import pytest
 import torch
+
+import cases
+import oracles
 from tolerances import ARGMIN_INPUT, ARGMIN_PARAMS
 
 ROWS = [0, 7, 19]
