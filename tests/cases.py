@@ -163,7 +163,7 @@ def _softmax(estimator=None) -> Model:
         + torch.randn(49, 3, generator=draw, dtype=torch.float64)
     ).argmax(1)
     shapes = {"coef": (3, 3), "intercept": (3,)}
-    # with free intercepts a common shift of them changes nothing; the oracle needs one minimum, so it penalises them too
+    # a common shift of free intercepts changes nothing; the oracle needs one minimum, so it penalises them too
     penalised = ("coef",) if estimator else ("coef", "intercept")
     return Model(_affine, lambda eta, y: cross_entropy(eta, y), shapes, X, y, 0.08, penalised, estimator)
 

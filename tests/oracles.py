@@ -142,7 +142,7 @@ def without_rows(problem: Problem, theta: Tensor, rows: list[int]) -> Tensor:
 
 
 def ridge_leave_one_out(X: np.ndarray, y: np.ndarray, alpha: float, Xq: np.ndarray, yq: np.ndarray) -> np.ndarray:
-    """(q, n) change of each query's squared error when a row leaves Σ(η−y)² + α‖w‖² (free intercept): refits in NumPy."""
+    """(q, n) change of each query's squared error when a row leaves Σ(η−y)² + α‖w‖² (free intercept): NumPy refits."""
 
     def fit(keep: np.ndarray) -> np.ndarray:
         A, t = np.c_[X[keep], np.ones(keep.sum())], y[keep]

@@ -111,7 +111,7 @@ class Report:
 
 def examine(influence: Influence, queries: Any) -> Report:
     """The report on an Influence, with the drift measured on a batch of queries."""
-    objective, sweep = influence.objective, influence.sweep
+    objective = influence.objective
     gradient = influence.risk_gradient
     V = calculus.gradients(objective, queries).double().cpu()
     problem, residual, drift, suggested = "", float("nan"), float("nan"), None
@@ -146,9 +146,7 @@ def examine(influence: Influence, queries: Any) -> Report:
         batch_drift=_batch_drift(influence),
         curvature=repr(influence.curvature),
         solver=repr(influence.solver),
-        autograd="closed form of a linear predictor"
-        if sweep.objective.linear is not None
-        else repr(sweep.objective.route),
+        autograd=objective.autograd,
         problem=problem,
     )
 

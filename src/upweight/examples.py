@@ -72,6 +72,7 @@ class Examples:
             self._check_dataset()
         self.sample_weight = checked_weights(sample_weight, self.length)
         self.weights = self.sample_weight * checked_weights(class_weight, self.length)
+        self.encoded_by: object = None  # the encoder that made these from a user's X and y; it leaves them as they are
 
     def __len__(self) -> int:
         return self.length
@@ -99,9 +100,11 @@ class Examples:
 
     def only(self, row: int) -> Examples:
         """One example as Examples of their own; its row number becomes 0."""
-        if self.dataset is not None:
-            return Examples(_Rows(self.dataset, [row]))
-        return Examples(self.x[[row]], None if self.y is None else self.y[[row]])  # type: ignore[index]
+        whole = self.dataset is not None
+        y = None if self.y is None else self.y[[row]]
+        one = Examples(_Rows(self.dataset, [row])) if whole else Examples(self.x[[row]], y)  # type: ignore[index]
+        one.encoded_by = self.encoded_by
+        return one
 
     def relabelled(self, rows: NDArray[np.int64], targets: Tensor) -> Examples:
         """The examples of these rows with other targets.

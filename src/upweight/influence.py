@@ -148,7 +148,7 @@ class Influence:
         return (
             f"Influence({self.objective.name}: n={self.n}, p={self.objective.size}, curvature={self.curvature}, "
             f"solver={self.solver}, damping={damping}, penalty={self.objective.penalty}, "
-            f"penalty_per_example={self.objective.folded}, autograd={self.objective.route})"
+            f"penalty_per_example={self.objective.folded}, autograd={self.objective.autograd})"
         )
 
     # ---- what is prepared once ---------------------------------------------------------------------------------------

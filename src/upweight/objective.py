@@ -157,6 +157,11 @@ class Objective:
         return bool(self.penalty_per_example) and self.penalty is not None
 
     @property
+    def autograd(self) -> str:
+        """How derivatives are computed, in words."""
+        return repr(self.route) if self.linear is None else "closed form of a linear predictor"
+
+    @property
     def theta(self) -> Float[Tensor, " p"]:
         """θ̂ as one flat float64 vector."""
         return self.ravel(self.params).double()

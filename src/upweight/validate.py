@@ -130,7 +130,7 @@ def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
         raise InvalidInput(message)
     if not scores.counterfactual.startswith("row removed") or scores.measure != outcomes.measure:
         message = (
-            f"The scores predict the change of {scores.measure} for '{scores.counterfactual}', and the outcomes are the "
+            f"The scores predict the change of {scores.measure} for '{scores.counterfactual}'; the outcomes are the "
             f"change of {outcomes.measure} for rows removed one at a time. Compare like with like: on_loss, on_measure "
             "with leave_one_out(…, measure=…), or of_removing of single rows."
         )

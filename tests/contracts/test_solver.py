@@ -162,7 +162,7 @@ def test_cg_agrees_with_scipy():
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-# ---- LiSSA ------------------------------------------------------------------------------------------------------------
+# ---- LiSSA -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.5])
@@ -202,7 +202,7 @@ def test_lissa_damping_is_not_multiplied_by_its_scale():
 
 
 def test_lissa_scale_bounds_the_minibatches_and_not_only_their_mean():
-    """One row in forty carries all the curvature: twice the mean's largest eigenvalue would be far too small a scale."""
+    """One row in forty carries all the curvature: the mean's largest eigenvalue would be far too small a scale."""
     case = cases.make("ridge")
     X = case.X.clone()
     X[0] *= 40

@@ -1,4 +1,4 @@
-"""Equations 1 to 5 against the derivative of the really re-solved minimum: catches any sign, 1/n, penalty or transpose."""
+"""Equations 1 to 5 against the derivative of the re-solved minimum: catches any sign, 1/n, penalty or transpose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real MNIST, the paper's objective (no intercept, L2 0.01), n = 10,000, p = 7,840: CG against Cholesky, LiSSA against CG."""
+"""Real MNIST, the paper's objective, n = 10,000, p = 7,840: CG against Cholesky, and LiSSA against CG."""
 
 from __future__ import annotations
 

@@ -169,13 +169,17 @@ class SklearnEncoder:
     def examples(self, X: Any, y: Any = None) -> Examples:
         """Queries or new rows as examples."""
         whole = whole_examples(X, y)
+        if whole is not None and whole.encoded_by is self:
+            return whole
         if whole is not None:
             X, y = whole.x, whole.y
         if X is None:
             message = f"{type(self.estimator).__name__} takes arrays, not a Dataset. Pass (Xq, yq) as arrays."
             raise InvalidInput(message)
         weights = None if whole is None else whole.sample_weight
-        return Examples(self.inputs(X), None if y is None else self._encode(y), sample_weight=weights)
+        made = Examples(self.inputs(X), None if y is None else self._encode(y), sample_weight=weights)
+        made.encoded_by = self
+        return made
 
     def targets(self, y: Any) -> Tensor:
         """Labels as the loss expects them."""
