@@ -21,12 +21,14 @@ if TYPE_CHECKING:  # nothing here may import torch before a command runs
 
 REFUSED, ASSUMPTIONS_FAIL = 3, 4
 
-StudyName = Annotated[str, tyro.conf.Positional]
+StudyName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODULE:FUNCTION")]
+Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+K = Annotated[int, tyro.conf.arg(aliases=["-k"])]
 app = tyro.extras.SubcommandApp()
 
 
 @app.command
-def demo(out: Path = Path("upweight-demo"), rows: int = 40, json: bool = False) -> int:
+def demo(out: Path = Path("upweight-demo"), rows: int = 40, json: Json = False) -> int:
     """Explain a misclassified digit, retrain to check, and write an HTML report (scikit-learn's digits; no network).
 
     Args:
@@ -47,7 +49,7 @@ def demo(out: Path = Path("upweight-demo"), rows: int = 40, json: bool = False) 
 
 
 @app.command
-def check(study: StudyName, json: bool = False) -> int:
+def check(study: StudyName, json: Json = False) -> int:
     """Whether the theory's assumptions hold: gradient, curvature, residuals, coverage, drift.
 
     Args:
@@ -61,7 +63,7 @@ def check(study: StudyName, json: bool = False) -> int:
 
 
 @app.command
-def score(study: StudyName, out: Path, store: Path | None = None, json: bool = False) -> int:
+def score(study: StudyName, out: Path, store: Path | None = None, json: Json = False) -> int:
     """Score every training row on every query of the study, and save the scores.
 
     Args:
@@ -84,7 +86,7 @@ def score(study: StudyName, out: Path, store: Path | None = None, json: bool = F
 
 
 @app.command
-def top(study: StudyName, query: int = 0, k: int = 10, json: bool = False) -> int:
+def top(study: StudyName, query: int = 0, k: K = 10, json: Json = False) -> int:
     """The training rows that help and harm one query most.
 
     Args:
@@ -125,7 +127,7 @@ def top(study: StudyName, query: int = 0, k: int = 10, json: bool = False) -> in
 
 
 @app.command
-def validate(study: StudyName, query: int = 0, rows: int = 20, json: bool = False) -> int:
+def validate(study: StudyName, query: int = 0, rows: int = 20, json: Json = False) -> int:
     """Retrain without each of a query's most influential rows, and compare with the prediction.
 
     Args:

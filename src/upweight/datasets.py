@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from upweight.errors import InvalidInput, PathNotFound
 from upweight.store import write_file
 
+__all__ = ["Mnist", "local", "mnist"]
+
 _MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _MNIST_SHA256 = {  # of the uncompressed idx files
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",

@@ -14,7 +14,7 @@ from upweight.checks import Report
 from upweight.errors import InvalidInput, require
 from upweight.explain import explain
 from upweight.report import Page, line_table, picture, picture_row, scatter
-from upweight.scores import Scores
+from upweight.scores import Scores, TopK
 from upweight.validate import Agreement, Outcomes, agreement, leave_one_out
 
 _TRAIN = 1400
@@ -46,6 +46,12 @@ class Demo:
         assert self.scores.query_values is not None
         return float(self.scores.query_values[0])
 
+    def comparison(self) -> list[tuple[int, float, float, float]]:
+        """(row, first order, Newton step, actual) for every row that was really removed; columns of scores are rows."""
+        rows = self.outcomes.rows
+        columns = zip(rows, self.scores.values[0, rows], self.removing.values[0], self.outcomes.actual[0], strict=True)
+        return [(int(row), float(first), float(newton), float(actual)) for row, first, newton, actual in columns]
+
     def text(self, k: int = 5) -> str:
         """A page of plain text."""
         lines = [
@@ -63,13 +69,7 @@ class Demo:
             "",
             f"  {'row':>5} {'digit':>6} {'predicted':>11} {'Newton step':>12} {'actual':>11}",
         ]
-        columns = {int(row): column for column, row in enumerate(self.scores.rows)}
-        for place, row in enumerate(self.outcomes.rows[:8]):
-            first, newton, actual = (
-                self.scores.values[0, columns[int(row)]],
-                self.removing.values[0, place],
-                self.outcomes.actual[0, place],
-            )
+        for row, first, newton, actual in self.comparison()[:8]:
             lines.append(f"  {row:>5} {self.labels[row]:>6} {first:>+11.6f} {newton:>+12.6f} {actual:>+11.6f}")
         lines += [
             f"  {'…':>5}",
@@ -152,66 +152,49 @@ def write_html(demo: Demo, folder: Path) -> Path:
     page = Page("Which training digits are behind this mistake?")
     page.text(
         f"The model was fitted to {demo.scores.n} digits. Test digit {demo.query} is a {demo.label}, and the model "
-        f"says {demo.predicted_label}. "
-        f"Its loss is {demo.loss:.4f} nats."
+        f"says {demo.predicted_label}. Its loss is {demo.loss:.4f} nats."
     )
-    page.add(
-        picture_row(
-            [(picture(demo.query_image), f"test digit {demo.query}", f"is {demo.label}, called {demo.predicted_label}")]
-        )
-    )
-    for title, top, meaning in (
-        (
-            "Most helpful training digits",
-            demo.scores.helpful(8),
-            "Without one of these the loss of the test digit rises by the number below it.",
-        ),
-        (
-            "Most harmful training digits",
-            demo.scores.harmful(8),
-            "Without one of these the loss of the test digit falls by the number below it.",
-        ),
-    ):
-        page.heading(title)
-        page.text(meaning)
-        cells = [
+    asked = f"is {demo.label}, called {demo.predicted_label}"
+    page.add(picture_row([(picture(demo.query_image), f"test digit {demo.query}", asked)]))
+    page.heading("Most helpful training digits")
+    page.text("Without one of these the loss of the test digit rises by the number below it.")
+    page.add(_pictures(demo, demo.scores.helpful(8)))
+    page.heading("Most harmful training digits")
+    page.text("Without one of these the loss of the test digit falls by the number below it.")
+    page.add(_pictures(demo, demo.scores.harmful(8)))
+    _comparison(page, demo)
+    page.heading("How far to trust this")
+    page.preformatted(str(demo.check))
+    return page.write(folder / "index.html")
+
+
+def _pictures(demo: Demo, top: TopK) -> str:
+    return picture_row(
+        [
             (picture(demo.images[row]), f"row {row}, a {demo.labels[row]}", f"{value:+.5f}")
             for row, value in zip(top.rows[0], top.values[0], strict=True)
         ]
-        page.add(picture_row(cells))
+    )
+
+
+def _comparison(page: Page, demo: Demo) -> None:
     page.heading("Predicted against actual")
     page.text(
         f"Each of the {len(demo.outcomes.rows)} most influential digits was really removed and the model trained "
-        "again. "
-        "On the line, the prediction is exact. The Newton step corrects for leverage: a row that determines its "
+        "again. On the line, the prediction is exact. The Newton step corrects for leverage: a row that determines its "
         "own fit leaves a larger gap than its gradient says."
     )
     page.add(scatter([(demo.scores, "first order"), (demo.removing, "Newton step")], demo.outcomes))
-    columns = {int(row): column for column, row in enumerate(demo.scores.rows)}
     page.add(
         line_table(
             ["", "Pearson r", "rank r", "slope"],
             [
-                [name, f"{a.pearson:.5f}", f"{a.spearman:.5f}", f"{a.slope:.4f}"]
-                for name, a in (("first order (equation 2)", demo.first_order), ("Newton step", demo.newton))
+                [name, f"{found.pearson:.5f}", f"{found.spearman:.5f}", f"{found.slope:.4f}"]
+                for name, found in (("first order (equation 2)", demo.first_order), ("Newton step", demo.newton))
             ],
         )
     )
-    page.add(
-        line_table(
-            ["row", "digit", "predicted", "Newton step", "actual"],
-            [
-                [
-                    str(row),
-                    str(demo.labels[row]),
-                    f"{demo.scores.values[0, columns[int(row)]]:+.6f}",
-                    f"{demo.removing.values[0, j]:+.6f}",
-                    f"{demo.outcomes.actual[0, j]:+.6f}",
-                ]
-                for j, row in enumerate(demo.outcomes.rows)
-            ],
-        )
-    )
-    page.heading("How far to trust this")
-    page.preformatted(str(demo.check))
-    return page.write(folder / "index.html")
+    lines = [
+        [str(row), str(demo.labels[row]), *(f"{value:+.6f}" for value in values)] for row, *values in demo.comparison()
+    ]
+    page.add(line_table(["row", "digit", "predicted", "Newton step", "actual"], lines))

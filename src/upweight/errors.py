@@ -26,6 +26,24 @@ import importlib
 from types import ModuleType
 from typing import Any
 
+__all__ = [
+    "Diverged",
+    "InvalidInput",
+    "MissingExtra",
+    "NotConverged",
+    "NotDeterministic",
+    "NotFitted",
+    "NotPositiveDefinite",
+    "PathNotFound",
+    "RowOutOfRange",
+    "SolverError",
+    "StoreMismatch",
+    "TheoryWarning",
+    "Undefined",
+    "UnsupportedModel",
+    "UpweightError",
+]
+
 
 class UpweightError(Exception):
     """The base of every error that upweight raises on purpose."""

@@ -98,6 +98,26 @@ class Examples:
         """
         return checked_rows(rows, self.length)
 
+    def groups(self, groups: Any) -> list[NDArray[np.int64]]:
+        """Checked row numbers of each group; `groups` is a list of rows, of lists of rows, or a dict of them.
+
+        Raises:
+            InvalidInput: if there are no groups, or a group names a row twice.
+        """
+        values = groups.values() if isinstance(groups, Mapping) else groups
+        listed = list(values) if isinstance(values, Iterable) else [values]
+        if not listed or any(group is None for group in listed):
+            message = f"groups is {'empty' if not listed else 'None'}. Pass a list of rows, or a list of lists of rows."
+            raise InvalidInput(message)
+        members = [self.rows(group) for group in listed]
+        for number, group in enumerate(members):
+            if len(np.unique(group)) < len(group):
+                message = (
+                    f"Group {number} names a row twice; a row can be removed only once. Use np.unique on the group."
+                )
+                raise InvalidInput(message)
+        return members
+
     def only(self, row: int) -> Examples:
         """One example as Examples of their own; its row number becomes 0."""
         whole = self.dataset is not None

@@ -12,9 +12,9 @@ Reference: Koh & Liang (2017), equations 1 to 5.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from upweight import calculus, defaults, removal, routes, scoring
 from upweight.checks import Report, examine, warn_if_not_at_minimum
+from upweight.encoders import Encoder, PlainEncoder
 from upweight.errors import InvalidInput, NotConverged, UnsupportedModel
 from upweight.examples import PROBE_ROWS, Examples, as_array, as_tensor, check_finite
 from upweight.objective import Objective
@@ -35,58 +36,12 @@ from upweight.solvers.base import checked_damping
 from upweight.store import Store
 from upweight.sweep import Sweep
 
-Rows = Any
-Queries = Any
+Rows = Any  # one row number, several, a mask of n booleans, or None for all
+Queries = Any  # inputs, or Examples, or a Dataset
+On = tuple[Any, ...] | Examples
+Groups = Iterable[Rows] | Mapping[Any, Rows]
 _PROBE = 3
 _SELF_BLOCK = 256
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """How queries and new labels become examples: what the adapters know about a model's inputs."""
-
-    def examples(self, X: Any, y: Any = None) -> Examples:
-        """X and y as the training examples were made."""
-        ...
-
-    def targets(self, y: Any) -> Tensor:
-        """Labels as the training targets were made."""
-        ...
-
-    def class_weights(self, y: Tensor) -> NDArray[np.float64]:
-        """The factor in wᵢ that depends on an encoded target; ones if there is none."""
-        ...
-
-
-class PlainEncoder:
-    """Inputs and targets are used as they are."""
-
-    def examples(self, X: Any, y: Any = None) -> Examples:
-        """X and y as examples."""
-        return whole_examples(X, y) or Examples(X, y)
-
-    def targets(self, y: Any) -> Tensor:
-        """y as a tensor."""
-        return as_tensor(as_array(y, "y_new"))
-
-    def class_weights(self, y: Tensor) -> NDArray[np.float64]:
-        """Ones."""
-        return np.ones(len(y))
-
-
-def whole_examples(X: Any, y: Any, sample_weight: Any = None) -> Examples | None:
-    """X itself if it is Examples already, else None.
-
-    Raises:
-        InvalidInput: if X is Examples and targets or weights are given beside it.
-    """
-    if not isinstance(X, Examples):
-        return None
-    if y is not None or sample_weight is not None:
-        name = "y" if y is not None else "sample_weight"
-        message = f"X is Examples, which hold their own targets and weights, and {name} was given too. Omit it."
-        raise InvalidInput(message)
-    return X
 
 
 class Influence:
@@ -260,7 +215,9 @@ class Influence:
     def on_measure(
         self, measure: Callable[[Any, Any], Tensor], Xq: Queries, yq: Any = None, *, store: Any = None
     ) -> Scores:
-        """As on_loss, for any scalar `measure(params, example)` of a query: a margin, log-odds, a probability.
+        """Equation 2 for any scalar `measure(params, example)` of a query: a margin, log-odds, a probability.
+
+        values[q, i] = (wᵢ/n) ∇f(z_q)ᵀ (C + λI)⁻¹ ∇L(zᵢ): predicted f(query) after retraining without row i, minus now.
 
         Args:
             measure: differentiable, of `objective.params` and one example, like a loss.
@@ -294,7 +251,7 @@ class Influence:
             standard_error=np.abs(scale) * np.concatenate(known) if known else None,
         )
 
-    def of_replacing(self, rows: Rows, X_new: Any, y_new: Any = None, *, on: tuple[Any, ...]) -> Scores:
+    def of_replacing(self, rows: Rows, X_new: Any, y_new: Any = None, *, on: On) -> Scores:
         """Equation 3: the change of each query's loss if training row i becomes the new example, at its weight.
 
         values[q, i] = (wᵢ/n) · I_pert,loss, with I_pert,loss = −∇L(z_q)ᵀ (C + λI)⁻¹ (∇L(z_new) − ∇L(zᵢ)).
@@ -308,7 +265,7 @@ class Influence:
         rows = self.examples.rows(rows)
         return self._replacing(rows, self._new(rows, X_new, y_new), "row replaced", on)
 
-    def of_relabeling(self, rows: Rows, y_new: Any, *, on: tuple[Any, ...]) -> Scores:
+    def of_relabeling(self, rows: Rows, y_new: Any, *, on: On) -> Scores:
         """The change of each query's loss if training row i had the label y_new[i] instead; equation 3 with the same x.
 
         Args:
@@ -322,7 +279,7 @@ class Influence:
         rows = self.examples.rows(rows)
         return self._replacing(rows, self.examples.relabelled(rows, self.encoder.targets(y_new)), "row relabelled", on)
 
-    def of_perturbing(self, rows: Rows, *, on: tuple[Any, ...]) -> Float[NDArray[np.float64], "q r ..."]:
+    def of_perturbing(self, rows: Rows, *, on: On) -> Float[NDArray[np.float64], "q r ..."]:
         """Equation 5: the gradient of each query's loss with respect to the input of each training row.
 
         out[q, i] = −(wᵢ/n) ∇L(z_q)ᵀ (C + λI)⁻¹ ∇ₓ∇L(zᵢ), shape (q, r, *x); the paper's I_pert,loss times wᵢ/n, so that
@@ -341,7 +298,7 @@ class Influence:
 
         return np.moveaxis(-self.sweep.emit(fields, vectors=len(S), rows=rows, label="perturb") / self.n, 0, 1)
 
-    def of_adding(self, X_new: Any, y_new: Any = None, *, on: tuple[Any, ...]) -> Scores:
+    def of_adding(self, X_new: Any, y_new: Any = None, *, on: On) -> Scores:
         """The change of each query's loss if a new example joined the training set with weight 1 (ε = +1/n).
 
         values[q, j] = −(1/n) ∇L(z_q)ᵀ (C + λI)⁻¹ ∇L(z_new); a negative value means that the example would help. With
@@ -360,14 +317,14 @@ class Influence:
         changes = scoring.with_gradients(solution, G).scaled(-scale)
         return self._scores(solution, changes, scale, np.arange(len(new)), "example added", queries)
 
-    def of_groups(self, groups: Sequence[Rows] | Mapping[Any, Rows], *, on: tuple[Any, ...]) -> Scores:
+    def of_groups(self, groups: Groups, *, on: On) -> Scores:
         """The change of each query's loss if a whole group of rows is removed, to first order: the sum over members.
 
         Args:
             groups: lists of training rows, or a dict of them; column g of the result is group g in that order.
             on: (Xq, yq), the queries.
         """
-        members = self._groups(groups)
+        members = self.examples.groups(groups)
         union = np.unique(np.concatenate(members))
         queries = self.queries(on)
         solution = self._solve(self._query_gradients(self.objective, queries))
@@ -378,7 +335,7 @@ class Influence:
         scale = np.full(len(members), -1 / self.n)
         return self._scores(solution, changes, scale, np.arange(len(members)), "group removed", queries)
 
-    def of_removing(self, groups: Sequence[Rows] | Mapping[Any, Rows], *, on: tuple[Any, ...]) -> Scores:
+    def of_removing(self, groups: Groups, *, on: On) -> Scores:
         """The change of each query's loss if rows are removed, by the removal's own Newton step (leverage corrected).
 
         θ moves by (C + λI − (1/n) Σ_group wᵢ∇²Lᵢ)⁻¹ (1/n) Σ_group wᵢ∇Lᵢ and the query's loss is evaluated there, so for
@@ -402,7 +359,7 @@ class Influence:
                 f"{self.curvature}. Use on_loss or of_groups (first order), or leave_one_out to retrain."
             )
             raise UnsupportedModel(message)
-        members = self._groups(groups)
+        members = self.examples.groups(groups)
         queries = self.queries(on)
         solution = self._solve(self._query_gradients(self.objective, queries))
         if solution.replicas is not None:
@@ -420,7 +377,7 @@ class Influence:
             error=-(solution.x @ step.remaining_gradient.T).numpy(),
         )
 
-    def check(self, on: tuple[Any, ...] | None = None) -> Report:
+    def check(self, on: On | None = None) -> Report:
         """Whether the theory's assumptions hold here: gradient, curvature, residuals, coverage, drift.
 
         Never raises for what it finds; a solve that fails is part of the report.
@@ -458,21 +415,6 @@ class Influence:
             )
             raise InvalidInput(message)
         return new
-
-    def _groups(self, groups: Any) -> list[NDArray[np.int64]]:
-        values = groups.values() if isinstance(groups, Mapping) else groups
-        listed = list(values) if isinstance(values, Iterable) else [values]
-        if not listed or any(group is None for group in listed):
-            message = f"groups is {'empty' if not listed else 'None'}. Pass a list of rows, or a list of lists of rows."
-            raise InvalidInput(message)
-        members = [self.examples.rows(group) for group in listed]
-        for number, group in enumerate(members):
-            if len(np.unique(group)) < len(group):
-                message = (
-                    f"Group {number} names a row twice; a row can be removed only once. Use np.unique on the group."
-                )
-                raise InvalidInput(message)
-        return members
 
     # ---- inner steps -------------------------------------------------------------------------------------------------
 
@@ -519,7 +461,7 @@ class Influence:
         kept = folder.agree("solutions", solution.x.numpy(), rtol)
         return replace(solution, x=torch.from_numpy(kept))
 
-    def _replacing(self, rows: NDArray[np.int64], new: Examples, counterfactual: str, on: tuple[Any, ...]) -> Scores:
+    def _replacing(self, rows: NDArray[np.int64], new: Examples, counterfactual: str, on: On) -> Scores:
         queries = self.queries(on)
         solution = self._solve(self._query_gradients(self.objective, queries))
         difference = scoring.replacement(self, rows, new)

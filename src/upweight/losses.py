@@ -27,6 +27,8 @@ from torch.nn.functional import one_hot, softplus
 
 from upweight.errors import InvalidInput
 
+__all__ = ["Loss", "cross_entropy", "hinge", "huber", "logistic", "poisson", "smooth_hinge", "squared"]
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -37,6 +39,7 @@ class Loss:
     """
 
     name: str
+    formula: str
     value: Callable[[Tensor, Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
     curvature: Callable[[Tensor, Tensor], Tensor]
@@ -68,7 +71,13 @@ def _softmax_curvature(eta: Tensor, _y: Tensor) -> Tensor:
     return torch.diag_embed(probability) - probability[:, :, None] * probability[:, None, :]
 
 
-cross_entropy = Loss("cross_entropy", _log_partition, _softmax_slope, _softmax_curvature)
+cross_entropy = Loss(
+    "cross_entropy",
+    "log Σₖ exp(ηₖ) − η_y, y a class number 0 … K−1",
+    _log_partition,
+    _softmax_slope,
+    _softmax_curvature,
+)
 
 
 def _logistic_slope(eta: Tensor, y: Tensor) -> Tensor:
@@ -78,6 +87,7 @@ def _logistic_slope(eta: Tensor, y: Tensor) -> Tensor:
 
 logistic = Loss(
     "logistic",
+    "log(1 + exp(−s η)), s = 2y − 1, y 0 or 1",
     lambda eta, y: softplus(-_signs(eta, y) * eta, threshold=50.0)[:, 0],
     _logistic_slope,
     lambda eta, _y: (torch.sigmoid(eta) * torch.sigmoid(-eta))[:, :, None],
@@ -90,6 +100,7 @@ def _squared_curvature(eta: Tensor, _y: Tensor) -> Tensor:
 
 squared = Loss(
     "squared",
+    "Σₖ (ηₖ − yₖ)², no ½, as mse_loss",
     lambda eta, y: ((eta - y.reshape(eta.shape)) ** 2).sum(1),
     lambda eta, y: 2 * (eta - y.reshape(eta.shape)),
     _squared_curvature,
@@ -97,6 +108,7 @@ squared = Loss(
 
 poisson = Loss(
     "poisson",
+    "exp(η) − y η, y a count",
     lambda eta, y: (eta.exp() - y.reshape(eta.shape) * eta)[:, 0],
     lambda eta, y: eta.exp() - y.reshape(eta.shape),
     lambda eta, _y: eta.exp()[:, :, None],
@@ -109,7 +121,7 @@ def huber(delta: float = 1.0) -> Loss:
     Raises:
         InvalidInput: if delta is not positive.
     """
-    if not delta > 0:
+    if not isinstance(delta, int | float) or not delta > 0:
         message = f"huber: delta is {delta}, and must be a positive number. Try huber(1.0)."
         raise InvalidInput(message)
 
@@ -123,11 +135,12 @@ def huber(delta: float = 1.0) -> Loss:
     def curvature(eta: Tensor, y: Tensor) -> Tensor:
         return ((eta - y.reshape(eta.shape)).abs() <= delta).to(eta.dtype)[:, :, None]
 
-    return Loss(f"huber({delta:g})", value, slope, curvature)
+    return Loss(f"huber({delta:g})", f"½ (η−y)² where |η−y| ≤ {delta:g}, linear beyond", value, slope, curvature)
 
 
 hinge = Loss(
     "hinge",
+    "max(0, 1 − s η), s = 2y − 1, y 0 or 1",
     lambda eta, y: (1 - _signs(eta, y) * eta).clamp(min=0)[:, 0],
     lambda eta, y: -_signs(eta, y) * (1 - _signs(eta, y) * eta > 0).to(eta.dtype),
     lambda eta, _y: torch.zeros_like(eta)[:, :, None],
@@ -142,7 +155,7 @@ def smooth_hinge(t: float) -> Loss:
     Raises:
         InvalidInput: if t is not positive.
     """
-    if not t > 0:
+    if not isinstance(t, int | float) or not t > 0:
         message = (
             f"smooth_hinge: t is {t}, and must be a positive number. Try smooth_hinge(0.001), the paper's value, or "
             "losses.hinge."
@@ -160,4 +173,4 @@ def smooth_hinge(t: float) -> Loss:
         u = (1 - _signs(eta, y) * eta) / t
         return (torch.sigmoid(u) * torch.sigmoid(-u) / t)[:, :, None]
 
-    return Loss(f"smooth_hinge({t:g})", value, slope, curvature)
+    return Loss(f"smooth_hinge({t:g})", f"{t:g} log(1 + exp((1 − s η)/{t:g}))", value, slope, curvature)

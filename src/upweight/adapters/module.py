@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight import routes
+from upweight.encoders import whole_examples
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, first_line
 from upweight.examples import Examples, as_array, as_tensor
-from upweight.influence import Influence, whole_examples
+from upweight.influence import Influence
 from upweight.objective import Objective, forward
 from upweight.trees import batch_length, leaves, like, take, tree_map
 

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from upweight import linear, losses
 from upweight.checks import rows_from_minimum
+from upweight.encoders import whole_examples
 from upweight.errors import InvalidInput, NotFitted, TheoryWarning, UnsupportedModel, require
 from upweight.examples import Examples, as_array, as_tensor, check_finite, checked_weights
-from upweight.influence import Influence, whole_examples
+from upweight.influence import Influence
 from upweight.objective import L2, Linear, Objective
 
 _COMPARED_ROWS = 64

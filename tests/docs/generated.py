@@ -1,0 +1,78 @@
+"""The parts of README and docs that a command writes: `scripts/docs` writes them, test_generated.py compares them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from upweight.losses import Loss
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("demo", "check", "score", "top", "validate")
+BEGIN, END = "<!-- upweight demo -->", "<!-- end -->"
+MODULES = (
+    "upweight",
+    "upweight.operators",
+    "upweight.solvers",
+    "upweight.losses",
+    "upweight.errors",
+    "upweight.datasets",
+)
+
+
+def run(*arguments: str) -> str:
+    """What a command prints, on a terminal of 100 columns without colours."""
+    plain = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    entry = "from upweight.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", entry, *arguments], capture_output=True, text=True, env=os.environ | plain, check=True
+    )
+    return "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines())
+
+
+def cli_page() -> str:
+    """docs/cli.md: every help text."""
+    parts = ["# The command line", "", "Written by `scripts/docs` from `--help`.", "", "```", run("--help"), "```"]
+    for command in COMMANDS:
+        parts += ["", f"## upweight {command}", "", "```", run(command, "--help"), "```"]
+    return "\n".join(parts) + "\n"
+
+
+def what_it_is(value: object) -> str:
+    """The first sentence of a docstring, or the formula of a loss."""
+    if isinstance(value, Loss):
+        return value.formula
+    text = " ".join((value.__doc__ or "").strip().split("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s", text)[0].replace("|", "\\|")
+
+
+def api_page() -> str:
+    """docs/api.md: every public name with the first sentence of its docstring."""
+    lines = ["# Every public name", "", "Written by `scripts/docs` from the docstrings; `help(name)` shows the whole."]
+    for name in MODULES:
+        module = importlib.import_module(name)
+        lines += ["", f"## {name}", "", "| name | what it is |", "|---|---|"]
+        lines += [f"| `{public}` | {what_it_is(getattr(module, public))} |" for public in module.__all__]
+    return "\n".join(lines) + "\n"
+
+
+def demo_block() -> str:
+    """The demo's own words, as they stand in the README."""
+    text = re.sub(r"\n\nReport with pictures: .*", "\n\nReport with pictures: upweight-demo/index.html", run("demo"))
+    return f"{BEGIN}\n```text\n{text}\n```\n{END}"
+
+
+def main() -> None:
+    (ROOT / "docs/cli.md").write_text(cli_page())
+    (ROOT / "docs/api.md").write_text(api_page())
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(before + demo_block() + rest.split(END, 1)[1])
+
+
+if __name__ == "__main__":
+    main()

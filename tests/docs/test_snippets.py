@@ -1,0 +1,48 @@
+"""Every Python block of README and docs runs, in the order of its page; every example runs and stays short."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import warnings
+
+import pytest
+from generated import ROOT
+
+PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")] if "```python" in path.read_text())
+EXAMPLES = sorted(ROOT.glob("examples/*.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_blocks_of_a_page_run(page, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    namespace: dict[str, object] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+    assert "NaN" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_runs_and_is_at_most_40_lines(example, capsys):
+    assert len(example.read_text().splitlines()) <= 40
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out or example.name == "study.py"
+
+
+def test_the_example_study_is_a_study():
+    namespace = runpy.run_path(str(ROOT / "examples/study.py"))
+    assert namespace["breast_cancer"]().influence.n == 469
+
+
+def test_every_page_is_linked_from_the_readme_or_another_page():
+    texts = {path: path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]}
+    for page in ROOT.glob("docs/**/*.md"):
+        assert any(page.name in text for path, text in texts.items() if path != page), page
+
+
+def test_links_lead_somewhere():
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            assert target.startswith("http") or (path.parent / target).exists(), (path.name, target)
