@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from upweight import adapters, calculus, datasets, defaults, errors, losses, operators, plots, solvers
+    from upweight.adapters import explain
     from upweight.checks import Report
     from upweight.examples import Examples
-    from upweight.explain import explain
     from upweight.influence import Influence
     from upweight.objective import L2, Linear, Objective
     from upweight.retrain import LBFGS, Newton, Retrain
@@ -71,7 +71,7 @@ _HOMES = {
     "Study": "study",
     "TopK": "scores",
     "agreement": "validate",
-    "explain": "explain",
+    "explain": "adapters",
     "leave_one_out": "validate",
 }
 

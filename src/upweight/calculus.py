@@ -311,6 +311,9 @@ def _penalty(objective: Objective) -> Callable[[Any], Tensor]:
                 f"The penalty returned {shape}; it must return one number, a tensor of shape (), computed from params."
             )
             raise InvalidInput(message)
+        if not bool(torch.isfinite(r)):
+            message = f"The penalty is {float(r)} at the fitted parameters. It must be finite; check for log(0) or 0/0."
+            raise InvalidInput(message)
         return r
 
     return value

@@ -8,6 +8,7 @@ stderr; 4 `check` found that the theory's assumptions do not hold; 1 is a bug.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,8 +139,10 @@ def validate(study: StudyName, query: int = 0, rows: int = 20, json: Json = Fals
     """
     import numpy as np
 
+    from upweight.errors import checked_count
     from upweight.validate import agreement, leave_one_out
 
+    checked_count(rows, "rows", least=2, hint="a slope needs two")
     loaded = _study(study)
     on = _one(loaded, query)
     scores = loaded.influence.on_loss(*on)
@@ -189,9 +192,12 @@ def _one(study: Study, query: int) -> tuple[Any, ...]:
 
 
 def _line(query: int, count: int) -> int:
-    from upweight.examples import checked_rows
+    from upweight.errors import RowOutOfRange
 
-    return int(checked_rows([query], count)[0])
+    if not 0 <= query < count:
+        message = f"Query {query} does not exist: there are {count} queries, numbered 0 to {count - 1}."
+        raise RowOutOfRange(message)
+    return query
 
 
 def _card(scores: Scores) -> dict[str, Any]:
@@ -204,4 +210,13 @@ def _card(scores: Scores) -> dict[str, Any]:
 
 
 def _print(numbers: dict[str, Any], text: str, as_json: bool) -> None:
-    print(json.dumps(numbers, indent=1) if as_json else text)
+    print(json.dumps(_finite(numbers), indent=1, allow_nan=False) if as_json else text)
+
+
+def _finite(value: Any) -> Any:
+    """The same nesting with null for numbers that do not exist: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

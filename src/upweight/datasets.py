@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import os
 import urllib.request
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy.typing import NDArray
 
-from upweight.errors import InvalidInput, PathNotFound
+from upweight.errors import InvalidInput, PathNotFound, first_line
 from upweight.store import write_file
 
 __all__ = ["Mnist", "local", "mnist"]
@@ -80,7 +81,11 @@ def _mnist_file(name: str, folder: str | os.PathLike[str] | None) -> Path:
 
 
 def _idx(file: Path, name: str) -> NDArray[np.uint8]:
-    content = gzip.decompress(file.read_bytes())
+    try:
+        content = gzip.decompress(file.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        message = f"{file} is no gzip archive, or is damaged ({first_line(error)}). Delete it and load again."
+        raise InvalidInput(message) from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != _MNIST_SHA256[name]:
         message = f"{file} has SHA-256 {digest[:16]}…, not that of the published {name}. Delete it and load again."

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from upweight.adapters import explain
 from upweight.checks import Report
-from upweight.errors import InvalidInput, require
-from upweight.explain import explain
+from upweight.errors import InvalidInput, checked_count, require
 from upweight.report import Page, line_table, picture, picture_row, scatter
 from upweight.scores import Scores, TopK
 from upweight.validate import Agreement, Outcomes, agreement, leave_one_out
@@ -110,7 +110,7 @@ def run(rows: int = 40) -> Demo:
     Raises:
         InvalidInput: if rows is not between 2 and the number of training rows.
     """
-    if not 2 <= rows <= _TRAIN:
+    if checked_count(rows, "rows", least=2) > _TRAIN:
         message = (
             f"rows={rows}. The demo retrains without that many of {_TRAIN} rows, one at a time; ask for 2 to {_TRAIN}."
         )

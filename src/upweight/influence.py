@@ -209,8 +209,7 @@ class Influence:
         Raises:
             InvalidInput: if the queries do not fit the model; SolverError if a system cannot be solved as promised.
         """
-        queries = self.encoder.examples(Xq, yq)
-        return self._removal_scores(self.objective, queries, store)
+        return self._removal_scores(self.objective, self._with_targets(self.encoder.examples(Xq, yq)), store)
 
     def on_measure(
         self, measure: Callable[[Any, Any], Tensor], Xq: Queries, yq: Any = None, *, store: Any = None
@@ -309,7 +308,7 @@ class Influence:
             y_new: new targets.
             on: (Xq, yq), the queries.
         """
-        new = self.encoder.examples(X_new, y_new)
+        new = self._with_targets(self.encoder.examples(X_new, y_new))
         queries = self.queries(on)
         solution = self._solve(self._query_gradients(self.objective, queries))
         scale = self.class_weights(new) * new.sample_weight / self.n
@@ -396,19 +395,34 @@ class Influence:
             InvalidInput: if `on` is something else.
         """
         if isinstance(on, tuple) and 1 <= len(on) <= 2:
-            return self.encoder.examples(*on)
+            return self._with_targets(self.encoder.examples(*on))
         if isinstance(on, Examples) or (hasattr(on, "__getitem__") and hasattr(on, "__len__") and name == "examples"):
-            return self.encoder.examples(on)
+            return self._with_targets(self.encoder.examples(on))
         kind = f"{len(on)} things" if isinstance(on, tuple) else f"a {type(on).__name__}"
         message = f"{name} is {kind}. Pass the pair ({name}=(X, y)), or upweight.Examples."
         raise InvalidInput(message)
+
+    def _with_targets(self, queries: Examples) -> Examples:
+        """The same examples.
+
+        Raises:
+            InvalidInput: if they have no targets, and the training rows have.
+        """
+        training: Examples | None = getattr(self, "examples", None)
+        if training is not None and training.y is not None and queries.y is None and queries.x is not None:
+            message = (
+                f"These {len(queries)} examples have no y, and the training rows have one, so their loss is not "
+                "defined. Pass the pair (X, y)."
+            )
+            raise InvalidInput(message)
+        return queries
 
     def class_weights(self, examples: Examples) -> NDArray[np.float64]:
         """The part of wᵢ that belongs to the label of each example."""
         return np.ones(len(examples)) if examples.y is None else self.encoder.class_weights(as_tensor(examples.y))
 
     def _new(self, rows: NDArray[np.int64], X: Any, y: Any) -> Examples:
-        new = self.encoder.examples(X, y)
+        new = self._with_targets(self.encoder.examples(X, y))
         if len(new) != len(rows):
             message = (
                 f"{len(rows)} rows are to be replaced by {len(new)} new examples. Pass one new example for each row."

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.errors import InvalidInput, UnsupportedModel
+from upweight.errors import InvalidInput, UnsupportedModel, first_line
 from upweight.losses import Loss
 from upweight.transforms import functional_call
 from upweight.trees import like, tree_map
@@ -342,9 +342,15 @@ def _check_strengths(penalty: L2, blocks: Mapping[str, Tensor]) -> None:
         if name not in blocks:
             message = f"L2 penalises '{name}', and the parameters are {', '.join(blocks)}. Name one of them."
             raise InvalidInput(message)
-        lowest = float(torch.as_tensor(strength).min())
-        if not (np.isfinite(lowest) and lowest >= 0):
-            message = f"L2 has the strength {lowest:g} for '{name}'. λ must be finite and ≥ 0."
+        try:
+            spread = torch.as_tensor(strength, dtype=torch.float64).expand(blocks[name].shape)
+        except (RuntimeError, TypeError, ValueError) as error:
+            message = (
+                f"L2's strength for '{name}' does not fit its shape {tuple(blocks[name].shape)} ({first_line(error)})."
+            )
+            raise InvalidInput(message + " Pass one number λ ≥ 0.") from error
+        if not bool(torch.isfinite(spread).all()) or float(spread.min()) < 0:
+            message = f"L2 has the strength {float(spread.min()):g} for '{name}'. λ must be finite and ≥ 0."
             raise InvalidInput(message)
 
 

@@ -106,12 +106,35 @@ def _refuse_constants(objective: Objective, batch: Any) -> None:
     params = calculus.leaves_of(objective)
     with torch.enable_grad():
         value = objective.loss(params, take(calculus.ready(objective, batch), 0))
-    if not value.requires_grad:
+    if value.requires_grad:
+        _refuse_broken_graphs(value, params)
+    else:
         message = (
             f"{objective.name} gives {float(value):.6g} whatever the parameters are, so nothing can move it. Compute "
             "it from `params` (not from the module's own weights), without detach() or no_grad()."
         )
         raise InvalidInput(message)
+
+
+def _refuse_broken_graphs(value: Tensor, params: Any) -> None:
+    """A function that is differentiable only once would pass for one of no curvature: its gradient has no graph."""
+    blocks = list(params.values()) if isinstance(params, dict) else [params]
+    first = torch.autograd.grad(value, blocks, create_graph=True, allow_unused=True)
+    waiting = [piece.grad_fn for piece in first if piece is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if node.name() == "torch::autograd::Error":
+            message = (
+                "The loss cannot be differentiated twice: a part of it is differentiable only once. Use operations "
+                "with a second derivative, or a smoothed loss such as losses.smooth_hinge."
+            )
+            raise UnsupportedModel(message)
+        fresh = {parent for parent, _ in node.next_functions} - seen
+        seen |= fresh
+        waiting.extend(fresh)
 
 
 def _answers(objective: Objective, batch: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from upweight.errors import InvalidInput, Undefined, require
+from upweight.errors import InvalidInput, Undefined, first_line, require
 from upweight.store import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Certificate:
             residual=np.concatenate([part.residual for part in parts]),
             drift=np.concatenate([part.drift for part in parts]),
             converged=all(part.converged for part in parts),
+            truncation=max(part.truncation for part in parts),
             sweeps=sum(part.sweeps for part in parts),
             min_curvature=min(part.min_curvature for part in parts),
         )
@@ -164,7 +165,6 @@ class Scores:
             "measure": self.measure,
             "n": self.n,
             "certificate": card,
-            "kind": "scores",
         }
         write_tensors(path, arrays, {"upweight": json.dumps(text)})
 
@@ -176,18 +176,18 @@ class Scores:
             InvalidInput: if the file holds something else.
         """
         arrays, metadata = read_tensors(path)
-        text = json.loads(metadata.get("upweight", "{}"))
-        if text.get("kind") != "scores":
+        try:
+            text = json.loads(metadata["upweight"])
+            residual, drift = arrays.pop("certificate.residual"), arrays.pop("certificate.drift")
+            card = Certificate(residual=residual, drift=drift, **text["certificate"])
+            named = {name: text[name] for name in ("counterfactual", "measure", "n")}
+            return cls(certificate=card, **named, **arrays)  # type: ignore[arg-type]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             message = (
-                f"{path} is a safetensors file without upweight scores in it. Scores are written by scores.save(path)."
+                f"{path} is a safetensors file without upweight scores in it, or a damaged one "
+                f"({type(error).__name__}: {first_line(error)}). Scores are written by scores.save(path)."
             )
-            raise InvalidInput(message)
-        card = Certificate(
-            residual=arrays.pop("certificate.residual"), drift=arrays.pop("certificate.drift"), **text["certificate"]
-        )
-        return cls(
-            **arrays, counterfactual=text["counterfactual"], measure=text["measure"], n=text["n"], certificate=card
-        )  # type: ignore[arg-type]
+            raise InvalidInput(message) from error
 
     def __repr__(self) -> str:
         queries, columns = self.values.shape

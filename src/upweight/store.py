@@ -167,7 +167,7 @@ def _manifest(file: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         message = f"{file} is no manifest of a store ({error}). Delete the folder to start again, or name another."
         raise StoreMismatch(message) from error
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and isinstance(found.get("fingerprint"), dict) else {}
 
 
 def _compare(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:

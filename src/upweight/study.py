@@ -38,7 +38,7 @@ def load(name: str) -> Study:
         PathNotFound: if the module cannot be found.
     """
     module_name, colon, function_name = name.partition(":")
-    if not colon or not function_name:
+    if not module_name or not colon or not function_name:
         message = (
             f"'{name}' does not name a function. Write module:function, for example my_study:digits, where digits() "
             "returns an upweight.Study."

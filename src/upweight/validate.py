@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from upweight import calculus, routes
-from upweight.errors import InvalidInput
+from upweight.errors import InvalidInput, first_line
 from upweight.influence import Influence
 from upweight.objective import Objective
 from upweight.retrain import Retrain, bound
@@ -174,16 +174,20 @@ def _flat(objective: Objective, params: Any) -> Tensor:
                 f"{list(objective.blocks)}, or one flat vector."
             )
             raise InvalidInput(message)
-        vector = torch.cat([torch.as_tensor(params[name]).detach().reshape(-1).double() for name in objective.blocks])
+        parts = [params[name] for name in objective.blocks]
     else:
-        try:
-            vector = torch.as_tensor(params).detach().reshape(-1).double()
-        except (TypeError, ValueError, RuntimeError) as error:
-            message = (
-                f"retrain returned a {type(params).__name__} ({error}). Return the parameters: a dict with the names "
-                f"{list(objective.blocks)}, or one flat vector."
-            )
-            raise InvalidInput(message) from error
+        parts = [params]
+    try:
+        flat = [
+            part.detach() if isinstance(part, Tensor) else torch.as_tensor(part, dtype=torch.float64) for part in parts
+        ]
+        vector = torch.cat([part.reshape(-1).double() for part in flat])
+    except (TypeError, ValueError, RuntimeError) as error:
+        message = (
+            f"retrain returned a {type(params).__name__} ({first_line(error)}). Return the parameters: a dict with the "
+            f"names {list(objective.blocks)}, or one flat vector."
+        )
+        raise InvalidInput(message) from error
     if len(vector) != objective.size:
         message = (
             f"retrain returned {len(vector)} numbers, and the objective has {objective.size} parameters "

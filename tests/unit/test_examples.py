@@ -56,13 +56,13 @@ def test_an_example_without_target_is_its_input():
         ((1, 2), [1, 2]),
         (range(1, 4), [1, 2, 3]),
         ({2}, [2]),
-        ((i for i in (0, 1)), [0, 1]),
+        (map(int, "01"), [0, 1]),
         (np.array([1, 2], dtype=np.uint8), [1, 2]),
         (torch.tensor([2, 3]), [2, 3]),
         ([True, False, True, False, False], [0, 2]),
         (np.array([0, 0, 0, 0, 1], dtype=bool), [4]),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_rows_in_any_form(rows, expected):
     found = checked_rows(rows, 5)

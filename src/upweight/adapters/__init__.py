@@ -1,1 +1,102 @@
-"""From a fitted model to an Objective, its Examples and the encoder of its queries."""
+"""From a fitted model to its Influence: one call, and an adapter for each kind of model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upweight.adapters import module
+from upweight.errors import InvalidInput, UnsupportedModel
+from upweight.influence import Influence
+from upweight.operators import Curvature
+from upweight.solvers import Solver
+
+
+def explain(
+    model: Any,
+    X: Any,
+    y: Any = None,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    penalty: float | Callable[[Any], Tensor] | None = None,
+    parameters: Iterable[str] | Callable[[str], bool] | None = None,
+    sample_weight: Any = None,
+    penalty_per_example: bool | None = None,
+    curvature: Curvature | None = None,
+    solver: Solver | None = None,
+    damping: float | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> Influence:
+    """The Influence of a fitted model on the data that trained it: which rows made it say that?
+
+    Args:
+        model: a fitted scikit-learn estimator or Pipeline, whose loss, penalty, intercept and class weights are read
+            off it; or a torch module, in the mode it should be explained in.
+        X: the training inputs, in the order of training; or a map-style Dataset of (x, y), with y omitted.
+        y: the training targets.
+        loss: for a module, criterion(output, target), for example torch.nn.functional.cross_entropy.
+        penalty: for a module, what was added to the mean loss: a float λ means (λ/2)‖θ‖² (weight_decay), a function of
+            params anything else.
+        parameters: for a module, the names (or a test on names) to differentiate; None takes all with requires_grad.
+        sample_weight: the weights that were given to fit().
+        penalty_per_example: whether removing a row removes its share of the penalty; None means the estimator's own
+            meaning of sample_weight=0, and False for modules.
+        curvature: an operator specification; None lets `defaults` choose.
+        solver: a solver specification; None lets `defaults` choose.
+        damping: λ of (C + λI) x = v; None means 0 for scikit-learn, and the rule in `defaults` for modules.
+        batch_size: examples per batch; None fits the memory.
+        progress: True or False forces progress bars on or off; None shows them on a terminal only.
+
+    Raises:
+        UnsupportedModel: if the theory has no answer for the model.
+        InvalidInput: if data and model do not fit together.
+
+    >>> from sklearn.linear_model import Ridge
+    >>> X, y = [[0.0], [1.0], [2.0]], [0.0, 2.0, 2.0]
+    >>> influence = explain(Ridge(alpha=1.0).fit(X, y), X, y)
+    >>> influence.on_loss([[3.0]], [3.0]).values.round(3)
+    array([[-0.037, -0.074,  0.111]])
+    """
+    settings: dict[str, Any] = {
+        "sample_weight": sample_weight,
+        "penalty_per_example": penalty_per_example,
+        "curvature": curvature,
+        "solver": solver,
+        "damping": damping,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    if isinstance(model, torch.nn.Module):
+        if loss is None:
+            message = (
+                f"{type(model).__name__} is a torch module, which does not know its loss. Pass the criterion: "
+                "explain(model, X, y, loss=torch.nn.functional.cross_entropy)."
+            )
+            raise InvalidInput(message)
+        return module.explain(model, X, y, loss=loss, penalty=penalty, parameters=parameters, **settings)
+    if "sklearn" in sys.modules and (hasattr(model, "get_params") or hasattr(model, "fit")):
+        from upweight.adapters import sklearn
+
+        given = [
+            name
+            for name, value in (("loss", loss), ("penalty", penalty), ("parameters", parameters))
+            if value is not None
+        ]
+        if given:
+            message = (
+                f"{', '.join(given)} was given for {type(model).__name__}, whose own is read off the estimator. "
+                "Omit it, or write Influence(Objective(…), (X, y))."
+            )
+            raise InvalidInput(message)
+        return sklearn.explain(model, X, y, **settings)
+    message = (
+        f"{type(model).__name__} is neither a scikit-learn estimator nor a torch module. "
+        "For any other model only the loss is needed: upweight.Influence(upweight.Objective(loss, params, "
+        "penalty=…), (X, y))."
+    )
+    raise UnsupportedModel(message)

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import routes
+from upweight import calculus, routes
 from upweight.encoders import whole_examples
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, first_line
 from upweight.examples import Examples, as_array, as_tensor
 from upweight.influence import Influence
 from upweight.objective import Objective, forward
-from upweight.trees import batch_length, leaves, like, take, tree_map
+from upweight.trees import batch_length, leaves, take, tree_map
 
 _SPREAD_ROWS = 8
 _LABEL_ROWS = 64  # at most so many more rows, one for each distinct label: class weights show only across labels
@@ -142,7 +142,8 @@ class Reading:
         return self._target(target)
 
     def _input(self, x: Any) -> Any:
-        return x.to(torch.get_default_dtype()) if self.x_floats and not x.is_floating_point() else x
+        floats = not self.x_floats or not isinstance(x, Tensor) or x.is_floating_point()
+        return x if floats else x.to(torch.get_default_dtype())
 
     def _target(self, y: Tensor) -> Tensor:
         if self.y_kind == "class":
@@ -205,9 +206,11 @@ def _working(build: Callable[[Reading], Objective], probe: Any) -> tuple[Reading
 
 def _readings(probe: Any) -> Iterable[Reading]:
     y = probe[1]
-    whole = isinstance(y, Tensor) and bool((y == y.round()).all()) if y.is_floating_point() else True
-    kinds = ["kept", *(["class"] if whole else []), *(["float"] if not y.is_floating_point() else [])]
-    integers = all(not leaf.is_floating_point() for leaf in leaves(probe[0]) if isinstance(leaf, Tensor))
+    if y.is_floating_point():
+        kinds = ["kept", "class"] if bool((y == y.round()).all()) else ["kept"]
+    else:
+        kinds = ["float", "class"]  # a criterion that takes them as floats is a regression; class numbers it refuses
+    integers = all(isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in leaves(probe[0]))
     for dtype in (torch.float64, None):
         for x_floats in (False, True) if integers else (False,):
             for kind in kinds:
@@ -222,14 +225,21 @@ def _refuse_batch_effects(model: torch.nn.Module, criterion: Criterion, objectiv
         InvalidInput: if the criterion weighs examples unequally, as with class weights, ignored labels or token means.
     """
     reference = objective.reference
-    cast = like(probe, reference)
+    cast = calculus.ready(objective, probe)
     size = batch_length(cast)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = {name: t.to(reference.dtype) if t.is_floating_point() else t for name, t in state.items()}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a broadcasting criterion warns; its value then differs, which is what we seek
-        singles = torch.stack([objective.loss(objective.params, take(cast, b)) for b in range(size)])
-        rows = [objective.outputs(objective.params, take(cast, b)) for b in range(size)]  # type: ignore[misc]
+        try:
+            singles = torch.stack([objective.loss(objective.params, take(cast, b)) for b in range(size)])
+            rows = [objective.outputs(objective.params, take(cast, b)) for b in range(size)]  # type: ignore[misc]
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            message = (
+                f"The loss failed on an example ({first_line(error)}); the probed ones have the targets "
+                f"{cast[1].flatten()[:12].tolist()}. Usual reason: a label that the model has no output for."
+            )
+            raise InvalidInput(message) from error
         if rows[0].ndim == 0:
             message = (
                 f"{type(model).__name__} returns a single number without a batch axis for a batch of one; it probably "

@@ -102,6 +102,9 @@ def explain(
         raise InvalidInput(message)
     encoder = SklearnEncoder(transformers, estimator)
     x = encoder.inputs(X)
+    if x.shape[0] == 0:
+        message = "There are no examples: X has 0 rows. Pass the X and y that fit() was given."
+        raise InvalidInput(message)
     weights = checked_weights(sample_weight, x.shape[0])
     built = builder(estimator, y, x.shape[0], None if sample_weight is None else weights)
     encoder = SklearnEncoder(transformers, estimator, built)
