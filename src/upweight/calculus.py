@@ -50,6 +50,16 @@ def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
     return torch.stack(rows)
 
 
+def first_derivatives(objective: Objective, example: Any) -> tuple[Tensor, list[Tensor]]:
+    """The loss of one example and its gradient in every block of θ, with the graph that a second derivative needs."""
+    params = leaves_of(objective)
+    value = objective.loss(params, ready(objective, example))
+    if not value.requires_grad:
+        return value, []
+    pieces = torch.autograd.grad(value, _blocks(params), create_graph=True, allow_unused=True)
+    return value, [piece for piece in pieces if piece is not None]
+
+
 def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Tensor, "b k"]:
     """∇L(z_b)ᵀ v for every example and vector, without forming b × p.
 
@@ -311,8 +321,8 @@ def _penalty(objective: Objective) -> Callable[[Any], Tensor]:
                 f"The penalty returned {shape}; it must return one number, a tensor of shape (), computed from params."
             )
             raise InvalidInput(message)
-        if not bool(torch.isfinite(r)):
-            message = f"The penalty is {float(r)} at the fitted parameters. It must be finite; check for log(0) or 0/0."
+        if not bool(torch.isfinite(r.detach())):
+            message = f"The penalty is {float(r.detach())} at the fitted parameters. Check it for log(0) or 0/0."
             raise InvalidInput(message)
         return r
 

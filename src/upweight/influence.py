@@ -68,7 +68,7 @@ class Influence:
     ...     return (theta @ example[0] - example[1]) ** 2
     >>> fit = Objective(loss, torch.tensor([1.2], dtype=torch.float64))
     >>> Influence(fit, (X, y)).on_loss(X[:1] + 1, y[:1] + 1).values.round(4)
-    array([[-0.    ,  0.064 , -0.064 ]])
+    array([[ 0.   , -0.064,  0.064]])
     """
 
     def __init__(

@@ -82,4 +82,4 @@ def test_the_page_shows_the_digits_and_the_plot(page, found):
 
 @pytest.mark.parametrize("rows", [0, 1, -3, 1401, 2.5, "5"])
 def test_an_impossible_number_of_rows_is_refused(rows):
-    refuses(lambda: demo.run(rows), ValueError, f"rows={rows}")
+    refuses(lambda: demo.run(rows), ValueError, f"rows={rows!r}")

@@ -60,7 +60,7 @@ def explain(
     >>> X, y = [[0.0], [1.0], [2.0]], [0.0, 2.0, 2.0]
     >>> influence = explain(Ridge(alpha=1.0).fit(X, y), X, y)
     >>> influence.on_loss([[3.0]], [3.0]).values.round(3)
-    array([[-0.037, -0.074,  0.111]])
+    array([[0.148, 0.148, 0.   ]])
     """
     settings: dict[str, Any] = {
         "sample_weight": sample_weight,
