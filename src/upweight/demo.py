@@ -55,7 +55,7 @@ class Demo:
     def text(self, k: int = 5) -> str:
         """A page of plain text."""
         lines = [
-            f"Digit {self.query} of the test set is a {self.label}; the model says {self.predicted_label} "
+            f"Digit {self.query} of the test set is {_a(self.label)}; the model says {self.predicted_label} "
             f"(probability of {self.label}: {self.probability:.1%}).",
             f"Its loss is {self.loss:.4f}. Which of the {self.scores.n} training digits are behind that?",
             "",
@@ -101,7 +101,7 @@ class Demo:
 
     def _cell(self, top: Any, place: int) -> str:
         row, value = int(top.rows[0, place]), float(top.values[0, place])
-        return f"row {row:>4}, a {self.labels[row]}: {value:+.5f}"
+        return f"row {row:>4}, {_a(self.labels[row])}: {value:+.5f}"
 
 
 def run(rows: int = 40) -> Demo:
@@ -151,7 +151,7 @@ def write_html(demo: Demo, folder: Path) -> Path:
     """The demo as one self-contained HTML file in `folder`; returns its path."""
     page = Page("Which training digits are behind this mistake?")
     page.text(
-        f"The model was fitted to {demo.scores.n} digits. Test digit {demo.query} is a {demo.label}, and the model "
+        f"The model was fitted to {demo.scores.n} digits. Test digit {demo.query} is {_a(demo.label)}, and the model "
         f"says {demo.predicted_label}. Its loss is {demo.loss:.4f} nats."
     )
     asked = f"is {demo.label}, called {demo.predicted_label}"
@@ -171,7 +171,7 @@ def write_html(demo: Demo, folder: Path) -> Path:
 def _pictures(demo: Demo, top: TopK) -> str:
     return picture_row(
         [
-            (picture(demo.images[row]), f"row {row}, a {demo.labels[row]}", f"{value:+.5f}")
+            (picture(demo.images[row]), f"row {row}, {_a(demo.labels[row])}", f"{value:+.5f}")
             for row, value in zip(top.rows[0], top.values[0], strict=True)
         ]
     )
@@ -198,3 +198,8 @@ def _comparison(page: Page, demo: Demo) -> None:
         [str(row), str(demo.labels[row]), *(f"{value:+.6f}" for value in values)] for row, *values in demo.comparison()
     ]
     page.add(line_table(["row", "digit", "predicted", "Newton step", "actual"], lines))
+
+
+def _a(digit: int) -> str:
+    """The digit with its article: a 7, an 8."""
+    return f"an {digit}" if digit == 8 else f"a {digit}"

@@ -41,6 +41,7 @@ def agreement(scores: Scores, outcomes: Outcomes, ax: Axes | None = None, *, lab
         ylabel=f"actual change of {scores.measure}",
     )
     ax.set_aspect("equal")
+    ax.locator_params(nbins=6)
     ax.grid(alpha=0.25)
     return ax
 
