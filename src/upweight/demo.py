@@ -171,7 +171,7 @@ def write_html(demo: Demo, folder: Path) -> Path:
 def _pictures(demo: Demo, top: TopK) -> str:
     return picture_row(
         [
-            (picture(demo.images[row]), f"row {row}, {_a(demo.labels[row])}", f"{value:+.5f}")
+            (picture(demo.images[row]), f"row {row}, {_a(int(demo.labels[row]))}", f"{value:+.5f}")
             for row, value in zip(top.rows[0], top.values[0], strict=True)
         ]
     )

@@ -86,7 +86,7 @@ class Influence:
         self.encoder: Encoder = encoder or PlainEncoder()
         _check_specification(curvature, "bind", "curvature", "operators.Hessian()")
         _check_specification(solver, "prepare", "solver", "solvers.CG()")
-        self.examples = examples if isinstance(examples, Examples) else self.queries(examples, "examples")
+        self.examples = _training_examples(examples, self.encoder)
         probe = self.examples.batch(self.examples.spread(_PROBE))
         self.objective = routes.probe(objective, probe)
         memory = defaults.example_bytes(self.objective, probe)
@@ -388,18 +388,18 @@ class Influence:
 
     # ---- inputs ------------------------------------------------------------------------------------------------------
 
-    def queries(self, on: Any, name: str = "on") -> Examples:
-        """The queries of a question: (Xq, yq), (Xq,), Examples or a Dataset, as examples.
+    def queries(self, on: Any) -> Examples:
+        """The queries of a question: (Xq, yq), Examples, or (Dataset,), as examples that have targets.
 
         Raises:
             InvalidInput: if `on` is something else.
         """
+        if isinstance(on, Examples):
+            return self._with_targets(self.encoder.examples(on))
         if isinstance(on, tuple) and 1 <= len(on) <= 2:
             return self._with_targets(self.encoder.examples(*on))
-        if isinstance(on, Examples) or (hasattr(on, "__getitem__") and hasattr(on, "__len__") and name == "examples"):
-            return self._with_targets(self.encoder.examples(on))
         kind = f"{len(on)} things" if isinstance(on, tuple) else f"a {type(on).__name__}"
-        message = f"{name} is {kind}. Pass the pair ({name}=(X, y)), or upweight.Examples."
+        message = f"on is {kind}. Pass the pair on=(Xq, yq), or upweight.Examples."
         raise InvalidInput(message)
 
     def _with_targets(self, queries: Examples) -> Examples:
@@ -408,8 +408,7 @@ class Influence:
         Raises:
             InvalidInput: if they have no targets, and the training rows have.
         """
-        training: Examples | None = getattr(self, "examples", None)
-        if training is not None and training.y is not None and queries.y is None and queries.x is not None:
+        if self.examples.y is not None and queries.y is None and queries.x is not None:
             message = (
                 f"These {len(queries)} examples have no y, and the training rows have one, so their loss is not "
                 "defined. Pass the pair (X, y)."
@@ -522,6 +521,15 @@ class Influence:
             "damping": self.damping,
             "versions": f"upweight {upweight.__version__}, torch {torch.__version__}",
         }
+
+
+def _training_examples(data: Any, encoder: Encoder) -> Examples:
+    if isinstance(data, Examples):
+        return data
+    if isinstance(data, tuple) and not 1 <= len(data) <= 2:
+        message = f"examples is a tuple of {len(data)}. Pass the pair (X, y), Examples, a Dataset, or X alone."
+        raise InvalidInput(message)
+    return encoder.examples(*data) if isinstance(data, tuple) else encoder.examples(data)
 
 
 def _check_specification(value: Any, method: str, name: str, example: str) -> None:
