@@ -59,7 +59,7 @@ def test_the_numbers_are_json(found):
 
 def test_the_text_tells_the_story(found):
     text = found.text()
-    for part in (f"is a {found.label}", f"says {found.predicted_label}", "most helpful", "most harmful", "control"):
+    for part in (f"is an {found.label}", f"says {found.predicted_label}", "most helpful", "most harmful", "control"):
         assert part in text
     assert max(map(len, text.splitlines())) < 240
 
