@@ -1,13 +1,13 @@
-"""A stochastic solver's standard errors describe the scatter that is there, for every kind of score that carries one."""
+"""A stochastic solver's standard errors describe the scatter that is there, for every score that carries one."""
 
 from __future__ import annotations
 
-import cases
 import numpy as np
 import pytest
-from tolerances import STANDARD_ERRORS
 
+import cases
 import upweight as uw
+from tolerances import STANDARD_ERRORS
 
 SPEC = uw.solvers.LiSSA(depth=500, repeats=40, batch_size=4, seed=3)
 

@@ -36,11 +36,7 @@ def explain(
     parameters: Iterable[str] | Callable[[str], bool] | None = None,
     sample_weight: Any = None,
     penalty_per_example: bool | None = None,
-    curvature: Any = None,
-    solver: Any = None,
-    damping: float | None = None,
-    batch_size: int | None = None,
-    progress: bool | None = None,
+    **settings: Any,
 ) -> Influence:
     """The Influence of a torch module on its training data.
 
@@ -82,12 +78,8 @@ def explain(
     return Influence(
         objective,
         examples,
-        curvature=curvature,
-        solver=solver,
-        damping=damping,
-        batch_size=batch_size,
-        progress=progress,
         encoder=ModuleEncoder(reading),
+        **settings,
     )
 
 

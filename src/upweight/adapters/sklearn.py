@@ -78,11 +78,7 @@ def explain(
     *,
     sample_weight: Any = None,
     penalty_per_example: bool | None = None,
-    curvature: Any = None,
-    solver: Any = None,
-    damping: float | None = None,
-    batch_size: int | None = None,
-    progress: bool | None = None,
+    **settings: Any,
 ) -> Influence:
     """The Influence of a fitted estimator, or of a Pipeline of transformers around one, on its training data.
 
@@ -120,12 +116,8 @@ def explain(
     influence = Influence(
         objective,
         examples,
-        curvature=curvature,
-        solver=solver,
-        damping=damping,
-        batch_size=batch_size,
-        progress=progress,
         encoder=encoder,
+        **settings,
     )
     _warn_if_not_at_minimum(influence, estimator, built.closed_form)
     return influence
