@@ -174,15 +174,7 @@ def input_gradients(objective: Objective, batch: Any, S: Float[Tensor, "k p"]) -
     if objective.linear is not None:
         return linear.input_gradients(objective, batch, S)
     batch = ready(objective, batch)
-    x = batch[0] if isinstance(batch, tuple | list) else batch
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        message = (
-            f"The input x is {kind}; only floating-point inputs can be moved by a small amount. Explain the "
-            "embedded inputs instead."
-        )
-        raise InvalidInput(message)
-    x = x.clone().requires_grad_()
+    x = _float_input(batch).clone().requires_grad_()
     moved = (x, *batch[1:]) if isinstance(batch, tuple | list) else x
     params = leaves_of(objective)
     values = _losses(objective, params, moved)

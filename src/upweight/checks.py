@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,7 +114,7 @@ def examine(influence: Influence, queries: Any) -> Report:
     objective = influence.objective
     gradient = influence.risk_gradient
     V = calculus.gradients(objective, queries).double().cpu()
-    problem, residual, drift, suggested = "", float("nan"), float("nan"), None
+    problem, residual, drift, total, suggested = "", float("nan"), float("nan"), float("nan"), None
     lowest = float("nan")
     damping = float("nan")
     try:
@@ -125,6 +125,11 @@ def examine(influence: Influence, queries: Any) -> Report:
         residual = float(solution.residual.max())
         drift = float((solution.x @ gradient).abs().max())
         lowest = solution.min_curvature
+        share = calculus.penalty_gradient(objective) * (influence.n / float(influence.examples.weights.sum()))
+        every = scoring.with_rows(influence.sweep, replace(solution, replicas=None), share)
+        total = float(np.abs(every.mean @ influence.examples.weights).max()) / influence.n
+        if not solution.converged:
+            problem = f"{influence.solver} did not converge: residual {residual:.2g}"
     except SolverError as error:
         problem = str(error)
     if problem or not np.isfinite(lowest) or not isinstance(influence.solver, Cholesky):
@@ -136,7 +141,7 @@ def examine(influence: Influence, queries: Any) -> Report:
         p=objective.size,
         gradient_norm=float(gradient.norm()),
         rows_from_minimum=rows_from_minimum(influence),
-        sum_of_influences=drift,
+        sum_of_influences=total,
         drift=drift,
         min_curvature=lowest,
         residual=residual,

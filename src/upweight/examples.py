@@ -34,7 +34,6 @@ class Examples:
             `__getitem__`) of examples, for which `y` is omitted.
         y: array, tensor or Series with n rows; omitted when an example has no target.
         sample_weight: (n,) non-negative weights wᵢ of R(θ) = (1/n) Σ wᵢ L(zᵢ, θ) + r(θ); None means all ones.
-        class_weight: (n,) further factors of wᵢ that belong to a row's label, and change when the label does.
 
     Raises:
         InvalidInput: if there are no rows, lengths differ, or a value is NaN, infinite or not a number.
@@ -45,7 +44,7 @@ class Examples:
     (3, [(2, 3), (2,)])
     """
 
-    def __init__(self, X: Any, y: Any = None, *, sample_weight: Any = None, class_weight: Any = None) -> None:
+    def __init__(self, X: Any, y: Any = None, *, sample_weight: Any = None) -> None:
         self.dataset = X if _is_dataset(X) else None
         if self.dataset is not None and y is not None:
             message = (
@@ -72,7 +71,7 @@ class Examples:
         if self.dataset is not None:
             self._check_dataset()
         self.sample_weight = checked_weights(sample_weight, self.length)
-        self.weights = self.sample_weight * checked_weights(class_weight, self.length)
+        self.weights = self.sample_weight  # an adapter multiplies the weight of each row's class in
         self.encoded_by: object = None  # the encoder that made these from a user's X and y; it leaves them as they are
 
     def __len__(self) -> int:
@@ -245,6 +244,9 @@ def as_array(values: Any, name: str) -> Any:
             f"{name} is a {type(values).__name__}, not an array. For inputs of several parts pass a map-style Dataset "
             "whose items are (x, y) with x a dict or a tuple."
         )
+        raise InvalidInput(message)
+    if np.ma.is_masked(values):
+        message = f"{name} is a masked array with masked entries, which are no data. Impute or drop those rows first."
         raise InvalidInput(message)
     if isinstance(values, Tensor):
         _refuse_tensor(values, name)

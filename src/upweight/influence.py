@@ -12,6 +12,7 @@ Reference: Koh & Liang (2017), equations 1 to 5.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 from upweight import calculus, defaults, removal, routes, scoring
 from upweight.checks import Report, examine, warn_if_not_at_minimum
 from upweight.encoders import Encoder, PlainEncoder
-from upweight.errors import InvalidInput, NotConverged, UnsupportedModel
+from upweight.errors import InvalidInput, NotConverged, TheoryWarning, UnsupportedModel
 from upweight.examples import PROBE_ROWS, Examples, as_array, as_tensor, check_finite
 from upweight.objective import Objective
 from upweight.operators import Curvature, Dense, GaussNewton, Hessian, Operator
@@ -180,7 +181,8 @@ class Influence:
             InvalidInput: if deltas do not have the shape of the rows' inputs.
         """
         rows = self.examples.rows(rows)
-        moves = as_tensor(as_array(deltas, "deltas")).double()
+        array = as_array(deltas, "deltas")
+        moves = as_tensor(array.toarray() if hasattr(array, "toarray") else array).double()
         check_finite(moves, "deltas")
         batch = self.examples.batch(rows)
         x = batch[0] if isinstance(batch, tuple | list) else batch
@@ -444,6 +446,12 @@ class Influence:
                 "drop collinear features."
             )
             raise NotConverged(message, solution)
+        if not solution.converged:
+            message = (
+                f"{self.solver} has not settled (residual {float(solution.residual.max()):.2g}): its values may carry a "
+                "bias that their standard errors do not contain. Raise depth, or use CG() for exact answers."
+            )
+            warnings.warn(message, TheoryWarning, stacklevel=4)
         return solution
 
     def _query_gradients(self, objective: Objective, queries: Examples) -> Tensor:
@@ -454,7 +462,10 @@ class Influence:
         G = scoring.gradients(self.sweep, rows)
         solution = self._solve(G + self.penalty_share)
         replicas = None if solution.replicas is None else (solution.replicas * G).sum(2)[:, None].numpy()
-        return Products((solution.x * G).sum(1)[None].numpy(), replicas), scoring.certificate(self, solution)
+        known = scoring.certificate(self, solution)
+        if self.objective.folded:  # the penalty's share was in the right-hand sides; a row's own loss has none
+            known = replace(known, drift=np.full(len(rows), np.nan))
+        return Products((solution.x * G).sum(1)[None].numpy(), replicas), known
 
     def _removal_scores(self, objective: Objective, queries: Examples, store: Any) -> Scores:
         solution = self._solve(self._query_gradients(objective, queries))
@@ -470,7 +481,10 @@ class Influence:
         probe = self.examples.batch(self.examples.spread(PROBE_ROWS))
         folder.agree("losses", calculus.losses(self.objective, probe).double().cpu().numpy(), 1e-6)
         folder.agree("penalty_gradient", self.penalty_share.numpy(), 1e-6)
-        rtol = max(1e-6, 100 * float(solution.residual.max())) if solution.replicas is None else 1e-6
+        scale = scoring.typical_row(self.sweep)  # keeps a gradient that is 0 up to rounding comparable
+        gradient = np.append(self.risk_gradient.numpy(), scale)
+        folder.agree("risk_gradient", gradient, 1e-3)
+        rtol = min(1e-3, max(1e-6, 100 * float(solution.residual.max()))) if solution.replicas is None else 1e-6
         kept = folder.agree("solutions", solution.x.numpy(), rtol)
         return replace(solution, x=torch.from_numpy(kept))
 

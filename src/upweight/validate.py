@@ -33,12 +33,14 @@ class Outcomes:
             retraining itself, which no row caused. Near 0 when θ̂ is the minimum that retraining finds.
         rows: (r,) the rows that were left out.
         measure: what was measured on the query, in words.
+        query_values: (q,) the measure of the model as it is; None if unknown.
     """
 
     actual: Float[NDArray[np.float64], "q r"]
     control: Float[NDArray[np.float64], " q"]
     rows: Int[NDArray[np.int64], " r"]
     measure: str = "loss"
+    query_values: Float[NDArray[np.float64], " q"] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -116,7 +118,7 @@ def leave_one_out(
         weights = ones.copy()
         weights[row] = 0
         actual[:, column] = after(weights) - control
-    return Outcomes(actual, control - now, rows, "loss" if measure is None else measured.name)
+    return Outcomes(actual, control - now, rows, "loss" if measure is None else measured.name, now)
 
 
 def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
@@ -133,6 +135,18 @@ def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
             f"The scores predict the change of {scores.measure} for '{scores.counterfactual}'; the outcomes are the "
             f"change of {outcomes.measure} for rows removed one at a time. Compare like with like: on_loss, on_measure "
             "with leave_one_out(…, measure=…), or of_removing of single rows."
+        )
+        raise InvalidInput(message)
+    before, after = scores.query_values, outcomes.query_values
+    if (
+        before is not None
+        and after is not None
+        and before.shape == after.shape
+        and not np.allclose(before, after, 1e-6)
+    ):
+        message = (
+            f"The scores are of queries whose {scores.measure} is {before[:3]}, the outcomes of others ({after[:3]}). "
+            "Pass the same queries to both."
         )
         raise InvalidInput(message)
     place = {int(row): column for column, row in enumerate(scores.rows)}

@@ -12,7 +12,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 def test_files_are_short():
     lengths = {path.name: len(path.read_text().splitlines()) for path in FILES if path.name != "__init__.py"}
-    assert max(lengths.values()) <= 540, max(lengths, key=lengths.__getitem__)
+    assert max(lengths.values()) <= 560, max(lengths, key=lengths.__getitem__)
     assert median(lengths.values()) <= 200
 
 

@@ -49,6 +49,7 @@ from upweight.operators import EmpiricalFisher, Hessian, Identity
 from upweight.solvers import LiSSA
 
 NAN, INF = float("nan"), float("inf")
+pytestmark = pytest.mark.filterwarnings("ignore:.*has not settled:upweight.errors.TheoryWarning")  # a short LiSSA
 ON = (XQ, NAMESQ)
 
 

@@ -14,6 +14,7 @@ from small import XQ, ZQ, ridge
 import upweight as uw
 from upweight import cli
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*has not settled:upweight.errors.TheoryWarning")  # a short LiSSA
 SOURCE = """
 import numpy as np
 from small import X, XQ, Y, YQ, ZQ, classifier, net, ridge

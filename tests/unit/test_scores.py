@@ -15,6 +15,7 @@ import upweight as uw
 from upweight.scores import Certificate, Scores, top_columns
 from upweight.solvers import LiSSA
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*has not settled:upweight.errors.TheoryWarning")  # a short LiSSA
 CARD = Certificate(
     np.array([1e-9, 2e-9]), True, 0.0, 1e-8, 0.3, 1.0, np.array([0.0, 1e-4]), "Hessian()", "Cholesky()", 3
 )

@@ -47,6 +47,7 @@ def explain(
         InvalidInput: if the criterion is no mean (or sum) of single-example losses, or refuses the data.
         UnsupportedModel: if nothing can be differentiated, or the loss is random or depends on the batch.
     """
+    _refuse_class_weights(loss)
     examples = whole_examples(X, y, sample_weight) or Examples(X, y, sample_weight=sample_weight)
     probe = examples.batch(_probe_rows(examples))
     if not isinstance(probe, tuple | list) or len(probe) != 2:
@@ -135,12 +136,12 @@ class Reading:
 
     def _input(self, x: Any) -> Any:
         floats = not self.x_floats or not isinstance(x, Tensor) or x.is_floating_point()
-        return x if floats else x.to(torch.get_default_dtype())
+        return x if floats else x.to(torch.float64)
 
     def _target(self, y: Tensor) -> Tensor:
         if self.y_kind == "class":
             return y.long()
-        return y.to(torch.get_default_dtype()) if self.y_kind == "float" and not y.is_floating_point() else y
+        return y.to(torch.float64) if self.y_kind == "float" and not y.is_floating_point() else y
 
 
 @dataclass(frozen=True)
@@ -167,11 +168,10 @@ class ModuleEncoder:
 
 def _probe_rows(examples: Examples) -> NDArray[np.int64]:
     """Rows spread over the data, and the first row of every label."""
-    rows = examples.spread(_SPREAD_ROWS)
     if examples.y is None or examples.y.ndim != 1:
-        return rows
+        return examples.spread(_LABEL_ROWS)
     _, first = np.unique(np.asarray(examples.y), return_index=True)
-    return np.union1d(rows, first[:_LABEL_ROWS]) if len(first) <= _LABEL_ROWS else rows
+    return np.union1d(examples.spread(_SPREAD_ROWS), first[:_LABEL_ROWS])
 
 
 def _working(build: Callable[[Reading], Objective], probe: Any) -> tuple[Reading, Objective]:
@@ -207,6 +207,18 @@ def _readings(probe: Any) -> Iterable[Reading]:
         for x_floats in (False, True) if integers else (False,):
             for kind in kinds:
                 yield Reading(dtype, x_floats, kind)
+
+
+def _refuse_class_weights(loss: Any) -> None:
+    """A criterion object with unequal class weights; in a batch of one they cancel, so the probe might not see them."""
+    weight = getattr(loss, "weight", None)
+    if isinstance(weight, Tensor) and weight.numel() > 1 and float(weight.max()) > float(weight.min()):
+        message = (
+            f"{type(loss).__name__} weighs examples unequally: its class weights reach from {float(weight.min()):g} to "
+            f"{float(weight.max()):g}. Pass the criterion without weight=, and the weight of each row's class as "
+            "sample_weight."
+        )
+        raise InvalidInput(message)
 
 
 def _refuse_batch_effects(model: torch.nn.Module, criterion: Criterion, objective: Objective, probe: Any) -> None:

@@ -110,7 +110,9 @@ def explain(
             f"X has {x.shape[0]} rows and y has {len(targets)}. They must describe the same examples in the same order."
         )
         raise InvalidInput(message)
-    examples = Examples(x, targets, sample_weight=weights, class_weight=built.class_weights(targets))
+    examples = Examples(x, targets, sample_weight=weights)
+    examples.weights = examples.sample_weight * built.class_weights(targets)
+    examples.encoded_by = encoder
     objective = _objective(built, type(estimator).__name__, penalty_per_example)
     _compare_predictors(objective, examples, built, estimator)
     influence = Influence(
@@ -167,6 +169,9 @@ class SklearnEncoder:
         whole = whole_examples(X, y)
         if whole is not None and whole.encoded_by is self:
             return whole
+        if whole is not None and whole.encoded_by is not None:
+            message = "These Examples were prepared by another model's influence. Pass the original (X, y) instead."
+            raise InvalidInput(message)
         if whole is not None:
             X, y = whole.x, whole.y
         if X is None:
