@@ -448,8 +448,8 @@ class Influence:
             raise NotConverged(message, solution)
         if not solution.converged:
             message = (
-                f"{self.solver} has not settled (residual {float(solution.residual.max()):.2g}): its values may carry a "
-                "bias that their standard errors do not contain. Raise depth, or use CG() for exact answers."
+                f"{self.solver} has not settled (residual {float(solution.residual.max()):.2g}): its values may carry "
+                "a bias that their standard errors do not contain. Raise depth, or use CG() for exact answers."
             )
             warnings.warn(message, TheoryWarning, stacklevel=4)
         return solution

@@ -11,6 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import TensorDataset
 
 import upweight as uw
+from upweight.examples import PROBE_ROWS
 
 DRAW = np.random.default_rng(0)
 X = 3 * DRAW.normal(size=(60, 3)) + 1
@@ -59,7 +60,8 @@ def test_a_changed_row_of_a_dataset_is_another_work(tmp_path):
 
     score(X)
     changed = X.copy()
-    changed[1] += 5
+    unprobed = np.setdiff1d(np.arange(len(X)), uw.Examples(X).spread(PROBE_ROWS))[0]
+    changed[unprobed] += 5
     with pytest.raises(uw.errors.StoreMismatch, match="risk gradient"):
         score(changed)
 
