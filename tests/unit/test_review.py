@@ -28,6 +28,8 @@ def test_examples_of_another_influence_are_refused():
     first, second = uw.explain(MODEL, X, Y), uw.explain(MODEL, X, Y)
     with pytest.raises(uw.errors.InvalidInput, match="another model's influence"):
         second.on_loss(first.examples)
+    with pytest.raises(uw.errors.InvalidInput, match="another model's influence"):
+        uw.explain(MODEL, first.examples)
 
 
 def test_a_class_weighted_criterion_is_refused_for_a_dataset_too():

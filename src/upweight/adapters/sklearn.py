@@ -92,6 +92,7 @@ def explain(
     _require_fitted(model, estimator)
     whole = whole_examples(X, y, sample_weight)
     if whole is not None:
+        _refuse_encoded(whole)
         X, y, sample_weight = whole.x, whole.y, whole.sample_weight
     if X is None or y is None:
         message = f"{type(estimator).__name__} was fitted on arrays X and y; pass both: explain(model, X, y)."
@@ -115,12 +116,7 @@ def explain(
     examples.encoded_by = encoder
     objective = _objective(built, type(estimator).__name__, penalty_per_example)
     _compare_predictors(objective, examples, built, estimator)
-    influence = Influence(
-        objective,
-        examples,
-        encoder=encoder,
-        **settings,
-    )
+    influence = Influence(objective, examples, encoder=encoder, **settings)
     _warn_if_not_at_minimum(influence, estimator, built.closed_form)
     return influence
 
@@ -169,10 +165,8 @@ class SklearnEncoder:
         whole = whole_examples(X, y)
         if whole is not None and whole.encoded_by is self:
             return whole
-        if whole is not None and whole.encoded_by is not None:
-            message = "These Examples were prepared by another model's influence. Pass the original (X, y) instead."
-            raise InvalidInput(message)
         if whole is not None:
+            _refuse_encoded(whole)
             X, y = whole.x, whole.y
         if X is None:
             message = f"{type(self.estimator).__name__} takes arrays, not a Dataset. Pass (Xq, yq) as arrays."
@@ -314,6 +308,13 @@ BUILDERS: dict[str, Builder] = {
 
 
 # ---- the parts --------------------------------------------------------------------------------
+
+
+def _refuse_encoded(examples: Examples) -> None:
+    """Encoding twice would scale inputs and number labels twice."""
+    if examples.encoded_by is not None:
+        message = "These Examples were prepared by another model's influence. Pass the original (X, y) instead."
+        raise InvalidInput(message)
 
 
 def _split(model: Any) -> tuple[Any, Any]:
