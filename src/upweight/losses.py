@@ -36,6 +36,9 @@ class Loss:
 
     `value(eta, y)` maps (b, K) predictors to (b,) losses, `slope` to (b, K) first derivatives and `curvature` to
     (b, K, K) second derivatives. Calling the object with the predictor (K,) of one example gives its loss, ().
+
+    `coupling(eta, y)` is for losses whose outputs interact: u (b, K) ≥ 0 with curvature = diag(a) − u uᵀ. None says that
+    the curvature is diagonal. Fast products and matrices rest on this structure.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Loss:
     value: Callable[[Tensor, Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
     curvature: Callable[[Tensor, Tensor], Tensor]
+    coupling: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __call__(self, eta: Float[Tensor, " K"], y: Tensor) -> Float[Tensor, ""]:
         """The loss of one example."""
@@ -77,6 +81,7 @@ cross_entropy = Loss(
     _log_partition,
     _softmax_slope,
     _softmax_curvature,
+    lambda eta, _y: torch.softmax(eta, dim=1),
 )
 
 
