@@ -37,8 +37,8 @@ class Loss:
     `value(eta, y)` maps (b, K) predictors to (b,) losses, `slope` to (b, K) first derivatives and `curvature` to
     (b, K, K) second derivatives. Calling the object with the predictor (K,) of one example gives its loss, ().
 
-    `coupling(eta, y)` is for losses whose outputs interact: u (b, K) ≥ 0 with curvature = diag(a) − u uᵀ. None says that
-    the curvature is diagonal. Fast products and matrices rest on this structure.
+    `coupling(eta, y)` is for losses whose outputs interact: a (b, K) and u (b, K) ≥ 0 with curvature = diag(a) − u uᵀ.
+    None says that the curvature is diagonal. Fast products and matrices rest on this structure.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Loss:
     value: Callable[[Tensor, Tensor], Tensor]
     slope: Callable[[Tensor, Tensor], Tensor]
     curvature: Callable[[Tensor, Tensor], Tensor]
-    coupling: Callable[[Tensor, Tensor], Tensor] | None = None
+    coupling: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, eta: Float[Tensor, " K"], y: Tensor) -> Float[Tensor, ""]:
         """The loss of one example."""
@@ -70,6 +70,11 @@ def _softmax_slope(eta: Tensor, y: Tensor) -> Tensor:
     return torch.softmax(eta, dim=1) - one_hot(y.reshape(-1).long(), eta.shape[1]).to(eta.dtype)
 
 
+def _softmax_coupling(eta: Tensor, _y: Tensor) -> tuple[Tensor, Tensor]:
+    probability = torch.softmax(eta, dim=1)
+    return probability, probability
+
+
 def _softmax_curvature(eta: Tensor, _y: Tensor) -> Tensor:
     probability = torch.softmax(eta, dim=1)
     return torch.diag_embed(probability) - probability[:, :, None] * probability[:, None, :]
@@ -81,7 +86,7 @@ cross_entropy = Loss(
     _log_partition,
     _softmax_slope,
     _softmax_curvature,
-    lambda eta, _y: torch.softmax(eta, dim=1),
+    _softmax_coupling,
 )
 
 
