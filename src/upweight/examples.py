@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,24 @@ class Examples:
                 )
                 raise InvalidInput(message)
         return members
+
+    def carrying(self, x: Any, y: Any) -> Examples:
+        """The same rows and weights with other, already checked inputs and targets; nothing is copied."""
+        other = copy(self)
+        other.x, other.y = x, y
+        return other
+
+    def subset(self, rows: NDArray[np.int64]) -> Examples:
+        """These rows, with their weights, as Examples of their own; arrays are copied."""
+        other = copy(self)
+        other.length = len(rows)
+        other.sample_weight, other.weights = self.sample_weight[rows], self.weights[rows]
+        if self.dataset is not None:
+            other.dataset = _Rows(self.dataset, rows)
+        else:
+            other.x = self.x[rows]  # type: ignore[index]
+            other.y = None if self.y is None else self.y[rows]
+        return other
 
     def only(self, row: int) -> Examples:
         """One example as Examples of their own; its row number becomes 0."""

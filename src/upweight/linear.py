@@ -46,6 +46,28 @@ def curvatures(objective: Objective, batch: Any) -> Float[Tensor, "b K K"]:
     return _structure(objective).loss.curvature(predictor(objective, X), y)
 
 
+def factors(objective: Objective, batch: Any, weights: Float[Tensor, " b"]) -> Float[Tensor, "b m"]:
+    """The curvatures w_b ∂²ℓ/∂η² = diag(a) − u uᵀ of every example: a, and beside it u where outputs are coupled.
+
+    m is K, or 2K with coupled outputs.  The weight is folded in, as w·a and √w·u.
+    """
+    X, y = _inputs(objective, batch)
+    loss, eta = _structure(objective).loss, predictor(objective, X)
+    if loss.coupling is None:
+        return weights[:, None] * torch.diagonal(loss.curvature(eta, y), dim1=1, dim2=2)
+    a, u = loss.coupling(eta, y)
+    return torch.cat([weights[:, None] * a, weights.sqrt()[:, None] * u], 1)
+
+
+def curved(h: Float[Tensor, "b m"], Z: Float[Tensor, "b k K"]) -> Float[Tensor, "b k K"]:
+    """(diag(a) − u uᵀ) z for every example and vector, with h from `factors`."""
+    K = Z.shape[2]
+    if h.shape[1] == K:
+        return Z * h[:, None, :]
+    u = h[:, None, K:]
+    return Z * h[:, None, :K] - u * (Z * u).sum(2, keepdim=True)
+
+
 def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
     """∇L of every example, dense."""
     X, _ = _inputs(objective, batch)
@@ -73,31 +95,7 @@ def hvp(
 ) -> Float[Tensor, "k p"]:
     """Σ_b w_b ∇²L_b V, which for a linear predictor is also the Gauss–Newton product."""
     X, _ = _inputs(objective, batch)
-    h = weights[:, None, None] * curvatures(objective, batch)
-    Z = directional(objective, X, V)
-    HZ = Z * h[:, :, 0][:, None, :] if h.shape[1] == 1 else torch.einsum("bij,bkj->bki", h, Z)
-    return transposed(objective, X, HZ)
-
-
-def hessian(objective: Objective, batch: Any, weights: Float[Tensor, " b"]) -> Float[Tensor, "p p"]:
-    """Σ_b w_b ∇²L_b as a matrix.  Cost: K(K+1)/2 products XᵀDX of 2 b d² flops each."""
-    structure = _structure(objective)
-    X, _ = _inputs(objective, batch)
-    h = weights[:, None, None] * curvatures(objective, batch)
-    K, d = structure.n_outputs, structure.n_features
-    H = torch.zeros(objective.size, objective.size, dtype=torch.float64)
-    for i in range(K):
-        for j in range(i, K):
-            D = h[:, i, j]
-            XD = X.multiply(D.numpy()[:, None]).tocsr() if scipy.sparse.issparse(X) else X * D[:, None]
-            block = torch.from_numpy((X.T @ XD).toarray()) if scipy.sparse.issparse(X) else X.T @ XD
-            H[i * d : (i + 1) * d, j * d : (j + 1) * d] = block
-            if structure.intercept:
-                column = torch.from_numpy(XD.sum(0).A1) if scipy.sparse.issparse(XD) else XD.sum(0)
-                H[i * d : (i + 1) * d, K * d + j] = column
-                H[j * d : (j + 1) * d, K * d + i] = column
-                H[K * d + i, K * d + j] = D.sum()
-    return torch.triu(H) + torch.triu(H, 1).T
+    return transposed(objective, X, curved(factors(objective, batch, weights), directional(objective, X, V)))
 
 
 def input_gradients(objective: Objective, batch: Any, S: Float[Tensor, "k p"]) -> Float[Tensor, "k b d"]:

@@ -70,6 +70,7 @@ class Sweep:
         vectors: int = 1,
         rows: NDArray[np.int64] | None = None,
         label: str = "fold",
+        chunk: int = CHUNK,
     ) -> Tensor:
         """The sum of function(batch, weights) over all batches, float64.
 
@@ -78,11 +79,12 @@ class Sweep:
             vectors: how many vectors the function works on at once, for the batch size.
             rows: the rows to visit; None means all.
             label: what the progress bar says.
+            chunk: rows summed before the sum is added to the total; narrow rows can do with longer chunks.
         """
         total: Tensor | None = None
-        for _, chunk in self._chunks(rows, label):
+        for _, place in self._chunks(rows, label, chunk):
             inside: Tensor | None = None
-            for _, values in self._batches(function, chunk, vectors, label):
+            for _, values in self._batches(function, place, vectors, label):
                 inside = values.double().cpu() if inside is None else inside.add_(values.cpu())
             assert inside is not None  # a chunk has at least one row
             total = inside if total is None else total.add_(inside)
@@ -129,14 +131,16 @@ class Sweep:
         assert outputs is not None  # there is at least one row
         return outputs
 
-    def _chunks(self, rows: NDArray[np.int64] | None, label: str) -> Iterator[tuple[int, slice | NDArray[np.int64]]]:
+    def _chunks(
+        self, rows: NDArray[np.int64] | None, label: str, size: int = CHUNK
+    ) -> Iterator[tuple[int, slice | NDArray[np.int64]]]:
         n = self.n if rows is None else len(rows)
         hidden = not sys.stderr.isatty() if self.progress is None else not self.progress
         with tqdm(
             total=n, desc=label, unit="row", unit_scale=True, leave=False, disable=hidden, file=sys.stderr
         ) as bar:
-            for number, start in enumerate(range(0, n, CHUNK)):
-                stop = min(start + CHUNK, n)
+            for number, start in enumerate(range(0, n, size)):
+                stop = min(start + size, n)
                 yield number, slice(start, stop) if rows is None else rows[start:stop]
                 bar.update(stop - start)
 

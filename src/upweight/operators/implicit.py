@@ -12,8 +12,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, linear
+from upweight import calculus
 from upweight.objective import Objective
+from upweight.operators.linear import LinearHessian
 from upweight.sweep import Sweep
 
 Product = Callable[[Objective, Any, Tensor, Tensor], Tensor]
@@ -32,7 +33,6 @@ class Implicit:
     product: Product
     assemble: Callable[[Objective, Any, Tensor], Tensor] | None
     assembly_bytes: int = 0
-    bounded: bool = False
 
     @property
     def size(self) -> int:
@@ -50,14 +50,8 @@ class Implicit:
         return total.double().cpu() / len(rows) + calculus.penalty_hvp(self.sweep.objective, V)
 
     def largest_row_curvature(self) -> float | None:
-        """An exact bound for linear predictors: max wᵢ λmax(∇²Lᵢ) + the largest penalty strength."""
-        objective = self.sweep.objective
-        if objective.linear is None or not self.bounded:
-            return None
-        largest = self.sweep.emit(
-            lambda batch, weights: weights * linear.largest_curvature(objective, batch), label="curvature bound"
-        )
-        return float(largest.max()) + float(calculus.penalty_diagonal(objective).max())
+        """None: no closed form bounds a row's curvature."""
+        return None
 
     def matrix(self) -> Float[Tensor, "p p"]:
         """C as a dense matrix.  Cost: p products' worth of arithmetic in as few sweeps as memory allows; 8p² bytes."""
@@ -97,10 +91,9 @@ class Hessian:
     Cost of a product: one sweep of two backward passes.  References: paper, equation 1; Pearlmutter (1994).
     """
 
-    def bind(self, sweep: Sweep) -> Implicit:
-        """The operator of this objective on these examples."""
-        assemble = linear.hessian if sweep.objective.linear is not None else None
-        return Implicit(sweep, calculus.hvp, assemble, bounded=True)
+    def bind(self, sweep: Sweep) -> Implicit | LinearHessian:
+        """The operator of this objective on these examples; closed forms for a linear predictor."""
+        return Implicit(sweep, calculus.hvp, None) if sweep.objective.linear is None else LinearHessian(sweep)
 
 
 @dataclass(frozen=True)
@@ -112,14 +105,14 @@ class GaussNewton:
     Cost of a product: one sweep of three backward passes.  Reference: Schraudolph (2002); Martens (2020).
     """
 
-    def bind(self, sweep: Sweep) -> Implicit:
+    def bind(self, sweep: Sweep) -> Implicit | LinearHessian:
         """The operator of this objective on these examples.
 
         Raises:
             UnsupportedModel: if the objective does not know its outputs.
         """
         if sweep.objective.linear is not None:
-            return Implicit(sweep, calculus.ggnvp, linear.hessian, bounded=True)
+            return LinearHessian(sweep)
         n_outputs = calculus.output_hessians(sweep.objective, sweep.examples.batch([0])).shape[1]
         return Implicit(
             sweep, calculus.ggnvp, _assemble_gauss_newton, assembly_bytes=16 * n_outputs * sweep.objective.size

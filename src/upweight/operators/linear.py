@@ -1,0 +1,315 @@
+"""The exact Hessian of models with a linear predictor, at the speed of the data's own memory.
+
+With x̃ = (x, 1) and the curvature of the loss in its outputs written as hᵢ = diag(aᵢ) − uᵢuᵢᵀ,
+
+    C = (1/n) Σᵢ wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ + ∇²r
+
+The hᵢ depend on θ̂ only: they are computed once, (n, K) or (n, 2K) numbers, and every later product reads X once, in
+chunks of rows that stay in cache. Nothing of size n × p is ever formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight import calculus, linear
+from upweight.examples import as_tensor
+from upweight.objective import Linear
+from upweight.sweep import Sweep
+
+_CHUNK_NUMBERS = 2**20  # of X in one chunk: 8 MB in float64, a few times the cache of a core
+_CHUNK_ROWS = (1024, 16_384)
+_COPY_BYTES = 2**31  # a float32 copy of X is kept if it is smaller; else chunks are cast as they are read
+_PADDED = 16  # matrix products with fewer columns than this run no faster
+_KRONECKER_FEATURES = 2048  # eigenvectors of a larger XᵀX cost more than they save
+
+
+class LinearHessian:
+    """C of an objective with a linear predictor; also its Gauss–Newton matrix, for both are the same here.
+
+    Cost: a product with k vectors is one pass over X, 4·n·d·K·k flops; the matrix is n·d² flops for each pair of
+    outputs (half of that would be the bound: the matrices are symmetric and only their upper halves are computed).
+
+    Args:
+        sweep: the objective and the rows it averages over.
+        precision: of X and of products; sums over chunks are float64 in any case.
+        curvatures: the (n, m) numbers of `linear.factors`, if they are known already.
+    """
+
+    def __init__(self, sweep: Sweep, precision: torch.dtype = torch.float64, curvatures: Tensor | None = None) -> None:
+        self.sweep = sweep
+        self.precision = precision
+        self._curvatures = curvatures
+        self._structure: Linear = sweep.objective.linear  # type: ignore[assignment]
+
+    @property
+    def size(self) -> int:
+        """p."""
+        return self.sweep.objective.size
+
+    @property
+    def curvatures(self) -> Float[Tensor, "n m"]:
+        """wᵢhᵢ as `linear.factors` writes it.  Cost: one pass, once."""
+        if self._curvatures is None:
+            objective = self.sweep.objective
+            values = self.sweep.emit(
+                lambda batch, weights: linear.factors(objective, batch, weights), label="curvature of the rows"
+            )
+            self._curvatures = torch.from_numpy(values)
+        return self._curvatures
+
+    @cached_property
+    def coarse(self) -> LinearHessian:
+        """The same operator with products in float32, twice as fast; sparse X gains nothing and stays as it is."""
+        if scipy.sparse.issparse(self.sweep.examples.x) or self.precision == torch.float32:
+            return self
+        return LinearHessian(self.sweep, torch.float32, self.curvatures)
+
+    def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """C v for every row v."""
+        total = self._data.fold(self._product(V), vectors=len(V), label="curvature product", chunk=self._chunk)
+        return total / self.sweep.n + calculus.penalty_hvp(self.sweep.objective, V)
+
+    def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:
+        """(1/b) Σ_{i in rows} wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ v + ∇²r v."""
+        total = self._product(V)(self._data.examples.batch(rows), torch.empty(0))
+        return total.double() / len(rows) + calculus.penalty_hvp(self.sweep.objective, V)
+
+    def largest_row_curvature(self) -> float:
+        """max wᵢ λmax(hᵢ) ‖x̃ᵢ‖² + the largest penalty strength."""
+        objective = self.sweep.objective
+        largest = self.sweep.emit(
+            lambda batch, weights: weights * linear.largest_curvature(objective, batch), label="curvature bound"
+        )
+        return float(largest.max()) + float(calculus.penalty_diagonal(objective).max())
+
+    def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """V without the objective's gauge directions."""
+        return self.sweep.objective.project(V)
+
+    def subsample(self, count: int, seed: int = 0) -> LinearHessian:
+        """The same mean over `count` rows drawn without replacement: an unbiased estimate of C that costs less."""
+        rows = np.sort(np.random.default_rng(seed).choice(self.sweep.n, size=count, replace=False))
+        return self.of_rows(rows)
+
+    def of_rows(self, rows: NDArray[np.int64]) -> LinearHessian:
+        """The mean over these rows only; they are copied."""
+        sweep = self.sweep.over(self.sweep.objective, self.sweep.examples.subset(rows))
+        return LinearHessian(replace(sweep, progress=False), self.precision, self.curvatures[torch.from_numpy(rows)])
+
+    def matrix(self) -> Float[Tensor, "p p"]:
+        """C as a dense float64 matrix.  Cost: n·d² flops for each pair of outputs, 8p² bytes."""
+        K, d = self._structure.n_outputs, self._structure.n_features
+        total = np.zeros((self.size, self.size))
+        blocks, columns = self._blocks(), self._columns()
+        numbers = iter(range(len(columns)))
+        for i in range(K):
+            for j in range(i, K):
+                at = next(numbers)
+                total[i * d : (i + 1) * d, j * d : (j + 1) * d] = blocks.pop((i, j), 0.0)
+                if self._structure.intercept:
+                    total[i * d : (i + 1) * d, K * d + j] = columns[at, :d]
+                    total[j * d : (j + 1) * d, K * d + i] = columns[at, :d]
+                    total[K * d + i, K * d + j] = columns[at, d]
+        return self._completed(total)
+
+    def approximate_inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """(C + λI)⁻¹ with C ≈ mean(wᵢhᵢ) ⊗ mean(x̃ᵢx̃ᵢᵀ) + ∇²r, or with C's diagonal where that would cost too much."""
+        dense = not scipy.sparse.issparse(self.sweep.examples.x)
+        if dense and self._structure.n_features <= _KRONECKER_FEATURES:
+            return self._kronecker(damping)
+        diagonal = self.diagonal() + damping
+        floor = 1e-6 * float(diagonal.max())
+        return lambda R: R / diagonal.clamp(min=floor).to(R)
+
+    def diagonal(self) -> Float[Tensor, " p"]:
+        """The diagonal of C.  Cost: one pass."""
+        K = self._structure.n_outputs
+
+        def squares(batch: Any, _: Tensor) -> Tensor:
+            X, h = batch
+            spread = _diagonals(h, K).double()
+            square = X.multiply(X).tocsr() if scipy.sparse.issparse(X) else X.double() ** 2
+            coef = (
+                torch.from_numpy((square.T @ spread.numpy()).T.copy())
+                if scipy.sparse.issparse(X)
+                else spread.T @ square
+            )
+            return torch.cat([coef.reshape(-1), spread.sum(0)]) if self._structure.intercept else coef.reshape(-1)
+
+        total = self._data.fold(squares, vectors=2, label="diagonal", chunk=self._chunk)
+        return total / self.sweep.n + calculus.penalty_diagonal(self.sweep.objective)
+
+    # ---- inner steps -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _data(self) -> Sweep:
+        """The rows as (x, h) instead of (x, y), in this operator's precision."""
+        examples = self.sweep.examples
+        x, h = examples.x, self.curvatures
+        if not scipy.sparse.issparse(x):
+            h = h.to(self.precision)
+            x = _cast(x, self.precision)
+        return self.sweep.over(self.sweep.objective, examples.carrying(x, h))
+
+    @property
+    def _chunk(self) -> int:
+        low, high = _CHUNK_ROWS
+        width = 1 + self._structure.n_features
+        return int(min(high, max(low, 2 ** int(np.log2(max(1, _CHUNK_NUMBERS // width))))))
+
+    def _product(self, V: Tensor) -> Callable[[Any, Tensor], Tensor]:
+        """Σ_b wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ V of a batch (x, h), with what depends on V only prepared."""
+        objective = self.sweep.objective
+        if scipy.sparse.issparse(self.sweep.examples.x):
+            return lambda batch, _: linear.transposed(
+                objective, batch[0], linear.curved(batch[1], linear.directional(objective, batch[0], V))
+            )
+        structure, k = self._structure, len(V)
+        K, d = structure.n_outputs, structure.n_features
+        width = k * K if k * K >= 4 * _PADDED else -(-k * K // _PADDED) * _PADDED
+        across = torch.zeros(d, width, dtype=self.precision)
+        across[:, : k * K] = V[:, : K * d].reshape(k * K, d).T
+        shift = V[:, K * d :].reshape(k, K).to(self.precision) if structure.intercept else None
+
+        def product(batch: Any, _: Tensor) -> Tensor:
+            X, h = batch
+            X = X.to(self.precision)
+            Z = (X @ across)[:, : k * K].reshape(len(X), k, K)
+            R = linear.curved(h, Z if shift is None else Z + shift)
+            flat = torch.zeros(len(X), width, dtype=self.precision)
+            flat[:, : k * K] = R.reshape(len(X), -1)
+            coef = (flat.T @ X)[: k * K].reshape(k, -1)
+            return torch.cat([coef, R.sum(0)], 1) if shift is not None else coef
+
+        return product
+
+    def _blocks(self) -> dict[tuple[int, int], NDArray[np.float64]]:
+        """Σᵢ wᵢ hᵢ[i, j] xᵢxᵢᵀ for every pair of outputs i ≤ j; pairs that are zero are left out."""
+        K, X = self._structure.n_outputs, self.sweep.examples.x
+        h = self.curvatures
+        pairs = [(i, i) for i in range(K)] if h.shape[1] == K else [(i, j) for i in range(K) for j in range(i, K)]
+        if scipy.sparse.issparse(X):
+            return {
+                pair: np.asarray((X.T @ X.multiply(_entry(h, K, *pair).numpy()[:, None]).tocsr()).toarray())
+                for pair in pairs
+            }
+        if h.shape[1] > K and _shift_invariant(h, K):
+            off = {pair: self._weighted_gram([pair])[pair] for pair in pairs if pair[0] != pair[1]}
+            for i in range(K):
+                off[i, i] = -sum(block for pair, block in off.items() if i in pair and pair[0] != pair[1])  # type: ignore[assignment]
+            return off
+        return self._weighted_gram(pairs)
+
+    def _weighted_gram(self, pairs: list[tuple[int, int]]) -> dict[tuple[int, int], NDArray[np.float64]]:
+        """Σ_b D_b x_b x_bᵀ with D = h[i, j], as a symmetric product of √|D| x where D keeps one sign."""
+        K, d = self._structure.n_outputs, self._structure.n_features
+        grams = {pair: np.zeros((d, d), order="F") for pair in pairs}
+        rows = 4 * self._chunk
+        for start in range(0, self.sweep.n, rows):
+            X = as_tensor(self.sweep.examples.x[start : start + rows]).to(torch.float64)  # type: ignore[index]
+            h = self.curvatures[start : start + rows]
+            for pair in pairs:
+                D = _entry(h, K, *pair)
+                for sign, part in ((1.0, D.clamp(min=0)), (-1.0, (-D).clamp(min=0))):
+                    if bool((part > 0).any()):
+                        scaled = (X * part.sqrt()[:, None]).numpy()
+                        grams[pair] = scipy.linalg.blas.dsyrk(sign, scaled.T, beta=1.0, c=grams[pair], overwrite_c=1)
+        return {pair: np.triu(gram) + np.triu(gram, 1).T for pair, gram in grams.items()}
+
+    def _columns(self) -> NDArray[np.float64]:
+        """Σᵢ wᵢ hᵢ[i, j] x̃ᵢ for every pair i ≤ j: the intercept's columns of C, (pairs, d + 1)."""
+        K = self._structure.n_outputs
+        pairs = [(i, j) for i in range(K) for j in range(i, K)]
+        if not self._structure.intercept:
+            return np.zeros((len(pairs), 0))
+
+        def sums(batch: Any, _: Tensor) -> Tensor:
+            X, h = batch
+            D = torch.stack([_entry(h, K, *pair) for pair in pairs], 1).double()
+            across = X.T @ D.numpy() if scipy.sparse.issparse(X) else (X.to(torch.float64).T @ D).numpy()
+            return torch.cat([torch.from_numpy(np.ascontiguousarray(across.T)), D.sum(0)[:, None]], 1)
+
+        return self._data.fold(sums, vectors=len(pairs), label="curvature matrix", chunk=self._chunk).numpy()
+
+    def _completed(self, total: NDArray[np.float64]) -> Tensor:
+        """The sums over n, the penalty added, and the lower triangle mirrored, in blocks that need no second matrix."""
+        total /= self.sweep.n
+        objective = self.sweep.objective
+        p, step = self.size, 1024
+        for start in range(0, p, step):
+            stop = min(start + step, p)
+            block = total[start:stop, start:stop]
+            block[:] = np.triu(block) + np.triu(block, 1).T
+            total[stop:, start:stop] = total[start:stop, stop:].T
+        total[np.diag_indices(p)] += calculus.penalty_diagonal(objective).numpy()
+        return torch.from_numpy(total)
+
+    def _kronecker(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """Eigenvectors of the two mean factors; the penalty is taken as the same for all parameters."""
+        K, d = self._structure.n_outputs, self._structure.n_features
+        h = self.curvatures
+        B = torch.diag(h[:, :K].mean(0))
+        if h.shape[1] > K:
+            B = B - h[:, K:].T @ h[:, K:] / len(h)
+        width = d + int(self._structure.intercept)
+
+        def outer(batch: Any, _: Tensor) -> Tensor:
+            X = batch[0].to(self.precision)
+            X = torch.cat([X, X.new_ones(len(X), 1)], 1) if self._structure.intercept else X
+            return X.T @ X
+
+        A = self._data.fold(outer, vectors=width // 8 + 1, label="preconditioner", chunk=self._chunk) / self.sweep.n
+        (a, QA), (b, QB) = torch.linalg.eigh(A), torch.linalg.eigh(B)
+        products = b.clamp(min=0)[:, None] * a.clamp(min=0)[None]
+        penalty = calculus.penalty_diagonal(self.sweep.objective)[: K * d].mean()
+        floor = max(float(penalty) + damping, 1e-6 * float(products.max()), 1e-300)
+        inverse = 1 / (products + floor)
+
+        def apply(R: Tensor) -> Tensor:
+            whole = R[:, : K * d].reshape(len(R), K, d)
+            if self._structure.intercept:
+                whole = torch.cat([whole, R[:, K * d :, None]], 2)
+            left, right, scale = QB.to(R), QA.to(R), inverse.to(R)
+            out = left @ (((left.T @ whole) @ right) * scale) @ right.T
+            return (
+                torch.cat([out[:, :, :d].flatten(1), out[:, :, d]], 1) if self._structure.intercept else out.flatten(1)
+            )
+
+        return apply
+
+
+def _entry(h: Tensor, K: int, i: int, j: int) -> Tensor:
+    """hᵢ[i, j] of every row."""
+    if h.shape[1] == K:
+        return h[:, i] if i == j else torch.zeros_like(h[:, i])
+    coupled = -h[:, K + i] * h[:, K + j]
+    return coupled + h[:, i] if i == j else coupled
+
+
+def _diagonals(h: Tensor, K: int) -> Tensor:
+    return h if h.shape[1] == K else h[:, :K] - h[:, K:] ** 2
+
+
+def _shift_invariant(h: Tensor, K: int) -> bool:
+    """Whether every hᵢ maps (1, …, 1) to 0, so that its diagonal follows from the rest."""
+    a, u = h[:, :K], h[:, K:]
+    return bool(((a - u * u.sum(1, keepdim=True)).abs() <= 1e-12 * a.abs().max()).all())
+
+
+def _cast(x: Any, precision: torch.dtype) -> Any:
+    """X in this precision, if the copy is small; else X itself, whose chunks are cast when they are read."""
+    if precision != torch.float32 or 4 * x.shape[0] * x.shape[1] > _COPY_BYTES:
+        return x
+    return as_tensor(x).to(precision)
