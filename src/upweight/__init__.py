@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from upweight import adapters, calculus, datasets, defaults, errors, losses, operators, plots, solvers
+    from upweight import adapters, calculus, datasets, defaults, diagnostics, errors, losses, operators, plots, solvers
     from upweight.adapters import explain
     from upweight.checks import Report
     from upweight.examples import Examples
@@ -44,6 +44,7 @@ __all__ = [
     "calculus",
     "datasets",
     "defaults",
+    "diagnostics",
     "errors",
     "explain",
     "leave_one_out",

@@ -388,6 +388,14 @@ class Influence:
         """
         return examine(self, self.examples.batch(slice(0, 8)) if on is None else self.queries(on).batch(slice(0, 64)))
 
+    def summary_frame(self) -> Any:
+        """Leverage, Cook's distance, DFFITS, DFBETAS and residuals of every row of a GLM, a pandas DataFrame with one
+        line per training row; columns, formulas, cost and errors as in `upweight.diagnostics.summary_frame`.
+        """
+        from upweight import diagnostics
+
+        return diagnostics.summary_frame(self)
+
     # ---- inputs ------------------------------------------------------------------------------------------------------
 
     def queries(self, on: Any) -> Examples:

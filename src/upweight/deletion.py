@@ -1,0 +1,180 @@
+"""What removing each row does to the fit of one linear predictor, for all rows in one sweep.
+
+    M = nC = Σ wⱼφ″ⱼ x̃ⱼx̃ⱼᵀ + n∇²r        u = M⁻¹x̃        h = wφ″ x̃ᵀu        Δ = −u a/(1 − h)
+
+Every public name takes an Influence whose objective has K = 1; n, φ, x̃ and a as in `diagnostics`. When a removed row
+takes its share s = wᵢ/Σw of the penalty along, M loses s·n∇²r, and Δ = −u a/(1 − h) + s(g + wφ″(x̃·g)/(1 − h)·u) with
+g = M⁻¹n∇r. Products with M⁻¹ are solved in blocks of rows, so nothing of size n × n exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight import calculus, linear, scoring
+from upweight.errors import NotConverged, UnsupportedModel
+from upweight.objective import L2
+
+if TYPE_CHECKING:
+    from upweight.influence import Influence
+
+_DETERMINED = 1e-8  # a row with 1 − leverage below it is fitted exactly; what division by it gives is rounding
+_SHARE_STEPS = 200
+BLOCK = 1024
+
+Vector = Float[NDArray[np.float64], " n"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a loss says about y beyond its derivatives in η.
+
+    Args:
+        expected: E(η) = (dμ/dη)²/V(μ), the expected φ″; None if φ″ does not depend on y and is its own expectation.
+        known_scale: whether the dispersion is 1 by definition (binomial, Poisson), not estimated from the residuals.
+        least_squares: whether φ is c(η − y)²/2, so that leave-one-out has a closed form.
+    """
+
+    expected: Callable[[Tensor], Tensor] | None = None
+    known_scale: bool = False
+    least_squares: bool = False
+
+
+@dataclass(frozen=True)
+class Removals:
+    """What one sweep knows about the removal of every row.
+
+    Args:
+        form: x̃ᵀM⁻¹x̃.
+        theta_change: Δᵢ, one line for each row removed.
+        eta_change: x̃ᵢ·Δᵢ, the change of the row's own predictor.
+        squares_change: change of Σ wⱼφ″ⱼeⱼ² over all rows, the removed one included, when θ̂ moves by Δᵢ (squared loss).
+        penalty_form: uᵀ(n∇²r)u/(1 − h) of u = M⁻¹x̃, with M and h without the row's share of the penalty.
+        determined: rows with leverage 1: nothing is known about the fit without them.
+    """
+
+    form: Vector
+    theta_change: Float[NDArray[np.float64], "n p"]
+    eta_change: Vector
+    squares_change: Vector
+    penalty_form: Vector
+    determined: NDArray[np.bool_]
+
+
+def forms(influence: Influence) -> Vector:
+    """x̃ᵀM⁻¹x̃ of every row."""
+
+    def form(batch: Any, _w: Tensor) -> Tensor:
+        U = linear.unit_solutions(influence.objective, batch[0])  # (b, p)
+        return (U * solve(influence, U)).sum(1) / influence.n
+
+    return influence.sweep.emit(form, vectors=2 * scoring.width(influence.sweep), label="leverage")
+
+
+def inverse_diagonal(influence: Influence) -> Float[NDArray[np.float64], " p"]:
+    """The diagonal of M⁻¹, in blocks of its columns."""
+    p = influence.objective.size
+    pieces = []
+    for start in range(0, p, BLOCK):
+        stop = min(start + BLOCK, p)
+        eye = torch.zeros(stop - start, p, dtype=torch.float64)
+        eye[torch.arange(stop - start), torch.arange(start, stop)] = 1
+        pieces.append(solve(influence, eye)[torch.arange(stop - start), torch.arange(start, stop)])
+    return torch.cat(pieces).numpy() / influence.n
+
+
+def expected_curvature(influence: Influence, family: Family, batch: Any, curvature: Tensor) -> Tensor:
+    """E of every row of a batch."""
+    if family.expected is None:
+        return curvature
+    X = batch[0].double() if isinstance(batch[0], Tensor) else batch[0]
+    return family.expected(linear.predictor(influence.objective, X)[:, 0])
+
+
+def all_removals(influence: Influence, family: Family) -> Removals:
+    """Δᵢ and what follows from it, for every row, in one sweep."""
+    objective, n, p = influence.objective, influence.n, influence.objective.size
+    total = float(influence.examples.weights.sum())
+    b = n * calculus.penalty_gradient(objective)
+    curved = _penalty_curvature(influence)
+    plain = solve(influence, b[None])[0] / n if objective.folded else None
+
+    def removals(batch: Any, w: Tensor) -> Tensor:
+        x = linear.unit_solutions(objective, batch[0])  # (b, p)
+        u0 = solve(influence, x) / n
+        slope = linear.slopes(objective, batch)[:, 0]
+        curvature = linear.curvatures(objective, batch)[:, 0, 0]
+        ratio = curvature / expected_curvature(influence, family, batch, curvature)
+        pull = -w * slope * ratio.clamp(min=0).sqrt()  # √(wφ″)·Pearson residual
+        share = (w / total)[:, None] if objective.folded else torch.zeros(1, 1, dtype=torch.float64)
+        u = _without_share(influence, u0, share, curved)
+        left = 1 - w * curvature * (x * u).sum(1)  # 1 − h
+        determined = left < _DETERMINED
+        left = torch.where(determined, 1.0, left)
+        change = -u * (pull / left)[:, None]
+        moved = -(x + share * curved(u)) * (pull / left)[:, None]  # M times it
+        if plain is not None:
+            g = _without_share(influence, plain.expand(len(x), p), share, curved)
+            along = (w * curvature * (x * g).sum(1) / left)[:, None]
+            change = change + share * (g + along * u)
+            moved = moved + share * (b + share * curved(g) + along * (x + share * curved(u)))
+        squares = (change * (moved - curved(change) - 2 * b)).sum(1)
+        scalars = [(x * u0).sum(1), (x * change).sum(1), squares, (u * curved(u)).sum(1) / left, determined.double()]
+        return torch.cat([torch.stack(scalars, 1), change], 1)
+
+    width = 8 * scoring.width(influence.sweep)
+    table = influence.sweep.emit(removals, vectors=width, label="removals")
+    form, eta_change, squares, penalty_form, determined = table[:, :5].T.copy()
+    return Removals(form, table[:, 5:], eta_change, squares, penalty_form, determined > 0)
+
+
+def _without_share(
+    influence: Influence, U: Tensor, share: Float[Tensor, "b 1"], curved: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "b p"]:
+    """(M − s·n∇²r)⁻¹v from M⁻¹v: a fixed point that gains a factor s = wᵢ/Σw with every step."""
+    if not influence.objective.folded:
+        return U
+    now = U
+    for _ in range(_SHARE_STEPS):
+        before, now = now, U + share * solve(influence, curved(now)) / influence.n
+        if float((now - before).abs().max()) <= 1e-15 * float(now.abs().max()):
+            break
+    return now
+
+
+def _penalty_curvature(influence: Influence) -> Callable[[Tensor], Tensor]:
+    """V ↦ V(n∇²r) for rows V."""
+    objective, n = influence.objective, influence.n
+    if objective.penalty is None or isinstance(objective.penalty, L2):
+        diagonal = n * calculus.penalty_diagonal(objective)
+        return lambda V: V * diagonal
+    matrix = n * calculus.penalty_hvp(objective, torch.eye(objective.size, dtype=torch.float64))
+    return lambda V: V @ matrix
+
+
+def solve(influence: Influence, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+    """C⁻¹v for every row v.
+
+    Raises:
+        UnsupportedModel: if the solver gives estimates.
+        NotConverged: if a residual is larger than the solver's promise.
+    """
+    solution = influence.prepared.solve(V)
+    if solution.replicas is not None:
+        message = f"These diagnostics need exact solutions, and {influence.solver} gives estimates. Use Cholesky()."
+        raise UnsupportedModel(message)
+    if not solution.converged:
+        message = (
+            f"{influence.solver} left a relative residual of {float(solution.residual.max()):.2g}: C is too badly "
+            f"conditioned (smallest curvature {solution.min_curvature:.2g}). Drop collinear features, or add a penalty."
+        )
+        raise NotConverged(message, solution)
+    return solution.x

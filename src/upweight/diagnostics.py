@@ -1,0 +1,334 @@
+"""The statistician's set for one linear predictor: leverage, Cook's distance, DFFITS, DFBETAS, residuals, errors.
+
+With n∇R = Σ wⱼφ′ⱼ x̃ⱼ + n∇r, φ the loss as a function of η = θ·x̃, x̃ = (x, 1), and M = nC = Σ wⱼφ″ⱼ x̃ⱼx̃ⱼᵀ + n∇²r
+(n rows, weights wⱼ, penalty r), every column follows from
+
+    hᵢ = wᵢφ″ᵢ x̃ᵢᵀ M⁻¹ x̃ᵢ               leverage; edf = Σ hᵢ, which is p without a penalty
+    Δᵢ = θ̂(without row i) − θ̂           exact for squared loss and a quadratic penalty, else one Newton step
+       = −M⁻¹ x̃ᵢ aᵢ/(1 − hᵢ)            aᵢ = √(wᵢφ″ᵢ)·(Pearson residual), which is −wᵢφ′ᵢ for squared, logistic, poisson
+
+If removing a row removes its share s = wᵢ/Σw of the penalty, M loses s·n∇²r and the gradient s·n∇r, exactly.
+
+    Pearson residual    √w (y − μ)/√V(μ) = −√w φ′/√E, where E = (dμ/dη)²/V(μ) is the expected φ″
+    covariance of θ̂     s² M⁻¹ (the penalty included), with E in place of φ″ for GLMs: statsmodels' default
+
+Weights are precisions (statsmodels' WLS and GLM var_weights): a row counts once whatever its weight, and not at all
+with weight 0. Squared loss follows statsmodels' OLSInfluence, everything else its GLMInfluence.
+References: Cook (1977); Belsley, Kuh and Welsch (1980); Pregibon (1981); Williams (1987); Jaeckel (1972).
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight import calculus, linear, scoring
+from upweight.deletion import (
+    BLOCK,
+    Family,
+    Removals,
+    Vector,
+    all_removals,
+    expected_curvature,
+    forms,
+    inverse_diagonal,
+    solve,
+)
+from upweight.errors import TheoryWarning, UnsupportedModel, require
+from upweight.operators import Dense, GaussNewton, Hessian
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from upweight.influence import Influence
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known about every training row before anything is solved: weights wᵢ, φ′, φ″, E, Pearson residuals."""
+
+    weights: Vector
+    slopes: Vector
+    curvatures: Vector
+    pearson: Vector
+
+
+# ---- what is public ----------------------------------------------------------------------------------------------
+
+
+def summary_frame(influence: Influence) -> DataFrame:
+    """One line of diagnostics for every training row of a linear or generalised linear model, penalised or not.
+
+    Columns, with e = y − η, s² = Σwe²/(n − edf), M = nC, and (i) for "fitted without row i":
+
+        leverage               hᵢ = wᵢφ″ᵢ x̃ᵢᵀM⁻¹x̃ᵢ, the penalty included; they sum to edf, the effective parameters
+        cooks_distance         rᵢ² hᵢ/((1 − hᵢ)·edf), rᵢ the internally studentised residual
+        dffits                 (ηᵢ − ηᵢ(i))/(s(i)·√(x̃ᵀM⁻¹x̃)), no unit; for GLMs s in place of s(i)
+        studentized_residual   squared loss: √w e/(s(i)√(1 − h)), external; GLMs: Pearson residual/(s√(1 − h)), internal
+        dfbetas_<name>         (θ̂ − θ̂(i))/(s(i)·√diag M⁻¹), one column per feature, then dfbetas_intercept
+        loo_residual           y − ŷ(i) in units of y, exact: e/(1 − h) if the penalty stays; NaN unless loss is squared
+
+    s(i)² is the residual variance of the refit, RSS(i)/(n − 1 − edf(i)), in closed form for ridge too. GLM columns are
+    one-step approximations with s² = Pearson's X²/(n − edf) for gamma and Tweedie, 1 for binomial and Poisson. n counts
+    rows of positive weight. A row of leverage 1 determines a parameter alone: its other columns are NaN, and a
+    TheoryWarning names it; what needs s(i) is NaN when no degree of freedom is left. Names are the estimator's (through
+    a Pipeline's transformers), else x0, x1, …; the index is the row number.
+
+    Cost: one linear system per row (some ten if rows take their share of a penalty along) and one sweep; the result
+    holds n·(p + 5) numbers, and nothing of size n × n exists.
+
+    Raises:
+        UnsupportedModel: if there is more than one output, no linear predictor, a loss that is no GLM's, a damping, or
+            a curvature or solver that is not exact.
+        NotConverged: if a linear system was not solved as promised.
+    """
+    _check(influence)
+    family = _family(influence)
+    rows = _rows(influence, family)
+    removals = all_removals(influence, family)
+    h = rows.weights * rows.curvatures * removals.form
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        columns = _least_squares if family.least_squares else _one_step
+        table = columns(influence, rows, h, removals, family)
+    blank = removals.determined
+    for name, values in table.items():
+        if name != "leverage":
+            values[blank] = np.nan
+    _warn_of_determined(blank)
+    names = [f"dfbetas_{name}" for name in parameter_names(influence)]
+    flat = [column for name in table for column in (names if name == "dfbetas" else [name])]
+    return require("pandas", "pandas").DataFrame(np.column_stack(list(table.values())), columns=flat)
+
+
+def leverage(influence: Influence) -> Vector:
+    """hᵢ = wᵢφ″ᵢ x̃ᵢᵀ(nC)⁻¹x̃ᵢ of every training row: how much its fitted value follows its own target.
+
+    C includes the penalty; Σ hᵢ is the effective number of parameters (p without a penalty), and 0 ≤ hᵢ ≤ 1 for convex
+    losses. Any loss of one linear predictor will do.
+
+    Cost: one linear system per row and one sweep; n numbers.
+
+    Raises:
+        UnsupportedModel: if there is more than one output, no linear predictor, a damping, or a curvature or solver
+            that is not exact.
+        NotConverged: if a linear system was not solved as promised.
+    """
+    _check(influence)
+    rows = _rows(influence, Family())
+    return rows.weights * rows.curvatures * forms(influence)
+
+
+def ij_standard_errors(influence: Influence) -> Float[NDArray[np.float64], " p"]:
+    """Infinitesimal-jackknife standard errors of θ̂: √diag Σᵢ (wᵢ/n)² ψᵢψᵢᵀ, in the order of `objective.blocks`.
+
+    ψᵢ = −(C + λI)⁻¹gᵢ is `on_params(i)`, so this is the sandwich M⁻¹(Σ wᵢ²gᵢgᵢᵀ)M⁻¹: HC0, without centring and without
+    a correction for degrees of freedom. It holds when the model is wrong, and for every model and loss.
+
+    Cost: one linear system per row and one sweep.
+
+    Raises:
+        UnsupportedModel: if the solver gives estimates only.
+        NotConverged: if a linear system was not solved as promised.
+
+    References: Jaeckel (1972); White (1980); Efron (1982), chapter 6.
+    """
+    share = influence.penalty_share
+    total = torch.zeros(influence.objective.size, dtype=torch.float64)
+    for start in range(0, influence.n, BLOCK):
+        block = np.arange(start, min(start + BLOCK, influence.n))
+        w = torch.from_numpy(influence.examples.weights[block])[:, None]
+        psi = solve(influence, scoring.gradients(influence.sweep, block) + share)
+        total += ((w * psi) ** 2).sum(0)
+    return (total.sqrt() / influence.n).numpy()
+
+
+def parameter_names(influence: Influence) -> list[str]:
+    """Names of the parameters of one linear predictor: the estimator's features, else x0, x1, …; then `intercept`."""
+    structure = influence.objective.linear
+    d = influence.objective.size if structure is None else structure.n_features
+    tail = ["intercept"] if structure is not None and structure.intercept else []
+    estimator = getattr(influence.encoder, "estimator", None)
+    transformers = getattr(influence.encoder, "transformers", None)
+    names = getattr(estimator, "feature_names_in_", None)
+    if names is None and transformers is not None:
+        try:
+            names = transformers.get_feature_names_out()
+        except (AttributeError, ValueError, TypeError):  # a transformer that cannot name what it makes
+            names = None
+    known = [] if names is None else [*map(str, names), *tail]
+    if len(known) != d + len(tail) or len(set(known)) != len(known):
+        return [*(f"x{j}" for j in range(d)), *tail]
+    return known
+
+
+# ---- the columns -------------------------------------------------------------------------------------------------
+
+
+def _least_squares(
+    influence: Influence, rows: Rows, leverage: Vector, removals: Removals, _family: Family
+) -> dict[str, Any]:
+    """The columns of statsmodels' OLSInfluence, exact with a quadratic penalty; M = c(XᵀWX + …) with c = φ″."""
+    w, unit = rows.weights, float(rows.curvatures[0])
+    whitened = rows.pearson / np.sqrt(unit)  # √w e
+    count, edf = int((w > 0).sum()), float(leverage.sum())
+    squares = float(whitened @ whitened)
+    residual = -rows.slopes / unit - removals.eta_change
+    left_squares = squares + removals.squares_change / unit - w * residual**2
+    left_df = count - (w > 0) - _edf_without(influence, edf, w * unit * removals.penalty_form)
+    left_df = np.where(left_df > 1e-6, left_df, np.nan)
+    floor = 1e-20 * max(squares, np.finfo(float).tiny)
+    sigma = np.sqrt(np.where(left_squares > floor, left_squares, np.nan) / left_df)
+    variance = squares / (count - edf) if count - edf > 1e-6 else np.nan
+    return {
+        "leverage": leverage,
+        "cooks_distance": whitened**2 / variance * leverage / (1 - leverage) ** 2 / edf,
+        "dffits": _ratio(-removals.eta_change, sigma * np.sqrt(unit * removals.form)),
+        "studentized_residual": whitened / (sigma * np.sqrt(1 - leverage)),
+        "dfbetas": -removals.theta_change / (sigma[:, None] * np.sqrt(unit * inverse_diagonal(influence))),
+        "loo_residual": residual,
+    }
+
+
+def _one_step(influence: Influence, rows: Rows, leverage: Vector, removals: Removals, family: Family) -> dict[str, Any]:
+    """The columns of statsmodels' GLMInfluence (observed φ″ in the leverage, expected φ″ in the covariance)."""
+    count, edf = int((rows.weights > 0).sum()), float(leverage.sum())
+    scale = 1.0 if family.known_scale else float(rows.pearson @ rows.pearson) / (count - edf)
+    studentized = rows.pearson / np.sqrt(scale * (1 - leverage))
+    fisher = influence if family.expected is None else _with_expected_curvature(influence, family)
+    form = removals.form if fisher is influence else forms(fisher)
+    return {
+        "leverage": leverage,
+        "cooks_distance": studentized**2 * leverage / (1 - leverage) / edf,
+        "dffits": _ratio(-removals.eta_change, np.sqrt(scale * form)),
+        "studentized_residual": studentized,
+        "dfbetas": -removals.theta_change / np.sqrt(scale * inverse_diagonal(fisher)),
+        "loo_residual": np.full(len(leverage), np.nan),
+    }
+
+
+def _ratio(change: Vector, size: Vector) -> Vector:
+    """change/size, and 0 for a row x̃ = 0, which moves nothing."""
+    return np.where(size == 0, 0.0, change / size)
+
+
+def _edf_without(influence: Influence, edf: float, own: Vector) -> Vector:
+    """tr H of the refit without each row: p − (1 − s)·tr((M − sD − …)⁻¹D) with D = n∇²r.
+
+    Args:
+        influence: of a squared loss.
+        edf: tr H of the fit itself, so that p − edf = tr M⁻¹D.
+        own: wᵢφ″ᵢ uᵀDu/(1 − hᵢ), what removing the row adds to the trace.
+    """
+    p = influence.objective.size
+    if not influence.objective.folded:
+        return edf - own
+    w = influence.examples.weights
+    eye = torch.eye(p, dtype=torch.float64)
+    product = solve(influence, calculus.penalty_hvp(influence.objective, eye))  # rows of D M⁻¹
+    eigenvalues = torch.linalg.eigvals(product).real.numpy()
+    shares, place = np.unique(w / w.sum(), return_inverse=True)
+    traces = np.array([np.sum(eigenvalues / (1 - share * eigenvalues)) for share in shares])
+    return p - (1 - shares[place]) * (traces[place] + own)
+
+
+def _with_expected_curvature(influence: Influence, family: Family) -> Influence:
+    """The same fit with E in place of φ″: Fisher's information in place of the Hessian."""
+    from upweight.influence import Influence
+
+    objective = influence.objective
+    structure = objective.linear
+    expected = family.expected
+    assert structure is not None and expected is not None  # noqa: PT018
+    loss = replace(structure.loss, curvature=lambda eta, _y: expected(eta[:, 0])[:, None, None])
+    shadow = replace(objective, linear=replace(structure, loss=loss))
+    fisher = Influence(shadow, influence.examples, curvature=influence.curvature, solver=influence.solver, damping=0.0)
+    fisher.sweep = influence.sweep.over(shadow, influence.examples)
+    return fisher
+
+
+def _rows(influence: Influence, family: Family) -> Rows:
+    objective = influence.objective
+
+    def derivatives(batch: Any, _w: Tensor) -> Tensor:
+        slope = linear.slopes(objective, batch)[:, 0]
+        curvature = linear.curvatures(objective, batch)[:, 0, 0]
+        return torch.stack([slope, curvature, expected_curvature(influence, family, batch, curvature)], 1)
+
+    slopes, curvatures, expected = influence.sweep.emit(derivatives, vectors=2, label="residuals").T.copy()
+    w = influence.examples.weights
+    return Rows(w, slopes, curvatures, -np.sqrt(w) * slopes / np.sqrt(np.where(expected > 0, expected, np.nan)))
+
+
+# ---- what can be asked -------------------------------------------------------------------------------------------
+
+
+def _check(influence: Influence) -> None:
+    """Raises when there is not exactly one linear predictor with its exact curvature.
+
+    Raises:
+        UnsupportedModel: with what to do instead.
+    """
+    objective, structure = influence.objective, influence.objective.linear
+    curvature = influence.curvature.of if isinstance(influence.curvature, Dense) else influence.curvature
+    if structure is None:
+        why = (
+            f"{objective.name} has no linear predictor. Use of_self() for its self-influence, leave_one_out to retrain"
+        )
+    elif structure.n_outputs != 1 or objective.size != structure.n_features + structure.intercept:
+        why = (
+            f"{objective.name} has {structure.n_outputs} outputs and {objective.size} parameters. Fit one model per "
+            "output (one class against the rest), or use of_self() and of_removing()"
+        )
+    elif not isinstance(curvature, Hessian | GaussNewton):
+        why = f"{influence.curvature} is not its Hessian. Leave curvature=None"
+    elif influence.damping != 0:
+        why = (
+            f"damping={influence.damping:g} is no part of the fit. Leave damping=None; if features are collinear, "
+            "drop some or refit with a penalty"
+        )
+    else:
+        return
+    message = f"These diagnostics are those of one linear predictor and its exact curvature. {why}."
+    raise UnsupportedModel(message)
+
+
+def _family(influence: Influence) -> Family:
+    """What is known about the loss.
+
+    Raises:
+        UnsupportedModel: if it is not the likelihood of a generalised linear model.
+    """
+    structure = influence.objective.linear
+    assert structure is not None
+    name = structure.loss.name
+    if name in _FAMILIES:
+        return _FAMILIES[name]
+    message = (
+        f"The loss {name} of {influence.objective.name} is no likelihood of a generalised linear model, so residuals "
+        "have no variance to be divided by. leverage(), ij_standard_errors() and of_removing() exist for every loss."
+    )
+    raise UnsupportedModel(message)
+
+
+_FAMILIES = {
+    "squared": Family(least_squares=True),
+    "logistic": Family(known_scale=True),
+    "poisson": Family(known_scale=True),
+}
+
+
+def _warn_of_determined(determined: NDArray[np.bool_]) -> None:
+    rows = np.flatnonzero(determined)
+    if rows.size:
+        message = (
+            f"{rows.size} rows have leverage 1 (first: {rows[:5].tolist()}): each determines a parameter alone, so "
+            "there is no fit without it and its columns are NaN. Drop the feature that is its own, or add a penalty."
+        )
+        warnings.warn(message, TheoryWarning, stacklevel=4)
