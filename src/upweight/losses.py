@@ -3,16 +3,25 @@
 Each is a `Loss`: called with the predictor of ONE example it gives one number, differentiable by torch;
 `slope` and `curvature` are the closed forms for a whole batch. There is no reduction and no weight here.
 
-    name             ℓ(η, y)                                        outputs   y
-    cross_entropy    log Σₖ exp(ηₖ) − η_y                           K         class number 0 … K−1
-    logistic         log(1 + exp(−s η)),  s = 2y − 1                1         0 or 1
-    squared          Σₖ (ηₖ − yₖ)²          (no ½, as mse_loss)     K         K numbers
-    poisson          exp(η) − y η                                   1         count
-    huber(δ)         ½ (η−y)² if |η−y| ≤ δ, else δ(|η−y| − ½δ)      1         number
-    hinge            max(0, 1 − s η)                                1         0 or 1
-    smooth_hinge(t)  t log(1 + exp((1 − s η)/t))  → hinge as t → 0  1         0 or 1
+    name                              ℓ(η, y)                                          outputs   y
+    cross_entropy                     log Σₖ exp(ηₖ) − η_y                             K         class number 0 … K−1
+    logistic                          log(1 + exp(−s η)),  s = 2y − 1                  1         0 or 1
+    squared                           Σₖ (ηₖ − yₖ)²          (no ½, as mse_loss)       K         K numbers
+    poisson                           exp(η) − y η                                     1         count
+    gamma                             η + y exp(−η)                                    1         number > 0
+    tweedie(power, link)              μ^(2−p)/(2−p) − y μ^(1−p)/(1−p), μ = exp(η) or η  1         number
+    huber(δ)                          ½ (η−y)² if |η−y| ≤ δ, else δ(|η−y| − ½δ)        1         number
+    epsilon_insensitive(ε)            max(0, |η−y| − ε)                                1         number
+    smooth_epsilon_insensitive(ε, t)  the same with both corners rounded over t        1         number
+    squared_epsilon_insensitive(ε)    max(0, |η−y| − ε)²                               1         number
+    hinge                             max(0, 1 − s η)                                  1         0 or 1
+    smooth_hinge(t)                   t log(1 + exp((1 − s η)/t))  → hinge as t → 0    1         0 or 1
+    squared_hinge                     max(0, 1 − s η)²                                 1         0 or 1
+    modified_huber                    max(0, 1 − s η)² if s η ≥ −1, else −4 s η        1         0 or 1
+    one_vs_one(ℓ, K)                  Σ over the pairs i < j that contain y of ℓ        K(K−1)/2  class number 0 … K−1
 
-All logarithms are natural. Reference: Koh & Liang (2017), section 4.3, for the smooth hinge.
+At a kink the value on one side is taken for the derivative. All logarithms are natural.
+Reference: Koh & Liang (2017), section 4.3, for the smooth hinge.
 """
 
 from __future__ import annotations
@@ -25,9 +34,26 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
-from upweight.errors import InvalidInput
+from upweight.errors import InvalidInput, checked_count
 
-__all__ = ["Loss", "cross_entropy", "hinge", "huber", "logistic", "poisson", "smooth_hinge", "squared"]
+__all__ = [
+    "Loss",
+    "cross_entropy",
+    "epsilon_insensitive",
+    "gamma",
+    "hinge",
+    "huber",
+    "logistic",
+    "modified_huber",
+    "one_vs_one",
+    "poisson",
+    "smooth_epsilon_insensitive",
+    "smooth_hinge",
+    "squared",
+    "squared_epsilon_insensitive",
+    "squared_hinge",
+    "tweedie",
+]
 
 
 @dataclass(frozen=True)
@@ -39,6 +65,7 @@ class Loss:
 
     `coupling(eta, y)` is for losses whose outputs interact: a (b, K) and u (b, K) ≥ 0 with curvature = diag(a) − u uᵀ.
     None says that the curvature is diagonal. Fast products and matrices rest on this structure.
+    `limit` is the loss with kinks that a smooth one stands for, None for all others.
     """
 
     name: str
@@ -47,6 +74,7 @@ class Loss:
     slope: Callable[[Tensor, Tensor], Tensor]
     curvature: Callable[[Tensor, Tensor], Tensor]
     coupling: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    limit: Loss | None = None
 
     def __call__(self, eta: Float[Tensor, " K"], y: Tensor) -> Float[Tensor, ""]:
         """The loss of one example."""
@@ -183,4 +211,199 @@ def smooth_hinge(t: float) -> Loss:
         u = (1 - _signs(eta, y) * eta) / t
         return (torch.sigmoid(u) * torch.sigmoid(-u) / t)[:, :, None]
 
-    return Loss(f"smooth_hinge({t:g})", f"{t:g} log(1 + exp((1 − s η)/{t:g}))", value, slope, curvature)
+    formula = f"{t:g} log(1 + exp((1 − s η)/{t:g}))"
+    return Loss(f"smooth_hinge({t:g})", formula, value, slope, curvature, limit=hinge)
+
+
+squared_hinge = Loss(
+    "squared_hinge",
+    "max(0, 1 − s η)², s = 2y − 1, y 0 or 1",
+    lambda eta, y: ((1 - _signs(eta, y) * eta).clamp(min=0) ** 2)[:, 0],
+    lambda eta, y: -2 * _signs(eta, y) * (1 - _signs(eta, y) * eta).clamp(min=0),
+    lambda eta, y: 2 * (1 - _signs(eta, y) * eta > 0).to(eta.dtype)[:, :, None],
+)
+
+
+def _modified_huber(eta: Tensor, y: Tensor) -> Tensor:
+    z = _signs(eta, y) * eta
+    return torch.where(z >= -1, (1 - z).clamp(min=0) ** 2, -4 * z)[:, 0]
+
+
+modified_huber = Loss(
+    "modified_huber",
+    "max(0, 1 − s η)² if s η ≥ −1, else −4 s η, s = 2y − 1, y 0 or 1",
+    _modified_huber,
+    lambda eta, y: -2 * _signs(eta, y) * (1 - _signs(eta, y) * eta).clamp(0, 2),
+    lambda eta, y: 2 * ((_signs(eta, y) * eta).abs() < 1).to(eta.dtype)[:, :, None],
+)
+
+
+def one_vs_one(margin: Loss, n_classes: int) -> Loss:
+    """A binary `margin` loss for K classes: one predictor for each pair i < j, which says i where it is positive.
+
+    The loss of a row is the sum over the K − 1 pairs that contain its class; the curvature is diagonal.
+
+    Raises:
+        InvalidInput: if there are fewer than two classes.
+    """
+    checked_count(n_classes, "n_classes", least=2, hint="a pair needs two")
+    first, second = torch.triu_indices(n_classes, n_classes, offset=1)
+
+    def of_pairs(part: Callable[[Tensor, Tensor], Tensor], eta: Tensor, y: Tensor) -> Tensor:
+        label = y.reshape(-1, 1).long()
+        inside = (label == first) | (label == second)  # (b, pairs)
+        values = part(eta.reshape(-1, 1), (label == first).reshape(-1)).reshape(eta.shape)
+        return torch.where(inside, values, torch.zeros_like(values))
+
+    return Loss(
+        f"{margin.name}, one-vs-one",
+        f"Σ over the pairs that contain y of {margin.formula}",
+        lambda eta, y: of_pairs(margin.value, eta, y).sum(1),
+        lambda eta, y: of_pairs(margin.slope, eta, y),
+        lambda eta, y: torch.diag_embed(of_pairs(margin.curvature, eta, y)),
+        limit=None if margin.limit is None else one_vs_one(margin.limit, n_classes),
+    )
+
+
+# ---- regression --------------------------------------------------------------------------------------------------
+
+
+def epsilon_insensitive(epsilon: float) -> Loss:
+    """The loss of support vector regression: the distance from the target beyond `epsilon`.
+
+    Raises:
+        InvalidInput: if epsilon is negative.
+    """
+    _check_epsilon("epsilon_insensitive", epsilon)
+
+    def slope(eta: Tensor, y: Tensor) -> Tensor:
+        r = eta - y.reshape(eta.shape)
+        return r.sign() * (r.abs() > epsilon).to(eta.dtype)
+
+    return Loss(
+        f"epsilon_insensitive({epsilon:g})",
+        f"max(0, |η−y| − {epsilon:g})",
+        lambda eta, y: ((eta - y.reshape(eta.shape)).abs() - epsilon).clamp(min=0)[:, 0],
+        slope,
+        lambda eta, _y: torch.zeros_like(eta)[:, :, None],
+    )
+
+
+def smooth_epsilon_insensitive(epsilon: float, t: float) -> Loss:
+    """`epsilon_insensitive` with both corners rounded over a width `t`, as `smooth_hinge` does; stable for any t > 0.
+
+    With r = η − y it is t log(1 + exp((r − ε)/t)) + t log(1 + exp((−r − ε)/t)).
+
+    Raises:
+        InvalidInput: if epsilon is negative or t is not positive.
+    """
+    _check_epsilon("smooth_epsilon_insensitive", epsilon)
+    if not isinstance(t, int | float) or not t > 0:
+        message = f"smooth_epsilon_insensitive: t is {t}, and must be a positive number. Try t=0.001."
+        raise InvalidInput(message)
+
+    def sides(eta: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        r = eta - y.reshape(eta.shape)
+        return (r - epsilon) / t, (-r - epsilon) / t
+
+    def value(eta: Tensor, y: Tensor) -> Tensor:
+        over, under = sides(eta, y)
+        return t * (softplus(over, threshold=50.0) + softplus(under, threshold=50.0))[:, 0]
+
+    def slope(eta: Tensor, y: Tensor) -> Tensor:
+        over, under = sides(eta, y)
+        return torch.sigmoid(over) - torch.sigmoid(under)
+
+    def curvature(eta: Tensor, y: Tensor) -> Tensor:
+        return sum(torch.sigmoid(u) * torch.sigmoid(-u) / t for u in sides(eta, y))[:, :, None]  # type: ignore[index]
+
+    return Loss(
+        f"smooth_epsilon_insensitive({epsilon:g}, {t:g})",
+        f"{t:g} log(1 + exp((r − {epsilon:g})/{t:g})) + the same of −r, r = η − y",
+        value,
+        slope,
+        curvature,
+        limit=epsilon_insensitive(epsilon),
+    )
+
+
+def squared_epsilon_insensitive(epsilon: float) -> Loss:
+    """The square of `epsilon_insensitive`.
+
+    Raises:
+        InvalidInput: if epsilon is negative.
+    """
+    _check_epsilon("squared_epsilon_insensitive", epsilon)
+
+    def beyond(eta: Tensor, y: Tensor) -> Tensor:
+        r = eta - y.reshape(eta.shape)
+        return r.sign() * (r.abs() - epsilon).clamp(min=0)
+
+    return Loss(
+        f"squared_epsilon_insensitive({epsilon:g})",
+        f"max(0, |η−y| − {epsilon:g})²",
+        lambda eta, y: (beyond(eta, y) ** 2)[:, 0],
+        lambda eta, y: 2 * beyond(eta, y),
+        lambda eta, y: 2 * ((eta - y.reshape(eta.shape)).abs() > epsilon).to(eta.dtype)[:, :, None],
+    )
+
+
+def _check_epsilon(name: str, epsilon: float) -> None:
+    if not isinstance(epsilon, int | float) or not 0 <= epsilon < float("inf"):
+        message = f"{name}: epsilon is {epsilon}, and must be a finite number ≥ 0. Try 0.1, scikit-learn's value."
+        raise InvalidInput(message)
+
+
+gamma = Loss(
+    "gamma",
+    "η + y exp(−η), y > 0",
+    lambda eta, y: (eta + y.reshape(eta.shape) * (-eta).exp())[:, 0],
+    lambda eta, y: 1 - y.reshape(eta.shape) * (-eta).exp(),
+    lambda eta, y: (y.reshape(eta.shape) * (-eta).exp())[:, :, None],
+)
+
+
+def tweedie(power: float, link: str = "log") -> Loss:
+    """Half the Tweedie deviance without what does not depend on η, for μ = exp(η) (link "log") or μ = η ("identity").
+
+    μ^(2−p)/(2−p) − y μ^(1−p)/(1−p), with its limits μ − y log μ at p = 1 and log μ + y/μ at p = 2. Power 0 is (μ − y)²,
+    no ½, as `squared`.
+
+    Raises:
+        InvalidInput: if the power is between 0 and 1 or the link has another name.
+    """
+    if not isinstance(power, int | float) or not abs(power) < float("inf") or 0 < power < 1:
+        message = f"tweedie: power is {power}. No distribution has a power between 0 and 1; try 0, 1, 1.5, 2 or 3."
+        raise InvalidInput(message)
+    if link not in {"log", "identity"}:
+        message = f"tweedie: link is {link!r}. It is 'log' (η = log μ) or 'identity' (η = μ)."
+        raise InvalidInput(message)
+    p, scale = float(power), 2.0 if power == 0 else 1.0
+    exponential = link == "log"
+
+    def mean_power(eta: Tensor, exponent: float) -> Tensor:
+        return (exponent * eta).exp() if exponential else eta**exponent
+
+    def value(eta: Tensor, y: Tensor) -> Tensor:
+        y = y.reshape(eta.shape).to(eta.dtype)
+        log_mean = eta if exponential else eta.log() if p in {1, 2} else eta
+        if p == 0:
+            return ((mean_power(eta, 1) - y) ** 2)[:, 0]
+        grown = log_mean if p == 2 else mean_power(eta, 2 - p) / (2 - p)
+        gained = log_mean if p == 1 else mean_power(eta, 1 - p) / (1 - p)
+        return (grown - y * gained)[:, 0]
+
+    def slope(eta: Tensor, y: Tensor) -> Tensor:
+        y, by_link = y.reshape(eta.shape), 1 if exponential else 0
+        return scale * (mean_power(eta, 1 - p + by_link) - y * mean_power(eta, by_link - p))
+
+    def curvature(eta: Tensor, y: Tensor) -> Tensor:
+        y = y.reshape(eta.shape)
+        if exponential:
+            h = (2 - p) * mean_power(eta, 2 - p) - y * (1 - p) * mean_power(eta, 1 - p)
+        else:
+            h = (1 - p) * mean_power(eta, -p) + p * y * mean_power(eta, -p - 1)
+        return scale * h[:, :, None]
+
+    name = f"tweedie({power:g}{'' if exponential else ', identity'})"
+    return Loss(name, f"half the Tweedie deviance of power {power:g}, {link} link", value, slope, curvature)
