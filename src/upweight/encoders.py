@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,8 +14,40 @@ from upweight.examples import Examples, as_array, as_tensor
 
 
 @runtime_checkable
+class Refitting(Protocol):
+    """Training once more by the code that trained the model, with other weights."""
+
+    @property
+    def preferred(self) -> bool:
+        """Whether this, and not the minimum of the objective near θ̂, is what training ends at."""
+        ...
+
+    def __call__(self, weights: NDArray[np.float64], share: float, *, folded: bool, seed: int) -> Any:
+        """The parameters for these total weights wᵢ, whose sum is `share` of what it was; `folded` scales r by it."""
+        ...
+
+
+@runtime_checkable
 class Encoder(Protocol):
-    """Turns a user's X and y into what the objective's loss takes."""
+    """Turns a user's X and y into what the objective's loss takes.
+
+    `refit` trains again as the model was trained, None where only the objective is known; `feature_names` are those
+    of the inputs that eq. 5 moves, None where they have none.
+    """
+
+    @property
+    def refit(self) -> Refitting | None:
+        """How the model is trained again."""
+        ...
+
+    @property
+    def feature_names(self) -> list[str] | None:
+        """One name for each column of the inputs."""
+        ...
+
+    def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+        """From (q, r, *x) derivatives by the objective's inputs to derivatives by the user's; raises where none are."""
+        ...
 
     def examples(self, X: Any, y: Any = None) -> Examples:
         """X and y as the training examples were made."""
@@ -31,6 +64,13 @@ class Encoder(Protocol):
 
 class PlainEncoder:
     """Inputs and targets are used as they are."""
+
+    refit: Refitting | None = None
+    feature_names: list[str] | None = None
+
+    def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+        """The derivatives as they are."""
+        return lambda gradients: gradients
 
     def examples(self, X: Any, y: Any = None) -> Examples:
         """X and y as examples."""

@@ -115,6 +115,11 @@ class Influence:
         return len(self.examples)
 
     @property
+    def feature_names(self) -> list[str] | None:
+        """The names of `of_perturbing`'s columns, as a Pipeline or a DataFrame gave them; None if there are none."""
+        return self.encoder.feature_names
+
+    @property
     def operator(self) -> Operator:
         """The curvature, bound to the objective and the data."""
         if self._operator is None:
@@ -179,8 +184,10 @@ class Influence:
 
         Raises:
             InvalidInput: if deltas do not have the shape of the rows' inputs.
+            UnsupportedModel: if the objective's inputs are not the user's, as for kernels.
         """
         rows = self.examples.rows(rows)
+        self.encoder.movable()
         array = as_array(deltas, "deltas")
         moves = as_tensor(array.toarray() if hasattr(array, "toarray") else array).double()
         check_finite(moves, "deltas")
@@ -284,20 +291,26 @@ class Influence:
         """Equation 5: the gradient of each query's loss with respect to the input of each training row.
 
         out[q, i] = −(wᵢ/n) ∇L(z_q)ᵀ (C + λI)⁻¹ ∇ₓ∇L(zᵢ), shape (q, r, *x); the paper's I_pert,loss times wᵢ/n, so that
-        moving x by a small δ changes the query's loss by out · δ. For a Pipeline x is what the final estimator sees.
+        moving x by a small δ changes the query's loss by out · δ. For a Pipeline x is what the final estimator sees;
+        `feature_names` names its columns.
 
         Args:
             rows: r training rows.
             on: (Xq, yq), the queries.
+
+        Raises:
+            UnsupportedModel: if the objective's inputs are not the user's, as for kernels.
         """
         rows = self.examples.rows(rows)
+        widened = self.encoder.movable()
         S = self._solve(self._query_gradients(self.objective, self.queries(on))).x
 
         def fields(batch: Any, w: Tensor) -> Tensor:
             gradient = calculus.input_gradients(self.objective, batch, S).double().cpu().movedim(0, 1)  # (b, q, *x)
             return gradient * w.reshape(-1, *[1] * (gradient.ndim - 1))
 
-        return np.moveaxis(-self.sweep.emit(fields, vectors=len(S), rows=rows, label="perturb") / self.n, 0, 1)
+        moved = self.sweep.emit(fields, vectors=len(S), rows=rows, label="perturb")
+        return widened(np.moveaxis(-moved / self.n, 0, 1))
 
     def of_adding(self, X_new: Any, y_new: Any = None, *, on: On) -> Scores:
         """The change of each query's loss if a new example joined the training set with weight 1 (ε = +1/n).
@@ -369,11 +382,12 @@ class Influence:
         step = removal.newton_steps(self.objective, self.sweep, self._solve, members, self.risk_gradient)
         single = all(len(group) == 1 for group in members)
         return Scores(
-            removal.changes(self.objective, queries, step.theta_change),
+            removal.changes(self.objective.reporting(), queries, step.theta_change),
             "row removed, Newton step" if single else "group removed, Newton step",
             np.array([group[0] for group in members]) if single else np.arange(len(members)),
             self.n,
             scoring.certificate(self, solution),
+            measure=self.objective.measure,
             query_values=scoring.measures(self.sweep.over(self.objective, queries)),
             error=-(solution.x @ step.remaining_gradient.T).numpy(),
         )
@@ -521,7 +535,7 @@ class Influence:
             self.n,
             scoring.certificate(self, solution),
             scale,
-            "loss" if measured is self.objective else measured.name,
+            self.objective.measure if measured is self.objective else measured.name,
             scoring.measures(self.sweep.over(measured, queries)),
             changes.standard_error(),
         )

@@ -27,37 +27,49 @@ Params = Tensor | dict[str, Tensor]
 
 @dataclass(frozen=True)
 class L2:
-    """The penalty r(θ) = ½ Σ_blocks λ_block ‖θ_block‖²; a block that is not named is free.
+    """The penalty r(θ) = Σ_blocks ½ λ_block ‖θ_block‖² + tilt_block · θ_block; a block that is not named is free.
 
-    A strength may be a tensor that broadcasts against its block.
+    A strength, and a tilt, may be a tensor that broadcasts against its block. The tilt is what an l1 penalty is where
+    no parameter changes its sign; it has no curvature.
     """
 
     strengths: Mapping[str, float | Tensor]
+    tilt: Mapping[str, float | Tensor] = field(default_factory=dict)
 
     def __call__(self, params: Params) -> Tensor:
         """r(θ), a scalar."""
         blocks = _as_blocks(params)
         terms = [(strength * blocks[name] ** 2).sum() / 2 for name, strength in self.strengths.items()]
+        terms += [(slope * blocks[name]).sum() for name, slope in self.tilt.items()]
         return torch.stack(terms).sum() if terms else next(iter(blocks.values())).new_zeros(())
 
     def __repr__(self) -> str:
         inside = ", ".join(
             f"{name}={value:.3g}" if isinstance(value, int | float) else name for name, value in self.strengths.items()
         )
-        return f"L2({inside})"
+        return f"L2({inside}{''.join(f', tilted {name}' for name in self.tilt)})"
+
+    def scaled(self, factor: float) -> L2:
+        """factor · r."""
+        return L2(
+            {name: factor * strength for name, strength in self.strengths.items()},
+            {name: factor * slope for name, slope in self.tilt.items()},
+        )
 
 
 @dataclass(frozen=True)
 class Linear:
     """Structure: L(z, θ) = ℓ(η, y) and η = coef · x + intercept, so all derivatives have closed forms.
 
-    θ has the blocks `coef` (K, d) and, if `intercept`, `intercept` (K,), in that order.
+    θ has the blocks `coef` (K, d) and, if `intercept`, `intercept` (K,), in that order. `reported` is the loss that
+    people are shown the values of, when `loss` is a smooth stand-in for it.
     """
 
     loss: Loss
     n_outputs: int
     n_features: int
     intercept: bool
+    reported: Loss | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +169,11 @@ class Objective:
         return bool(self.penalty_per_example) and self.penalty is not None
 
     @property
+    def measure(self) -> str:
+        """What a query's value is, in words: "loss", or the name of the loss that a smooth one stands for."""
+        return "loss" if self.linear is None or self.linear.reported is None else self.linear.reported.name
+
+    @property
     def autograd(self) -> str:
         """How derivatives are computed, in words."""
         return repr(self.route) if self.linear is None else "closed form of a linear predictor"
@@ -194,6 +211,12 @@ class Objective:
             route=Route(),
             name=getattr(measure, "__name__", "measure"),
         )
+
+    def reporting(self) -> Objective:
+        """An objective with the loss that is reported, for values; the same one unless its loss is a stand-in."""
+        if self.linear is None or self.linear.reported is None:
+            return self
+        return replace(self, linear=replace(self.linear, loss=self.linear.reported, reported=None))
 
     def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """V without its part along the gauge directions."""
@@ -352,6 +375,10 @@ def _check_strengths(penalty: L2, blocks: Mapping[str, Tensor]) -> None:
         if not bool(torch.isfinite(spread).all()) or float(spread.min()) < 0:
             message = f"L2 has the strength {float(spread.min()):g} for '{name}'. λ must be finite and ≥ 0."
             raise InvalidInput(message)
+    for name, slope in penalty.tilt.items():
+        if name not in blocks or not bool(torch.isfinite(torch.as_tensor(slope)).all()):
+            message = f"L2 tilts '{name}' by {slope}; a tilt is finite, and the parameters are {', '.join(blocks)}."
+            raise InvalidInput(message + " Name one of them.")
 
 
 def _as_blocks(params: Params) -> dict[str, Tensor]:

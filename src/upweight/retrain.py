@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight import calculus, defaults, scoring
+from upweight.encoders import Refitting
 from upweight.errors import InvalidInput, NotConverged
 from upweight.influence import Influence
 from upweight.objective import L2, Objective
@@ -163,8 +164,47 @@ class BoundLBFGS:
         return torch.from_numpy(result.x)
 
 
+@dataclass(frozen=True)
+class Refit:
+    """scikit-learn's own fit(), once more: for estimators whose optimum is not smooth, or not reached.
+
+    The transformers of a Pipeline, class weights and what cross-validation chose stay as they are; the penalty follows
+    `penalty_per_example`. A random_state of None becomes the seed.
+    """
+
+    def bind(self, influence: Influence) -> BoundRefit:
+        """The retrainer of this estimator on these examples.
+
+        Raises:
+            InvalidInput: if the influence does not come from a scikit-learn estimator that can be fitted with weights.
+        """
+        refit = influence.encoder.refit
+        if refit is None:
+            message = (
+                f"Refit() runs the fit() of a scikit-learn estimator, and {influence.objective.name} has none that "
+                "takes these rows with weights. Use Newton(), LBFGS(), or your own retrain=(weights, seed) → θ."
+            )
+            raise InvalidInput(message)
+        return BoundRefit(influence, refit)
+
+
+@dataclass(frozen=True)
+class BoundRefit:
+    """An estimator that is fitted again."""
+
+    influence: Influence
+    refit: Refitting
+
+    def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Any:
+        """The parameters that fit() finds with these weights."""
+        old = self.influence.examples.weights
+        new = old * weights
+        folded = bool(self.influence.objective.folded)
+        return self.refit(new, float(new.sum() / old.sum()), folded=folded, seed=seed)
+
+
 def reference(objective: Objective) -> Newton | LBFGS:
-    """The retrainer for an objective when none is given."""
+    """The retrainer for an objective when none is given and its minimum is what training ends at."""
     return Newton() if objective.linear is not None else LBFGS()
 
 
@@ -175,12 +215,14 @@ def bound(retrain: Any, influence: Influence) -> Retrain:
         InvalidInput: if it is none of them.
     """
     if retrain is None:
-        retrain = reference(influence.objective)
+        refit = influence.encoder.refit
+        retrain = Refit() if refit is not None and refit.preferred else reference(influence.objective)
     if hasattr(retrain, "bind") and not isinstance(retrain, type):
         return retrain.bind(influence)
     if not callable(retrain) or isinstance(retrain, type):
         message = (
-            f"retrain is {retrain!r}. Pass a function (weights, seed) → params, or an object: Newton() or LBFGS()."
+            f"retrain is {retrain!r}. Pass a function (weights, seed) → params, or an object: Newton() or LBFGS() or "
+            "Refit()."
         )
         raise InvalidInput(message)
     return retrain
@@ -199,7 +241,7 @@ def reweighted(sweep: Sweep, weights: Float[NDArray[np.float64], " n"]) -> Sweep
 
 def _scaled(penalty: Any, share: float) -> Any:
     if isinstance(penalty, L2):
-        return L2({name: share * strength for name, strength in penalty.strengths.items()})
+        return penalty.scaled(share)
     return lambda params: share * penalty(params)
 
 

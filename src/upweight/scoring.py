@@ -67,8 +67,9 @@ def gradients(sweep: Sweep, rows: NDArray[np.int64] | None = None) -> Float[Tens
 
 
 def measures(sweep: Sweep) -> Float[NDArray[np.float64], " q"]:
-    """The measure of every query now."""
-    return sweep.emit(lambda batch, _: calculus.losses(sweep.objective, batch), label="query measures")
+    """The measure of every query now; of a smooth stand-in the loss that it stands for."""
+    reported = sweep.objective.reporting()
+    return sweep.emit(lambda batch, _: calculus.losses(reported, batch), label="query measures")
 
 
 def with_rows(

@@ -91,7 +91,8 @@ def leave_one_out(
         on: (Xq, yq), the queries.
         rows: the rows to leave out, one at a time.
         retrain: a function (weights, seed) → params (or flat θ), where weights multiply the examples' weights; or
-            Newton() or LBFGS(). None takes Newton for linear predictors and L-BFGS from θ̂ otherwise.
+            Newton(), LBFGS() or Refit(). None takes scikit-learn's own fit where the minimum is not smooth or not
+            reached (hinge, lasso, kernels, SGD, MLP), else Newton for linear predictors and L-BFGS from θ̂ otherwise.
         measure: scalar of (params, example); None is the loss.
         seed: given to `retrain` for every training, the control included.
         progress: True or False forces the progress bar on or off; None shows it on a terminal only.
@@ -102,7 +103,7 @@ def leave_one_out(
     rows = influence.examples.rows(rows)
     objective = influence.objective
     queries = influence.queries(on).batch(slice(None))
-    measured = objective if measure is None else routes.probe(objective.measuring(measure), queries)
+    measured = objective.reporting() if measure is None else routes.probe(objective.measuring(measure), queries)
     train = bound(retrain, influence)
 
     def after(weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -118,7 +119,7 @@ def leave_one_out(
         weights = ones.copy()
         weights[row] = 0
         actual[:, column] = after(weights) - control
-    return Outcomes(actual, control - now, rows, "loss" if measure is None else measured.name, now)
+    return Outcomes(actual, control - now, rows, objective.measure if measure is None else measured.name, now)
 
 
 def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:

@@ -150,6 +150,20 @@ class ModuleEncoder:
 
     reading: Reading
 
+    @property
+    def refit(self) -> None:
+        """None: how the module was trained is not known."""
+        return None
+
+    @property
+    def feature_names(self) -> None:
+        """None: a module's inputs have no names."""
+        return None
+
+    def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+        """The derivatives as they are."""
+        return lambda gradients: gradients
+
     def examples(self, X: Any, y: Any = None) -> Examples:
         """X and y as examples."""
         whole = whole_examples(X, y) or Examples(X, y)

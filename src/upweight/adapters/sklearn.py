@@ -124,6 +124,13 @@ def explain(
 class SklearnEncoder:
     """Queries go through the Pipeline's transformers, and labels through the estimator's classes."""
 
+    refit = None
+    feature_names = None
+
+    def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+        """The derivatives as they are."""
+        return lambda gradients: gradients
+
     def __init__(self, transformers: Any, estimator: Any, built: Built | None = None) -> None:
         self.transformers = transformers
         self.estimator = estimator
