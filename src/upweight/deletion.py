@@ -21,7 +21,7 @@ from torch import Tensor
 
 from upweight import calculus, linear, scoring
 from upweight.errors import NotConverged, UnsupportedModel
-from upweight.objective import L2
+from upweight.objective import L2, Objective
 
 if TYPE_CHECKING:
     from upweight.influence import Influence
@@ -38,12 +38,12 @@ class Family:
     """What a loss says about y beyond its derivatives in η.
 
     Args:
-        expected: E(η) = (dμ/dη)²/V(μ), the expected φ″; None if φ″ does not depend on y and is its own expectation.
+        mean: μ(η). φ″ is linear in y, so E, the expected φ″, is φ″ at y = μ. None if φ″ does not depend on y.
         known_scale: whether the dispersion is 1 by definition (binomial, Poisson), not estimated from the residuals.
         least_squares: whether φ is c(η − y)²/2, so that leave-one-out has a closed form.
     """
 
-    expected: Callable[[Tensor], Tensor] | None = None
+    mean: Callable[[Tensor], Tensor] | None = None
     known_scale: bool = False
     least_squares: bool = False
 
@@ -91,12 +91,14 @@ def inverse_diagonal(influence: Influence) -> Float[NDArray[np.float64], " p"]:
     return torch.cat(pieces).numpy() / influence.n
 
 
-def expected_curvature(influence: Influence, family: Family, batch: Any, curvature: Tensor) -> Tensor:
-    """E of every row of a batch."""
-    if family.expected is None:
-        return curvature
+def expected_curvature(objective: Objective, family: Family, batch: Any) -> Float[Tensor, " b"]:
+    """E = (dμ/dη)²/V(μ) of every row of a batch, up to the constant that φ carries."""
+    if family.mean is None:
+        return linear.curvatures(objective, batch)[:, 0, 0]
     X = batch[0].double() if isinstance(batch[0], Tensor) else batch[0]
-    return family.expected(linear.predictor(influence.objective, X)[:, 0])
+    eta = linear.predictor(objective, X)
+    assert objective.linear is not None
+    return objective.linear.loss.curvature(eta, family.mean(eta))[:, 0, 0]
 
 
 def all_removals(influence: Influence, family: Family) -> Removals:
@@ -112,8 +114,9 @@ def all_removals(influence: Influence, family: Family) -> Removals:
         u0 = solve(influence, x) / n
         slope = linear.slopes(objective, batch)[:, 0]
         curvature = linear.curvatures(objective, batch)[:, 0, 0]
-        ratio = curvature / expected_curvature(influence, family, batch, curvature)
-        pull = -w * slope * ratio.clamp(min=0).sqrt()  # √(wφ″)·Pearson residual
+        expected = expected_curvature(objective, family, batch)
+        ratio = torch.where(expected > 0, curvature / expected, 1.0).clamp(min=0)
+        pull = -w * slope * ratio.sqrt()  # √(wφ″)·Pearson residual
         share = (w / total)[:, None] if objective.folded else torch.zeros(1, 1, dtype=torch.float64)
         u = _without_share(influence, u0, share, curved)
         left = 1 - w * curvature * (x * u).sum(1)  # 1 − h

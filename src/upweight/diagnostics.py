@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
     from upweight.influence import Influence
 
+_NO_FREEDOM = 1e-6
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -77,9 +79,9 @@ def summary_frame(influence: Influence) -> DataFrame:
 
     s(i)² is the residual variance of the refit, RSS(i)/(n − 1 − edf(i)), in closed form for ridge too. GLM columns are
     one-step approximations with s² = Pearson's X²/(n − edf) for gamma and Tweedie, 1 for binomial and Poisson. n counts
-    rows of positive weight. A row of leverage 1 determines a parameter alone: its other columns are NaN, and a
-    TheoryWarning names it; what needs s(i) is NaN when no degree of freedom is left. Names are the estimator's (through
-    a Pipeline's transformers), else x0, x1, …; the index is the row number.
+    rows of positive weight. A row of leverage 1, which determines a parameter alone, or with φ″ < 0 is NaN elsewhere and
+    a TheoryWarning names it; what needs s or s(i) is NaN when no degree of freedom is left. Names are the estimator's
+    (through a Pipeline's transformers), else x0, x1, …; the index is the row number.
 
     Cost: one linear system per row (some ten if rows take their share of a penalty along) and one sweep; the result
     holds n·(p + 5) numbers, and nothing of size n × n exists.
@@ -89,6 +91,7 @@ def summary_frame(influence: Influence) -> DataFrame:
             a curvature or solver that is not exact.
         NotConverged: if a linear system was not solved as promised.
     """
+    pandas = require("pandas", "pandas")
     _check(influence)
     family = _family(influence)
     rows = _rows(influence, family)
@@ -97,14 +100,13 @@ def summary_frame(influence: Influence) -> DataFrame:
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         columns = _least_squares if family.least_squares else _one_step
         table = columns(influence, rows, h, removals, family)
-    blank = removals.determined
+    blank = _undefined(removals.determined, rows.curvatures < 0)
     for name, values in table.items():
         if name != "leverage":
             values[blank] = np.nan
-    _warn_of_determined(blank)
     names = [f"dfbetas_{name}" for name in parameter_names(influence)]
     flat = [column for name in table for column in (names if name == "dfbetas" else [name])]
-    return require("pandas", "pandas").DataFrame(np.column_stack(list(table.values())), columns=flat)
+    return pandas.DataFrame(np.column_stack(list(table.values())), columns=flat)
 
 
 def leverage(influence: Influence) -> Vector:
@@ -182,10 +184,10 @@ def _least_squares(
     residual = -rows.slopes / unit - removals.eta_change
     left_squares = squares + removals.squares_change / unit - w * residual**2
     left_df = count - (w > 0) - _edf_without(influence, edf, w * unit * removals.penalty_form)
-    left_df = np.where(left_df > 1e-6, left_df, np.nan)
+    left_df = np.where(left_df > _NO_FREEDOM, left_df, np.nan)
     floor = 1e-20 * max(squares, np.finfo(float).tiny)
     sigma = np.sqrt(np.where(left_squares > floor, left_squares, np.nan) / left_df)
-    variance = squares / (count - edf) if count - edf > 1e-6 else np.nan
+    variance = _variance(whitened, count - edf)
     return {
         "leverage": leverage,
         "cooks_distance": whitened**2 / variance * leverage / (1 - leverage) ** 2 / edf,
@@ -199,9 +201,9 @@ def _least_squares(
 def _one_step(influence: Influence, rows: Rows, leverage: Vector, removals: Removals, family: Family) -> dict[str, Any]:
     """The columns of statsmodels' GLMInfluence (observed φ″ in the leverage, expected φ″ in the covariance)."""
     count, edf = int((rows.weights > 0).sum()), float(leverage.sum())
-    scale = 1.0 if family.known_scale else float(rows.pearson @ rows.pearson) / (count - edf)
+    scale = 1.0 if family.known_scale else _variance(rows.pearson, count - edf)
     studentized = rows.pearson / np.sqrt(scale * (1 - leverage))
-    fisher = influence if family.expected is None else _with_expected_curvature(influence, family)
+    fisher = influence if family.mean is None else _with_expected_curvature(influence, family)
     form = removals.form if fisher is influence else forms(fisher)
     return {
         "leverage": leverage,
@@ -211,6 +213,11 @@ def _one_step(influence: Influence, rows: Rows, leverage: Vector, removals: Remo
         "dfbetas": -removals.theta_change / np.sqrt(scale * inverse_diagonal(fisher)),
         "loo_residual": np.full(len(leverage), np.nan),
     }
+
+
+def _variance(residuals: Vector, df: float) -> float:
+    """Σ residual²/df, NaN when no degree of freedom is left."""
+    return float(residuals @ residuals) / df if df > _NO_FREEDOM else float("nan")
 
 
 def _ratio(change: Vector, size: Vector) -> Vector:
@@ -238,16 +245,24 @@ def _edf_without(influence: Influence, edf: float, own: Vector) -> Vector:
     return p - (1 - shares[place]) * (traces[place] + own)
 
 
+def _pearson(w: Vector, slopes: Vector, expected: Vector) -> Vector:
+    """−√w φ′/√E, and its limit 0 where both have underflowed."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(slopes == 0, 0.0, -np.sqrt(w) * slopes / np.sqrt(expected))
+
+
 def _with_expected_curvature(influence: Influence, family: Family) -> Influence:
     """The same fit with E in place of φ″: Fisher's information in place of the Hessian."""
     from upweight.influence import Influence
 
     objective = influence.objective
     structure = objective.linear
-    expected = family.expected
-    assert structure is not None and expected is not None  # noqa: PT018
-    loss = replace(structure.loss, curvature=lambda eta, _y: expected(eta[:, 0])[:, None, None])
-    shadow = replace(objective, linear=replace(structure, loss=loss))
+    mean = family.mean
+    assert structure is not None
+    assert mean is not None
+    loss = structure.loss
+    fisher_loss = replace(loss, curvature=lambda eta, _y: loss.curvature(eta, mean(eta)))
+    shadow = replace(objective, linear=replace(structure, loss=fisher_loss))
     fisher = Influence(shadow, influence.examples, curvature=influence.curvature, solver=influence.solver, damping=0.0)
     fisher.sweep = influence.sweep.over(shadow, influence.examples)
     return fisher
@@ -259,11 +274,11 @@ def _rows(influence: Influence, family: Family) -> Rows:
     def derivatives(batch: Any, _w: Tensor) -> Tensor:
         slope = linear.slopes(objective, batch)[:, 0]
         curvature = linear.curvatures(objective, batch)[:, 0, 0]
-        return torch.stack([slope, curvature, expected_curvature(influence, family, batch, curvature)], 1)
+        return torch.stack([slope, curvature, expected_curvature(objective, family, batch)], 1)
 
     slopes, curvatures, expected = influence.sweep.emit(derivatives, vectors=2, label="residuals").T.copy()
     w = influence.examples.weights
-    return Rows(w, slopes, curvatures, -np.sqrt(w) * slopes / np.sqrt(np.where(expected > 0, expected, np.nan)))
+    return Rows(w, slopes, curvatures, _pearson(w, slopes, expected))
 
 
 # ---- what can be asked -------------------------------------------------------------------------------------------
@@ -308,8 +323,13 @@ def _family(influence: Influence) -> Family:
     structure = influence.objective.linear
     assert structure is not None
     name = structure.loss.name
-    if name in _FAMILIES:
-        return _FAMILIES[name]
+    if name in {"squared", "tweedie(0, identity)"}:
+        return Family(least_squares=True)
+    if name in {"logistic", "poisson", "tweedie(1)"}:
+        return Family(known_scale=True)
+    if name == "gamma" or name.startswith("tweedie("):
+        identity = name.endswith("identity)")
+        return Family(mean=torch.clone if identity else torch.exp, known_scale=name.startswith("tweedie(1,"))
     message = (
         f"The loss {name} of {influence.objective.name} is no likelihood of a generalised linear model, so residuals "
         "have no variance to be divided by. leverage(), ij_standard_errors() and of_removing() exist for every loss."
@@ -317,18 +337,18 @@ def _family(influence: Influence) -> Family:
     raise UnsupportedModel(message)
 
 
-_FAMILIES = {
-    "squared": Family(least_squares=True),
-    "logistic": Family(known_scale=True),
-    "poisson": Family(known_scale=True),
-}
-
-
-def _warn_of_determined(determined: NDArray[np.bool_]) -> None:
-    rows = np.flatnonzero(determined)
-    if rows.size:
-        message = (
-            f"{rows.size} rows have leverage 1 (first: {rows[:5].tolist()}): each determines a parameter alone, so "
-            "there is no fit without it and its columns are NaN. Drop the feature that is its own, or add a penalty."
-        )
-        warnings.warn(message, TheoryWarning, stacklevel=4)
+def _undefined(determined: NDArray[np.bool_], concave: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The rows whose columns do not exist, with a warning that names them."""
+    reasons = (
+        (determined, "leverage 1: each determines a parameter alone, so there is no fit without it", "add a penalty"),
+        (concave, "φ″ < 0, where the loss is not convex and a residual has no weight", "use of_removing()"),
+    )
+    for mask, why, advice in reasons:
+        which = np.flatnonzero(mask)
+        if which.size:
+            message = (
+                f"{which.size} rows (first: {which[:5].tolist()}) have {why}; their columns are NaN. "
+                f"Leave them out, or {advice}."
+            )
+            warnings.warn(message, TheoryWarning, stacklevel=4)
+    return determined | concave
