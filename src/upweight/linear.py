@@ -25,7 +25,7 @@ from upweight.objective import Linear, Objective
 def predictor(objective: Objective, X: Any) -> Float[Tensor, "b K"]:
     """η for a batch of inputs."""
     coef, intercept = _parts(_structure(objective), objective.theta[None])
-    return (_times(X, coef[0].T) + intercept[0]) if intercept is not None else _times(X, coef[0].T)
+    return (times(X, coef[0].T) + intercept[0]) if intercept is not None else times(X, coef[0].T)
 
 
 def losses(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
@@ -121,7 +121,7 @@ def directional(objective: Objective, X: Any, V: Float[Tensor, "k p"]) -> Float[
     """The change of η when θ moves along each row of V: (v x̃)."""
     structure = _structure(objective)
     coef, intercept = _parts(structure, V)
-    Z = _times(X, coef.reshape(-1, structure.n_features).T).reshape(X.shape[0], len(V), structure.n_outputs)
+    Z = times(X, coef.reshape(-1, structure.n_features).T).reshape(X.shape[0], len(V), structure.n_outputs)
     return Z if intercept is None else Z + intercept
 
 
@@ -175,7 +175,8 @@ def _parts(structure: Linear, V: Tensor) -> tuple[Tensor, Tensor | None]:
     return coef, V[:, split:] if structure.intercept else None
 
 
-def _times(X: Any, A: Tensor) -> Tensor:
+def times(X: Any, A: Tensor) -> Tensor:
+    """X A for a dense or sparse X."""
     return torch.from_numpy(X @ A.numpy()) if scipy.sparse.issparse(X) else X @ A
 
 

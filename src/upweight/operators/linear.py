@@ -32,6 +32,7 @@ _CHUNK_NUMBERS = 2**20  # of X in one chunk: 8 MB in float64, a few times the ca
 _CHUNK_ROWS = (1024, 16_384)
 _COPY_BYTES = 2**31  # a float32 copy of X is kept if it is smaller; else chunks are cast as they are read
 _PADDED = 16  # matrix products with fewer columns than this run no faster
+(_syrk,) = scipy.linalg.get_blas_funcs(("syrk",), dtype=np.float64)
 _KRONECKER_FEATURES = 2048  # eigenvectors of a larger XᵀX cost more than they save
 
 
@@ -72,7 +73,7 @@ class LinearHessian:
     @cached_property
     def coarse(self) -> LinearHessian:
         """The same operator with products in float32, twice as fast; sparse X gains nothing and stays as it is."""
-        if scipy.sparse.issparse(self.sweep.examples.x) or self.precision == torch.float32:
+        if scipy.sparse.issparse(self._x) or self.precision == torch.float32:
             return self
         return LinearHessian(self.sweep, torch.float32, self.curvatures)
 
@@ -126,7 +127,7 @@ class LinearHessian:
 
     def approximate_inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
         """(C + λI)⁻¹ with C ≈ mean(wᵢhᵢ) ⊗ mean(x̃ᵢx̃ᵢᵀ) + ∇²r, or with C's diagonal where that would cost too much."""
-        dense = not scipy.sparse.issparse(self.sweep.examples.x)
+        dense = not scipy.sparse.issparse(self._x)
         if dense and self._structure.n_features <= _KRONECKER_FEATURES:
             return self._kronecker(damping)
         diagonal = self.diagonal() + damping
@@ -151,6 +152,10 @@ class LinearHessian:
         total = self._data.fold(squares, vectors=2, label="diagonal", chunk=self._chunk)
         return total / self.sweep.n + calculus.penalty_diagonal(self.sweep.objective)
 
+    @property
+    def _x(self) -> Any:
+        return self.sweep.examples.x
+
     # ---- inner steps -------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -172,7 +177,7 @@ class LinearHessian:
     def _product(self, V: Tensor) -> Callable[[Any, Tensor], Tensor]:
         """Σ_b wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ V of a batch (x, h), with what depends on V only prepared."""
         objective = self.sweep.objective
-        if scipy.sparse.issparse(self.sweep.examples.x):
+        if scipy.sparse.issparse(self._x):
             return lambda batch, _: linear.transposed(
                 objective, batch[0], linear.curved(batch[1], linear.directional(objective, batch[0], V))
             )
@@ -197,7 +202,7 @@ class LinearHessian:
 
     def _blocks(self) -> dict[tuple[int, int], NDArray[np.float64]]:
         """Σᵢ wᵢ hᵢ[i, j] xᵢxᵢᵀ for every pair of outputs i ≤ j; pairs that are zero are left out."""
-        K, X = self._structure.n_outputs, self.sweep.examples.x
+        K, X = self._structure.n_outputs, self._x
         h = self.curvatures
         pairs = [(i, i) for i in range(K)] if h.shape[1] == K else [(i, j) for i in range(K) for j in range(i, K)]
         if scipy.sparse.issparse(X):
@@ -218,14 +223,14 @@ class LinearHessian:
         grams = {pair: np.zeros((d, d), order="F") for pair in pairs}
         rows = 4 * self._chunk
         for start in range(0, self.sweep.n, rows):
-            X = as_tensor(self.sweep.examples.x[start : start + rows]).to(torch.float64)  # type: ignore[index]
+            X = as_tensor(self._x[start : start + rows]).to(torch.float64)
             h = self.curvatures[start : start + rows]
             for pair in pairs:
                 D = _entry(h, K, *pair)
                 for sign, part in ((1.0, D.clamp(min=0)), (-1.0, (-D).clamp(min=0))):
                     if bool((part > 0).any()):
                         scaled = (X * part.sqrt()[:, None]).numpy()
-                        grams[pair] = scipy.linalg.blas.dsyrk(sign, scaled.T, beta=1.0, c=grams[pair], overwrite_c=1)
+                        grams[pair] = _syrk(sign, scaled.T, beta=1.0, c=grams[pair], overwrite_c=1)
         return {pair: np.triu(gram) + np.triu(gram, 1).T for pair, gram in grams.items()}
 
     def _columns(self) -> NDArray[np.float64]:

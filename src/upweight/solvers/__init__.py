@@ -3,6 +3,19 @@
 from upweight.solvers.base import Prepared, Solution, Solver
 from upweight.solvers.cg import CG
 from upweight.solvers.direct import Cholesky
+from upweight.solvers.dual import Dual
 from upweight.solvers.lissa import LiSSA
+from upweight.solvers.precondition import Approximate, Preconditioner, TwoLevel
 
-__all__ = ["CG", "Cholesky", "LiSSA", "Prepared", "Solution", "Solver"]
+__all__ = [
+    "CG",
+    "Approximate",
+    "Cholesky",
+    "Dual",
+    "LiSSA",
+    "Preconditioner",
+    "Prepared",
+    "Solution",
+    "Solver",
+    "TwoLevel",
+]

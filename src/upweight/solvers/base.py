@@ -66,6 +66,15 @@ class Solver(Protocol):
         ...
 
 
+@runtime_checkable
+class Quadratic(Prepared, Protocol):
+    """(C + λI)⁻¹ that can weigh many vectors without solving for them."""
+
+    def forms(self, V: Float[Tensor, "k p"]) -> Float[Tensor, " k"]:
+        """vᵀ (C + λI)⁻¹ v for every row v."""
+        ...
+
+
 def checked_damping(damping: float) -> float:
     """λ as a finite float ≥ 0.
 
@@ -105,7 +114,10 @@ def checked_sides(V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
 def residuals(
     operator: Operator, damping: float, X: Float[Tensor, "k p"], V: Float[Tensor, "k p"]
 ) -> Float[Tensor, " k"]:
-    """‖v − (C + λI) x‖ / ‖v‖ for every row, by definition; 0 where v = 0 and x = 0.  Cost: one product."""
-    missing = (V - operator.apply(X) - damping * X).norm(dim=1)
+    """‖v − (C + λI) x‖ / ‖v‖ for every row, by definition; 0 where v = 0 and x = 0.  Cost: one product.
+
+    Directions of the gauge are left out of both.
+    """
+    missing = (V - operator.project(operator.apply(X)) - damping * X).norm(dim=1)
     size = V.norm(dim=1)
     return torch.where(size > 0, missing / size.clamp(min=torch.finfo(size.dtype).tiny), missing)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,12 @@ from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, che
 from upweight.operators.base import Operator
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 from upweight.solvers.lanczos import suggest_damping
+from upweight.solvers.precondition import Preconditioner
+from upweight.solvers.recurrence import Progress, descend
 
 _RECOMPUTE = 50  # the recurrence for r drifts from v − Ax in floating point; every so often it is replaced by the truth
+_COARSE_GAIN = 0.1  # a run in float32 must shrink the true residual to this share, else products become float64
+_MARGIN = 0.9  # of the goal, so that the residual that is recomputed at the end passes too
 
 
 @dataclass(frozen=True)
@@ -22,31 +26,42 @@ class CG:
     """Conjugate gradients on (C + λI) x = v, one recurrence per query, one operator product per step for all of them.
 
     A query that has converged leaves the product. The residual that is promised, and reported, is recomputed from its
-    definition at the end; if the recurrence was too optimistic, iteration goes on from the true residual.
-    Cost: one sweep per step, about √cond(C + λI)·log(2/rtol)/2 steps; 4 vectors of length p per query.
+    definition in float64 at the end; if the recurrence was too optimistic, iteration goes on from the true residual.
+    With a preconditioner the products of linear predictors run in float32 between two such corrections (iterative
+    refinement), and in float64 when that gains nothing.
+
+    Cost: one sweep per step, about √cond(C + λI)·log(2/rtol)/2 steps without preconditioner; 4 vectors of length p per
+    query.
 
     Args:
         rtol: the relative residual to reach, ‖v − (C + λI) x‖ ≤ rtol ‖v‖.
         max_sweeps: products after which NotConverged is raised.
+        preconditioner: `TwoLevel()` or `Approximate()` for linear predictors; None for none.
 
     Raises:
         InvalidInput: if rtol is not between 0 and 1, or max_sweeps is not positive.
 
-    References: Hestenes and Stiefel (1952); paper, section 3.
+    References: Hestenes and Stiefel (1952); Notay (2000) for varying preconditioners; paper, section 3.
     """
 
     rtol: float = 1e-6
     max_sweeps: int = 1000
+    preconditioner: Preconditioner | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.rtol, float) or not 0 < self.rtol < 1:
             message = f"rtol={self.rtol}. It is a relative residual and must lie between 0 and 1, such as 1e-6."
             raise InvalidInput(message)
         checked_count(self.max_sweeps, "max_sweeps", hint="1000 is the default")
+        if self.preconditioner is not None and not isinstance(self.preconditioner, Preconditioner):
+            message = f"preconditioner={self.preconditioner!r}. Pass an object, such as solvers.TwoLevel(), or None."
+            raise InvalidInput(message)
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> Iteration:
-        """The bound iteration; nothing is computed yet."""
-        return Iteration(self, operator, checked_damping(damping))
+        """The iteration, with its preconditioner built."""
+        damping = checked_damping(damping)
+        inverse = None if self.preconditioner is None else self.preconditioner.prepare(operator, damping)
+        return Iteration(self, operator, damping, inverse)
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,7 @@ class Iteration:
     spec: CG
     operator: Operator
     damping: float
+    inverse: Callable[[Tensor], Tensor] | None = None
 
     def solve(self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None) -> Solution:
         """x with (C + λI) x = v for every row v.
@@ -80,47 +96,48 @@ class Iteration:
         size = V.norm(dim=1)
         X = torch.zeros_like(V) if state is None else state["x"].clone()
         R = V.clone() if state is None else V - self._apply(X)
-        P = R.clone() if state is None else state["p"].clone()
-        rho = (R * R).sum(1)
-        if state is not None:
-            # the direction is kept only where the recurrence continues it exactly; a restart from r is always valid
-            P = torch.where(((P * R).sum(1) / rho.clamp(min=1e-300) - 1).abs()[:, None] < 1e-6, P, R)
+        P = None if state is None else _continued(state["p"], R)
+        coarse = getattr(self.operator, "coarse", None) if self.inverse is not None else None
         sweeps = 0
         smallest = torch.full((len(V),), torch.inf, dtype=torch.float64)
-        while True:
-            active = torch.nonzero(R.norm(dim=1) > self.spec.rtol * size)[:, 0]
-            if len(active) == 0:
-                R = V - self._apply(X)
-                sweeps += 1
-                if bool((R.norm(dim=1) <= self.spec.rtol * size).all()):
-                    break
-                if sweeps >= self.spec.max_sweeps:
-                    raise self._unfinished(X, P, V, sweeps, smallest)
-                P, rho = R.clone(), (R * R).sum(1)
-                continue
+        while bool((R.norm(dim=1) > self.spec.rtol * size).any()):
+            run = self._run(coarse, X, R, size, self.spec.max_sweeps - sweeps, P)
+            sweeps += run.steps
+            smallest = torch.minimum(smallest, run.smallest)
+            if run.stopped is not None and coarse is None:
+                raise self._refusal(run, V, sweeps)
             if sweeps >= self.spec.max_sweeps:
-                raise self._unfinished(X, P, V, sweeps, smallest)
-            AP = self._apply(P[active])
+                raise self._unfinished(run.x, run.direction, V, sweeps, smallest)
+            true = V - self._apply(run.x)
             sweeps += 1
-            length = (P[active] ** 2).sum(1)
-            curvature = (P[active] * AP).sum(1)
-            quotient = curvature / length
-            smallest[active] = torch.minimum(smallest[active], quotient)
-            if not bool((quotient > 0).all()):
-                raise self._refusal(X, P, V, sweeps, active, quotient)
-            alpha = (rho[active] / curvature)[:, None]
-            X[active] += alpha * P[active]
-            R[active] -= alpha * AP
-            if sweeps % _RECOMPUTE == 0:
-                R = V - self._apply(X)
-                sweeps += 1
-            new = (R[active] ** 2).sum(1)
-            P[active] = R[active] + (new / rho[active].clamp(min=1e-300))[:, None] * P[active]
-            rho[active] = new
+            tried = R.norm(dim=1) > self.spec.rtol * size
+            gain = float((true.norm(dim=1) / R.norm(dim=1))[tried].max())
+            if coarse is not None and (run.stopped is not None or not gain <= _COARSE_GAIN):
+                coarse = None  # float32 has given what it can
+                smallest = torch.full_like(smallest, torch.inf)
+            drifted = float((true - run.residual).norm() / true.norm().clamp(min=1e-300))
+            X, R = run.x, true
+            P = run.direction if drifted < 1e-3 and self.inverse is None else None
         X = self.operator.project(X)
         residual = torch.where(size > 0, R.norm(dim=1) / size.clamp(min=1e-300), torch.zeros_like(size))
         bottom = float(smallest.min()) - self.damping if bool(torch.isfinite(smallest).any()) else float("nan")
-        return Solution(X, residual, True, sweeps, min_curvature=bottom, state={"x": X, "p": P})
+        state = {"x": X, "p": R if P is None else P}
+        return Solution(X, residual, True, sweeps, min_curvature=bottom, state=state)
+
+    def _run(
+        self, coarse: Operator | None, X: Tensor, R: Tensor, size: Tensor, left: int, direction: Tensor | None
+    ) -> Progress:
+        """Steps until the recurrence believes in the goal, or it is time to look at the true residual."""
+        goal = (_MARGIN if self.inverse is not None else 1.0) * self.spec.rtol * size
+        operator = self.operator if coarse is None else coarse
+
+        def product(V: Tensor) -> Tensor:
+            return self.operator.project(operator.apply(V)) + self.damping * V
+
+        inverse, project = self.inverse, self.operator.project
+        precondition = None if inverse is None else lambda R: project(inverse(R))
+        steps = min(left, _RECOMPUTE)
+        return descend(product, precondition, X, R, goal, steps, direction)
 
     def _apply(self, V: Tensor) -> Tensor:
         return self.operator.project(self.operator.apply(V)) + self.damping * V
@@ -143,15 +160,21 @@ class Iteration:
         )
         return NotConverged(message, partial)
 
-    def _refusal(
-        self, X: Tensor, P: Tensor, V: Tensor, sweeps: int, active: Tensor, quotient: Tensor
-    ) -> NotPositiveDefinite:
-        worst = int(quotient.argmin())
-        suggestion, lowest = suggest_damping(self.operator, self.damping, P[active[worst]])
+    def _refusal(self, run: Progress, V: Tensor, sweeps: int) -> NotPositiveDefinite:
+        witness = run.direction[run.stopped]
+        met = float(run.smallest[run.stopped])
+        suggestion, lowest = suggest_damping(self.operator, self.damping, witness)
         message = (
-            f"CG met curvature {float(quotient[worst]):.3g} after {sweeps} sweeps (damping {self.damping:g}); "
+            f"CG met curvature {met:.3g} after {sweeps} sweeps (damping {self.damping:g}); "
             f"the smallest eigenvalue of C is about {lowest:.3g} (Lanczos). "
             f"θ̂ is probably not a minimum. Try damping={suggestion:g}, curvature=GaussNewton(), or train further; "
             "see influence.check()."
         )
-        return NotPositiveDefinite(message, self._partial(X, P, V, sweeps), suggestion)
+        return NotPositiveDefinite(message, self._partial(run.x, run.direction, V, sweeps), suggestion)
+
+
+def _continued(direction: Tensor, R: Tensor) -> Tensor:
+    """The directions of an earlier run where its recurrence goes on exactly; elsewhere a restart from r is valid."""
+    rho = (R * R).sum(1)
+    exact = ((direction * R).sum(1) / rho.clamp(min=1e-300) - 1).abs() < 1e-6
+    return torch.where(exact[:, None], direction, R)

@@ -1,0 +1,87 @@
+"""The recurrence of preconditioned conjugate gradients for many right-hand sides at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass
+class Progress:
+    """Where a descent has come to.
+
+    Args:
+        x: (k, p) solutions so far.
+        residual: (k, p) what the recurrence believes is left, v − A x.
+        direction: (k, p) the last directions.
+        steps: products made.
+        smallest: (k,) the smallest curvature pᵀAp / pᵀp that was met.
+        stopped: the row that met a curvature ≤ 0 (or NaN), or None.
+    """
+
+    x: Float[Tensor, "k p"]
+    residual: Float[Tensor, "k p"]
+    direction: Float[Tensor, "k p"]
+    steps: int
+    smallest: Float[Tensor, " k"]
+    stopped: int | None = None
+
+
+def descend(
+    product: Callable[[Tensor], Tensor],
+    precondition: Callable[[Tensor], Tensor] | None,
+    x: Float[Tensor, "k p"],
+    residual: Float[Tensor, "k p"],
+    goal: Float[Tensor, " k"],
+    max_steps: int,
+    direction: Float[Tensor, "k p"] | None = None,
+) -> Progress:
+    """Conjugate gradients from x, with v − A x = residual, until ‖residual‖ ≤ goal for every row, or max_steps.
+
+    Each row has its own recurrence; all share every product, and a row that has arrived leaves it. With a
+    preconditioner M the direction is M r + β p with Polak and Ribière's β = (r − r_before)·M r / r_before·M r_before,
+    which stays right when M varies a little from call to call (flexible CG: Notay, 2000).
+
+    Args:
+        product: A v for every row v.
+        precondition: M r for every row; None is the identity.
+        x: the starting points.
+        residual: v − A x at them.
+        goal: the norm at which a row has arrived.
+        max_steps: products to make at most.
+        direction: the directions to go on from, for a continued run without preconditioner.
+    """
+    x, R = x.clone(), residual.clone()
+    smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
+    active = torch.nonzero(R.norm(dim=1) > goal)[:, 0]
+    Z = R if precondition is None else torch.zeros_like(R)
+    if precondition is not None and len(active):
+        Z[active] = precondition(R[active])
+    P = Z.clone() if direction is None else direction.clone()
+    rho = (R * Z).sum(1)
+    for step in range(max_steps):
+        active = torch.nonzero(R.norm(dim=1) > goal)[:, 0]
+        if len(active) == 0:
+            return Progress(x, R, P, step, smallest)
+        p, before = P[active], R[active]
+        image = product(p)
+        curvature = (p * image).sum(1)
+        quotient = curvature / (p * p).sum(1)
+        smallest[active] = torch.minimum(smallest[active], quotient)
+        if not bool((quotient > 0).all()):
+            return Progress(
+                x, R, P, step + 1, smallest, stopped=int(active[int(quotient.nan_to_num(-torch.inf).argmin())])
+            )
+        length = ((rho[active] if precondition is None else (p * before).sum(1)) / curvature)[:, None]
+        x[active] += length * p
+        after = before - length * image
+        R[active] = after
+        z = after if precondition is None else precondition(after)
+        gained = (after * after).sum(1) if precondition is None else ((after - before) * z).sum(1)
+        P[active] = z + (gained / rho[active].clamp(min=1e-300))[:, None] * p
+        rho[active] = (after * z).sum(1)
+    return Progress(x, R, P, max_steps, smallest)

@@ -1,0 +1,184 @@
+"""The exact Hessian of a linear predictor, and every way to solve with it, against autograd and dense algebra."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from jaxtyping import config
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, RidgeClassifier
+
+import upweight as uw
+from upweight.errors import NotPositiveDefinite, UnsupportedModel
+from upweight.operators import DenseOperator
+from upweight.operators.linear import LinearHessian
+from upweight.solvers import CG, Approximate, Cholesky, Dual, TwoLevel
+
+TIGHT = {"tol": 1e-12, "max_iter": 50_000}
+
+
+def numbers(draw, X, outputs=1):
+    y = X @ draw.normal(size=(X.shape[1], outputs)) / X.shape[1] ** 0.5 + draw.normal(size=(len(X), outputs))
+    return y[:, 0] if outputs == 1 else y
+
+
+def classes(draw, X, K):
+    return (X @ draw.normal(size=(X.shape[1], K)) / X.shape[1] ** 0.5 + draw.normal(size=(len(X), K))).argmax(1)
+
+
+MODELS = {
+    "logistic": (lambda: LogisticRegression(C=0.4, **TIGHT), lambda draw, X: classes(draw, X, 2)),
+    "logistic through 0": (
+        lambda: LogisticRegression(C=0.4, fit_intercept=False, **TIGHT),
+        lambda draw, X: classes(draw, X, 2),
+    ),
+    "softmax": (lambda: LogisticRegression(C=0.4, **TIGHT), lambda draw, X: classes(draw, X, 4)),
+    "softmax through 0": (
+        lambda: LogisticRegression(C=0.4, fit_intercept=False, **TIGHT),
+        lambda draw, X: classes(draw, X, 3),
+    ),
+    "ridge": (lambda: Ridge(alpha=2.0), numbers),
+    "ridge of two": (lambda: Ridge(alpha=np.array([0.5, 3.0])), lambda draw, X: numbers(draw, X, 2)),
+    "ridge classifier": (lambda: RidgeClassifier(alpha=1.0), lambda draw, X: classes(draw, X, 3)),
+}
+SHAPES = {"tall": (90, 6), "wide": (25, 40)}
+SOLVERS = {
+    "Cholesky": Cholesky(),
+    "Dual": Dual(),
+    "CG": CG(rtol=1e-10, max_sweeps=5000),
+    "CG, Approximate": CG(rtol=1e-10, preconditioner=Approximate()),
+    "CG, TwoLevel": CG(rtol=1e-10, preconditioner=TwoLevel(rows=12)),
+}
+
+
+@pytest.fixture(
+    scope="module", params=[(m, s, k) for m in MODELS for s in SHAPES for k in ("dense", "sparse")], ids=str
+)
+def influence(request):
+    name, shape, kind = request.param
+    n, d = SHAPES[shape]
+    draw = np.random.default_rng(3)
+    X = draw.normal(size=(n, d)) * (draw.random((n, d)) < 0.5)
+    build, targets = MODELS[name]
+    y, weights = targets(draw, X), draw.uniform(0.5, 2, size=n)
+    data = X if kind == "dense" else scipy.sparse.csr_matrix(X)
+    return uw.explain(build().fit(X, y, sample_weight=weights), data, y, sample_weight=weights)
+
+
+def by_autograd(influence):
+    """∇²R by torch's own second derivatives of the loss of one example."""
+    objective, examples = influence.objective, influence.examples
+    X = examples.x.toarray() if scipy.sparse.issparse(examples.x) else np.asarray(examples.x)
+    X, y = torch.from_numpy(X), torch.as_tensor(np.asarray(examples.y))
+    weights = torch.from_numpy(examples.weights)
+
+    def risk(theta):
+        params = objective.unravel(theta)
+        losses = torch.stack([objective.loss(params, (X[i], y[i])) for i in range(len(X))])
+        return (weights * losses).mean() + (0.0 if objective.penalty is None else objective.penalty(params))
+
+    return torch.autograd.functional.hessian(risk, objective.theta)
+
+
+def sides(influence, k=3):
+    return torch.randn(k, influence.objective.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_the_matrix_and_the_products_are_the_hessian_by_autograd(influence):
+    operator, expected = influence.operator, by_autograd(influence)
+    assert isinstance(operator, LinearHessian)
+    V = sides(influence)
+    torch.testing.assert_close(operator.matrix(), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(operator.apply(V), V @ expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(operator.diagonal(), expected.diagonal(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(operator.coarse.apply(V), V @ expected, rtol=1e-4, atol=1e-5)
+    rows = np.array([3, 8, 8, 20])
+    few = sum(operator.apply_rows(V, np.array([row])) for row in rows) / len(rows)
+    torch.testing.assert_close(operator.apply_rows(V, rows), few, rtol=1e-10, atol=1e-12)
+    every = operator.of_rows(np.arange(influence.n))
+    torch.testing.assert_close(every.apply(V), V @ expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.2])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_gives_the_dense_answer(influence, name, damping):
+    operator = influence.operator
+    P = operator.project(torch.eye(operator.size, dtype=torch.float64))
+    A = P @ by_autograd(influence) @ P + damping * P
+    V = sides(influence)
+    solution = SOLVERS[name].prepare(operator, damping).solve(V)
+    expected = operator.project(torch.linalg.lstsq(A, operator.project(V).T, driver="gelsd").solution.T)
+    assert solution.converged
+    assert float((solution.x - expected).norm() / expected.norm()) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["Cholesky", "Dual"])
+def test_forms_are_those_of_the_solutions(influence, name):
+    prepared = SOLVERS[name].prepare(influence.operator, 0.1)
+    V = influence.operator.project(sides(influence, 5))
+    torch.testing.assert_close(prepared.forms(V), (prepared.solve(V).x * V).sum(1), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["Dual", "Cholesky"])
+def test_the_smallest_curvature_is_that_of_the_matrix(influence, name):
+    operator = influence.operator
+    eye = torch.eye(operator.size, dtype=torch.float64)
+    smallest = float(torch.linalg.eigvalsh(operator.matrix() + 1e3 * (eye - operator.project(eye)))[0])
+    assert SOLVERS[name].prepare(operator, 0.3).solve(sides(influence)).min_curvature == pytest.approx(
+        smallest, rel=1e-2
+    )
+
+
+def test_a_preconditioner_shortens_the_way_and_changes_no_answer():
+    draw = np.random.default_rng(0)
+    X = draw.normal(size=(3000, 30)) * np.geomspace(0.03, 3, 30)
+    y = classes(draw, X / X.std(0), 5)
+    model = LogisticRegression(C=100 / 3000, **TIGHT).fit(X, y)
+    on = (X[:4] + 0.1, y[:4])
+    plain, approximate, two = (
+        uw.explain(model, X, y, solver=CG(rtol=1e-8, preconditioner=p)).on_loss(*on)
+        for p in (None, Approximate(), TwoLevel(rows=500))
+    )
+    exact = uw.explain(model, X, y, solver=Cholesky()).on_loss(*on)
+    assert two.certificate.sweeps < approximate.certificate.sweeps < plain.certificate.sweeps
+    for scores in (plain, approximate, two):
+        assert scores.certificate.residual.max() <= 1e-8
+        np.testing.assert_allclose(scores.values, exact.values, rtol=1e-5, atol=1e-7 * np.abs(exact.values).max())
+
+
+def test_float32_products_are_refined_below_their_own_precision():
+    """The promise is far below float32; only true residuals in float64 can keep it."""
+    draw = np.random.default_rng(0)
+    X = draw.normal(size=(2000, 20))
+    y = classes(draw, X, 2)
+    model = LogisticRegression(C=0.01, **TIGHT).fit(X, y)
+    influence = uw.explain(model, X, y, solver=CG(rtol=1e-13, preconditioner=Approximate()))
+    solution = influence.prepared.solve(sides(influence))
+    A = influence.operator.matrix()
+    V = sides(influence)
+    assert float(((V - solution.x @ A).norm(dim=1) / V.norm(dim=1)).max()) <= 1.1e-13
+
+
+def test_dual_refuses_what_it_cannot_divide_by():
+    draw = np.random.default_rng(0)
+    X = draw.normal(size=(30, 4))
+    free = uw.explain(LinearRegression().fit(X, X[:, 0]), X, X[:, 0], solver=Dual())
+    with pytest.raises(NotPositiveDefinite, match=r"smallest is 0 .*damping=1e-6"):
+        free.on_loss(X[:1], X[:1, 0])
+    with pytest.raises(UnsupportedModel, match="DenseOperator"):
+        Dual().prepare(DenseOperator(torch.eye(3, dtype=torch.float64)))
+
+
+def test_preconditioners_refuse_other_curvatures():
+    for preconditioner in (Approximate(), TwoLevel()):
+        with pytest.raises(UnsupportedModel, match="DenseOperator"):
+            CG(preconditioner=preconditioner).prepare(DenseOperator(torch.eye(3, dtype=torch.float64)))
+    config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(uw.errors.InvalidInput, match="preconditioner='kronecker'"):
+            CG(preconditioner="kronecker")
+    finally:
+        config.update("jaxtyping_disable", False)
+    with pytest.raises(uw.errors.InvalidInput, match="between 0 and 1"):
+        TwoLevel(rtol=2.0)
