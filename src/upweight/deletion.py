@@ -22,6 +22,7 @@ from torch import Tensor
 from upweight import calculus, linear, scoring
 from upweight.errors import NotConverged, UnsupportedModel
 from upweight.objective import L2, Objective
+from upweight.solvers import LiSSA
 
 if TYPE_CHECKING:
     from upweight.influence import Influence
@@ -163,17 +164,27 @@ def _penalty_curvature(influence: Influence) -> Callable[[Tensor], Tensor]:
     return lambda V: V @ matrix
 
 
+def refuse_estimates(influence: Influence) -> None:
+    """Raises before anything is solved if the solver's answers are random.
+
+    Raises:
+        UnsupportedModel: if the solver is stochastic.
+    """
+    if isinstance(influence.solver, LiSSA):
+        message = (
+            f"These diagnostics need exact solutions, and {influence.solver} gives estimates. Use solver=Cholesky() or "
+            "CG(), or leave solver=None."
+        )
+        raise UnsupportedModel(message)
+
+
 def solve(influence: Influence, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
     """C⁻¹v for every row v.
 
     Raises:
-        UnsupportedModel: if the solver gives estimates.
         NotConverged: if a residual is larger than the solver's promise.
     """
     solution = influence.prepared.solve(V)
-    if solution.replicas is not None:
-        message = f"These diagnostics need exact solutions, and {influence.solver} gives estimates. Use Cholesky()."
-        raise UnsupportedModel(message)
     if not solution.converged:
         message = (
             f"{influence.solver} left a relative residual of {float(solution.residual.max()):.2g}: C is too badly "

@@ -39,6 +39,7 @@ from upweight.deletion import (
     expected_curvature,
     forms,
     inverse_diagonal,
+    refuse_estimates,
     solve,
 )
 from upweight.errors import TheoryWarning, UnsupportedModel, require
@@ -79,7 +80,7 @@ def summary_frame(influence: Influence) -> DataFrame:
 
     s(i)² is the residual variance of the refit, RSS(i)/(n − 1 − edf(i)), in closed form for ridge too. GLM columns are
     one-step approximations with s² = Pearson's X²/(n − edf) for gamma and Tweedie, 1 for binomial and Poisson. n counts
-    rows of positive weight. A row of leverage 1, which determines a parameter alone, or with φ″ < 0 is NaN elsewhere and
+    rows of positive weight. A row of leverage 1 (it alone determines a parameter) or with φ″ < 0 is NaN elsewhere and
     a TheoryWarning names it; what needs s or s(i) is NaN when no degree of freedom is left. Names are the estimator's
     (through a Pipeline's transformers), else x0, x1, …; the index is the row number.
 
@@ -141,6 +142,7 @@ def ij_standard_errors(influence: Influence) -> Float[NDArray[np.float64], " p"]
 
     References: Jaeckel (1972); White (1980); Efron (1982), chapter 6.
     """
+    refuse_estimates(influence)
     share = influence.penalty_share
     total = torch.zeros(influence.objective.size, dtype=torch.float64)
     for start in range(0, influence.n, BLOCK):
@@ -309,6 +311,7 @@ def _check(influence: Influence) -> None:
             "drop some or refit with a penalty"
         )
     else:
+        refuse_estimates(influence)
         return
     message = f"These diagnostics are those of one linear predictor and its exact curvature. {why}."
     raise UnsupportedModel(message)
