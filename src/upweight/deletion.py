@@ -23,6 +23,7 @@ from upweight import calculus, linear, scoring
 from upweight.errors import NotConverged, UnsupportedModel
 from upweight.objective import L2, Objective
 from upweight.solvers import LiSSA
+from upweight.solvers.base import Quadratic
 
 if TYPE_CHECKING:
     from upweight.influence import Influence
@@ -75,7 +76,9 @@ def forms(influence: Influence) -> Vector:
 
     def form(batch: Any, _w: Tensor) -> Tensor:
         U = linear.unit_solutions(influence.objective, batch[0])  # (b, p)
-        return (U * solve(influence, U)).sum(1) / influence.n
+        prepared = influence.prepared
+        known = prepared.forms(U) if isinstance(prepared, Quadratic) else (U * solve(influence, U)).sum(1)
+        return known / influence.n
 
     return influence.sweep.emit(form, vectors=2 * scoring.width(influence.sweep), label="leverage")
 

@@ -203,7 +203,7 @@ def _least_squares(
 def _one_step(influence: Influence, rows: Rows, leverage: Vector, removals: Removals, family: Family) -> dict[str, Any]:
     """The columns of statsmodels' GLMInfluence (observed φ″ in the leverage, expected φ″ in the covariance)."""
     count, edf = int((rows.weights > 0).sum()), float(leverage.sum())
-    scale = 1.0 if family.known_scale else _variance(rows.pearson, count - edf)
+    scale = _normalisation(influence) if family.known_scale else _variance(rows.pearson, count - edf)
     studentized = rows.pearson / np.sqrt(scale * (1 - leverage))
     fisher = influence if family.mean is None else _with_expected_curvature(influence, family)
     form = removals.form if fisher is influence else forms(fisher)
@@ -215,6 +215,17 @@ def _one_step(influence: Influence, rows: Rows, leverage: Vector, removals: Remo
         "dfbetas": -removals.theta_change / np.sqrt(scale * inverse_diagonal(fisher)),
         "loo_residual": np.full(len(leverage), np.nan),
     }
+
+
+def _normalisation(influence: Influence) -> float:
+    """The factor that scikit-learn put on all weights (n/Σs for Poisson), which is no dispersion; 1 for logistic loss.
+
+    A logistic loss has class weights in the same place, and those are weights.
+    """
+    structure = influence.objective.linear
+    if structure is None or structure.loss.name == "logistic":
+        return 1.0
+    return float(influence.examples.weights.sum() / influence.examples.sample_weight.sum())
 
 
 def _variance(residuals: Vector, df: float) -> float:
