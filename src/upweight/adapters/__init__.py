@@ -39,7 +39,8 @@ def explain(
             off it; or a torch module, in the mode it should be explained in.
         X: the training inputs, in the order of training; or a map-style Dataset of (x, y), with y omitted.
         y: the training targets.
-        loss: for a module, criterion(output, target), for example torch.nn.functional.cross_entropy.
+        loss: for a module, criterion(output, target), for example torch.nn.functional.cross_entropy; for an estimator
+            whose loss has kinks, the smooth one that stands for it: losses.smooth_hinge(t), 0.001 by default.
         penalty: for a module, what was added to the mean loss: a float λ means (λ/2)‖θ‖² (weight_decay), a function of
             params anything else.
         parameters: for a module, the names (or a test on names) to differentiate; None takes all with requires_grad.
@@ -82,18 +83,14 @@ def explain(
     if "sklearn" in sys.modules and (hasattr(model, "get_params") or hasattr(model, "fit")):
         from upweight.adapters import sklearn
 
-        given = [
-            name
-            for name, value in (("loss", loss), ("penalty", penalty), ("parameters", parameters))
-            if value is not None
-        ]
+        given = [name for name, value in (("penalty", penalty), ("parameters", parameters)) if value is not None]
         if given:
             message = (
                 f"{', '.join(given)} was given for {type(model).__name__}, whose own is read off the estimator. "
                 "Omit it, or write Influence(Objective(…), (X, y))."
             )
             raise InvalidInput(message)
-        return sklearn.explain(model, X, y, **settings)
+        return sklearn.explain(model, X, y, loss=loss, **settings)
     message = (
         f"{type(model).__name__} is neither a scikit-learn estimator nor a torch module. "
         "For any other model only the loss is needed: upweight.Influence(upweight.Objective(loss, params, "

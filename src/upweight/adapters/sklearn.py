@@ -1,74 +1,100 @@
-"""scikit-learn estimators: what fit() minimised, read off the fitted estimator and never rebuilt as a torch model.
+"""scikit-learn estimators: what fit() minimised, read off the fitted estimator by its builder in `estimators/`.
 
-    estimator            fit() minimises                                as R(θ) = (1/n) Σ wᵢ ℓ(ηᵢ, yᵢ) + r(θ)
-    LogisticRegression   C Σ sᵢ ℓᵢ + ½‖coef‖²                           r = ‖coef‖²/(2Cn); liblinear: intercept too
-    LinearRegression     Σ sᵢ (ηᵢ − yᵢ)²                                r = 0
-    Ridge                Σ sᵢ (ηᵢ − yᵢ)² + α‖coef‖²                     r = (α/n)‖coef‖²
-    RidgeClassifier      the same on targets ±1, summed over outputs    r = (α/n)‖coef‖²
-
-wᵢ is the sample weight times the weight of the row's class. sample_weight=0 leaves r as it is in all four, so
-`penalty_per_example=None` means False. A new estimator costs one builder and one line in BUILDERS.
+Each builder's module states fit()'s objective and its r(θ) in R(θ) = (1/n) Σ wᵢ ℓ(ηᵢ, yᵢ) + r(θ). wᵢ is the sample
+weight times the weight of the row's class. `penalty_per_example=None` means False for sum + penalty and True for mean +
+penalty. A new estimator costs one builder and one line in BUILDERS.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import scipy.sparse
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from upweight import linear, losses
+from upweight.adapters.encoding import SklearnEncoder, refuse_encoded
+from upweight.adapters.estimators import (
+    descent,
+    generalized,
+    kernels,
+    least_squares,
+    logistic,
+    margins,
+    networks,
+)
+from upweight.adapters.estimators.built import Builder, Built, Fit
 from upweight.checks import rows_from_minimum
 from upweight.encoders import whole_examples
 from upweight.errors import InvalidInput, NotFitted, TheoryWarning, UnsupportedModel, require
-from upweight.examples import Examples, as_array, as_tensor, check_finite, checked_weights
+from upweight.examples import Examples, as_tensor, checked_weights
 from upweight.influence import Influence
-from upweight.objective import L2, Linear, Objective
 
 _COMPARED_ROWS = 64
 _ROWS_MISSED_BY_ROUNDING = 1e-3
 _ROWS_MISSED_BY_ITERATION = 0.3
-_DIRECT = {"auto", "cholesky", "svd"}  # Ridge's solvers that end at the minimum, not near it
 
+BUILDERS: dict[str, Builder] = {
+    "LinearRegression": least_squares.linear_regression,
+    "LogisticRegression": logistic.logistic_regression,
+    "LogisticRegressionCV": logistic.logistic_regression_cv,
+    "Ridge": least_squares.ridge,
+    "RidgeCV": least_squares.ridge_cv,
+    "RidgeClassifier": least_squares.ridge_classifier,
+    "RidgeClassifierCV": least_squares.ridge_classifier_cv,
+    "ElasticNet": least_squares.elastic_net,
+    "ElasticNetCV": least_squares.elastic_net_cv,
+    "Lasso": least_squares.lasso,
+    "LassoCV": least_squares.lasso_cv,
+    "PoissonRegressor": generalized.poisson_regressor,
+    "GammaRegressor": generalized.gamma_regressor,
+    "TweedieRegressor": generalized.tweedie_regressor,
+    "HuberRegressor": generalized.huber_regressor,
+    "LinearSVC": margins.linear_svc,
+    "LinearSVR": margins.linear_svr,
+    "SVC": kernels.support_vectors,
+    "SVR": kernels.support_vectors,
+    "KernelRidge": kernels.kernel_ridge,
+    "SGDClassifier": descent.sgd_classifier,
+    "SGDRegressor": descent.sgd_regressor,
+    "MLPClassifier": networks.mlp_classifier,
+    "MLPRegressor": networks.mlp_regressor,
+}
 
-@dataclass(frozen=True)
-class Built:
-    """What a builder reads off an estimator.
-
-    Args:
-        loss: ℓ of the linear predictor.
-        coef: (K, d).
-        intercept: (K,), or None when there is none.
-        coef_penalty: λ of (λ/2)‖coef‖²; a number or (K, 1).
-        intercept_penalty: λ of (λ/2)‖intercept‖², 0 when it is free.
-        targets: turns labels into what ℓ expects.
-        class_weights: the weight of each encoded target.
-        gauge: "none", "intercept" or "all": which blocks a common shift of all outputs leaves the loss unchanged and
-            free.
-        predictor: the estimator's own η, to compare with.
-        closed_form: whether fit() ends at the minimum to rounding, on dense data.
-    """
-
-    loss: losses.Loss
-    coef: NDArray[np.float64]
-    intercept: NDArray[np.float64] | None
-    coef_penalty: Any
-    intercept_penalty: float
-    targets: Callable[[Any], NDArray[Any]]
-    class_weights: Callable[[NDArray[Any]], NDArray[np.float64]]
-    gauge: str
-    predictor: Callable[[Any], Any]
-    closed_form: bool = False
-
-
-Builder = Callable[[Any, Any, int, Any], Built]
+_ONE_PER_COLUMN = "fits one model per output, each with its own objective. Explain each of its estimators_"
+_SEARCH = "is a search over models. Explain the one it chose: explain(search.best_estimator_, X, y)"
+REFUSED: dict[str, str] = {
+    "CalibratedClassifierCV": (
+        "averages models of several folds behind calibrators that saw other rows, so no single objective describes it. "
+        "Explain the model itself, fitted on all rows, before calibration"
+    ),
+    "ClassifierChain": _ONE_PER_COLUMN,
+    "GridSearchCV": _SEARCH,
+    "HalvingGridSearchCV": _SEARCH,
+    "HalvingRandomSearchCV": _SEARCH,
+    "MultiOutputClassifier": _ONE_PER_COLUMN,
+    "MultiOutputRegressor": _ONE_PER_COLUMN,
+    "MultiTaskElasticNet": "has a penalty on whole rows of coefficients. Fit one ElasticNet per output",
+    "MultiTaskElasticNetCV": "has a penalty on whole rows of coefficients. Fit one ElasticNetCV per output",
+    "MultiTaskLasso": "has a penalty on whole rows of coefficients. Fit one Lasso per output",
+    "MultiTaskLassoCV": "has a penalty on whole rows of coefficients. Fit one LassoCV per output",
+    "NuSVC": "tunes its margin to ν, and has no loss of a single row. Refit as SVC with the C that suits",
+    "NuSVR": "tunes its tube to ν, and has no loss of a single row. Refit as SVR with the epsilon that suits",
+    "OneVsOneClassifier": (
+        "fits one model per pair of classes, each on other rows. Explain each of its estimators_ on its own rows and "
+        "labels, or use SVC, which is supported one-vs-one"
+    ),
+    "OneVsRestClassifier": (
+        "fits one binary model per class. Explain each: explain(model.estimators_[k], X, y == model.classes_[k]); or "
+        "use LogisticRegression, whose multinomial loss is one problem"
+    ),
+    "Perceptron": "has a loss without curvature and no margin. Refit as SGDClassifier with loss='hinge' or 'log_loss'",
+    "RandomizedSearchCV": _SEARCH,
+    "TransformedTargetRegressor": (
+        "changes y before its regressor sees it. Explain model.regressor_ on the transformed y, "
+        "model.transformer_.transform(y)"
+    ),
+}
 
 
 def explain(
@@ -76,6 +102,7 @@ def explain(
     X: Any,
     y: Any,
     *,
+    loss: Any = None,
     sample_weight: Any = None,
     penalty_per_example: bool | None = None,
     **settings: Any,
@@ -85,243 +112,55 @@ def explain(
     Raises:
         UnsupportedModel: if the estimator's objective has no second derivatives, or is not known yet.
         NotFitted: if it was not fitted.
-        InvalidInput: if X or y do not fit it.
+        InvalidInput: if X or y do not fit it, or it needs no other loss.
     """
     transformers, estimator = _split(model)
     builder = _builder(estimator)
     _require_fitted(model, estimator)
     whole = whole_examples(X, y, sample_weight)
     if whole is not None:
-        _refuse_encoded(whole)
+        refuse_encoded(whole)
         X, y, sample_weight = whole.x, whole.y, whole.sample_weight
     if X is None or y is None:
         message = f"{type(estimator).__name__} was fitted on arrays X and y; pass both: explain(model, X, y)."
         raise InvalidInput(message)
-    encoder = SklearnEncoder(transformers, estimator)
-    x = encoder.inputs(X)
-    if x.shape[0] == 0:
+    rows = SklearnEncoder(transformers, estimator).rows(X)
+    if rows.shape[0] == 0:
         message = "There are no examples: X has 0 rows. Pass the X and y that fit() was given."
         raise InvalidInput(message)
-    weights = checked_weights(sample_weight, x.shape[0])
-    built = builder(estimator, y, x.shape[0], None if sample_weight is None else weights)
-    encoder = SklearnEncoder(transformers, estimator, built)
-    targets = built.targets(y)
-    if len(targets) != x.shape[0]:
+    weights = checked_weights(sample_weight, rows.shape[0])
+    fit = Fit(estimator, rows, y, None if sample_weight is None else weights, loss, penalty_per_example)
+    built = builder(fit)
+    if loss is not None and not built.stretched:
         message = (
-            f"X has {x.shape[0]} rows and y has {len(targets)}. They must describe the same examples in the same order."
+            f"loss was given for {fit.name}, whose own is read off the estimator. Omit it, or write "
+            "Influence(Objective(…), (X, y))."
         )
         raise InvalidInput(message)
-    examples = Examples(x, targets, sample_weight=weights)
-    examples.weights = examples.sample_weight * built.class_weights(targets)
+    examples = _examples(fit, built, weights)
+    encoder = SklearnEncoder(transformers, estimator, built)
     examples.encoded_by = encoder
-    objective = _objective(built, type(estimator).__name__, penalty_per_example)
-    _compare_predictors(objective, examples, built, estimator)
-    influence = Influence(objective, examples, encoder=encoder, **settings)
-    _warn_if_not_at_minimum(influence, estimator, built.closed_form)
+    _compare_predictors(fit, built)
+    influence = Influence(built.objective, examples, encoder=encoder, **settings)
+    _warn(influence, fit, built)
     return influence
 
 
-class SklearnEncoder:
-    """Queries go through the Pipeline's transformers, and labels through the estimator's classes."""
+def _examples(fit: Fit, built: Built, weights: Any) -> Examples:
+    """The training rows as the objective takes them.
 
-    refit = None
-    feature_names = None
-
-    def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-        """The derivatives as they are."""
-        return lambda gradients: gradients
-
-    def __init__(self, transformers: Any, estimator: Any, built: Built | None = None) -> None:
-        self.transformers = transformers
-        self.estimator = estimator
-        self.built = built
-
-    def inputs(self, X: Any) -> Any:
-        """X as the final estimator sees it: a 2-d array or CSR matrix."""
-        if self.transformers is not None:
-            try:
-                X = self.transformers.transform(X)
-            except Exception as error:
-                message = f"The pipeline's transformers refused X: {error}"
-                raise InvalidInput(message) from error
-        names = getattr(self.estimator, "feature_names_in_", None)
-        if self.transformers is None and names is not None and hasattr(X, "columns") and list(X.columns) != list(names):
-            message = (
-                f"X has the columns {list(X.columns)[:8]}, and the model was fitted on {list(names)[:8]}. Pass the "
-                "same columns in the same order."
-            )
-            raise InvalidInput(message)
-        array = as_array(X, "X")
-        if array.ndim != 2:
-            message = (
-                f"X has shape {tuple(array.shape)}; it needs two axes, (rows, features). Write X.reshape(1, -1) for "
-                "a single row."
-            )
-            raise InvalidInput(message)
-        expected = self.estimator.n_features_in_
-        if array.shape[1] != expected:
-            message = (
-                f"X has {array.shape[1]} features, and the model was fitted on {expected}. Pass the same columns as "
-                "in fit()."
-            )
-            raise InvalidInput(message)
-        return array
-
-    def examples(self, X: Any, y: Any = None) -> Examples:
-        """Queries or new rows as examples."""
-        whole = whole_examples(X, y)
-        if whole is not None and whole.encoded_by is self:
-            return whole
-        if whole is not None:
-            _refuse_encoded(whole)
-            X, y = whole.x, whole.y
-        if X is None:
-            message = f"{type(self.estimator).__name__} takes arrays, not a Dataset. Pass (Xq, yq) as arrays."
-            raise InvalidInput(message)
-        weights = None if whole is None else whole.sample_weight
-        made = Examples(self.inputs(X), None if y is None else self._encode(y), sample_weight=weights)
-        made.encoded_by = self
-        return made
-
-    def targets(self, y: Any) -> Tensor:
-        """Labels as the loss expects them."""
-        return as_tensor(self._encode(y))
-
-    def class_weights(self, y: Tensor) -> NDArray[np.float64]:
-        """The class weight of each encoded target."""
-        assert self.built is not None
-        return self.built.class_weights(y.numpy())
-
-    def _encode(self, y: Any) -> NDArray[Any]:
-        assert self.built is not None
-        return self.built.targets(y)
-
-
-# ---- builders --------------------------------------------------------------------------------
-
-
-def _logistic_regression(model: Any, y: Any, n: int, sample_weight: Any) -> Built:
-    strength, ratio = _l2_strength(model, n)
-    if ratio:
+    Raises:
+        InvalidInput: if X and y have different lengths.
+    """
+    targets = built.targets(fit.y)
+    if len(targets) != fit.n:
         message = (
-            f"LogisticRegression with an l1 share of {ratio:g} has a penalty without second derivatives. Refit with "
-            "l2 (l1_ratio=0), or without a penalty (C=inf)."
+            f"X has {fit.n} rows and y has {len(targets)}. They must describe the same examples in the same order."
         )
-        raise UnsupportedModel(message)
-    K = len(model.classes_)
-    if K > 2 and (getattr(model, "multi_class", "auto") == "ovr" or model.solver == "liblinear"):
-        message = (
-            f"One-vs-rest LogisticRegression with {K} classes is {K} separate problems. Refit as multinomial (the "
-            "default), or explain each binary model."
-        )
-        raise UnsupportedModel(message)
-    softmax_pair = K == 2 and getattr(model, "multi_class", "auto") == "multinomial"
-    if softmax_pair:
-        message = (
-            "LogisticRegression(multi_class='multinomial') on two classes penalises half of what its coefficients "
-            "show. Refit without multi_class."
-        )
-        raise UnsupportedModel(message)
-    per_class = _class_weight_vector(model, model.classes_, y, sample_weight)
-    liblinear = model.solver == "liblinear"
-    return Built(
-        losses.logistic if K == 2 else losses.cross_entropy,
-        np.asarray(model.coef_, dtype=np.float64),
-        np.asarray(model.intercept_, dtype=np.float64) if model.fit_intercept else None,
-        strength,
-        strength / model.intercept_scaling**2 if liblinear else 0.0,
-        lambda labels: _class_numbers(labels, model.classes_),
-        lambda numbers: per_class[np.asarray(numbers).astype(np.int64).reshape(-1)],
-        "none" if K == 2 else ("intercept" if strength else "all"),
-        model.decision_function,
-    )
-
-
-def _l2_strength(model: Any, n: int) -> tuple[float, float]:
-    """λ = 1/(Cn) and the share of l1, from the spelling before and after scikit-learn 1.8."""
-    penalty = getattr(model, "penalty", "deprecated")
-    if penalty in (None, "none"):
-        return 0.0, 0.0
-    ratio = {"l1": 1.0, "l2": 0.0}.get(penalty)
-    if ratio is None:
-        ratio = float(getattr(model, "l1_ratio", 0.0) or 0.0)
-    return (0.0 if np.isinf(model.C) else 1 / (model.C * n)), (0.0 if np.isinf(model.C) else ratio)
-
-
-def _least_squares(model: Any, _y: Any, _n: int, _sample_weight: Any) -> Built:
-    return _squared(model, 0.0, _numbers)
-
-
-def _ridge(model: Any, _y: Any, n: int, _sample_weight: Any) -> Built:
-    return _squared(model, 2 * np.asarray(model.alpha, dtype=np.float64).reshape(-1, 1) / n, _numbers)
-
-
-def _ridge_classifier(model: Any, y: Any, n: int, _sample_weight: Any) -> Built:
-    if model.coef_.shape[0] > 1 and np.ndim(y) > 1:
-        message = "RidgeClassifier on several labels per row is not supported. Fit one model per label."
-        raise UnsupportedModel(message)
-    per_class = _class_weight_vector(model, model.classes_, y, None)
-
-    def signs(labels: Any) -> NDArray[np.float64]:
-        numbers = _class_numbers(labels, model.classes_)
-        if len(model.classes_) == 2:
-            return np.where(numbers[:, None] == 1, 1.0, -1.0)
-        return np.where(numbers[:, None] == np.arange(len(model.classes_)), 1.0, -1.0)
-
-    def class_weights(targets: NDArray[Any]) -> NDArray[np.float64]:
-        numbers = (targets[:, 0] > 0).astype(int) if targets.shape[1] == 1 else targets.argmax(1)
-        return per_class[numbers]
-
-    return _squared(model, 2 * np.asarray(model.alpha, dtype=np.float64).reshape(-1, 1) / n, signs, class_weights)
-
-
-def _squared(model: Any, coef_penalty: Any, targets: Callable[[Any], NDArray[Any]], class_weights: Any = None) -> Built:
-    if getattr(model, "positive", False):
-        message = (
-            f"{type(model).__name__}(positive=True) is a constrained fit; at a bound θ̂ does not move smoothly. "
-            "Refit with positive=False."
-        )
-        raise UnsupportedModel(message)
-    coef = np.atleast_2d(np.asarray(model.coef_, dtype=np.float64))
-    K = len(coef)
-
-    def shaped(labels: Any) -> NDArray[Any]:
-        values = targets(labels).astype(np.float64)
-        if values.reshape(len(values), -1).shape[1] != K:
-            message = f"y has shape {values.shape}, and the model was fitted with {K} output(s). Pass y as in fit()."
-            raise InvalidInput(message)
-        return values.reshape(len(values), K)
-
-    return Built(
-        losses.squared,
-        coef,
-        np.broadcast_to(np.asarray(model.intercept_, dtype=np.float64), (K,)).copy() if model.fit_intercept else None,
-        coef_penalty,
-        0.0,
-        shaped,
-        class_weights or (lambda values: np.ones(len(values))),
-        "none",
-        getattr(model, "decision_function", model.predict),
-        closed_form=getattr(model, "solver_", getattr(model, "solver", "auto")) in _DIRECT,
-    )
-
-
-BUILDERS: dict[str, Builder] = {
-    "LinearRegression": _least_squares,
-    "LogisticRegression": _logistic_regression,
-    "Ridge": _ridge,
-    "RidgeClassifier": _ridge_classifier,
-}
-
-
-# ---- the parts --------------------------------------------------------------------------------
-
-
-def _refuse_encoded(examples: Examples) -> None:
-    """Encoding twice would scale inputs and number labels twice."""
-    if examples.encoded_by is not None:
-        message = "These Examples were prepared by another model's influence. Pass the original (X, y) instead."
         raise InvalidInput(message)
+    examples = Examples(built.inputs(fit.X), targets, sample_weight=weights)
+    examples.weights = examples.sample_weight * built.class_weights(targets)
+    return examples
 
 
 def _split(model: Any) -> tuple[Any, Any]:
@@ -342,7 +181,9 @@ def _builder(estimator: Any) -> Builder:
     if known and name in BUILDERS:
         return BUILDERS[name]
     supported = ", ".join(BUILDERS)
-    if any(word in name for word in ("Tree", "Forest", "Boosting", "Bagging", "Neighbors")):
+    if known and name in REFUSED:
+        why = REFUSED[name]
+    elif any(word in name for word in ("Tree", "Forest", "Boosting", "Bagging", "Neighbors")):
         why = (
             "is not fitted by minimising a smooth function of parameters, so influence functions do not apply to "
             "it. Retrain without the rows instead"
@@ -371,136 +212,45 @@ def _require_fitted(model: Any, estimator: Any) -> None:
         raise NotFitted(message) from error
 
 
-def _objective(built: Built, name: str, penalty_per_example: bool | None) -> Objective:
-    K, d = built.coef.shape
-    params = {"coef": torch.tensor(built.coef)}
-    if built.intercept is not None:
-        params["intercept"] = torch.tensor(built.intercept)
-    strengths: dict[str, Any] = {}
-    if np.any(built.coef_penalty):
-        strengths["coef"] = (
-            np.asarray(built.coef_penalty).item()
-            if np.size(built.coef_penalty) == 1
-            else torch.as_tensor(built.coef_penalty)
-        )
-    if built.intercept is not None and built.intercept_penalty:
-        strengths["intercept"] = built.intercept_penalty
-    structure = Linear(built.loss, K, d, built.intercept is not None)
-
-    def outputs(params: dict[str, Tensor], example: Any) -> Tensor:
-        eta = params["coef"] @ example[0].to(params["coef"])
-        return eta + params["intercept"] if "intercept" in params else eta
-
-    def loss(params: dict[str, Tensor], example: Any) -> Tensor:
-        return built.loss(outputs(params, example), example[1])
-
-    return Objective(
-        loss,
-        params,
-        penalty=L2(strengths) if strengths else None,
-        penalty_per_example=penalty_per_example,
-        outputs=outputs,
-        output_loss=lambda output, example: built.loss(output, example[1]),
-        linear=structure,
-        gauge=None
-        if built.gauge == "none" or (built.gauge == "intercept" and built.intercept is None)
-        else _shift_projector(structure, built.gauge),
-        name=name,
-    )
-
-
-def _shift_projector(structure: Linear, gauge: str) -> Callable[[Tensor], Tensor]:
-    """Removes a common shift of all outputs, from the intercepts only or from every parameter."""
-    K, split = structure.n_outputs, structure.n_outputs * structure.n_features
-
-    def project(V: Tensor) -> Tensor:
-        out = V.clone()
-        if gauge == "all":
-            coef = out[:, :split].reshape(len(V), K, -1)
-            out[:, :split] = (coef - coef.mean(1, keepdim=True)).reshape(len(V), -1)
-        if structure.intercept:
-            out[:, split:] -= out[:, split:].mean(1, keepdim=True)
-        return out
-
-    return project
-
-
-def _class_numbers(labels: Any, classes: NDArray[Any]) -> NDArray[np.int64]:
-    """Labels as numbers of `classes`.
-
-    Raises:
-        InvalidInput: if a label was never seen in fit().
-    """
-    array = np.asarray(labels.to_numpy() if hasattr(labels, "to_numpy") else labels)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.ndim != 1:
-        message = f"y has shape {array.shape}; labels form one column. Pass one label per row."
-        raise InvalidInput(message)
-    if array.dtype.kind == "f":
-        check_finite(array, "y")
-    numbers = {label: number for number, label in enumerate(classes.tolist())}
-    unseen = sorted({str(label) for label in array.tolist() if label not in numbers})
-    if unseen:
-        message = (
-            f"y holds labels that fit() never saw: {', '.join(unseen[:5])}. The model knows "
-            f"{', '.join(map(str, classes.tolist()[:10]))}."
-        )
-        raise InvalidInput(message)
-    return np.array([numbers[label] for label in array.tolist()], dtype=np.int64)
-
-
-def _numbers(labels: Any) -> NDArray[np.float64]:
-    return np.asarray(as_array(labels, "y"), dtype=np.float64)
-
-
-def _class_weight_vector(model: Any, classes: NDArray[Any], y: Any, sample_weight: Any) -> NDArray[np.float64]:
-    """(K,) the weight that class_weight gives to each class, as fit() computed it."""
-    if model.class_weight is None:
-        return np.ones(len(classes))
-    compute = require("sklearn.utils.class_weight", "sklearn").compute_class_weight
-    labels = classes[_class_numbers(y, classes)]
-    extra = (
-        {"sample_weight": sample_weight}
-        if sample_weight is not None and "sample_weight" in inspect.signature(compute).parameters
-        else {}
-    )
-    return np.array(compute(model.class_weight, classes=classes, y=labels, **extra), dtype=np.float64)
-
-
-def _compare_predictors(objective: Objective, examples: Examples, built: Built, estimator: Any) -> None:
-    """Our η must be the estimator's own: otherwise this is another model than the one that was read."""
-    rows = examples.spread(_COMPARED_ROWS)
-    X = examples.x[rows]  # type: ignore[index]
-    ours = linear.predictor(objective, X if scipy.sparse.issparse(X) else as_tensor(X).double()).numpy()
+def _compare_predictors(fit: Fit, built: Built) -> None:
+    """Our predictions must be the estimator's own: otherwise this is another model than the one that was read."""
+    chosen = np.unique(np.linspace(0, fit.n - 1, _COMPARED_ROWS).astype(np.int64))
+    X = fit.X[chosen]
+    inputs = built.inputs(X)
+    ours = built.predictor(built.objective, inputs if scipy.sparse.issparse(inputs) else as_tensor(inputs).double())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn warns about missing feature names
-        theirs = np.asarray(built.predictor(X)).reshape(len(rows), -1)
-    gap = float(np.abs(ours - theirs).max())
+        theirs = np.asarray(built.own(X)).reshape(len(chosen), -1)
+    gap = float(np.abs(ours.numpy() - theirs).max())
     tolerance = 1e-3 if theirs.dtype == np.float32 else 1e-8
-    if gap > tolerance * (1 + float(np.abs(theirs).max())):
+    if not gap <= tolerance * (1 + float(np.abs(theirs).max())):
         message = (
-            f"{type(estimator).__name__} predicts values that differ by {gap:.3g} from coef_ · x + intercept_. Was "
-            "the estimator changed after fit(), "
-            "or subclassed? Refit it."
+            f"{fit.name} predicts values that differ by {gap:.3g} from those of its fitted parameters (coef_ · x + "
+            "intercept_, or what stands for them). Was the estimator changed after fit(), or subclassed? Refit it."
         )
         raise UnsupportedModel(message)
 
 
-def _warn_if_not_at_minimum(influence: Influence, estimator: Any, closed_form: bool) -> None:
+def _warn(influence: Influence, fit: Fit, built: Built) -> None:
     """A TheoryWarning with the number, when θ̂ misses the minimum by more than the fit's own method explains."""
-    exact = closed_form and not scipy.sparse.issparse(influence.examples.x)
+    exact = built.closed_form and not scipy.sparse.issparse(influence.examples.x)
     missed = rows_from_minimum(influence)
     size = float(influence.risk_gradient.norm())
+    if built.stretched:
+        message = f"{built.stretched}. There ‖∇R‖ = {size:.3g}, as much as {missed:.3g} rows."
+        warnings.warn(message, TheoryWarning, stacklevel=4)
+        return
     if missed < (_ROWS_MISSED_BY_ROUNDING if exact else _ROWS_MISSED_BY_ITERATION) or size < 1e-12:
         return
     settings = [
-        f"{name}={getattr(estimator, name)}" for name in ("tol", "max_iter", "solver") if hasattr(estimator, name)
+        f"{name}={getattr(fit.estimator, name)}"
+        for name in ("tol", "max_iter", "solver")
+        if hasattr(fit.estimator, name)
     ]
     stopped = f"it stopped early ({', '.join(settings)}): refit with a smaller tol and a larger max_iter"
     others = "X, y, sample_weight or a setting changed since fit() are not those of the fit"
     message = (
-        f"{type(estimator).__name__} is not at a minimum of its objective on these data: ‖∇R‖ = {size:.3g}, as much as "
+        f"{fit.name} is not at a minimum of its objective on these data: ‖∇R‖ = {size:.3g}, as much as "
         f"{missed:.3g} rows. " + (f"Probably {others}." if exact else f"Either {stopped}; or {others}.")
     )
     warnings.warn(message, TheoryWarning, stacklevel=4)

@@ -1,0 +1,116 @@
+"""How a user's X and y become examples of an estimator's objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight.adapters.estimators.built import Again, Built
+from upweight.encoders import whole_examples
+from upweight.errors import InvalidInput
+from upweight.examples import Examples, as_array, as_tensor
+
+
+class SklearnEncoder:
+    """Queries go through the Pipeline's transformers, and labels through the estimator's classes."""
+
+    def __init__(self, transformers: Any, estimator: Any, built: Built | None = None) -> None:
+        self.transformers = transformers
+        self.estimator = estimator
+        self.built = built
+
+    @property
+    def refit(self) -> Again | None:
+        """How the estimator is fitted again."""
+        return None if self.built is None else self.built.again
+
+    @property
+    def feature_names(self) -> list[str] | None:
+        """What the transformers call their output, or the DataFrame of fit() its columns."""
+        if self.transformers is not None:
+            try:
+                return [str(name) for name in self.transformers.get_feature_names_out()]
+            except (AttributeError, ValueError, TypeError):  # a transformer that gives no names
+                return None
+        names = getattr(self.estimator, "feature_names_in_", None)
+        return None if names is None else [str(name) for name in names]
+
+    def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+        """From derivatives by the objective's inputs to derivatives by the columns that the estimator sees."""
+        assert self.built is not None
+        self.built.inputs.check_movable()
+        return self.built.inputs.widened
+
+    def rows(self, X: Any) -> Any:
+        """X as the final estimator sees it: a 2-d array or CSR matrix."""
+        if self.transformers is not None:
+            try:
+                X = self.transformers.transform(X)
+            except Exception as error:
+                message = f"The pipeline's transformers refused X: {error}"
+                raise InvalidInput(message) from error
+        names = getattr(self.estimator, "feature_names_in_", None)
+        if self.transformers is None and names is not None and hasattr(X, "columns") and list(X.columns) != list(names):
+            message = (
+                f"X has the columns {list(X.columns)[:8]}, and the model was fitted on {list(names)[:8]}. Pass the "
+                "same columns in the same order."
+            )
+            raise InvalidInput(message)
+        array = as_array(X, "X")
+        if array.ndim != 2:
+            message = (
+                f"X has shape {tuple(array.shape)}; it needs two axes, (rows, features). Write X.reshape(1, -1) for "
+                "a single row."
+            )
+            raise InvalidInput(message)
+        expected = self.estimator.n_features_in_
+        if array.shape[1] != expected:
+            message = (
+                f"X has {array.shape[1]} features, and the model was fitted on {expected}. Pass the same columns as "
+                "in fit()."
+            )
+            raise InvalidInput(message)
+        return array
+
+    def examples(self, X: Any, y: Any = None) -> Examples:
+        """Queries or new rows as examples."""
+        whole = whole_examples(X, y)
+        if whole is not None and whole.encoded_by is self:
+            return whole
+        if whole is not None:
+            refuse_encoded(whole)
+            X, y = whole.x, whole.y
+        if X is None:
+            message = f"{type(self.estimator).__name__} takes arrays, not a Dataset. Pass (Xq, yq) as arrays."
+            raise InvalidInput(message)
+        weights = None if whole is None else whole.sample_weight
+        assert self.built is not None
+        inputs = self.built.inputs(self.rows(X))
+        made = Examples(inputs, None if y is None else self.built.targets(y), sample_weight=weights)
+        made.encoded_by = self
+        return made
+
+    def targets(self, y: Any) -> Tensor:
+        """Labels as the loss expects them."""
+        assert self.built is not None
+        return as_tensor(self.built.targets(y))
+
+    def class_weights(self, y: Tensor) -> NDArray[np.float64]:
+        """The factor in wᵢ of each encoded target."""
+        assert self.built is not None
+        return self.built.class_weights(y.numpy())
+
+
+def refuse_encoded(examples: Examples) -> None:
+    """Raises for examples of another influence: encoding twice would scale inputs and number labels twice.
+
+    Raises:
+        InvalidInput: if they were encoded.
+    """
+    if examples.encoded_by is not None:
+        message = "These Examples were prepared by another model's influence. Pass the original (X, y) instead."
+        raise InvalidInput(message)

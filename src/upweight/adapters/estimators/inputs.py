@@ -1,0 +1,107 @@
+"""How the rows that an estimator sees become inputs of its objective: as they are, some columns, kernel features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from upweight.errors import UnsupportedModel
+
+
+@runtime_checkable
+class Inputs(Protocol):
+    """A map from rows of X to inputs of the objective."""
+
+    def __call__(self, X: Any) -> Any:
+        """The inputs of these rows."""
+        ...
+
+    def widened(self, gradients: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(q, r, inputs) derivatives by the inputs, as (q, r, d) derivatives by X."""
+        ...
+
+    def check_movable(self) -> None:
+        """Raises where there are no derivatives by X."""
+        ...
+
+
+@dataclass(frozen=True)
+class AsGiven:
+    """The rows themselves."""
+
+    def __call__(self, X: Any) -> Any:
+        """X."""
+        return X
+
+    def widened(self, gradients: NDArray[np.float64]) -> NDArray[np.float64]:
+        """As they are."""
+        return gradients
+
+    def check_movable(self) -> None:
+        """Nothing to say."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of the active set; the others have no effect.
+
+    Args:
+        active: column numbers.
+        width: d, the number of columns of X.
+    """
+
+    active: NDArray[np.int64]
+    width: int
+
+    def __call__(self, X: Any) -> Any:
+        """The active columns."""
+        return X[:, self.active]
+
+    def widened(self, gradients: NDArray[np.float64]) -> NDArray[np.float64]:
+        """With zeros for the columns that have no effect."""
+        out = np.zeros((*gradients.shape[:-1], self.width))
+        out[..., self.active] = gradients
+        return out
+
+    def check_movable(self) -> None:
+        """Nothing to say."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features φ(x) = k(x, X) T of a kernel: inner products of training rows are the Gram matrix, to its rank.
+
+    Args:
+        kernel: rows → their kernel with every training row, (b, n).
+        transform: T (n, rank).
+        name: of the estimator, for its refusals.
+    """
+
+    kernel: Callable[[Any], NDArray[np.float64]]
+    transform: NDArray[np.float64]
+    name: str
+
+    def __call__(self, X: Any) -> NDArray[np.float64]:
+        """(b, rank) features."""
+        return np.asarray(self.kernel(X), dtype=np.float64) @ self.transform
+
+    def widened(self, gradients: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Not defined; `check_movable` has said so."""
+        return gradients
+
+    def check_movable(self) -> None:
+        """Raises: moving a training row moves the kernel itself.
+
+        Raises:
+            UnsupportedModel: always.
+        """
+        message = (
+            f"{self.name} is explained through {self.transform.shape[1]} features of its kernel, which themselves move "
+            "with the training rows, so equation 5 is not defined in them. Use of_replacing(rows, X_new, y_new, "
+            "on=…) for a moved row, or explain a kernel='linear' model."
+        )
+        raise UnsupportedModel(message)

@@ -1,0 +1,137 @@
+"""Kernel machines, as linear ones on a factor of the Gram matrix: nothing special remains.
+
+With K = U S Uᵀ the kernel of all training rows, a row x has the features φ(x) = k(x, X) U S^(−½), whose inner products
+on training rows are K itself. A predictor Σ αⱼ k(x, xⱼ) is φ(x)·w with w = Σ αⱼ φ(xⱼ), and ‖w‖² its norm.
+
+    KernelRidge     Σ sᵢ (ηᵢ − yᵢ)² + α‖w‖²         r = (α/n)‖w‖², no intercept
+    SVC, SVR        C Σ wᵢ ℓᵢ + ½‖w‖²               r = ‖w‖²/(2Cn), free intercept
+
+Directions with S ≤ n·2.2e-16 times the largest are rounding and left out.  Cost: 8n² bytes and O(n³) once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from upweight import losses
+from upweight.adapters.estimators.built import Again, Built, Fit, l2, linear_objective
+from upweight.adapters.estimators.inputs import Features
+from upweight.adapters.estimators.labels import of_outputs
+from upweight.adapters.estimators.margins import (
+    linear_kernel,
+    own_decision,
+    pair_coefficients,
+    unweighted,
+    vector_loss,
+    vector_penalty,
+    vector_targets,
+    vector_weights,
+)
+from upweight.errors import UnsupportedModel, require
+
+_LARGEST = 12_000  # rows; their Gram matrix takes 1.2 GB, its eigenvectors as much again
+_INDEFINITE = 1e-8
+
+
+def kernel_ridge(fit: Fit) -> Built:
+    """KernelRidge, with one output or several."""
+    model = fit.estimator
+    known = model.X_fit_
+    features = _features(fit, lambda X: _ridge_kernel(model, X, fit.X))
+
+    def coef(fitted: Any) -> NDArray[np.float64]:
+        dual = fitted.dual_coef_.reshape(known.shape[0], -1)
+        return (features(fitted.X_fit_).T @ dual).T
+
+    start = coef(model)
+    alpha = np.asarray(model.alpha, dtype=np.float64).reshape(-1, 1)
+    return Built(
+        linear_objective(fit, losses.squared, start, None, l2(2 * alpha / fit.n)),
+        of_outputs(len(start)),
+        model.predict,
+        inputs=features,
+        again=Again(model, fit, lambda fitted: {"coef": coef(fitted)}, preferred=True),
+    )
+
+
+def support_vectors(fit: Fit) -> Built:
+    """SVC or SVR with any kernel."""
+    model = fit.estimator
+    if model.kernel == "linear":
+        return linear_kernel(fit)
+    features = _features(fit, lambda X: _vector_kernel(model, X, fit.X))
+
+    def read(fitted: Any) -> dict[str, Any]:
+        at = features(fit.X[fitted.support_] if fitted.kernel == "precomputed" else fitted.support_vectors_)
+        coef = np.stack([dual @ at[place] for place, dual in pair_coefficients(fitted)])
+        return {"coef": coef, "intercept": np.asarray(fitted.intercept_, dtype=np.float64)}
+
+    loss, stretched = vector_loss(fit)
+    penalty, held = vector_penalty(fit, loss)
+    start = read(model)
+    return Built(
+        linear_objective(fit, loss, start["coef"], start["intercept"], penalty),
+        vector_targets(fit),
+        own_decision(model),
+        vector_weights(fit),
+        inputs=features,
+        stretched=stretched + held,
+        again=None
+        if model.kernel == "precomputed"
+        else Again(_fixed_width(unweighted(model), model), fit, read, preferred=True, strength="C"),
+    )
+
+
+def _fixed_width(again: Any, model: Any) -> Any:
+    """gamma="scale" depends on the rows; the kernel stays as it was."""
+    return (
+        again.set_params(gamma=model._gamma) if isinstance(model.gamma, str) and not callable(model.kernel) else again
+    )
+
+
+def _features(fit: Fit, kernel: Callable[[Any], Any]) -> Features:
+    """φ, from the eigenvectors of the Gram matrix.
+
+    Raises:
+        UnsupportedModel: if there are too many rows, or the kernel is not positive.
+    """
+    if fit.n > _LARGEST:
+        message = (
+            f"{fit.name} with a kernel on {fit.n} rows needs a Gram matrix of {8e-9 * fit.n**2:.1f} GB; the limit is "
+            f"{_LARGEST} rows. Fit on fewer rows, or use a linear model on Nystroem features in a Pipeline."
+        )
+        raise UnsupportedModel(message)
+    gram = np.asarray(kernel(fit.X), dtype=np.float64)
+    if gram.shape != (fit.n, fit.n):
+        message = (
+            f"The kernel of {fit.name} gives a {gram.shape} matrix for {fit.n} rows. Pass the X that fit() was given."
+        )
+        raise UnsupportedModel(message)
+    values, vectors = scipy.linalg.eigh((gram + gram.T) / 2, overwrite_a=True, check_finite=False)
+    if values[0] < -_INDEFINITE * values[-1]:
+        message = (
+            f"The kernel of {fit.name} ({fit.estimator.kernel!r}) is not positive on these rows (eigenvalues from "
+            f"{values[0]:.3g} to {values[-1]:.3g}), so there is no convex problem behind it. Use 'rbf' or 'poly'."
+        )
+        raise UnsupportedModel(message)
+    kept = values > fit.n * np.finfo(np.float64).eps * values[-1]
+    return Features(kernel, vectors[:, kept] / np.sqrt(values[kept]), fit.name)
+
+
+def _ridge_kernel(model: Any, X: Any, rows: Any) -> Any:
+    return X if model.kernel == "precomputed" else model._get_kernel(X, rows)
+
+
+def _vector_kernel(model: Any, X: Any, rows: Any) -> Any:
+    if model.kernel == "precomputed":
+        return X
+    if callable(model.kernel):
+        return model.kernel(X, rows)
+    settings = {"rbf": {}, "poly": {"degree": model.degree, "coef0": model.coef0}, "sigmoid": {"coef0": model.coef0}}
+    pairwise = require("sklearn.metrics.pairwise", "sklearn").pairwise_kernels
+    return pairwise(X, rows, metric=model.kernel, gamma=model._gamma, **settings[model.kernel])

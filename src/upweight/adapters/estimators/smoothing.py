@@ -1,0 +1,99 @@
+"""Smooth losses that stand for losses with kinks (paper, section 4.3), and the warning that says so."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from upweight import losses
+from upweight.adapters.estimators.built import Fit
+from upweight.errors import InvalidInput
+from upweight.losses import Loss
+from upweight.objective import L2
+
+WIDTH = 0.001  # the paper's t
+_FLAT = 1e-10  # mean curvature of the rows in an intercept, below which they do not determine it
+_HELD = 1e6  # the curvature that keeps such an intercept where it is
+
+
+def smooth_hinge(fit: Fit) -> tuple[Loss, str]:
+    """What stands for the hinge, with t = 0.001 unless the user names another; and the warning."""
+    return _chosen(fit, losses.hinge, losses.smooth_hinge(WIDTH), "losses.smooth_hinge(t)")
+
+
+def smooth_tube(fit: Fit) -> tuple[Loss, str]:
+    """The loss that stands for epsilon_insensitive(ε), and the warning."""
+    epsilon = float(fit.estimator.epsilon)
+    return _chosen(
+        fit,
+        losses.epsilon_insensitive(epsilon),
+        losses.smooth_epsilon_insensitive(epsilon, WIDTH),
+        f"losses.smooth_epsilon_insensitive({epsilon:g}, t)",
+    )
+
+
+def _chosen(fit: Fit, raw: Loss, default: Loss, advice: str) -> tuple[Loss, str]:
+    """The user's loss if it stands for `raw`.
+
+    Raises:
+        InvalidInput: if it does not.
+    """
+    loss = default if fit.loss is None else fit.loss
+    if getattr(loss, "name", None) == raw.name:
+        stretched = (
+            f"{fit.name} minimises {raw.name}, and it is explained with t = 0: the loss has no curvature, and the "
+            f"penalty alone resists. Smoother: loss={advice}, t=0.001"
+        )
+        return raw, stretched
+    limit = getattr(loss, "limit", None)
+    if limit is None or limit.name != raw.name:
+        message = (
+            f"loss={loss!r} was given for {fit.name}, which minimises {raw.name}. Pass a smooth version of that, "
+            f"loss={advice}, or losses.{raw.name} itself for t = 0."
+        )
+        raise InvalidInput(message)
+    stretched = (
+        f"{fit.name} minimises {raw.name}, whose kinks have no second derivative. It is explained at the same weights "
+        f"with {loss.name}; a query's value is its {raw.name}"
+    )
+    return loss, stretched
+
+
+def held_intercepts(
+    fit: Fit,
+    loss: Loss,
+    strength: float,
+    eta: NDArray[np.float64],
+    targets: NDArray[np.float64],
+    free: NDArray[np.bool_],
+) -> tuple[L2, str]:
+    """r = (λ/2)‖coef‖² with what holds the free intercepts that no row determines, and words about it.
+
+    Such an intercept is held at its value: its block gets a strength and the tilt that makes the gradient vanish there.
+
+    Args:
+        fit: the estimator and its rows.
+        loss: the smooth loss.
+        strength: λ.
+        eta: (n, K) predictors of the rows.
+        targets: of the rows, encoded.
+        free: (K,) False where fit() itself leaves the intercept undetermined.
+    """
+    h = loss.curvature(torch.from_numpy(eta), torch.from_numpy(np.asarray(targets)))
+    weights = (
+        torch.ones(fit.n, dtype=torch.float64) if fit.sample_weight is None else torch.from_numpy(fit.sample_weight)
+    )
+    curved = (weights[:, None] * torch.diagonal(h, dim1=1, dim2=2)).mean(0).numpy() > _FLAT
+    strengths = {"coef": strength} if strength else {}
+    if (free & curved).all():
+        return L2(strengths), ""
+    intercepts = torch.as_tensor(np.atleast_1d(fit.estimator.intercept_), dtype=torch.float64)
+    held = torch.from_numpy(np.where(free & curved, 0.0, _HELD))
+    penalty = L2(strengths | {"intercept": held}, {"intercept": -held * intercepts})
+    loose = int((~(free & curved)).sum())
+    which = "the intercept" if len(free) == 1 else f"the intercepts of {loose} of {len(free)} pairs"
+    why = (
+        "all support vectors are at a bound (none is free)" if not free.all() else "no row is within reach of its kink"
+    )
+    return penalty, f". {which[0].upper()}{which[1:]} is unidentified, for {why}, and is held at its value"
