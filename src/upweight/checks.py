@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from upweight import calculus, scoring
+from upweight import calculus, defaults, scoring
 from upweight.errors import SolverError, TheoryWarning
 from upweight.solvers import Cholesky
 from upweight.solvers.lanczos import smallest_eigenvalue, suggest_damping
@@ -43,6 +43,7 @@ class Report:
         solver: in words.
         autograd: the route that the probe chose, with the reason if it is not the fastest.
         problem: the solver's message if the probed systems could not be solved, else "".
+        costs: what each solver would cost for one query, in flops and bytes, by the model that `defaults` chooses with.
     """
 
     n: int
@@ -61,6 +62,7 @@ class Report:
     solver: str
     autograd: str
     problem: str = ""
+    costs: str = ""
 
     @property
     def at_minimum(self) -> bool:
@@ -93,6 +95,7 @@ class Report:
             f"curvature            {self.curvature} + {self.damping:.3g}·I, smallest eigenvalue of C "
             f"{self.min_curvature:.3g}: {'positive' if positive else 'NOT positive'}",
             f"solver               {self.solver}, residual {self.residual:.2g}",
+            f"cost of a query      {self.costs}",
             f"autograd             {self.autograd}; one by one instead of in a batch moves a loss by "
             f"{self.batch_drift:.1g}",
         ]
@@ -153,6 +156,7 @@ def examine(influence: Influence, queries: Any) -> Report:
         solver=repr(influence.solver),
         autograd=objective.autograd,
         problem=problem,
+        costs="; ".join(map(str, defaults.costs(objective, influence.examples, influence.curvature))),
     )
 
 

@@ -2,7 +2,10 @@
 
 curvature   Hessian for linear predictors and for losses given as one function; GaussNewton for torch modules,
             because they are rarely at a minimum and it is positive there.
-solver      Cholesky for p ≤ 4,000, else CG to a relative residual of 1e-6.
+solver      of the ways that can be taken, the direct one that costs fewest flops (`costs`): Cholesky for p ≤ 4,000, and
+            for linear predictors Dual when rows are fewer than parameters. Else CG to a relative residual of 1e-6,
+            with the TwoLevel preconditioner for linear predictors. For the self-influence of many rows a Cholesky
+            factor of up to 12,000 parameters is worth its memory when it costs less than the systems would.
 damping     0 for scikit-learn estimators, for Hessian() and for Identity(). For GaussNewton and EmpiricalFisher of
             other models: 0 if an L2 penalty covers every parameter, for it already bounds C from below; else a tenth
             of C's mean eigenvalue, estimated with 16 random vectors (Grosse et al., 2023, use the same share).
@@ -12,18 +15,23 @@ batch       as many examples as keep their saved activations under 1 GiB.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import scipy.sparse
 import torch
 
 from upweight import calculus
+from upweight.examples import Examples
 from upweight.objective import L2, Objective
 from upweight.operators import Curvature, EmpiricalFisher, GaussNewton, Hessian, Operator
-from upweight.solvers import CG, Cholesky, Solver
+from upweight.solvers import CG, Cholesky, Dual, Solver, TwoLevel
 from upweight.trees import leaves, like, take
 
 DIRECT_UP_TO = 4000
+DUAL_UP_TO = 8000
+_FACTOR_UP_TO = 12_000
+_PASSES = {True: 12, False: 60}  # products that CG needs for 1e-6: with TwoLevel, without
 DAMPING_SHARE = 0.1
 _TRACE_VECTORS = 16
 
@@ -33,9 +41,72 @@ def curvature(objective: Objective) -> Curvature:
     return GaussNewton() if objective.linear is None and objective.outputs is not None else Hessian()
 
 
-def solver(objective: Objective) -> Solver:
-    """The solver for an objective when none is named."""
-    return Cholesky() if objective.size <= DIRECT_UP_TO else CG(rtol=1e-6)
+@dataclass(frozen=True)
+class Cost:
+    """What a solver costs for some right-hand sides, estimated before anything is computed.
+
+    Args:
+        solver: the specification.
+        flops: floating-point operations, preparation included.
+        memory: bytes beside the data.
+        possible: whether it can be taken at all.
+    """
+
+    solver: Solver
+    flops: float
+    memory: float
+    possible: bool
+
+    def __str__(self) -> str:
+        size = f"{type(self.solver).__name__} {self.flops / 1e9:.3g} GFLOP, {self.memory / 2**30:.2g} GiB"
+        return size if self.possible else f"{size} (not possible here)"
+
+
+def costs(objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1) -> list[Cost]:
+    """What each solver would cost for so many linear systems, by counting flops and bytes."""
+    p, n = objective.size, len(examples)
+    if objective.linear is None or not isinstance(curvature, Hessian | GaussNewton):
+        product = 6.0 * n * p
+        direct = p * product + p**3 / 3 + 2.0 * systems * p**2
+        return [
+            Cost(Cholesky(), direct, 24.0 * p**2, p <= DIRECT_UP_TO),
+            Cost(CG(rtol=1e-6), _PASSES[False] * systems * product, 32.0 * p * systems, True),
+        ]
+    K, d = objective.linear.n_outputs, objective.linear.n_features
+    entries = float(examples.x.nnz) if scipy.sparse.issparse(examples.x) else float(n) * d  # type: ignore[union-attr]
+    pairs = K * (K - 1) / 2 if objective.linear.loss.coupling is not None else K
+    order = n * K
+    factor = pairs * entries * entries / n + p**3 / 3 + 2.0 * systems * p**2
+    dual = entries * n + order**3 / 3 + systems * (2.0 * order**2 + 4 * entries * K)
+    passes = _PASSES[True] * systems * 4 * entries * K
+    limit = DIRECT_UP_TO if systems == 1 else _FACTOR_UP_TO
+    return [
+        Cost(Cholesky(), factor, 16.0 * p**2, p <= limit),
+        Cost(
+            Dual(), dual, 16.0 * order**2, order < p and order <= DUAL_UP_TO and _every_coefficient_is_held(objective)
+        ),
+        Cost(CG(rtol=1e-6, preconditioner=TwoLevel()), passes, 32.0 * p * systems + 4 * entries, True),
+    ]
+
+
+def solver(objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1) -> Solver:
+    """The solver for an objective when none is named; for many systems a factorisation only if it costs less."""
+    listed = costs(objective, examples, curvature, systems=systems)
+    *direct, iterative = [cost for cost in listed if cost.possible]
+    if not direct:
+        return iterative.solver
+    best = min(direct, key=lambda cost: cost.flops)
+    always = isinstance(best.solver, Dual) or objective.size <= DIRECT_UP_TO
+    return best.solver if always or best.flops < iterative.flops else iterative.solver
+
+
+def _every_coefficient_is_held(objective: Objective) -> bool:
+    """Whether a penalty holds every coefficient, and none is projected out: what Dual divides by."""
+    split = objective.size - (objective.linear.n_outputs if objective.linear and objective.linear.intercept else 0)
+    probe = torch.zeros(1, objective.size, dtype=torch.float64)
+    probe[:, :split] = torch.linspace(1, 2, split, dtype=torch.float64)
+    held = float(calculus.penalty_diagonal(objective)[:split].min()) > 0
+    return held and bool(torch.equal(objective.project(probe), probe))
 
 
 def damping(objective: Objective, spec: Curvature, operator: Operator) -> float:

@@ -229,7 +229,7 @@ class _Stacked:
 class _Rows:
     """Some items of a map-style Dataset."""
 
-    def __init__(self, dataset: Any, rows: Sequence[int]) -> None:
+    def __init__(self, dataset: Any, rows: Sequence[int] | NDArray[np.int64]) -> None:
         self.dataset = dataset
         self.numbers = rows
 
@@ -237,7 +237,7 @@ class _Rows:
         return len(self.numbers)
 
     def __getitem__(self, row: int) -> Any:
-        return self.dataset[self.numbers[row]]
+        return self.dataset[int(self.numbers[row])]
 
 
 def _is_dataset(X: Any) -> bool:

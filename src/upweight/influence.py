@@ -11,26 +11,24 @@ Reference: Koh & Liang (2017), equations 1 to 5.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, defaults, removal, routes, scoring
+from upweight import calculus, defaults, identity, removal, routes, scoring, selfscores
 from upweight.checks import Report, examine, warn_if_not_at_minimum
 from upweight.encoders import Encoder, PlainEncoder
 from upweight.errors import InvalidInput, NotConverged, TheoryWarning, UnsupportedModel
-from upweight.examples import PROBE_ROWS, Examples, as_array, as_tensor, check_finite
+from upweight.examples import Examples, as_array, as_tensor, check_finite
 from upweight.objective import Objective
 from upweight.operators import Curvature, Dense, GaussNewton, Hessian, Operator
-from upweight.scores import Certificate, Scores, SelfScores
+from upweight.scores import Scores, SelfScores
 from upweight.scoring import Products
 from upweight.solvers import Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping
@@ -42,7 +40,6 @@ Queries = Any  # inputs, or Examples, or a Dataset
 On = tuple[Any, ...] | Examples
 Groups = Iterable[Rows] | Mapping[Any, Rows]
 _PROBE = 3
-_SELF_BLOCK = 256
 
 
 class Influence:
@@ -93,10 +90,12 @@ class Influence:
         memory = defaults.example_bytes(self.objective, probe)
         self.sweep = Sweep(self.objective, self.examples, batch_size, progress, memory)
         self.curvature = curvature or defaults.curvature(objective)
-        self.solver = solver or defaults.solver(objective)
+        self.solver = solver or defaults.solver(objective, self.examples, self.curvature)
+        self._solver_given = solver is not None
         self._damping = None if damping is None else checked_damping(damping)
         self._operator: Operator | None = None
         self._prepared: Prepared | None = None
+        self._prepared_for_many: Prepared | None = None
         self._risk_gradient: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -240,24 +239,17 @@ class Influence:
     def of_self(self, rows: Rows = None) -> SelfScores:
         """Each row's removal, measured on its own loss: (wᵢ/n) ∇L(zᵢ)ᵀ (C + λI)⁻¹ ∇L(zᵢ).
 
-        Cost: one linear system per row; cheap for direct solvers, one block of CG per 256 rows otherwise.
+        Cost: p² flops per row with a factorised solver, no n × p numbers; otherwise one linear system per row. When
+        `solver` was left to `defaults` and many rows are asked for, a factorisation that costs less is used for them;
+        the certificate names it, and its residual is measured on 32 of the rows.
 
         Args:
             rows: the training rows; None means all.
         """
         rows = self.examples.rows(rows)
-        blocks = [self._own(rows[start : start + _SELF_BLOCK]) for start in range(0, len(rows), _SELF_BLOCK)]
-        scale = -self.examples.weights[rows] / self.n
-        errors = [products.standard_error() for products, _ in blocks]
-        known = [error[0] for error in errors if error is not None]
-        return SelfScores(
-            values=-scale * np.concatenate([products.mean[0] for products, _ in blocks]),
-            rows=rows,
-            n=self.n,
-            certificate=Certificate.joined([certificate for _, certificate in blocks]),
-            scale=scale,
-            standard_error=np.abs(scale) * np.concatenate(known) if known else None,
-        )
+        solver, prepared = self._for_many(len(rows))
+        scores = selfscores.self_scores(self, rows, prepared, lambda V: self._solve(V, prepared))
+        return replace(scores, certificate=replace(scores.certificate, solver=repr(solver)))
 
     def of_replacing(self, rows: Rows, X_new: Any, y_new: Any = None, *, on: On) -> Scores:
         """Equation 3: the change of each query's loss if training row i becomes the new example, at its weight.
@@ -459,8 +451,18 @@ class Influence:
         """The curvature without the way it is stored."""
         return self.curvature.of if isinstance(self.curvature, Dense) else self.curvature
 
-    def _solve(self, V: Tensor) -> Solution:
-        solution = self.prepared.solve(V)
+    def _for_many(self, systems: int) -> tuple[Solver, Prepared]:
+        """The solver, or a direct one that costs less for so many systems, if the choice was left to `defaults`."""
+        known = (self.objective, self.examples, self.curvature)
+        solver = self.solver if self._solver_given else defaults.solver(*known, systems=systems)
+        if solver == self.solver:
+            return solver, self.prepared
+        if self._prepared_for_many is None:
+            self._prepared_for_many = solver.prepare(self.operator, self.damping)
+        return solver, self._prepared_for_many
+
+    def _solve(self, V: Tensor, prepared: Prepared | None = None) -> Solution:
+        solution = (prepared or self.prepared).solve(V)
         if not solution.converged and solution.replicas is None:
             message = (
                 f"{self.solver} left a relative residual of {float(solution.residual.max()):.2g}: C + λI is too badly "
@@ -479,36 +481,14 @@ class Influence:
     def _query_gradients(self, objective: Objective, queries: Examples) -> Tensor:
         return scoring.gradients(self.sweep.over(objective, queries))
 
-    def _own(self, rows: NDArray[np.int64]) -> tuple[Products, Certificate]:
-        """(1, k) products of rows with their own solutions."""
-        G = scoring.gradients(self.sweep, rows)
-        solution = self._solve(G + self.penalty_share)
-        replicas = None if solution.replicas is None else (solution.replicas * G).sum(2)[:, None].numpy()
-        known = scoring.certificate(self, solution)
-        if self.objective.folded:  # the penalty's share was in the right-hand sides; a row's own loss has none
-            known = replace(known, drift=np.full(len(rows), np.nan))
-        return Products((solution.x * G).sum(1)[None].numpy(), replicas), known
-
     def _removal_scores(self, objective: Objective, queries: Examples, store: Any) -> Scores:
         solution = self._solve(self._query_gradients(objective, queries))
-        folder = None if store is None else Store(store, self.fingerprint(queries, objective.name))
+        folder = None if store is None else Store(store, identity.fingerprint(self, queries, objective.name))
         if folder is not None:
-            solution = self._compared(folder, solution)
+            solution = identity.compared(self, folder, solution)
         weights = self.examples.weights / self.n
         changes = scoring.with_rows(self.sweep, solution, self.penalty_share, store=folder).scaled(weights)
         return self._scores(solution, changes, -weights, np.arange(self.n), "row removed", queries, objective)
-
-    def _compared(self, folder: Store, solution: Solution) -> Solution:
-        """The solution that the folder's chunks were computed with, if this is the same work."""
-        probe = self.examples.batch(self.examples.spread(PROBE_ROWS))
-        folder.agree("losses", calculus.losses(self.objective, probe).double().cpu().numpy(), 1e-6)
-        folder.agree("penalty_gradient", self.penalty_share.numpy(), 1e-6)
-        scale = scoring.typical_row(self.sweep)  # keeps a gradient that is 0 up to rounding comparable
-        gradient = np.append(self.risk_gradient.numpy(), scale)
-        folder.agree("risk_gradient", gradient, 1e-3)
-        rtol = min(1e-3, max(1e-6, 100 * float(solution.residual.max()))) if solution.replicas is None else 1e-6
-        kept = folder.agree("solutions", solution.x.numpy(), rtol)
-        return replace(solution, x=torch.from_numpy(kept))
 
     def _replacing(self, rows: NDArray[np.int64], new: Examples, counterfactual: str, on: On) -> Scores:
         queries = self.queries(on)
@@ -539,24 +519,6 @@ class Influence:
             scoring.measures(self.sweep.over(measured, queries)),
             changes.standard_error(),
         )
-
-    def fingerprint(self, queries: Examples, measure: str) -> dict[str, Any]:
-        """What scores on these queries depend on: θ̂, a probe of the data, n, curvature, solver, damping, versions."""
-        import upweight
-
-        return {
-            "theta": hashlib.sha256(self.objective.theta.numpy().tobytes()).hexdigest()[:16],
-            "data": self.examples.fingerprint(),
-            "queries": queries.fingerprint(),
-            "n": self.n,
-            "objective": self.objective.name,
-            "measure": measure,
-            "penalty_per_example": self.objective.folded,
-            "curvature": repr(self.curvature),
-            "solver": repr(self.solver),
-            "damping": self.damping,
-            "versions": f"upweight {upweight.__version__}, torch {torch.__version__}",
-        }
 
 
 def _training_examples(data: Any, encoder: Encoder) -> Examples:

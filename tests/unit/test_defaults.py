@@ -26,7 +26,8 @@ def test_curvature_is_exact_for_linear_predictors_and_single_functions_and_posit
 
 @pytest.mark.parametrize(("p", "expected"), [(4000, Cholesky()), (4001, CG(rtol=1e-6))])
 def test_solver_is_direct_up_to_4000_parameters(p, expected):
-    assert defaults.solver(uw.Objective(lambda params, z: params.sum(), torch.ones(p))) == expected
+    objective = uw.Objective(lambda params, z: params.sum(), torch.ones(p))
+    assert defaults.solver(objective, uw.Examples(X, Z), Hessian()) == expected
 
 
 @pytest.mark.parametrize("curvature", [Hessian(), GaussNewton(), EmpiricalFisher(), Identity()], ids=repr)

@@ -1,6 +1,6 @@
 """Solvers of (C + λI) x = v."""
 
-from upweight.solvers.base import Prepared, Solution, Solver
+from upweight.solvers.base import Prepared, Quadratic, Solution, Solver
 from upweight.solvers.cg import CG
 from upweight.solvers.direct import Cholesky
 from upweight.solvers.dual import Dual
@@ -15,6 +15,7 @@ __all__ = [
     "LiSSA",
     "Preconditioner",
     "Prepared",
+    "Quadratic",
     "Solution",
     "Solver",
     "TwoLevel",

@@ -1,0 +1,91 @@
+"""Self-influence: every row's removal, measured on its own loss.
+
+    values[i] = (wᵢ/n) ∇Lᵢᵀ (C + λI)⁻¹ (∇Lᵢ + share)
+
+A factorised solver gives the quadratic forms of all rows by one triangular solve each, without their solutions; any
+other solver solves one system per row. `share` is what a row's gradient carries of the penalty's, 0 if r stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight import calculus, scoring
+from upweight.scores import Certificate, SelfScores
+from upweight.scoring import Products
+from upweight.solvers import Quadratic, Solution
+
+if TYPE_CHECKING:
+    from upweight.influence import Influence
+
+_BLOCK = 256
+_WITNESSES = 32  # rows whose systems are solved in full, to measure the residual of the factorisation
+
+
+def self_scores(
+    influence: Influence, rows: NDArray[np.int64], prepared: Any, solve: Callable[[Tensor], Solution]
+) -> SelfScores:
+    """The self-influence of these rows.
+
+    Args:
+        influence: whose rows they are.
+        rows: which of them.
+        prepared: the prepared solver.
+        solve: its solution of right-hand sides, refused if it keeps no promise.
+    """
+    way = _by_forms if isinstance(prepared, Quadratic) else _by_solutions
+    products, certificate = way(influence, rows, prepared, solve)
+    scale = -influence.examples.weights[rows] / influence.n
+    error = products.standard_error()
+    return SelfScores(
+        values=-scale * products.mean[0],
+        rows=rows,
+        n=influence.n,
+        certificate=certificate,
+        scale=scale,
+        standard_error=None if error is None else np.abs(scale) * error[0],
+    )
+
+
+def _by_forms(
+    influence: Influence, rows: NDArray[np.int64], prepared: Quadratic, solve: Callable[[Tensor], Solution]
+) -> tuple[Products, Certificate]:
+    objective, sweep = influence.objective, influence.sweep
+    witnesses = rows[np.unique(np.linspace(0, len(rows) - 1, _WITNESSES).astype(np.int64))]
+    solution = solve(scoring.gradients(sweep, witnesses))
+    across = solve(torch.stack([influence.risk_gradient, influence.penalty_share])).x
+
+    def forms(batch: Any, _: Tensor) -> Tensor:
+        G = calculus.gradients(objective, batch).double().cpu()
+        return torch.cat([prepared.forms(G)[:, None], G @ across.T], 1)
+
+    values = sweep.emit(forms, vectors=scoring.width(sweep), rows=rows, label="self-influence")
+    known = scoring.certificate(influence, solution)
+    drift = np.full(len(rows), np.nan) if objective.folded else -values[:, 1]
+    known = replace(known, residual=np.full(len(rows), float(solution.residual.max())), drift=drift)
+    return Products((values[:, 0] + values[:, 2])[None]), known
+
+
+def _by_solutions(
+    influence: Influence, rows: NDArray[np.int64], _: Any, solve: Callable[[Tensor], Solution]
+) -> tuple[Products, Certificate]:
+    means, replicas, certificates = [], [], []
+    for start in range(0, len(rows), _BLOCK):
+        G = scoring.gradients(influence.sweep, rows[start : start + _BLOCK])
+        solution = solve(G + influence.penalty_share)
+        means.append((solution.x * G).sum(1)[None].numpy())
+        if solution.replicas is not None:
+            replicas.append((solution.replicas * G).sum(2)[:, None].numpy())
+        known = scoring.certificate(influence, solution)
+        if influence.objective.folded:  # the penalty's share was in the right-hand sides; a row's own loss has none
+            known = replace(known, drift=np.full(len(G), np.nan))
+        certificates.append(known)
+    mean = np.concatenate(means, 1)
+    return Products(mean, np.concatenate(replicas, 2) if replicas else None), Certificate.joined(certificates)
