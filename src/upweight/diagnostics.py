@@ -185,7 +185,7 @@ def _least_squares(
     squares = float(whitened @ whitened)
     residual = -rows.slopes / unit - removals.eta_change
     left_squares = squares + removals.squares_change / unit - w * residual**2
-    left_df = count - (w > 0) - _edf_without(influence, edf, w * unit * removals.penalty_form)
+    left_df = count - 1 - _edf_without(influence, edf, w * unit * removals.penalty_form)
     left_df = np.where(left_df > _NO_FREEDOM, left_df, np.nan)
     floor = 1e-20 * max(squares, np.finfo(float).tiny)
     sigma = np.sqrt(np.where(left_squares > floor, left_squares, np.nan) / left_df)

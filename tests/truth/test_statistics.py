@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import statsmodels.api as sm
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes
-from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from sklearn.linear_model import (
+    GammaRegressor,
+    LinearRegression,
+    LogisticRegression,
+    PoissonRegressor,
+    Ridge,
+    TweedieRegressor,
+)
 from statsmodels.stats.outliers_influence import OLSInfluence
 
 import upweight as uw
@@ -230,6 +239,47 @@ def test_sklearn_logistic_regression_is_statsmodels_logit():
     near(dfbetas(frame), theirs.dfbetas)
     robust = sm.Logit(y, with_ones(X)).fit(disp=0, tol=1e-14, cov_type="HC0")
     near(diagnostics.ij_standard_errors(influence), robust.bse)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "family"),
+    [
+        (PoissonRegressor, sm.families.Poisson()),
+        (GammaRegressor, sm.families.Gamma(sm.families.links.Log())),
+        (partial(TweedieRegressor, power=0, link="identity"), None),
+    ],
+    ids=["poisson", "gamma", "gaussian"],
+)
+def test_sklearn_generalised_linear_models_are_statsmodels(estimator, family):
+    """sample_weight is var_weights, although scikit-learn divides by its sum; power 0 is least squares."""
+    X, y = counts()
+    w = 7 * weights(len(y))
+    model = estimator(alpha=0, tol=1e-12, max_iter=1000, solver="newton-cholesky").fit(X, y, sample_weight=w)
+    influence = uw.explain(model, X, y, sample_weight=w)
+    frame = influence.summary_frame()
+    if family is None:
+        expected = uw.explain(LinearRegression().fit(X, y, sample_weight=w), X, y, sample_weight=w).summary_frame()
+        near(frame, expected)
+        return
+    theirs = sm.GLM(y, with_ones(X), family=family, var_weights=w).fit(tol=1e-14, maxiter=200).get_influence()
+    near(frame["leverage"], theirs.hat_matrix_diag)
+    near(frame["cooks_distance"], theirs.cooks_distance[0])
+    near(frame["studentized_residual"], theirs.resid_studentized)
+    near(frame["dffits"], theirs.d_fittedvalues_scaled)
+    near(dfbetas(frame), theirs.dfbetas)
+
+
+def test_penalised_poisson_follows_the_newton_step_of_its_own_objective():
+    """PoissonRegressor's α is a penalty on the mean loss, so a removed row takes its share along."""
+    X, y = counts()
+    model = PoissonRegressor(alpha=0.1, tol=1e-12, max_iter=1000, solver="newton-cholesky").fit(X, y)
+    frame, D = uw.explain(model, X, y).summary_frame(), with_ones(X)
+    inverse = np.linalg.inv(D.T @ (model.predict(X)[:, None] * D) + 442 * 0.1 * np.diag([1.0] * 6 + [0.0]))
+    moved = []
+    for row in range(5):
+        refit = clone(model).fit(np.delete(X, row, 0), np.delete(y, row))
+        moved.append(np.append(model.coef_ - refit.coef_, model.intercept_ - refit.intercept_))
+    near(dfbetas(frame)[:5], np.array(moved) / np.sqrt(np.diag(inverse)), 0.05)
 
 
 @pytest.mark.data

@@ -122,12 +122,15 @@ def test_leverages_are_shares_of_the_effective_parameters():
     assert all((h > 0).all() and (h < 1).all() for h in inside)
 
 
-def test_standard_errors_are_those_of_on_params_for_any_model():
+@pytest.mark.parametrize("folded", [False, True])
+def test_standard_errors_are_those_of_on_params_for_any_model(folded):
     module = torch.nn.Linear(3, 2).double()
     with torch.no_grad():
         module.weight.zero_()
     target = np.column_stack([Y, -Y])
-    influence = uw.explain(module, X, target, loss=torch.nn.functional.mse_loss, penalty=0.1, sample_weight=W)
+    influence = uw.explain(
+        module, X, target, loss=torch.nn.functional.mse_loss, penalty=0.1, sample_weight=W, penalty_per_example=folded
+    )
     psi = influence.on_params()
     same(diagnostics.ij_standard_errors(influence), np.sqrt(((W[:, None] * psi / 40) ** 2).sum(0)))
 
