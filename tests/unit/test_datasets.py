@@ -1,9 +1,11 @@
-"""MNIST from a local folder; other content than the published is refused."""
+"""Data sets from a local folder; other content than the published is refused."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -74,3 +76,109 @@ def test_the_cache_is_used_before_the_network(tmp_path, monkeypatch):
     (tmp_path / "upweight" / "mnist").mkdir(parents=True)
     (tmp_path / "upweight" / "mnist" / f"{NAMES[0]}.gz").write_bytes(gzip.compress(bytes(16)))
     refuses(datasets.mnist, ValueError, "374708ff")
+
+
+def archive(path, files, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def jpeg(shade, size=(40, 30), mode="RGB"):
+    image = pytest.importorskip("PIL.Image")
+    stream = io.BytesIO()
+    image.new(mode, size, shade).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+@pytest.mark.data
+@pytest.mark.skipif(datasets.local("enron1") is None, reason="UPWEIGHT_DATA has no enron1 folder")
+def test_the_mails_come_in_the_order_of_their_numbers():
+    mail = datasets.enron1()
+    assert len(mail.texts) == len(mail.names) == len(mail.labels) == 5172
+    assert mail.labels.sum() == 1500
+    assert [int(name[:4]) for name in mail.names] == list(range(1, 5173))
+    assert all(text.startswith("Subject:") for text in mail.texts)
+    assert mail.names[5] == "0006.2003-12-18.GP.spam.txt"
+    assert mail.labels[:7].tolist() == [0, 0, 0, 0, 0, 1, 0]
+    assert not any("\r\n" in text for text in mail.texts)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(datasets.local("dogfish_imagenette") is None, reason="UPWEIGHT_DATA has no dogfish_imagenette")
+def test_the_photographs_are_read():
+    pytest.importorskip("PIL")
+    data = datasets.dogfish()
+    assert data.images.shape == (1800, 224, 224, 3)
+    assert data.test_images.shape == (600, 224, 224, 3)
+    assert data.labels.tolist() == [0] * 900 + [1] * 900
+    assert data.test_labels.tolist() == [0] * 300 + [1] * 300
+    assert data.images.dtype == np.uint8
+
+
+def test_photographs_are_chosen_by_name_made_rgb_and_resized(tmp_path):
+    names = {"val/n01440764/b": 250, "val/n01440764/a": 5, "val/n02102040/z": 90, "train/n01440764/y": 7, "val/n0/x": 8}
+    files = {f"imagenette2-320/{name}.JPEG": jpeg(shade, mode="L") for name, shade in names.items()}
+    with tarfile.open(archive(tmp_path / "some.tar", files)) as tar:
+        found = {name: match for name in tar.getnames() if (match := datasets._WANTED.search(name))}
+        assert len(found) == 4
+        pixels, labels = datasets._photographs(tar, found, "val", 1)
+    assert labels.tolist() == [0, 1]  # the dog, then the first fish
+    assert pixels.shape == (2, 224, 224, 3)
+    np.testing.assert_allclose(pixels.mean((1, 2)), [[90] * 3, [5] * 3], atol=2)
+
+
+def test_line_ends_and_folders_do_not_change_what_the_mails_are(tmp_path):
+    one = archive(
+        tmp_path / "a.tgz", {"enron1/ham/0001.x.ham.txt": b"Subject: a\nb", "enron1/Summary.txt": b"."}, "w:gz"
+    )
+    two = archive(tmp_path / "b.tgz", {"spare/0001.x.ham.txt": b"Subject: a\r\nb"}, "w:gz")
+    three = archive(tmp_path / "c.tgz", {"enron1/ham/0001.x.ham.txt": b"Subject: a\nc"}, "w:gz")
+    assert datasets._mail(one) == datasets._mail(two)
+    assert datasets._mail(one)[1] != datasets._mail(three)[1]
+
+
+def test_other_photographs_and_mails_are_refused(tmp_path):
+    archive(tmp_path / "imagenette_tench_springer_224.tar", {"val/n01440764/a.JPEG": b""})
+    refuses(lambda: datasets.dogfish(tmp_path), ValueError, "springer_224.tar has sha256 .*published d2c6b3a3")
+    archive(tmp_path / "enron1.tar.gz", {"0001.x.spam.txt": b"Subject: no"}, "w:gz")
+    refuses(lambda: datasets.enron1(tmp_path), ValueError, "The 1 e-mails of .* not that of Enron1")
+    (tmp_path / "enron1.tar.gz").write_bytes(b"no archive")
+    refuses(lambda: datasets.enron1(tmp_path), ValueError, "is no tar archive")
+    (tmp_path / "enron1.tar.gz").write_bytes(gzip.compress(bytes(20_000))[:-9])
+    refuses(lambda: datasets.enron1(tmp_path), ValueError, "is no tar archive|The 0 e-mails")
+
+
+@pytest.mark.parametrize("load", [datasets.dogfish, datasets.enron1])
+def test_a_folder_without_the_archive_is_refused(tmp_path, load):
+    refuses(lambda: load(tmp_path), FileNotFoundError, f"There is no .* in {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "file", "message"),
+    [
+        (datasets.enron1, "enron1", "enron1.tar.gz", "is no tar archive"),
+        (datasets.dogfish, "dogfish_imagenette", "imagenette2-320.tgz", "has md5 .*published 3df6f0d01a2c9592"),
+    ],
+)
+def test_a_damaged_download_is_refused(tmp_path, monkeypatch, load, name, file, message):
+    monkeypatch.delenv("UPWEIGHT_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+
+    class Response(io.BytesIO):
+        pass
+
+    def answer(url, timeout):
+        asked.append(url)
+        return Response(b"an error page")
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    for _ in range(2):
+        refuses(load, ValueError, message)
+    assert len(asked) == 1
+    assert asked[0].endswith(file)
+    assert (tmp_path / "upweight" / name / file).read_bytes() == b"an error page"
