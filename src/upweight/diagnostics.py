@@ -81,8 +81,8 @@ def summary_frame(influence: Influence) -> DataFrame:
     s(i)² is the residual variance of the refit, RSS(i)/(n − 1 − edf(i)), in closed form for ridge too. GLM columns are
     one-step approximations with s² = Pearson's X²/(n − edf) for gamma and Tweedie, 1 for binomial and Poisson. n counts
     rows of positive weight. A row of leverage 1 (it alone determines a parameter) or with φ″ < 0 is NaN elsewhere and
-    a TheoryWarning names it; what needs s or s(i) is NaN when no degree of freedom is left. Names are the estimator's
-    (through a Pipeline's transformers), else x0, x1, …; the index is the row number.
+    a TheoryWarning names it; what needs s or s(i) is NaN when no degree of freedom is left. Names are those of
+    `parameter_names`; the index is the row number. For lasso and elastic net "exact" means: on the same active set.
 
     Cost: one linear system per row (some ten if rows take their share of a penalty along) and one sweep; the result
     holds n·(p + 5) numbers, and nothing of size n × n exists.
@@ -154,22 +154,23 @@ def ij_standard_errors(influence: Influence) -> Float[NDArray[np.float64], " p"]
 
 
 def parameter_names(influence: Influence) -> list[str]:
-    """Names of the parameters of one linear predictor: the estimator's features, else x0, x1, …; then `intercept`."""
+    """Names of the parameters of one linear predictor: the features of X that have one, then `intercept`.
+
+    The features are named by the DataFrame of fit() or by the Pipeline's transformers; without names, or if a name
+    occurs twice, they are x0, x1, … by their column in X. Kernel features are no columns: kernel0, kernel1, …
+    """
     structure = influence.objective.linear
     d = influence.objective.size if structure is None else structure.n_features
     tail = ["intercept"] if structure is not None and structure.intercept else []
-    estimator = getattr(influence.encoder, "estimator", None)
-    transformers = getattr(influence.encoder, "transformers", None)
-    names = getattr(estimator, "feature_names_in_", None)
-    if names is None and transformers is not None:
-        try:
-            names = transformers.get_feature_names_out()
-        except (AttributeError, ValueError, TypeError):  # a transformer that cannot name what it makes
-            names = None
-    known = [] if names is None else [*map(str, names), *tail]
-    if len(known) != d + len(tail) or len(set(known)) != len(known):
-        return [*(f"x{j}" for j in range(d)), *tail]
-    return known
+    inputs = getattr(getattr(influence.encoder, "built", None), "inputs", None)
+    if hasattr(inputs, "transform"):
+        return [*(f"kernel{j}" for j in range(d)), *tail]
+    active = [int(j) for j in getattr(inputs, "active", range(d))]  # an l1 penalty has taken the others out
+    known = influence.feature_names or []
+    named = [*(str(known[j]) for j in active), *tail] if len(known) == getattr(inputs, "width", d) else []
+    if len(named) != d + len(tail) or len(set(named)) != len(named):
+        return [*(f"x{j}" for j in active), *tail]
+    return named
 
 
 # ---- the columns -------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import pytest
 import scipy.sparse
 import torch
 from sklearn.datasets import load_iris
-from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
@@ -67,6 +68,21 @@ def test_names_come_from_the_estimator_or_through_the_pipeline():
 def test_names_that_are_not_unique_fall_back_to_numbers():
     data = pd.DataFrame(X, columns=["a", "b", "intercept"])
     assert diagnostics.parameter_names(uw.explain(Ridge().fit(data, Y), data, Y)) == ["x0", "x1", "x2", "intercept"]
+
+
+def test_an_active_set_keeps_the_names_of_its_columns_and_kernels_have_none():
+    data = pd.DataFrame(X, columns=["a", "b", "c"])
+    lasso = Lasso(alpha=0.6, tol=1e-12).fit(data, Y)
+    assert (lasso.coef_ != 0).tolist() == [True, True, False]
+    assert diagnostics.parameter_names(uw.explain(lasso, data, Y)) == ["a", "b", "intercept"]
+    second = Lasso(alpha=2.2, tol=1e-12).fit(X, Y)
+    assert second.coef_.nonzero()[0].tolist() == [1]
+    frame = uw.explain(second, X, Y).summary_frame()
+    assert list(frame.columns[4:-1]) == ["dfbetas_x1", "dfbetas_intercept"]
+    refit = Lasso(alpha=2.2, tol=1e-12).fit(X[1:], Y[1:])
+    assert frame.loc[0, "loo_residual"] == pytest.approx(Y[0] - refit.predict(X[:1])[0], rel=1e-8)
+    kernel = uw.explain(KernelRidge(alpha=1.0, kernel="rbf").fit(X, Y), X, Y)
+    assert {name.rstrip("0123456789") for name in diagnostics.parameter_names(kernel)} == {"kernel"}
 
 
 # ---- laws ------------------------------------------------------------------------------------------
