@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from upweight.examples import Examples
     from upweight.influence import Influence
     from upweight.objective import L2, Linear, Objective
-    from upweight.retrain import LBFGS, Newton, Retrain
+    from upweight.retrain import LBFGS, Newton, Refit, Retrain
     from upweight.scores import Certificate, Scores, SelfScores, TopK
     from upweight.study import Study
     from upweight.validate import Agreement, Outcomes, agreement, leave_one_out
@@ -33,6 +33,7 @@ __all__ = [
     "Newton",
     "Objective",
     "Outcomes",
+    "Refit",
     "Report",
     "Retrain",
     "Scores",
@@ -65,6 +66,7 @@ _HOMES = {
     "Newton": "retrain",
     "Objective": "objective",
     "Outcomes": "validate",
+    "Refit": "retrain",
     "Report": "checks",
     "Retrain": "retrain",
     "Scores": "scores",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -65,7 +67,7 @@ def held_intercepts(
     loss: Loss,
     strength: float,
     eta: NDArray[np.float64],
-    targets: NDArray[np.float64],
+    targets: NDArray[Any],
     free: NDArray[np.bool_],
 ) -> tuple[L2, str]:
     """r = (λ/2)‖coef‖² with what holds the free intercepts that no row determines, and words about it.
