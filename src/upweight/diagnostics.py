@@ -260,9 +260,9 @@ def _edf_without(influence: Influence, edf: float, own: Vector) -> Vector:
 
 
 def _pearson(w: Vector, slopes: Vector, expected: Vector) -> Vector:
-    """−√w φ′/√E, and its limit 0 where both have underflowed."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(slopes == 0, 0.0, -np.sqrt(w) * slopes / np.sqrt(expected))
+    """−√w φ′/√E: its limit 0 where both have underflowed, and NaN, not ∞, where E alone has."""
+    size = np.sqrt(np.where(expected > 0, expected, np.nan))
+    return np.where(slopes == 0, 0.0, -np.sqrt(w) * slopes / size)
 
 
 def _with_expected_curvature(influence: Influence, family: Family) -> Influence:

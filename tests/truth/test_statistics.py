@@ -186,6 +186,12 @@ def counts():
     return X[:, :6] * 20, y
 
 
+def shifted():
+    """Targets within a factor two of their means, where every one of these losses is convex."""
+    X, y = counts()
+    return X, y + 400
+
+
 def malignant():
     X, y = load_breast_cancer(return_X_y=True)
     X = X[:, [1, 4, 8, 9, 14]]
@@ -199,6 +205,8 @@ GLMS = {
     "tweedie": (uw.losses.tweedie(1.51234567), counts, sm.families.Tweedie(var_power=1.51234567)),
     "poisson by power": (uw.losses.tweedie(1), counts, sm.families.Poisson()),
     "gamma by power": (uw.losses.tweedie(2), counts, sm.families.Gamma(sm.families.links.Log())),
+    "gaussian, log link": (uw.losses.tweedie(0), shifted, sm.families.Gaussian(sm.families.links.Log())),
+    "inverse gaussian": (uw.losses.tweedie(3), shifted, sm.families.InverseGaussian(sm.families.links.Log())),
     "poisson, identity": (uw.losses.tweedie(1, "identity"), counts, sm.families.Poisson(sm.families.links.Identity())),
 }
 

@@ -184,6 +184,21 @@ def test_no_degree_of_freedom_left_is_nan_and_never_infinite():
     assert not np.isinf(exact).any(axis=None)
 
 
+def test_a_probability_that_has_underflowed_is_no_infinity():
+    far = np.array([[-2000.0], [-1.0], [0.0], [0.5], [1.0], [2.0], [3.0], [1e4]])
+    y = np.array([0.0, 0, 1, 0, 1, 0, 1, 1])
+    objective = uw.Objective(
+        lambda params, example: uw.losses.logistic(params["coef"] @ example[0], example[1]),
+        {"coef": torch.ones(1, 1, dtype=torch.float64)},
+        linear=uw.Linear(uw.losses.logistic, 1, 1, False),
+    )
+    right = uw.Influence(objective, (far, y)).summary_frame()
+    assert right.loc[[0, 7], ["leverage", "dffits", "studentized_residual"]].eq(0).all(axis=None)
+    wrong = uw.Influence(objective, (far, 1 - y)).summary_frame()
+    assert not np.isinf(wrong).any(axis=None)
+    assert wrong.loc[[0, 7], "studentized_residual"].isna().all()
+
+
 @pytest.mark.parametrize(
     ("model", "settings", "text"),
     [
