@@ -114,7 +114,7 @@ def draw(result: dict[str, Any]) -> Figure:
         report.style(ax, title=title)
         report.note(ax, text)
         ax.set_xlabel("$-I_{\\mathrm{up,loss}}$ with that part left out (nats)")
-        ax.margins(y=0.12)
+        ax.set_ylim(full.min() - 0.1 * np.ptp(full), full.max() + 0.3 * np.ptp(full))  # room for the words
     axes[0].set_ylabel("$-I_{\\mathrm{up,loss}}$ in full (nats)")
     for label, color in (("training 7, as the query", report.BLUE), ("training 1", report.ORANGE)):
         axes[2].scatter([], [], s=22, color=color, label=label)

@@ -95,7 +95,10 @@ def influence(
     model: LinearSVC, X: NDArray[np.float64], y: NDArray[np.int64], t: float, corner: float = 0.0
 ) -> uw.Influence:
     """The SVM's weights under SmoothHinge(t); at t = 0, margins below 1 + corner have the slope −1."""
-    loss = uw.losses.smooth_hinge(t) if t else replace(uw.losses.hinge, slope=hinge_slope(corner))
+    if not corner:
+        loss = uw.losses.smooth_hinge(t) if t else uw.losses.hinge
+        return uw.explain(model, X, y, loss=loss, penalty_per_example=True)
+    loss = replace(uw.losses.hinge, slope=hinge_slope(corner))
 
     def one(params: dict[str, torch.Tensor], example: Any) -> torch.Tensor:
         return loss(params["coef"] @ example[0], example[1])
@@ -106,7 +109,6 @@ def influence(
         penalty=digits.L2,
         penalty_per_example=True,
         linear=uw.Linear(loss, 1, X.shape[1], intercept=False),
-        name=f"LinearSVC under {loss}",
     )
     return uw.Influence(objective, (X, y))
 

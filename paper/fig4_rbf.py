@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import scipy.stats
-import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.svm import LinearSVC
@@ -42,13 +41,14 @@ def compute(per_class: int = 900) -> dict[str, Any]:
     margins = (2 * yq - 1) * model.decision_function(Fq)
     fish = np.flatnonzero((yq == 1) & (margins > 0))
     query = int(fish[np.argmin(np.abs(margins[fish] - MARGIN))])
-    influence = uw.Influence(objective(model, F.shape[1]), (F, y))
+    influence = uw.explain(model, F, y, loss=uw.losses.smooth_hinge(T), penalty_per_example=True)
     scores = influence.on_loss(Fq[query : query + 1], yq[query : query + 1])
     values, distances = scores.values[0], np.sqrt(squares[len(y) + query, : len(y)])
     helpful, harmful = scores.helpful(20).rows[0], scores.harmful(20).rows[0]
     train_margins = (2 * y - 1) * model.decision_function(F)
     same, active = y == 1, train_margins < 1 + 10 * T  # the other rows have no gradient but the penalty's share
     correlation = scipy.stats.spearmanr(np.abs(values), distances)[0]
+    near = distances <= np.quantile(distances, 0.1)
     numbers = {
         "distance_correlation": correlation,
         "distance_correlation_of_fish": scipy.stats.spearmanr(np.abs(values[same]), distances[same])[0],
@@ -63,8 +63,10 @@ def compute(per_class: int = 900) -> dict[str, Any]:
         "distance_correlation_of_rows_with_a_gradient": scipy.stats.spearmanr(
             np.abs(values[active]), distances[active]
         )[0],
-        "share_of_fish_with_a_gradient_that_help": float((values[same & active] > 0).mean()),
-        "share_of_dogs_with_a_gradient_that_help": float((values[~same & active] > 0).mean()),
+        "mean_value_of_near_fish": values[same & near].mean(),
+        "mean_value_of_near_dogs": values[~same & near].mean(),
+        "mean_value_of_far_fish": values[same & ~near].mean(),
+        "mean_value_of_far_dogs": values[~same & ~near].mean(),
         "largest_value": values.max(),
         "nearest_distance": distances.min(),
         "farthest_distance": distances.max(),
@@ -85,6 +87,7 @@ def compute(per_class: int = 900) -> dict[str, Any]:
         "query": "the correctly classified test fish whose margin is nearest 0.990; indices of test rows",
         "fit": "LinearSVC(loss='hinge', fit_intercept=False, tol=1e-8) on Cholesky features, float64",
         "penalty_per_example": True,
+        "near": "the tenth of all training rows that is nearest to the query",
         "distance": "Euclidean, unsquared, in pixels of [−1, 1]",
     }
     arrays = {"value": values, "distance": distances, "fish": same, "helpful": helpful}
@@ -114,23 +117,6 @@ def factor(kernel: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
             continue
     message = "The kernel matrix is not positive definite, even with 1e-6 on its diagonal."
     raise ValueError(message)
-
-
-def objective(model: LinearSVC, features: int) -> uw.Objective:
-    """The SVM's weights under the smooth hinge."""
-    loss = uw.losses.smooth_hinge(T)
-
-    def one(params: dict[str, torch.Tensor], example: Any) -> torch.Tensor:
-        return loss(params["coef"] @ example[0], example[1])
-
-    return uw.Objective(
-        one,
-        {"coef": torch.from_numpy(model.coef_)},
-        penalty=L2,
-        penalty_per_example=True,
-        linear=uw.Linear(loss, 1, features, intercept=False),
-        name=f"kernel SVM under {loss}",
-    )
 
 
 def draw(result: dict[str, Any]) -> Figure:

@@ -141,7 +141,19 @@ def predicted_against_actual(ax: Axes, predicted: Any, actual: Any, *, color: st
 
 def note(ax: Axes, text: str, *, x: float = 0.04, y: float = 0.96, color: str = INK) -> None:
     """A few numbers in a corner of the axes."""
-    ax.text(x, y, text, transform=ax.transAxes, va="top", ha="left", fontsize=9, color=color, linespacing=1.5)
+    ax.text(
+        x,
+        y,
+        text,
+        transform=ax.transAxes,
+        va="top",
+        ha="left",
+        fontsize=9,
+        color=color,
+        linespacing=1.5,
+        zorder=5,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
+    )
 
 
 def canvas(columns: int, width: float, height: float, **settings: Any) -> tuple[Figure, list[Axes]]:
