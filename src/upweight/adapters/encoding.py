@@ -67,8 +67,8 @@ class SklearnEncoder:
                 "a single row."
             )
             raise InvalidInput(message)
-        expected = self.estimator.n_features_in_
-        if array.shape[1] != expected:
+        expected = getattr(self.estimator, "n_features_in_", None)  # an SVC of a function does not know it
+        if expected is not None and array.shape[1] != expected:
             message = (
                 f"X has {array.shape[1]} features, and the model was fitted on {expected}. Pass the same columns as "
                 "in fit()."

@@ -67,13 +67,14 @@ def support_vectors(fit: Fit) -> Built:
     features = _features(fit, lambda X: _vector_kernel(model, X, fit.X))
 
     def read(fitted: Any) -> dict[str, Any]:
-        at = features(fit.X[fitted.support_] if fitted.kernel == "precomputed" else fitted.support_vectors_)
+        given = callable(fitted.kernel) or fitted.kernel == "precomputed"  # libsvm then keeps row numbers only
+        at = features(fit.X[fitted.support_] if given else fitted.support_vectors_)
         coef = np.stack([dual @ at[place] for place, dual in pair_coefficients(fitted)])
         return {"coef": coef, "intercept": np.asarray(fitted.intercept_, dtype=np.float64)}
 
     loss, stretched = vector_loss(fit)
-    penalty, held = vector_penalty(fit, loss)
     start = read(model)
+    penalty, held = vector_penalty(fit, loss, features(fit.X) @ start["coef"].T + start["intercept"])
     return Built(
         linear_objective(fit, loss, start["coef"], start["intercept"], penalty),
         vector_targets(fit),
@@ -81,9 +82,7 @@ def support_vectors(fit: Fit) -> Built:
         vector_weights(fit),
         inputs=features,
         stretched=stretched + held,
-        again=None
-        if model.kernel == "precomputed"
-        else Again(_fixed_width(unweighted(model), model), fit, read, preferred=True, strength="C"),
+        again=Again(_fixed_width(unweighted(model), model), fit, read, preferred=True, strength="C"),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 from numpy.typing import NDArray
 
 from upweight import losses
@@ -57,8 +58,9 @@ def linear_kernel(fit: Fit) -> Built:
     """SVC or SVR with kernel="linear": the features are X itself."""
     model = fit.estimator
     loss, stretched = vector_loss(fit)
-    penalty, held = vector_penalty(fit, loss)
-    objective = linear_objective(fit, loss, model.coef_, model.intercept_, penalty)
+    coef = matrix(model.coef_)
+    penalty, held = vector_penalty(fit, loss, fit.X @ coef.T + model.intercept_)
+    objective = linear_objective(fit, loss, coef, model.intercept_, penalty)
     return Built(
         objective,
         vector_targets(fit),
@@ -90,19 +92,23 @@ def vector_weights(fit: Fit) -> Any:
     return by_class(np.asarray(fit.estimator.class_weight_, dtype=np.float64))
 
 
-def vector_penalty(fit: Fit, loss: Loss) -> tuple[L2, str]:
+def vector_penalty(fit: Fit, loss: Loss, eta: NDArray[np.float64]) -> tuple[L2, str]:
     """r = ‖w‖²/(2Cn), and what holds the intercepts that no free support vector determines, with words about it."""
     model = fit.estimator
     targets = vector_targets(fit)(fit.y)
-    eta = np.asarray(own_decision(model)(fit.X), dtype=np.float64).reshape(fit.n, -1)
     return held_intercepts(fit, loss, 1 / (model.C * fit.n), eta, targets, _identified(fit, targets))
 
 
 def own_decision(model: Any) -> Any:
     """The estimator's own predictor, one column per pair."""
-    if not hasattr(model, "classes_"):
-        return model.predict
-    return lambda X: _pairwise(model, X)
+
+    def decide(X: Any) -> Any:
+        rows = (
+            X.toarray() if scipy.sparse.issparse(X) and not model._sparse else X
+        )  # libsvm takes what it was fitted on
+        return _pairwise(model, rows) if hasattr(model, "classes_") else model.predict(rows)
+
+    return decide
 
 
 def unweighted(model: Any) -> Any:
