@@ -117,8 +117,8 @@ def draw(result: dict[str, Any]) -> Figure:
         ax.set_ylim(full.min() - 0.1 * np.ptp(full), full.max() + 0.3 * np.ptp(full))  # room for the words
     axes[0].set_ylabel("$-I_{\\mathrm{up,loss}}$ in full (nats)")
     for label, color in (("training 7, as the query", report.BLUE), ("training 1", report.ORANGE)):
-        axes[2].scatter([], [], s=22, color=color, label=label)
-    axes[2].legend(frameon=False, fontsize=8.5, loc="lower right", handletextpad=0.1, labelcolor=report.INK)
+        axes[0].scatter([], [], s=22, color=color, label=label)
+    axes[0].legend(frameon=False, fontsize=8.5, loc="lower right", handletextpad=0.1, labelcolor=report.INK)
     for line, (title, key) in enumerate((("query", "query_image"), ("harmful 7", "harmful_image"))):
         ax = figure.add_subplot(grid[line, 3])
         ax.imshow(np.array(arrays[key]).reshape(28, 28), cmap="Greys", vmin=0, vmax=255)

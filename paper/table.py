@@ -65,7 +65,8 @@ WE = {
         "Mean value of the nearest tenth: fish {mean_value_of_near_fish:+.4f}, dogs {mean_value_of_near_dogs:+.4f}; of "
         "the others {mean_value_of_far_fish:+.5f} and {mean_value_of_far_dogs:+.5f}. Fish among the 20 most helpful: "
         "{share_of_fish_among_20_most_helpful:.0%}, among the 20 most harmful "
-        "{share_of_fish_among_20_most_harmful:.0%}. Largest value {largest_value:.3f}, distances {nearest_distance:.0f} … {farthest_distance:.0f}."
+        "{share_of_fish_among_20_most_harmful:.0%}. Largest value {largest_value:.3f}, distances "
+        "{nearest_distance:.0f} … {farthest_distance:.0f}."
     ),
 }
 
