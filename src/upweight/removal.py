@@ -5,13 +5,15 @@ group is C − UᵀDU and, by Woodbury's identity,
 
     (C − UᵀDU)⁻¹ = C⁻¹ + C⁻¹Uᵀ D (I − A D)⁻¹ U C⁻¹
 
-For one row and one output this is the leverage correction 1/(1 − h). No new factorisation is needed.
+For one row and one output this is the leverage correction 1/(1 − h). No new factorisation is needed. A group so large
+that A would cost more than it saves (mK > 1,000) is solved by conjugate gradients on the curvature without it instead,
+with C⁻¹, or the solver's own preconditioner, as preconditioner: a few products, however large the group.
 Reference: Pregibon (1981); paper, section 2 (leave-one-out), taken one step beyond first order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +24,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight import calculus, linear
-from upweight.errors import NotPositiveDefinite, UnsupportedModel
+from upweight.errors import NotConverged, NotPositiveDefinite, UnsupportedModel
 from upweight.examples import Examples
 from upweight.objective import L2, Objective
-from upweight.solvers import Solution
+from upweight.operators import Operator
+from upweight.solvers import Prepared, Solution, Substitution
+from upweight.solvers.recurrence import descend
 from upweight.sweep import Sweep
 
 _GROUP_BLOCK = 64
+_UPDATED_UP_TO = 1000  # systems solved for one block of groups; a larger group is solved as a whole
+_WARM_RTOL = 1e-9
+_WARM_STEPS = 500
+_SINGULAR_GROWTH = 1e9
 _SHARE_STEPS = 3  # the penalty's share w/Σw of a row is tiny, so this fixed-point iteration gains a factor n each time
+
+
+@dataclass(frozen=True)
+class System:
+    """C + λI as of_removing needs it: the operator, the damping, the prepared solver and its checked solutions."""
+
+    operator: Operator
+    damping: float
+    prepared: Prepared
+    solve: Callable[[Tensor], Solution]
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,7 @@ class NewtonStep:
 def newton_steps(
     objective: Objective,
     sweep: Sweep,
-    solve: Callable[[Tensor], Solution],
+    system: System,
     groups: list[NDArray[np.int64]],
     risk_gradient: Float[Tensor, " p"],
 ) -> NewtonStep:
@@ -54,13 +72,69 @@ def newton_steps(
             "Use on_loss (first order)."
         )
         raise UnsupportedModel(message)
+    K = objective.linear.n_outputs  # type: ignore[union-attr]
     changes, gradients = [], []
-    for start in range(0, len(groups), _GROUP_BLOCK):
-        block = groups[start : start + _GROUP_BLOCK]
-        change = _steps(objective, sweep.examples, solve, block)
+    for block in _blocks(groups, K):
+        if len(block) == 1 and len(block[0]) * K > _UPDATED_UP_TO:
+            change = _warm_step(objective, sweep, system, block[0])
+        else:
+            change = _steps(objective, sweep.examples, system.solve, block)
         changes.append(change)
         gradients.append(_remaining(objective, sweep, block, change, risk_gradient))
     return NewtonStep(torch.cat(changes), torch.cat(gradients))
+
+
+def _blocks(groups: list[NDArray[np.int64]], K: int) -> Iterator[list[NDArray[np.int64]]]:
+    """The groups in order, some at a time, so that the systems of a block fit in memory; a large group comes alone."""
+    block: list[NDArray[np.int64]] = []
+    for group in groups:
+        systems = K * (sum(map(len, block)) + len(group))
+        if block and (len(block) == _GROUP_BLOCK or systems > _UPDATED_UP_TO):
+            yield block
+            block = []
+        block.append(group)
+    yield block
+
+
+def _warm_step(objective: Objective, sweep: Sweep, system: System, group: NDArray[np.int64]) -> Tensor:
+    """(1, p): the Newton step of removing one large group, by conjugate gradients from the whole data's own step.
+
+    Raises:
+        NotPositiveDefinite: if what is left does not determine the fit.
+        NotConverged: if the iteration does not reach its goal.
+    """
+    batch, n = sweep.examples.batch(group), sweep.n
+    weights = torch.from_numpy(sweep.examples.weights[group])
+    share = float(weights.sum()) / float(sweep.examples.weights.sum()) if objective.folded else 0.0
+    strengths = share * calculus.penalty_diagonal(objective)
+    project = system.operator.project
+    side = project(linear.pull(objective, batch, weights[None]) / n + share * calculus.penalty_gradient(objective))
+
+    def without(V: Tensor) -> Tensor:
+        gone = linear.hvp(objective, batch, V, weights) / n + strengths * V
+        return project(system.operator.apply(V) - gone) + system.damping * V
+
+    prepared = system.prepared
+    inverse = prepared.substitute if isinstance(prepared, Substitution) else getattr(prepared, "inverse", None)
+    precondition = None if inverse is None else lambda R: project(inverse(R))
+    draw = torch.Generator().manual_seed(0)
+    witness = project(torch.randn(1, objective.size, generator=draw, dtype=torch.float64))
+    sides = torch.cat([side, witness])  # a random side meets every direction, which the group's own may not
+    start = system.solve(sides).x
+    goal = _WARM_RTOL * sides.norm(dim=1)
+    run = descend(without, precondition, start, sides - without(start), goal, _WARM_STEPS)
+    left = (sides - without(run.x)).norm(dim=1) / sides.norm(dim=1).clamp(min=1e-300)
+    growth = float(run.x[1].norm() / start[1].norm().clamp(min=1e-300))
+    if run.stopped is not None or growth > _SINGULAR_GROWTH:
+        raise _singular(group, f"a random push moves θ̂ {growth:.2g} times as far")
+    if float(left.max()) > 10 * _WARM_RTOL:
+        message = (
+            f"The Newton step of removing {len(group)} rows has a residual of {float(left.max()):.2g} after "
+            f"{_WARM_STEPS} products; {_WARM_RTOL:g} was wanted. What is left is badly conditioned: add damping, or "
+            "use leave_one_out."
+        )
+        raise NotConverged(message)
+    return run.x[:1]
 
 
 def changes(
@@ -125,13 +199,15 @@ def _refuse_singular(inner: Tensor, A: Tensor, D: Tensor, group: NDArray[np.int6
     """The curvature that is left must be positive: 1 − leverage > 0."""
     smallest = float(torch.linalg.eigvals(inner).real.min()) if len(A) else 1.0
     if smallest < 1e-10:
-        largest = float(torch.linalg.eigvals(A @ D).real.max())
-        message = (
-            f"Removing rows {group[:5].tolist()} leaves no curvature in some direction (leverage {largest:.6f}): "
-            "they alone determine a parameter. "
-            "Without them the fit is not unique. Add a penalty or damping, or remove other rows."
-        )
-        raise NotPositiveDefinite(message)
+        raise _singular(group, f"leverage {float(torch.linalg.eigvals(A @ D).real.max()):.6f}")
+
+
+def _singular(group: NDArray[np.int64], how: str) -> NotPositiveDefinite:
+    message = (
+        f"Removing rows {group[:5].tolist()} leaves no curvature in some direction ({how}): they alone determine a "
+        "parameter. Without them the fit is not unique. Add a penalty or damping, or remove other rows."
+    )
+    return NotPositiveDefinite(message)
 
 
 def _remaining(

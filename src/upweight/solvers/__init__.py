@@ -2,7 +2,7 @@
 
 from upweight.solvers.base import Prepared, Quadratic, Solution, Solver
 from upweight.solvers.cg import CG
-from upweight.solvers.direct import Cholesky
+from upweight.solvers.direct import Cholesky, Substitution
 from upweight.solvers.dual import Dual
 from upweight.solvers.lissa import LiSSA
 from upweight.solvers.precondition import Approximate, Preconditioner, TwoLevel
@@ -18,5 +18,6 @@ __all__ = [
     "Quadratic",
     "Solution",
     "Solver",
+    "Substitution",
     "TwoLevel",
 ]

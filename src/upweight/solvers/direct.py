@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from upweight.errors import NotPositiveDefinite
 from upweight.operators.base import Operator
-from upweight.operators.dense import DenseOperator
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 from upweight.solvers.lanczos import rounded_up, smallest_eigenvalue
 
@@ -23,15 +22,17 @@ _MIN_RECIPROCAL_CONDITION = 1e-12  # beyond it, forming C in float64 has lost wh
 _PROMISE = 1e-6
 _ROWS = 1024
 _EXACT_UP_TO = 2000
-(_trsm,) = scipy.linalg.get_blas_funcs(("trsm",), dtype=np.float64)
+_trsm, _symm = scipy.linalg.get_blas_funcs(("trsm", "symm"), dtype=np.float64)
+_potrf, _pocon = scipy.linalg.get_lapack_funcs(("potrf", "pocon"), dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class Cholesky:
     """Factorise C + λI once in float64, then solve by substitution.
 
-    The matrix is scaled to a unit diagonal first, so that features of different units cost no digits.
-    Cost: writing out C, p³/3 flops once and 2p² per right-hand side; 24p² bytes. Right for p up to a few thousand.
+    The matrix is scaled to a unit diagonal first, so that features of different units cost no digits. The factor
+    and the matrix share one array, a triangle each, so that residuals are recomputed from C and memory stays at 8p².
+    Cost: writing out C, p³/3 flops once and 2p² per right-hand side; 8p² bytes. Right for p up to several thousand.
     """
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> Factored:
@@ -48,34 +49,29 @@ class Factored:
     """(C + λI)⁻¹ as D F⁻ᵀ F⁻¹ D, with F the Cholesky factor of the scaled matrix D (C + λI) D."""
 
     def __init__(self, operator: Operator, damping: float) -> None:
-        self.operator = _projected(operator)
         self.damping = damping
-        scaled = self._filled()
-        scaled[np.diag_indices_from(scaled)] += damping
-        diagonal = np.diagonal(scaled).copy()
+        matrix = _filled(operator)
+        matrix[np.diag_indices_from(matrix)] += damping
+        diagonal = np.diagonal(matrix).copy()
         if not (diagonal > 0).all():
-            raise self._refusal()
+            raise _refusal(matrix, damping)
         self._scale = 1 / np.sqrt(diagonal)
-        scaled *= self._scale[:, None]
-        scaled *= self._scale
-        norm = max(float(np.abs(rows).sum(1).max()) for rows in _slices(scaled))
-        try:
-            # the transposed view of a symmetric matrix is in LAPACK's own order, which saves a copy
-            self.factor = scipy.linalg.cho_factor(scaled.T, lower=True, overwrite_a=True, check_finite=False)
-        except np.linalg.LinAlgError as error:
-            raise self._refusal() from error
-        (condition,) = scipy.linalg.get_lapack_funcs(("pocon",), (scaled,))
-        reciprocal, _ = condition(self.factor[0], norm, uplo="L")
+        for rows, scale in zip(_slices(matrix), _slices(self._scale), strict=True):
+            rows *= scale[:, None]
+            rows *= self._scale
+        norm = max(float(np.abs(rows).sum(1).max()) for rows in _slices(matrix))
+        # seen transposed, a symmetric matrix is in LAPACK's order; its upper triangle stays what it was
+        packed, failed = _potrf(matrix.T, lower=1, overwrite_a=1, clean=0)
+        reciprocal = 0.0 if failed else _pocon(packed, norm, uplo="L")[0]
         if reciprocal < _MIN_RECIPROCAL_CONDITION:
-            raise self._refusal()
+            np.fill_diagonal(packed, 1.0)
+            whole = np.triu(packed) + np.triu(packed, 1).T
+            raise _refusal(whole / self._scale[:, None] / self._scale, damping)
+        self.factor = (packed, True)
+        self.operator = PackedOperator(packed, self._scale, damping, operator.project)
         self.min_curvature = (
-            -1 / smallest_eigenvalue(NegatedInverse(self), tolerance=_tolerance(self.size))[0] - damping
+            -1 / smallest_eigenvalue(NegatedInverse(self), tolerance=_tolerance(len(packed)))[0] - damping
         )
-
-    @property
-    def size(self) -> int:
-        """p."""
-        return self.operator.size
 
     def solve(self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None) -> Solution:  # noqa: ARG002
         """x with (C + λI) x = v for every row v, with its residuals recomputed from C."""
@@ -96,37 +92,78 @@ class Factored:
         half = _trsm(1.0, self.factor[0], sides, lower=1, overwrite_b=1)
         return torch.from_numpy(np.einsum("pk,pk->k", half, half))
 
-    def _filled(self) -> NDArray[np.float64]:
-        """C, made positive in the gauge directions, in memory of its own."""
-        matrix = self.operator.matrix().numpy()
-        filling = float(np.abs(np.diagonal(matrix)).max()) or 1.0
-        if has_gauge(self.operator):
-            eye = torch.eye(self.size, dtype=torch.float64)
-            for start in range(0, self.size, _ROWS):
-                part = eye[start : start + _ROWS]
-                matrix[start : start + _ROWS] += filling * (part - self.operator.project(part)).numpy()
-        return matrix
 
-    def _refusal(self) -> NotPositiveDefinite:
-        eigenvalues = torch.linalg.eigvalsh(torch.from_numpy(self._filled()))
-        smallest, largest = float(eigenvalues[0]), float(eigenvalues.abs().max())
-        rounding = 1e-10 * largest
-        floor = 1e-6 * largest
-        if smallest < -rounding:
-            kind = f"negative curvature {smallest:.3g}"
-            why = "θ̂ is probably not a minimum"
-            suggestion = rounded_up(-1.1 * smallest)
-        else:
-            kind = f"a curvature of {smallest:.3g} against a largest of {largest:.3g}, which is singular to rounding"
-            why = "Features are probably collinear, or there are more parameters than the data determine"
-            suggestion = rounded_up(max(floor - smallest, floor))
-        negative = int((eigenvalues < -rounding).sum())
-        instead = ", curvature=GaussNewton(), or train further" if negative else ", or drop features"
-        message = (
-            f"C has {kind} (damping {self.damping:g}, {negative} of {len(eigenvalues)} eigenvalues negative). "
-            f"{why}. Try damping={suggestion:g}{instead}; see influence.check()."
-        )
-        return NotPositiveDefinite(message, None, suggestion)
+class PackedOperator:
+    """C from the strict upper triangle of an array whose lower triangle is the factor of D (C + λI) D."""
+
+    def __init__(
+        self,
+        packed: NDArray[np.float64],
+        scale: NDArray[np.float64],
+        damping: float,
+        project: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._packed, self._scale, self._damping, self._project = packed, scale, damping, project
+        self._missing = 1 - np.diagonal(packed)  # the scaled matrix has a unit diagonal, where the factor's stands now
+
+    @property
+    def size(self) -> int:
+        """p."""
+        return len(self._packed)
+
+    def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """C v for every row v without gauge directions."""
+        sides = np.ascontiguousarray(V.numpy() / self._scale)
+        image = _symm(1.0, self._packed, sides.T, lower=0).T + self._missing * sides
+        return torch.from_numpy(np.ascontiguousarray(image / self._scale)) - self._damping * V
+
+    def matrix(self) -> Float[Tensor, "p p"]:
+        """C."""
+        return self.apply(torch.eye(self.size, dtype=torch.float64))
+
+    def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """V without the gauge directions."""
+        return self._project(V)
+
+
+def _filled(operator: Operator) -> NDArray[np.float64]:
+    """P C P, made positive in the gauge directions that P leaves out."""
+    matrix = operator.matrix()
+    filling = float(matrix.diagonal().abs().max()) or 1.0
+    if not has_gauge(operator):
+        return matrix.numpy()
+    for _ in range(2):  # rows, then columns; where C maps the gauge to 0 this changes nothing
+        for start in range(0, len(matrix), _ROWS):
+            matrix[start : start + _ROWS] = operator.project(matrix[start : start + _ROWS])
+        matrix = matrix.T.contiguous()
+    eye = torch.eye(len(matrix), dtype=torch.float64)
+    for start in range(0, len(matrix), _ROWS):
+        part = eye[start : start + _ROWS]
+        matrix[start : start + _ROWS] += filling * (part - operator.project(part))
+    return matrix.numpy()
+
+
+def _refusal(matrix: NDArray[np.float64], damping: float) -> NotPositiveDefinite:
+    """What is wrong with C + λI, and which damping would do."""
+    eigenvalues = torch.linalg.eigvalsh(torch.from_numpy(np.ascontiguousarray(matrix))) - damping
+    smallest, largest = float(eigenvalues[0]), float(eigenvalues.abs().max())
+    rounding = 1e-10 * largest
+    floor = 1e-6 * largest
+    if smallest < -rounding:
+        kind = f"negative curvature {smallest:.3g}"
+        why = "θ̂ is probably not a minimum"
+        suggestion = rounded_up(-1.1 * smallest)
+    else:
+        kind = f"a curvature of {smallest:.3g} against a largest of {largest:.3g}, which is singular to rounding"
+        why = "Features are probably collinear, or there are more parameters than the data determine"
+        suggestion = rounded_up(max(floor - smallest, floor))
+    negative = int((eigenvalues < -rounding).sum())
+    instead = ", curvature=GaussNewton(), or train further" if negative else ", or drop features"
+    message = (
+        f"C has {kind} (damping {damping:g}, {negative} of {len(eigenvalues)} eigenvalues negative). "
+        f"{why}. Try damping={suggestion:g}{instead}; see influence.check()."
+    )
+    return NotPositiveDefinite(message, None, suggestion)
 
 
 @runtime_checkable
@@ -171,17 +208,6 @@ def has_gauge(operator: Operator) -> bool:
     """Whether the operator projects anything out; a random vector shows it."""
     probe = torch.randn(1, operator.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return not torch.equal(operator.project(probe), probe)
-
-
-def _projected(operator: Operator) -> DenseOperator:
-    """C without its gauge directions, as a matrix: P C P, which is C itself where C maps them to 0."""
-    matrix = operator.matrix()
-    if has_gauge(operator):
-        for _ in range(2):
-            for start in range(0, len(matrix), _ROWS):
-                matrix[start : start + _ROWS] = operator.project(matrix[start : start + _ROWS])
-            matrix = matrix.T.contiguous()
-    return DenseOperator(matrix, operator.project)
 
 
 def _slices(matrix: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
