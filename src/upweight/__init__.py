@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from upweight.influence import Influence
     from upweight.objective import L2, Linear, Objective
     from upweight.retrain import LBFGS, Newton, Refit, Retrain
-    from upweight.scores import Certificate, Scores, SelfScores, TopK
+    from upweight.scores import Certificate, Extremes, Scores, SelfScores, TopK, extremes
     from upweight.study import Study
     from upweight.validate import Agreement, Outcomes, agreement, leave_one_out
 
@@ -28,6 +28,7 @@ __all__ = [
     "Agreement",
     "Certificate",
     "Examples",
+    "Extremes",
     "Influence",
     "Linear",
     "Newton",
@@ -48,6 +49,7 @@ __all__ = [
     "diagnostics",
     "errors",
     "explain",
+    "extremes",
     "leave_one_out",
     "losses",
     "operators",
@@ -61,6 +63,7 @@ _HOMES = {
     "Agreement": "validate",
     "Certificate": "scores",
     "Examples": "examples",
+    "Extremes": "scores",
     "Influence": "influence",
     "Linear": "objective",
     "Newton": "retrain",
@@ -75,6 +78,7 @@ _HOMES = {
     "TopK": "scores",
     "agreement": "validate",
     "explain": "adapters",
+    "extremes": "scores",
     "leave_one_out": "validate",
 }
 

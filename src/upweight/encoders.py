@@ -98,3 +98,17 @@ def whole_examples(X: Any, y: Any, sample_weight: Any = None) -> Examples | None
         message = f"X is Examples, which hold their own targets and weights, and {name} was given too. Omit it."
         raise InvalidInput(message)
     return X
+
+
+def training_examples(data: Any, encoder: Encoder) -> Examples:
+    """Training data as examples: Examples, an (X, y) pair, a Dataset, or X alone.
+
+    Raises:
+        InvalidInput: if they are anything else.
+    """
+    if isinstance(data, Examples):
+        return data
+    if isinstance(data, tuple) and not 1 <= len(data) <= 2:
+        message = f"examples is a tuple of {len(data)}. Pass the pair (X, y), Examples, a Dataset, or X alone."
+        raise InvalidInput(message)
+    return encoder.examples(*data) if isinstance(data, tuple) else encoder.examples(data)

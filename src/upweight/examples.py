@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -136,6 +136,10 @@ class Examples:
             other.x = self.x[rows]  # type: ignore[index]
             other.y = None if self.y is None else self.y[rows]
         return other
+
+    def blocks(self, size: int) -> Iterator[Examples]:
+        """The rows in order, `size` at a time, as Examples of their own."""
+        return (self.subset(np.arange(start, min(start + size, self.length))) for start in range(0, self.length, size))
 
     def only(self, row: int) -> Examples:
         """One example as Examples of their own; its row number becomes 0."""

@@ -12,8 +12,9 @@ Reference: Koh & Liang (2017), equations 1 to 5.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from torch import Tensor
 
 from upweight import calculus, defaults, identity, removal, routes, scoring, selfscores
 from upweight.checks import Report, examine, warn_if_not_at_minimum
-from upweight.encoders import Encoder, PlainEncoder
-from upweight.errors import InvalidInput, NotConverged, TheoryWarning, UnsupportedModel
+from upweight.encoders import Encoder, PlainEncoder, training_examples
+from upweight.errors import InvalidInput, NotConverged, TheoryWarning, UnsupportedModel, checked_count
 from upweight.examples import Examples, as_array, as_tensor, check_finite
 from upweight.objective import Objective
 from upweight.operators import Curvature, Dense, GaussNewton, Hessian, Operator
@@ -40,6 +41,7 @@ Queries = Any  # inputs, or Examples, or a Dataset
 On = tuple[Any, ...] | Examples
 Groups = Iterable[Rows] | Mapping[Any, Rows]
 _PROBE = 3
+_BLOCK_NUMBERS = 2**24  # of the queries' gradients at once: 128 MB
 
 
 class Influence:
@@ -84,7 +86,7 @@ class Influence:
         self.encoder: Encoder = encoder or PlainEncoder()
         _check_specification(curvature, "bind", "curvature", "operators.Hessian()")
         _check_specification(solver, "prepare", "solver", "solvers.CG()")
-        self.examples = _training_examples(examples, self.encoder)
+        self.examples = training_examples(examples, self.encoder)
         probe = self.examples.batch(self.examples.spread(_PROBE))
         self.objective = routes.probe(objective, probe)
         memory = defaults.example_bytes(self.objective, probe)
@@ -218,6 +220,29 @@ class Influence:
             InvalidInput: if the queries do not fit the model; SolverError if a system cannot be solved as promised.
         """
         return self._removal_scores(self.objective, self._with_targets(self.encoder.examples(Xq, yq)), store)
+
+    def on_loss_in_blocks(self, Xq: Queries, yq: Any = None, *, size: int = 256, store: Any = None) -> Iterator[Scores]:
+        """`on_loss` for more queries than their scores fit in memory: Scores of `size` queries at a time, in order.
+
+        `upweight.extremes(blocks, k)` keeps the top rows of each; a store keeps everything. Memory: size × (n + 4p).
+
+        Args:
+            Xq: the queries' inputs.
+            yq: the queries' targets.
+            size: queries in a block.
+            store: a folder that gets one folder `queries-…` per block, each resumed as for on_loss.
+
+        Raises:
+            InvalidInput: if size is not a positive whole number, or the queries do not fit the model.
+        """
+        checked_count(size, "size", hint="256 queries at a time")
+        queries = self._with_targets(self.encoder.examples(Xq, yq))
+        return (
+            self._removal_scores(
+                self.objective, block, None if store is None else Path(store) / f"queries-{number * size:08d}"
+            )
+            for number, block in enumerate(queries.blocks(size))
+        )
 
     def on_measure(
         self, measure: Callable[[Any, Any], Tensor], Xq: Queries, yq: Any = None, *, store: Any = None
@@ -484,6 +509,9 @@ class Influence:
         return scoring.gradients(self.sweep.over(objective, queries))
 
     def _removal_scores(self, objective: Objective, queries: Examples, store: Any) -> Scores:
+        size = max(1, _BLOCK_NUMBERS // self.objective.size)
+        if store is None and len(queries) > size:
+            return Scores.joined([self._removal_scores(objective, block, None) for block in queries.blocks(size)])
         solution = self._solve(self._query_gradients(objective, queries))
         folder = None if store is None else Store(store, identity.fingerprint(self, queries, objective.name))
         if folder is not None:
@@ -521,15 +549,6 @@ class Influence:
             scoring.measures(self.sweep.over(measured, queries)),
             changes.standard_error(),
         )
-
-
-def _training_examples(data: Any, encoder: Encoder) -> Examples:
-    if isinstance(data, Examples):
-        return data
-    if isinstance(data, tuple) and not 1 <= len(data) <= 2:
-        message = f"examples is a tuple of {len(data)}. Pass the pair (X, y), Examples, a Dataset, or X alone."
-        raise InvalidInput(message)
-    return encoder.examples(*data) if isinstance(data, tuple) else encoder.examples(data)
 
 
 def _check_specification(value: Any, method: str, name: str, example: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -155,6 +155,20 @@ class Scores:
         index = pandas.RangeIndex(len(self.values), name="query")
         return pandas.DataFrame(self.values, index=index, columns=pandas.Index(self.rows, name="row"))
 
+    @staticmethod
+    def joined(parts: Sequence[Scores]) -> Scores:
+        """The scores of several blocks of queries, one below the other."""
+        first = parts[0]
+
+        def stacked(name: str) -> Any:
+            return None if getattr(first, name) is None else np.concatenate([getattr(part, name) for part in parts])
+
+        return replace(
+            first,
+            **{name: stacked(name) for name in ("values", "query_values", "standard_error", "error")},
+            certificate=Certificate.joined([part.certificate for part in parts]),
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""
         arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
@@ -218,6 +232,50 @@ class Scores:
     def _top(self, keys: NDArray[np.float64], k: int) -> TopK:
         order = top_columns(keys, k)
         return TopK(self.rows[order], np.take_along_axis(self.values, order, 1))
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """The rows that help and harm every query most, kept from scores that were never held all at once.
+
+    Args:
+        helpful: the k largest values of every query, (q, k).
+        harmful: the k smallest, (q, k).
+        query_values: (q,) the measure of every query now.
+        certificate: of all queries.
+    """
+
+    helpful: TopK
+    harmful: TopK
+    query_values: Float[NDArray[np.float64], " q"] | None
+    certificate: Certificate
+
+
+def extremes(blocks: Iterable[Scores], k: int = 10) -> Extremes:
+    """The k most helpful and the k most harmful rows of every query, from blocks of scores that are dropped at once.
+
+    Args:
+        blocks: scores of some queries each, such as `influence.on_loss_in_blocks(…)`.
+        k: rows to keep on either side.
+
+    Raises:
+        InvalidInput: if there are no blocks, or k is larger than the number of rows.
+    """
+    helpful, harmful, values, certificates = [], [], [], []
+    for block in blocks:
+        helpful.append(block.helpful(k))
+        harmful.append(block.harmful(k))
+        values.append(block.query_values)
+        certificates.append(block.certificate)
+    if not certificates:
+        message = "There are no blocks of scores to reduce. Pass influence.on_loss_in_blocks(Xq, yq)."
+        raise InvalidInput(message)
+
+    def joined(tops: list[TopK]) -> TopK:
+        return TopK(np.concatenate([top.rows for top in tops]), np.concatenate([top.values for top in tops]))
+
+    known = None if values[0] is None else np.concatenate(values)
+    return Extremes(joined(helpful), joined(harmful), known, Certificate.joined(certificates))
 
 
 @dataclass(frozen=True)
