@@ -290,7 +290,9 @@ def test_leave_one_out_is_fit_without_the_row(fit):
         again.set_params(alpha=again.alpha * (1 - total[row] / total.sum()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        again.fit(fit.X, fit.y, sample_weight=weights)
+        # libsvm loses count of its rows when one of a function's kernel weighs nothing, so the row is dropped here
+        keep = weights > 0 if callable(getattr(again, "kernel", None)) else np.full(N, True)
+        again.fit(fit.X[keep], fit.y[keep], sample_weight=weights[keep])
     truth = fit.row.loss(again, *fit.on) - fit.row.loss(fit.model, *fit.on)
     close(outcomes.actual[:, 0], truth, 1e-4)
 

@@ -12,6 +12,7 @@ Directions with S ≤ n·2.2e-16 times the largest are rounding and left out.  C
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from upweight import losses
-from upweight.adapters.estimators.built import Again, Built, Fit, l2, linear_objective
+from upweight.adapters.estimators.built import Again, Built, Fit, l2, linear_objective, read_linear
 from upweight.adapters.estimators.inputs import Features
 from upweight.adapters.estimators.labels import of_outputs
 from upweight.adapters.estimators.margins import (
@@ -72,6 +73,12 @@ def support_vectors(fit: Fit) -> Built:
         coef = np.stack([dual @ at[place] for place, dual in pair_coefficients(fitted)])
         return {"coef": coef, "intercept": np.asarray(fitted.intercept_, dtype=np.float64)}
 
+    again = Again(_fixed_width(model), fit, read, preferred=True, strength="C")
+    if (
+        callable(model.kernel) or model.kernel == "precomputed"
+    ):  # these lose count of their rows when one weighs nothing
+        linear = unweighted(model).set_params(kernel="linear")
+        again = replace(again, estimator=linear, fit=replace(fit, X=features(fit.X)), read=read_linear())
     loss, stretched = vector_loss(fit)
     start = read(model)
     penalty, held = vector_penalty(fit, loss, features(fit.X) @ start["coef"].T + start["intercept"])
@@ -82,15 +89,14 @@ def support_vectors(fit: Fit) -> Built:
         vector_weights(fit),
         inputs=features,
         stretched=stretched + held,
-        again=Again(_fixed_width(unweighted(model), model), fit, read, preferred=True, strength="C"),
+        again=again,
     )
 
 
-def _fixed_width(again: Any, model: Any) -> Any:
-    """gamma="scale" depends on the rows; the kernel stays as it was."""
-    return (
-        again.set_params(gamma=model._gamma) if isinstance(model.gamma, str) and not callable(model.kernel) else again
-    )
+def _fixed_width(model: Any) -> Any:
+    """The same estimator with the kernel that it has: gamma="scale" would depend on the rows."""
+    again = unweighted(model)
+    return again.set_params(gamma=model._gamma) if isinstance(model.gamma, str) else again
 
 
 def _features(fit: Fit, kernel: Callable[[Any], Any]) -> Features:
