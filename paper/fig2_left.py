@@ -147,19 +147,28 @@ def gradients(
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Two panels: first order, and the Newton step of each removal."""
+    """Predicted against actual to first order and by the Newton step of each removal, and the errors of both."""
     numbers, arrays = result["numbers"], result["arrays"]
-    figure, axes = report.canvas(2, 9.2, 4.7, sharex=True, sharey=True)
+    actual = np.array(arrays["actual"])
+    figure, axes = report.canvas(3, 13.6, 4.5)
     panels = (
         ("First order (equation 2)", "predicted", "pearson", "slope", report.BLUE),
         ("Newton step of the removal", "newton", "pearson_newton", "slope_newton", report.ORANGE),
     )
-    for ax, (title, key, pearson, slope, color) in zip(axes, panels, strict=True):
-        report.predicted_against_actual(ax, arrays[key], arrays["actual"], color=color)
+    for ax, (title, key, pearson, slope, color) in zip(axes, panels, strict=False):
+        report.predicted_against_actual(ax, arrays[key], actual, color=color)
         report.style(ax, title=title)
-        report.note(ax, f"Pearson {numbers[pearson]:.6f}\nslope {numbers[slope]:.4f}")
+        report.note(ax, f"Pearson {numbers[pearson]:.7f}\nslope {numbers[slope]:.4f}")
         ax.set_xlabel("predicted change of the test loss (10⁻³ nats)")
+        name = "first order" if key == "predicted" else "Newton step"
+        error = 1e6 * (actual - np.array(arrays[key]))
+        axes[2].scatter(1e3 * actual, error, s=14, alpha=0.7, color=color, linewidth=0, label=name)
     axes[0].set_ylabel("actual change, retrained (10⁻³ nats)")
+    axes[2].axhline(0, color=report.GREY, linewidth=0.8, zorder=1)
+    axes[2].set(xlabel="actual change, retrained (10⁻³ nats)", ylabel="actual − predicted (10⁻⁶ nats)")
+    axes[2].legend(frameon=False, fontsize=9, loc="lower right", handletextpad=0.1, labelcolor=report.INK)
+    axes[2].set_box_aspect(1)
+    report.style(axes[2], title="What is left")
     return figure
 
 

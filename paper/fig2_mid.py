@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import upweight as uw
 from paper import digits, report
 
-SOLVER = uw.solvers.LiSSA(scale=25, depth=5000, batch_size=1, repeats=10, seed=17)
+SOLVER = uw.solvers.LiSSA(scale=25.0, depth=5000, batch_size=1, repeats=10, seed=17)
 TOP = 100
 
 

@@ -131,7 +131,8 @@ def predicted_against_actual(ax: Axes, predicted: Any, actual: Any, *, color: st
     low, high = min(x.min(), y.min()), max(x.max(), y.max())
     ends = np.array([low, high]) + 0.06 * (high - low) * np.array([-1, 1])
     ax.axline((0, 0), slope=1, color=GREY, linewidth=1, zorder=1)
-    ax.scatter(x, y, s=16, alpha=0.75, color=color, edgecolor="white", linewidth=0.35, zorder=2)
+    crowded = len(x) > 200
+    ax.scatter(x, y, s=16, alpha=0.75, color=color, edgecolor="white", linewidth=0 if crowded else 0.35, zorder=2)
     if equal:
         ax.set(xlim=ends, ylim=ends, aspect="equal")
     ax.xaxis.set_major_locator(ticker.MaxNLocator(6))
