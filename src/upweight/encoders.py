@@ -11,6 +11,7 @@ from torch import Tensor
 
 from upweight.errors import InvalidInput
 from upweight.examples import Examples, as_array, as_tensor
+from upweight.objective import Objective
 
 
 @runtime_checkable
@@ -20,6 +21,11 @@ class Refitting(Protocol):
     @property
     def preferred(self) -> bool:
         """Whether this, and not the minimum of the objective near θ̂, is what training ends at."""
+        ...
+
+    @property
+    def whole(self) -> Objective | None:
+        """The objective whose parameters it returns, when θ̂'s own leaves some out (the zeros of a lasso)."""
         ...
 
     def __call__(self, weights: NDArray[np.float64], share: float, *, folded: bool, seed: int) -> Any:
@@ -45,6 +51,10 @@ class Encoder(Protocol):
         """One name for each column of the inputs."""
         ...
 
+    def unselected(self) -> Encoder:
+        """The encoder for `refit.whole`: with the inputs that the objective leaves out."""
+        ...
+
     def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
         """From (q, r, *x) derivatives by the objective's inputs to derivatives by the user's; raises where none are."""
         ...
@@ -67,6 +77,10 @@ class PlainEncoder:
 
     refit: Refitting | None = None
     feature_names: list[str] | None = None
+
+    def unselected(self) -> PlainEncoder:
+        """Itself."""
+        return self
 
     def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
         """The derivatives as they are."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from upweight import calculus, defaults, scoring
 from upweight.encoders import Refitting
 from upweight.errors import InvalidInput, NotConverged
+from upweight.examples import Examples
 from upweight.influence import Influence
 from upweight.objective import L2, Objective
 from upweight.operators import Dense, Hessian
@@ -195,8 +196,19 @@ class BoundRefit:
     influence: Influence
     refit: Refitting
 
+    def stage(self, on: Any) -> tuple[Objective, Examples]:
+        """Where its parameters are measured: the objective and the queries, with all features that fit() may take in.
+
+        A refit of a lasso may leave the active set that is explained.
+        """
+        whole = self.refit.whole
+        if whole is None:
+            return self.influence.objective, self.influence.queries(on)
+        encoder = self.influence.encoder.unselected()
+        return whole, encoder.examples(on) if isinstance(on, Examples) else encoder.examples(*on)
+
     def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Any:
-        """The parameters that fit() finds with these weights."""
+        """The parameters that fit() finds with these weights, of the objective of `stage`."""
         old = self.influence.examples.weights
         new = old * weights
         folded = bool(self.influence.objective.folded)

@@ -19,7 +19,7 @@ from upweight import calculus, routes
 from upweight.errors import InvalidInput, first_line
 from upweight.influence import Influence
 from upweight.objective import Objective
-from upweight.retrain import Retrain, bound
+from upweight.retrain import BoundRefit, Retrain, bound
 from upweight.scores import Scores
 
 
@@ -101,10 +101,13 @@ def leave_one_out(
         RowOutOfRange: if a row does not exist.
     """
     rows = influence.examples.rows(rows)
-    objective = influence.objective
-    queries = influence.queries(on).batch(slice(None))
-    measured = objective.reporting() if measure is None else routes.probe(objective.measuring(measure), queries)
+    influence.queries(on)  # refuses what is no query
     train = bound(retrain, influence)
+    objective, asked = (
+        train.stage(on) if isinstance(train, BoundRefit) else (influence.objective, influence.queries(on))
+    )
+    queries = asked.batch(slice(None))
+    measured = objective.reporting() if measure is None else routes.probe(objective.measuring(measure), queries)
 
     def after(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         theta = _flat(objective, train(weights, seed))

@@ -120,6 +120,14 @@ def test_a_lasso_moves_its_active_set_and_says_so():
     assert moved.shape == (2, 2, 12)
     assert not np.delete(moved, active, 2).any()
     assert moved[:, :, active].all()
+    rows = np.argsort(-np.abs(influence.on_loss(X[:4], y[:4]).values).max(0))[:12]
+    out = uw.leave_one_out(influence, (X[:4], y[:4]), rows, progress=False)
+    others = 0
+    for row, actual in zip(rows, out.actual.T, strict=True):
+        again = Lasso(alpha=0.25, tol=1e-12).fit(np.delete(X, row, 0), np.delete(y, row))
+        others += not np.array_equal(np.flatnonzero(again.coef_), active)
+        close(actual, (again.predict(X[:4]) - y[:4]) ** 2 - (model.predict(X[:4]) - y[:4]) ** 2, 1e-6)
+    assert others  # some refits leave the active set, and are measured with all features
     with pytest.raises(uw.errors.UnsupportedModel, match="all 12 coefficients to zero"):
         uw.explain(Lasso(alpha=100.0).fit(X, y), X, y)
     with pytest.raises(uw.errors.UnsupportedModel, match="2 outputs"):

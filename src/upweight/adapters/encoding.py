@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.adapters.estimators.built import Again, Built
+from upweight.adapters.estimators.inputs import AsGiven
 from upweight.encoders import whole_examples
 from upweight.errors import InvalidInput
 from upweight.examples import Examples, as_array, as_tensor
@@ -38,6 +40,11 @@ class SklearnEncoder:
                 return None
         names = getattr(self.estimator, "feature_names_in_", None)
         return None if names is None else [str(name) for name in names]
+
+    def unselected(self) -> SklearnEncoder:
+        """The same with all columns of X."""
+        assert self.built is not None
+        return SklearnEncoder(self.transformers, self.estimator, replace(self.built, inputs=AsGiven()))
 
     def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
         """From derivatives by the objective's inputs to derivatives by the columns that the estimator sees."""

@@ -160,6 +160,10 @@ class ModuleEncoder:
         """None: a module's inputs have no names."""
         return None
 
+    def unselected(self) -> ModuleEncoder:
+        """Itself."""
+        return self
+
     def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
         """The derivatives as they are."""
         return lambda gradients: gradients

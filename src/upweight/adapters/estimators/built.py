@@ -72,6 +72,7 @@ class Again:
         preferred: whether fit() ends elsewhere than at the minimum near θ̂.
         shares: whether scaling all weights leaves fit() as it is, so that a removed row takes its share of r along.
         strength: the setting that scales r, or None; C divides.
+        whole: the objective of what `read` gives, when the explained one leaves columns of X out.
     """
 
     estimator: Any
@@ -80,6 +81,7 @@ class Again:
     preferred: bool = False
     shares: bool = False
     strength: str | None = "alpha"
+    whole: Objective | None = None
 
     def __call__(
         self,

@@ -148,18 +148,19 @@ def _on_active_set(fit: Fit, alpha: float, l1_ratio: float, again: Any) -> Built
             "nothing moves. Refit with a smaller alpha."
         )
         raise UnsupportedModel(message)
+    intercept = model.intercept_ if model.fit_intercept else None
     strengths = {"coef": 2 * alpha * (1 - l1_ratio)} if l1_ratio < 1 else {}
     tilt = {"coef": torch.from_numpy(2 * alpha * l1_ratio * np.sign(coef[:, active]))} if l1_ratio > 0 else {}
     objective = linear_objective(
         fit,
         losses.squared,
         coef[:, active],
-        model.intercept_ if model.fit_intercept else None,
+        intercept,
         L2(strengths, tilt) if alpha else None,
         folded=True,
         name=f"{fit.name} on its active set ({active.size} of {coef.shape[1]} features)",
     )
-    whole = read_linear(intercept=model.fit_intercept)
+    whole = linear_objective(fit, losses.squared, coef, intercept, None)  # a refit may take in other features
     factor = 1.0 if fit.sample_weight is None else fit.n / fit.sample_weight.sum()
     return Built(
         objective,
@@ -167,23 +168,5 @@ def _on_active_set(fit: Fit, alpha: float, l1_ratio: float, again: Any) -> Built
         model.predict,
         lambda targets: np.full(len(targets), factor),
         inputs=Columns(active, coef.shape[1]),
-        again=Again(again, fit, lambda fitted: _within(active, whole(fitted)), preferred=True, shares=True),
+        again=Again(again, fit, read_linear(intercept=model.fit_intercept), preferred=True, shares=True, whole=whole),
     )
-
-
-def _within(active: NDArray[np.int64], params: dict[str, Any]) -> dict[str, Any]:
-    """The coefficients of the active set, when no others joined it.
-
-    Raises:
-        UnsupportedModel: if others did.
-    """
-    joined = np.setdiff1d(np.flatnonzero(params["coef"][0]), active)
-    if joined.size:
-        size = np.abs(params["coef"][0, joined]).max()
-        message = (
-            f"The refit took {joined.size} more features into its active set (the first is {joined[0]}, coefficients "
-            f"up to {size:.3g}), which the explained model does not have. Use retrain=Newton(), which keeps the active "
-            "set, or a larger alpha."
-        )
-        raise UnsupportedModel(message)
-    return params | {"coef": params["coef"][:, active]}
