@@ -9,6 +9,7 @@ make one matrix product. Finished retrainings are kept in ~/.cache/upweight/pape
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ def compute(rows: int = 55_000, removed: int = 500) -> dict[str, Any]:
     influence = uw.explain(model, X, y, solver=uw.solvers.Cholesky(), penalty_per_example=True)
     scores = influence.on_loss(*on)
     chosen = np.argsort(-np.abs(scores.values[0]), kind="stable")[:removed]
-    actual, control = _retrained(influence, on, chosen, {"rows": rows, "removed": removed})
+    progress = report.progress_file("fig2_left", {"rows": rows, "removed": removed})
+    actual, control = retrained(influence, on, chosen, progress)
     newton = influence.of_removing(chosen, on=on)
     outcomes = uw.Outcomes(actual[None], np.array([control]), chosen, "loss", scores.query_values)
     first, step = uw.agreement(scores, outcomes), uw.agreement(newton, outcomes)
@@ -65,15 +67,15 @@ def compute(rows: int = 55_000, removed: int = 500) -> dict[str, Any]:
         "penalty_per_example": True,
         "fit": "LogisticRegression, L-BFGS, tol 1e-10, no intercept, float64",
     }
+    progress.unlink()
     arrays = {"rows": chosen, "predicted": scores.values[0, chosen], "newton": newton.values[0], "actual": actual}
     return {"settings": settings, "numbers": numbers, "arrays": arrays}
 
 
-def _retrained(
-    influence: uw.Influence, on: Any, chosen: NDArray[np.int64], settings: dict[str, Any]
+def retrained(
+    influence: uw.Influence, on: Any, chosen: NDArray[np.int64], file: Path
 ) -> tuple[NDArray[np.float64], float]:
-    """The actual changes, block by block, and the control's drift."""
-    file = report.progress_file("fig2_left", settings)
+    """The actual changes, block by block, and the control's drift; `file` keeps what is finished."""
     done = json.loads(file.read_text()) if file.exists() else {}
     control = trained_without(influence, [None])[0]
     drift = 0.0

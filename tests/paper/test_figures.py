@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,28 @@ def test_models_trained_side_by_side_are_those_of_the_library():
         if row is not None:
             weights[row] = 0
         np.testing.assert_allclose(theta.numpy(), train(weights).numpy(), atol=1e-7)
+
+
+def test_retraining_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    from sklearn.datasets import load_digits
+
+    import upweight as uw
+    from paper import digits, fig2_left
+
+    monkeypatch.setattr(fig2_left, "SIDE_BY_SIDE", 2)
+    X, y = load_digits(return_X_y=True)
+    X = X / 16
+    model = digits.logistic(X[:300], y[:300])
+    influence = uw.explain(model, X[:300], y[:300], solver=uw.solvers.Cholesky(), penalty_per_example=True)
+    on, rows, file = (X[300:301], y[300:301]), np.array([5, 9, 40, 77, 120]), tmp_path / "progress.json"
+    whole, drift = fig2_left.retrained(influence, on, rows, file)
+    expected = uw.leave_one_out(influence, on, rows, uw.Newton(rtol=1e-9)).actual[0]
+    np.testing.assert_allclose(whole, expected, atol=1e-8)
+    assert abs(drift) < 1e-6
+    done = json.loads(file.read_text())
+    file.write_text(json.dumps({"5": done["5"], "9": done["9"], "40": 1.5}))
+    again, _ = fig2_left.retrained(influence, on, rows, file)
+    np.testing.assert_allclose(again, [*whole[:2], 1.5, *whole[3:]], atol=1e-12)
 
 
 def test_distances_are_those_of_enlarged_photographs():
