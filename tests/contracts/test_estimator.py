@@ -71,13 +71,14 @@ def test_of_removing_is_nearer_to_the_refit_than_first_order(fit):
         close(newton.values, truth, 1e-6 if fit.row.mean else 1e-8)
 
 
-def test_leave_one_out_is_scikit_learns(fit):
+@pytest.mark.parametrize("folded", [False, True])
+def test_leave_one_out_is_scikit_learns(fit, folded):
     """Whatever retrains by default, and fit() itself, end where the estimator does without the row."""
-    influence = fit.influence()
+    influence = fit.influence(penalty_per_example=folded)
     row = int(np.abs(influence.on_loss(*fit.on).values).max(0).argmax())
     weights = fit.weights.copy()
     weights[row] = 0
-    truth = fit.refitted(weights) - fit.losses()
+    truth = fit.refitted(weights, folded=folded) - fit.losses()
     for retrain in (None, uw.Refit()):
         outcomes = uw.leave_one_out(influence, fit.on, [row], retrain, progress=False)
         close(outcomes.actual[:, 0], truth, max(fit.row.rtol, 1e-5))

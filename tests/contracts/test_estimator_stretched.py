@@ -354,12 +354,17 @@ def test_smoothed_svms_predict_what_refits_do(kind):
 
 
 def test_without_free_support_vectors_the_intercept_is_said_to_be_unidentified():
-    X = np.array([[-1.0], [-2.0], [1.0], [2.0]])
+    X = np.array([[-1.0], [-3.0], [2.0], [4.0]])
     y = np.array(["a", "a", "b", "b"])
     model = SVC(kernel="linear", C=0.01, tol=1e-9).fit(X, y)
     assert np.allclose(np.abs(model.dual_coef_), 0.01)
+    assert model.intercept_[0]
     with pytest.warns(uw.errors.TheoryWarning, match="intercept is unidentified.*none is free"):
         influence = uw.explain(model, X, y)
+    assert (
+        abs(calculus.penalty_gradient(influence.objective)[-1])
+        < 1e-9 * calculus.penalty_diagonal(influence.objective)[-1]
+    )
     moved = influence.on_params()
     assert np.abs(moved[:, 1]).max() < 1e-4 * np.abs(moved[:, 0]).max()
 
