@@ -122,7 +122,9 @@ class Row:
 
 
 THREE_WEIGHTS = {"a": 2.0, "b": 0.3, "c": 1.0}
-NEW_CV = {"Cs": 3, "cv": 3, "use_legacy_attributes": False, "l1_ratios": (0.0,), "scoring": "accuracy"}
+NEW_CV = {"Cs": 3, "cv": 3, "scoring": "accuracy"}
+if "use_legacy_attributes" in LogisticRegressionCV().get_params():  # since 1.8
+    NEW_CV |= {"use_legacy_attributes": False, "l1_ratios": (0.0,)}
 
 ESTIMATORS = {
     "logistic": Row(LogisticRegression, "binary", logistic, {"C": 0.7} | TIGHT),
@@ -186,7 +188,9 @@ ESTIMATORS = {
 def plain(model):
     """An unfitted estimator that keeps what cross-validation chose."""
     if isinstance(model, LogisticRegressionCV):
-        return LogisticRegression(C=model.C_, tol=model.tol, max_iter=model.max_iter, class_weight=model.class_weight)
+        return LogisticRegression(
+            C=float(np.ravel(model.C_)[0]), tol=model.tol, max_iter=model.max_iter, class_weight=model.class_weight
+        )
     if isinstance(model, RidgeClassifierCV):
         return RidgeClassifier(alpha=model.alpha_, class_weight=model.class_weight)
     if isinstance(model, RidgeCV):
