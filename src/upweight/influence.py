@@ -11,7 +11,6 @@ Reference: Koh & Liang (2017), equations 1 to 5.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +21,16 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, defaults, identity, removal, routes, scoring, selfscores
+from upweight import calculus, defaults, identity, pairs, removal, routes, scoring, selfscores
 from upweight.checks import Report, examine, warn_if_not_at_minimum
 from upweight.encoders import Encoder, PlainEncoder, training_examples
-from upweight.errors import InvalidInput, NotConverged, TheoryWarning, UnsupportedModel, checked_count
+from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 from upweight.examples import Examples, as_array, as_tensor, check_finite
 from upweight.objective import Objective
 from upweight.operators import Curvature, Dense, GaussNewton, Hessian, Operator
-from upweight.scores import Scores, SelfScores
+from upweight.scores import Certificate, Scores, SelfScores
 from upweight.scoring import Products
-from upweight.solvers import Prepared, Solution, Solver
+from upweight.solvers import Pairwise, Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping
 from upweight.store import Store
 from upweight.sweep import Sweep
@@ -489,34 +488,25 @@ class Influence:
         return solver, self._prepared_for_many
 
     def _solve(self, V: Tensor, prepared: Prepared | None = None) -> Solution:
-        solution = (prepared or self.prepared).solve(V)
-        if not solution.converged and solution.replicas is None:
-            message = (
-                f"{self.solver} left a relative residual of {float(solution.residual.max()):.2g}: C + λI is too badly "
-                f"conditioned for float64 (smallest curvature {solution.min_curvature:.2g}). Try a larger damping, or "
-                "drop collinear features."
-            )
-            raise NotConverged(message, solution)
-        if not solution.converged:
-            message = (
-                f"{self.solver} has not settled (residual {float(solution.residual.max()):.2g}): its values may carry "
-                "a bias that their standard errors do not contain. Raise depth, or use CG() for exact answers."
-            )
-            warnings.warn(message, TheoryWarning, stacklevel=4)
-        return solution
+        return scoring.solved(prepared or self.prepared, V, repr(self.solver))
 
     def _query_gradients(self, objective: Objective, queries: Examples) -> Tensor:
         return scoring.gradients(self.sweep.over(objective, queries))
 
     def _removal_scores(self, objective: Objective, queries: Examples, store: Any) -> Scores:
-        size = max(1, _BLOCK_NUMBERS // self.objective.size)
+        pairwise = self.prepared if store is None and objective.linear is not None else None
+        pairwise = pairwise if isinstance(pairwise, Pairwise) else None
+        size = max(1, _BLOCK_NUMBERS // (self.objective.size if pairwise is None else self.n))
         if store is None and len(queries) > size:
             return Scores.joined([self._removal_scores(objective, block, None) for block in queries.blocks(size)])
+        weights = self.examples.weights / self.n
+        if pairwise is not None:
+            changes, known = pairs.products(self, queries, pairwise, self._solve)
+            return self._scores(known, changes.scaled(weights), -weights, np.arange(self.n), "row removed", queries)
         solution = self._solve(self._query_gradients(objective, queries))
         folder = None if store is None else Store(store, identity.fingerprint(self, queries, objective.name))
         if folder is not None:
             solution = identity.compared(self, folder, solution)
-        weights = self.examples.weights / self.n
         changes = scoring.with_rows(self.sweep, solution, self.penalty_share, store=folder).scaled(weights)
         return self._scores(solution, changes, -weights, np.arange(self.n), "row removed", queries, objective)
 
@@ -529,7 +519,7 @@ class Influence:
 
     def _scores(
         self,
-        solution: Solution,
+        solution: Solution | Certificate,
         changes: Products,
         scale: NDArray[np.float64],
         columns: NDArray[np.int64],
@@ -543,7 +533,7 @@ class Influence:
             counterfactual,
             columns,
             self.n,
-            scoring.certificate(self, solution),
+            solution if isinstance(solution, Certificate) else scoring.certificate(self, solution),
             scale,
             self.objective.measure if measured is self.objective else measured.name,
             scoring.measures(self.sweep.over(measured, queries)),

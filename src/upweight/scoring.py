@@ -8,6 +8,7 @@ standard error. `Products` holds both.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight import calculus
+from upweight.errors import NotConverged, TheoryWarning
 from upweight.examples import Examples
 from upweight.scores import Certificate
-from upweight.solvers import Solution
+from upweight.solvers import Prepared, Solution
 from upweight.store import Store
 from upweight.sweep import Sweep
 
@@ -70,6 +72,29 @@ def measures(sweep: Sweep) -> Float[NDArray[np.float64], " q"]:
     """The measure of every query now; of a smooth stand-in the loss that it stands for."""
     reported = sweep.objective.reporting()
     return sweep.emit(lambda batch, _: calculus.losses(reported, batch), label="query measures")
+
+
+def solved(prepared: Prepared, V: Float[Tensor, "k p"], solver: str) -> Solution:
+    """The solutions of a prepared solver, if they are what it promised; `solver` names it in messages.
+
+    Raises:
+        NotConverged: if a residual that was promised is not reached.
+    """
+    solution = prepared.solve(V)
+    if not solution.converged and solution.replicas is None:
+        message = (
+            f"{solver} left a relative residual of {float(solution.residual.max()):.2g}: C + λI is too badly "
+            f"conditioned for float64 (smallest curvature {solution.min_curvature:.2g}). Try a larger damping, or "
+            "drop collinear features."
+        )
+        raise NotConverged(message, solution)
+    if not solution.converged:
+        message = (
+            f"{solver} has not settled (residual {float(solution.residual.max()):.2g}): its values may carry "
+            "a bias that their standard errors do not contain. Raise depth, or use CG() for exact answers."
+        )
+        warnings.warn(message, TheoryWarning, stacklevel=5)
+    return solution
 
 
 def with_rows(

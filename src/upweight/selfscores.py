@@ -17,16 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, scoring
+from upweight import calculus, pairs, scoring
 from upweight.scores import Certificate, SelfScores
 from upweight.scoring import Products
-from upweight.solvers import Quadratic, Solution
+from upweight.solvers import Pairwise, Quadratic, Solution
 
 if TYPE_CHECKING:
     from upweight.influence import Influence
 
 _BLOCK = 256
-_WITNESSES = 32  # rows whose systems are solved in full, to measure the residual of the factorisation
 
 
 def self_scores(
@@ -58,15 +57,20 @@ def _by_forms(
     influence: Influence, rows: NDArray[np.int64], prepared: Quadratic, solve: Callable[[Tensor], Solution]
 ) -> tuple[Products, Certificate]:
     objective, sweep = influence.objective, influence.sweep
-    witnesses = rows[np.unique(np.linspace(0, len(rows) - 1, _WITNESSES).astype(np.int64))]
+    pairwise = prepared if objective.linear is not None and isinstance(prepared, Pairwise) else None
+    witnesses = rows[np.unique(np.linspace(0, len(rows) - 1, pairs.WITNESSES).astype(np.int64))]
     solution = solve(scoring.gradients(sweep, witnesses))
     across = solve(torch.stack([influence.risk_gradient, influence.penalty_share])).x
 
     def forms(batch: Any, _: Tensor) -> Tensor:
+        if pairwise is not None:
+            own = pairwise.own(*pairs.features(objective, batch))
+            return torch.cat([own[:, None], calculus.dots(objective, batch, across)], 1)
         G = calculus.gradients(objective, batch).double().cpu()
         return torch.cat([prepared.forms(G)[:, None], G @ across.T], 1)
 
-    values = sweep.emit(forms, vectors=scoring.width(sweep), rows=rows, label="self-influence")
+    vectors = 8 if pairwise is not None else scoring.width(sweep)
+    values = sweep.emit(forms, vectors=vectors, rows=rows, label="self-influence")
     known = scoring.certificate(influence, solution)
     drift = np.full(len(rows), np.nan) if objective.folded else -values[:, 1]
     known = replace(known, residual=np.full(len(rows), float(solution.residual.max())), drift=drift)

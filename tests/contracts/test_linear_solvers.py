@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -182,3 +184,19 @@ def test_preconditioners_refuse_other_curvatures():
         config.update("jaxtyping_disable", False)
     with pytest.raises(uw.errors.InvalidInput, match="between 0 and 1"):
         TwoLevel(rtol=2.0)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_scores_through_the_rows_are_those_through_the_parameters(influence, folded):
+    draw = np.random.default_rng(9)
+    Xq = draw.normal(size=(6, influence.objective.linear.n_features))
+    classes = influence.objective.linear.loss.name in ("logistic", "cross_entropy")
+    yq = torch.as_tensor(np.asarray(influence.examples.y))[:6]
+    on = uw.Examples(Xq, yq if classes else yq.double())
+    settings = {"objective": replace(influence.objective, penalty_per_example=folded), "examples": influence.examples}
+    rows, parameters = (uw.Influence(**settings, solver=solver) for solver in (Dual(), Cholesky()))
+    for ask in (lambda inf: inf.on_loss(on), lambda inf: inf.of_self(), lambda inf: inf.of_self([4, 1])):
+        ours, theirs = ask(rows), ask(parameters)
+        np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-8, atol=1e-10 * np.abs(theirs.values).max())
+        np.testing.assert_allclose(ours.certificate.drift, theirs.certificate.drift, rtol=1e-4, atol=1e-9)
+        assert ours.certificate.residual.shape == theirs.certificate.residual.shape

@@ -171,22 +171,21 @@ class LinearHessian:
     @property
     def _chunk(self) -> int:
         low, high = _CHUNK_ROWS
+        if scipy.sparse.issparse(self._x):
+            return high
         width = 1 + self._structure.n_features
         return int(min(high, max(low, 2 ** int(np.log2(max(1, _CHUNK_NUMBERS // width))))))
 
     def _product(self, V: Tensor) -> Callable[[Any, Tensor], Tensor]:
-        """Σ_b wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ V of a batch (x, h), with what depends on V only prepared."""
-        objective = self.sweep.objective
-        if scipy.sparse.issparse(self._x):
-            return lambda batch, _: linear.transposed(
-                objective, batch[0], linear.curved(batch[1], linear.directional(objective, batch[0], V))
-            )
+        """Σ_b wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ V of a batch (x, h), with what depends on V only prepared once."""
         structure, k = self._structure, len(V)
         K, d = structure.n_outputs, structure.n_features
         width = k * K if k * K >= 4 * _PADDED else -(-k * K // _PADDED) * _PADDED
         across = torch.zeros(d, width, dtype=self.precision)
         across[:, : k * K] = V[:, : K * d].reshape(k * K, d).T
         shift = V[:, K * d :].reshape(k, K).to(self.precision) if structure.intercept else None
+        if scipy.sparse.issparse(self._x):
+            return _sparse_product(across[:, : k * K].numpy(), shift, k, K)
 
         def product(batch: Any, _: Tensor) -> Tensor:
             X, h = batch
@@ -293,6 +292,22 @@ class LinearHessian:
             )
 
         return apply
+
+
+def _sparse_product(
+    across: NDArray[np.float64], shift: Tensor | None, k: int, K: int
+) -> Callable[[Any, Tensor], Tensor]:
+    """The product for a sparse X, with V as a (d, kK) array in memory order, which SciPy reads without a copy."""
+    across = np.ascontiguousarray(across)
+
+    def product(batch: Any, _: Tensor) -> Tensor:
+        X, h = batch
+        Z = torch.from_numpy(X @ across).reshape(-1, k, K)
+        R = linear.curved(h, Z if shift is None else Z + shift)
+        coef = torch.from_numpy(X.T @ R.reshape(len(R), -1).numpy()).T.reshape(k, -1)
+        return torch.cat([coef, R.sum(0)], 1) if shift is not None else coef
+
+    return product
 
 
 def _entry(h: Tensor, K: int, i: int, j: int) -> Tensor:

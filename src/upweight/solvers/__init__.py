@@ -1,6 +1,6 @@
 """Solvers of (C + λI) x = v."""
 
-from upweight.solvers.base import Prepared, Quadratic, Solution, Solver
+from upweight.solvers.base import Pairwise, Prepared, Quadratic, Solution, Solver
 from upweight.solvers.cg import CG
 from upweight.solvers.direct import Cholesky, Substitution
 from upweight.solvers.dual import Dual
@@ -13,6 +13,7 @@ __all__ = [
     "Cholesky",
     "Dual",
     "LiSSA",
+    "Pairwise",
     "Preconditioner",
     "Prepared",
     "Quadratic",

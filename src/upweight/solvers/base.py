@@ -8,9 +8,9 @@ projected out of V and of x, which gives the solution of minimum norm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -72,6 +72,19 @@ class Quadratic(Prepared, Protocol):
 
     def forms(self, V: Float[Tensor, "k p"]) -> Float[Tensor, " k"]:
         """vᵀ (C + λI)⁻¹ v for every row v."""
+        ...
+
+
+@runtime_checkable
+class Pairwise(Quadratic, Protocol):
+    """(C + λI)⁻¹ of a linear predictor that compares examples, v = r ⊗ x̃, without writing out their p numbers."""
+
+    def own(self, X: Any, R: Float[Tensor, "b K"]) -> Float[Tensor, " b"]:
+        """vᵀ (C + λI)⁻¹ v of every example."""
+        ...
+
+    def against(self, X: Any, R: Float[Tensor, "q K"]) -> Callable[[Any, Tensor], Tensor]:
+        """A function of other examples (X, R) that gives v_otherᵀ (C + λI)⁻¹ v for each of them, (b, q)."""
         ...
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -107,6 +108,47 @@ class Woodbury:
         left = V[:, self._split :] - self._small(sides) @ self._Uf.T
         return value + ((left @ self._free) * left).sum(1)
 
+    def own(self, X: Any, R: Float[Tensor, "b K"]) -> Float[Tensor, " b"]:
+        """vᵀ (C + λI)⁻¹ v of every v = r ⊗ x̃.  Cost: n products of rows and one triangular solve, (nK)² flops, each."""
+        sides = self._examples_down(X, R)
+        half = scipy.linalg.solve_triangular(self._factor[0], sides.numpy().T, lower=True, check_finite=False)
+        square = X.multiply(X).tocsr() if scipy.sparse.issparse(X) else X * X
+        squares = linear.times(square, self._inverse.reshape(self._K, -1).T)  # (b, K)
+        value = (R * R * squares).sum(1) - torch.from_numpy((half * half).sum(0))
+        if self._free is None:
+            return value
+        left = R - self._small(sides) @ self._Uf.T
+        return value + ((left @ self._free) * left).sum(1)
+
+    def against(self, X: Any, R: Float[Tensor, "q K"]) -> Callable[[Any, Tensor], Tensor]:
+        """A function of other examples (X, R) that gives v_otherᵀ (C + λI)⁻¹ v for each of them, (b, q).
+
+        Cost: (nK)² flops for each example given here; q·nK + b·nK multiplications for each pair of blocks afterwards.
+        """
+        t = self._small(self._examples_down(X, R))  # (q, nK)
+        free = None if self._free is None else (R - t @ self._Uf.T) @ self._free
+        inverse = self._inverse.reshape(self._K, -1)
+
+        def products(X_other: Any, R_other: Tensor) -> Tensor:
+            sides = self._examples_down(X_other, R_other)
+            values = -sides @ t.T
+            for k, gram in _grams(X_other, inverse, X):
+                values += R_other[:, k] @ R[:, k].T * gram
+            if free is None:
+                return values
+            return values + (R_other - sides @ self._small(self._Uf).T) @ free.T
+
+        return products
+
+    def _examples_down(self, X: Any, R: Tensor) -> Tensor:
+        """U Λ⁻¹ v of examples v = r ⊗ x, (b, nK), through products of rows with rows."""
+        total = torch.zeros(R.shape[0], self.operator.sweep.n, self._K, dtype=torch.float64)
+        for k, gram in _grams(X, self._inverse.reshape(self._K, -1), self._X):
+            part = torch.zeros_like(R)
+            part[:, k] = R[:, k]
+            total += self._root.down(part.expand(self.operator.sweep.n, -1, -1)).transpose(0, 1) * gram[:, :, None]
+        return total.reshape(len(R), -1)
+
     def _down(self, coef: Tensor) -> Tensor:
         """U v: (k, nK)."""
         structure = self._objective.linear
@@ -128,14 +170,9 @@ class Woodbury:
         """M = I + U Λ⁻¹ Uᵀ, (nK, nK), in LAPACK's order."""
         n, K = self.operator.sweep.n, self._K
         B = self._root.matrix()  # (n, K, K): B[i, k, m]
-        inverse = self._inverse.reshape(K, -1)
         M = torch.zeros(n, K, n, K, dtype=torch.float64)
-        gram, strengths = None, None
-        for k in range(K):
-            if strengths is None or not torch.equal(inverse[k], strengths):
-                strengths = inverse[k]
-                gram = _gram(self._X, strengths)
-            M += torch.einsum("im,ij,jl->imjl", B[:, k], gram, B[:, k])
+        for k, gram in _grams(self._X, self._inverse.reshape(K, -1), self._X):
+            M += torch.einsum("ikm,ij,jkl->imjl", B[:, k], gram, B[:, k])
         flat = M.reshape(n * K, n * K)
         flat.diagonal().add_(1.0)
         return flat.numpy().T
@@ -201,12 +238,19 @@ class _Root:
         return Z - (self.gamma * self.v)[:, None] * (Z * self.v[:, None]).sum(2, keepdim=True)
 
 
-def _gram(X: object, inverse: Tensor) -> Tensor:
-    """X Λ⁻¹ Xᵀ, (n, n)."""
-    if scipy.sparse.issparse(X):
-        return torch.from_numpy((X.multiply(inverse.numpy()).tocsr() @ X.T).toarray())  # type: ignore[attr-defined]
-    scaled = X * inverse.sqrt()  # type: ignore[operator]
-    return scaled @ scaled.T
+def _grams(X: Any, inverse: Tensor, Y: Any) -> Iterator[tuple[list[int], Tensor]]:
+    """X Λ_k⁻¹ Yᵀ for every group of outputs k that share their strengths."""
+    left = list(range(len(inverse)))
+    while left:
+        same = [k for k in left if torch.equal(inverse[k], inverse[left[0]])]
+        scale = inverse[same[0]].numpy()
+        scaled = X.multiply(scale).tocsr() if scipy.sparse.issparse(X) else X.numpy() * scale
+        product = scaled @ (Y.T if scipy.sparse.issparse(Y) else Y.numpy().T)
+        yield (
+            same,
+            torch.from_numpy(np.ascontiguousarray(product.toarray() if scipy.sparse.issparse(product) else product)),
+        )
+        left = [k for k in left if k not in same]
 
 
 def _refuse(operator: LinearHessian, strengths: Tensor, damping: float) -> None:
