@@ -34,6 +34,14 @@ def losses(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
     return _structure(objective).loss.value(predictor(objective, X), y)
 
 
+def value_and_gradient(objective: Objective, batch: Any, weights: Float[Tensor, " b"]) -> Float[Tensor, " m"]:
+    """Σ_b w_b L_b, and behind it the p numbers of Σ_b w_b ∇L_b, from one predictor."""
+    X, y = _inputs(objective, batch)
+    eta, loss = predictor(objective, X), _structure(objective).loss
+    slope = loss.slope(eta, y) * weights[:, None]
+    return torch.cat([(loss.value(eta, y) @ weights)[None], transposed(objective, X, slope[:, None])[0]])
+
+
 def slopes(objective: Objective, batch: Any) -> Float[Tensor, "b K"]:
     """∂ℓ/∂η of every example."""
     X, y = _inputs(objective, batch)

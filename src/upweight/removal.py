@@ -37,7 +37,8 @@ _UPDATED_UP_TO = 1000  # systems solved for one block of groups; a larger group 
 _WARM_RTOL = 1e-9
 _WARM_STEPS = 500
 _SINGULAR_GROWTH = 1e9
-_SHARE_STEPS = 3  # the penalty's share w/Σw of a row is tiny, so this fixed-point iteration gains a factor n each time
+_SHARE_STEPS = 12  # the penalty's share w/Σw of a row is tiny, and each step of the fixed point gains a factor of it
+_SHARE_RTOL = 1e-12
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def newton_steps(
             change = _warm_step(objective, sweep, system, block[0])
         else:
             change = _steps(objective, sweep.examples, system.solve, block)
+            if change is None:
+                change = torch.cat([_warm_step(objective, sweep, system, group) for group in block])
         changes.append(change)
         gradients.append(_remaining(objective, sweep, block, change, risk_gradient))
     return NewtonStep(torch.cat(changes), torch.cat(gradients))
@@ -153,7 +156,8 @@ def changes(
 
 def _steps(
     objective: Objective, examples: Examples, solve: Callable[[Tensor], Solution], groups: list[NDArray[np.int64]]
-) -> Tensor:
+) -> Tensor | None:
+    """(g, p): the step of each group by Woodbury; None if a group carries too much of the penalty for the iteration."""
     n, total = len(examples), float(examples.weights.sum())
     union = np.unique(np.concatenate(groups))
     batch = examples.batch(union)
@@ -165,8 +169,7 @@ def _steps(
     penalty = calculus.penalty_gradient(objective) if objective.folded else None
     solved = solve(U if penalty is None else torch.cat([U, penalty[None]])).x
     XU = solved[: len(U)]
-    strengths = calculus.penalty_diagonal(objective)
-    lines = []
+    corrections, moves, shares = [], [], []
     for group in groups:
         place = np.searchsorted(union, group)
         index = torch.from_numpy((place[:, None] * K + np.arange(K)).reshape(-1))
@@ -175,24 +178,24 @@ def _steps(
         A = u @ xu.T
         inner = torch.eye(len(A), dtype=torch.float64) - A @ D
         _refuse_singular(inner, A, D, group)
-        correction = D @ torch.linalg.inv(inner)
+        corrections.append((D @ torch.linalg.inv(inner), u, xu))
+        moves.append(slopes[torch.from_numpy(place)].reshape(-1) @ xu / n)
+        shares.append(float(examples.weights[group].sum()) / total)
 
-        def without_group(step: Tensor, u: Tensor = u, xu: Tensor = xu, correction: Tensor = correction) -> Tensor:
-            """(C − UᵀDU)⁻¹ v from C⁻¹ v."""
-            return step + (correction @ (u @ step)) @ xu
+    def without_groups(steps: Tensor) -> Tensor:
+        """(C − UᵀDU)⁻¹ v from C⁻¹ v, each line without its own group."""
+        return torch.stack([v + (c @ (u @ v)) @ xu for v, (c, u, xu) in zip(steps, corrections, strict=True)])
 
-        move = slopes[torch.from_numpy(place)].reshape(-1) @ xu / n
-        if penalty is not None:
-            share = float(examples.weights[group].sum()) / total
-            move = move + share * solved[-1]
-            first = without_group(move)
-            delta = first
-            for _ in range(_SHARE_STEPS):
-                delta = first + without_group(solve((share * strengths * delta)[None]).x[0])
-            lines.append(delta)
-        else:
-            lines.append(without_group(move))
-    return torch.stack(lines)
+    if penalty is None:
+        return without_groups(torch.stack(moves))
+    share = torch.tensor(shares, dtype=torch.float64)[:, None]
+    first = without_groups(torch.stack(moves) + share * solved[-1])
+    strengths, delta = calculus.penalty_diagonal(objective), first
+    for _ in range(_SHARE_STEPS):
+        before, delta = delta, first + without_groups(solve(share * strengths * delta).x)
+        if float((delta - before).norm()) <= _SHARE_RTOL * float(delta.norm()):
+            return delta
+    return None
 
 
 def _refuse_singular(inner: Tensor, A: Tensor, D: Tensor, group: NDArray[np.int64]) -> None:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, defaults, scoring
+from upweight import calculus, defaults, linear, scoring
 from upweight.encoders import Refitting
 from upweight.errors import InvalidInput, NotConverged
 from upweight.examples import Examples
@@ -261,6 +261,8 @@ def _value_and_gradient(sweep: Sweep, theta: Tensor) -> tuple[float, Tensor]:
     objective = sweep.objective.at(theta)
 
     def both(batch: Any, weights: Tensor) -> Tensor:
+        if objective.linear is not None:
+            return linear.value_and_gradient(objective, batch, weights)
         values = calculus.losses(objective, batch).double().cpu() @ weights
         return torch.cat([values[None], calculus.pull(objective, batch, weights[None])[0].double().cpu()])
 

@@ -23,6 +23,7 @@ from upweight.solvers.direct import NegatedInverse
 from upweight.solvers.lanczos import smallest_eigenvalue
 
 _PROMISE = 1e-6
+_GRAM_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,11 @@ class Woodbury:
         """M = I + U Λ⁻¹ Uᵀ, (nK, nK), in LAPACK's order."""
         n, K = self.operator.sweep.n, self._K
         B = self._root.matrix()  # (n, K, K): B[i, k, m]
+        if K == 1:
+            _, gram = next(_grams(self._X, self._inverse.reshape(1, -1), self._X))
+            gram.mul_(B[:, 0, 0, None]).mul_(B[:, 0, 0])
+            gram.diagonal().add_(1.0)
+            return gram.numpy().T
         M = torch.zeros(n, K, n, K, dtype=torch.float64)
         for k, gram in _grams(self._X, self._inverse.reshape(K, -1), self._X):
             M += torch.einsum("ikm,ij,jkl->imjl", B[:, k], gram, B[:, k])
@@ -244,12 +250,13 @@ def _grams(X: Any, inverse: Tensor, Y: Any) -> Iterator[tuple[list[int], Tensor]
     while left:
         same = [k for k in left if torch.equal(inverse[k], inverse[left[0]])]
         scale = inverse[same[0]].numpy()
-        scaled = X.multiply(scale).tocsr() if scipy.sparse.issparse(X) else X.numpy() * scale
-        product = scaled @ (Y.T if scipy.sparse.issparse(Y) else Y.numpy().T)
-        yield (
-            same,
-            torch.from_numpy(np.ascontiguousarray(product.toarray() if scipy.sparse.issparse(product) else product)),
-        )
+        right = Y.T if scipy.sparse.issparse(Y) else Y.numpy().T
+        gram = np.empty((X.shape[0], Y.shape[0]))
+        for start in range(0, X.shape[0], _GRAM_ROWS):  # a sparse product is nearly full, and takes more than an array
+            rows = X[start : start + _GRAM_ROWS]
+            part = (rows.multiply(scale).tocsr() if scipy.sparse.issparse(rows) else rows.numpy() * scale) @ right
+            gram[start : start + _GRAM_ROWS] = part.toarray() if scipy.sparse.issparse(part) else part
+        yield same, torch.from_numpy(gram)
         left = [k for k in left if k not in same]
 
 

@@ -50,7 +50,7 @@ class LiSSA:
     depth: int = 1000
     repeats: int = 10
     batch_size: int = 32
-    scale: float | None = None
+    scale: float | int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Recursion:
     spec: LiSSA
     operator: Sampled
     damping: float
-    scale: float
+    scale: float | int
 
     def solve(self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None) -> Solution:  # noqa: ARG002
         """x with (C + λI) x ≈ v for every row v, and the independent estimates that it averages.

@@ -47,7 +47,7 @@ def _chosen(fit: Fit, raw: Loss, default: Loss, advice: str) -> tuple[Loss, str]
             f"{fit.name} minimises {raw.name}, and it is explained with t = 0: the loss has no curvature, and the "
             f"penalty alone resists. Smoother: loss={advice}, t=0.001"
         )
-        return raw, stretched
+        return loss, stretched
     limit = getattr(loss, "limit", None)
     if limit is None or limit.name != raw.name:
         message = (
