@@ -1,8 +1,8 @@
 """Claim: sparse text costs seconds and less than a gigabyte, and gives the same numbers as a dense matrix would.
 
-Enron1, bag of words with every word kept, L2-penalised logistic regression on 4,137 messages: the self-influence of every
-row, and the effect of every row on all 1,035 test messages; in a process of its own for the memory. Then the same on a
-dense matrix, for the comparison.
+Enron1, bag of words with every word kept, L2-penalised logistic regression on 4,137 messages: the self-influence of
+every row, and the effect of every row on all 1,035 test messages; in a process of its own for the memory. Then the same
+on a dense matrix, for the comparison.
 
     UPWEIGHT_DATA=… python benchmarks/sparse_text_stays_sparse.py        # about a minute
 """
