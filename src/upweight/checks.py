@@ -129,7 +129,7 @@ def examine(influence: Influence, queries: Any) -> Report:
         drift = float((solution.x @ gradient).abs().max())
         lowest = solution.min_curvature
         share = calculus.penalty_gradient(objective) * (influence.n / float(influence.examples.weights.sum()))
-        every = scoring.with_rows(influence.sweep, replace(solution, replicas=None), share)
+        every = scoring.with_rows(influence, replace(solution, replicas=None), share)
         total = float(np.abs(every.mean @ influence.examples.weights).max()) / influence.n
         if not solution.converged:
             problem = f"{influence.solver} did not converge: residual {residual:.2g}"

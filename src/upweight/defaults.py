@@ -4,9 +4,10 @@ curvature   Hessian for linear predictors and for losses given as one function; 
             because they are rarely at a minimum and it is positive there.
 solver      of the ways that can be taken, the direct one that costs fewest flops (`costs`): Cholesky for p ≤ 4,000, and
             for linear predictors Dual when rows are fewer than parameters. Else CG to a relative residual of 1e-6,
-            with the TwoLevel preconditioner for linear predictors. For the self-influence of many rows a Cholesky
-            factor of up to 12,000 parameters is worth its memory when it costs less than the systems would.
-damping     0 for scikit-learn estimators, for Hessian() and for Identity(). For GaussNewton and EmpiricalFisher of
+            with the TwoLevel preconditioner for linear predictors; a CG that is given without a preconditioner gets it
+            too. For the self-influence of many rows a Cholesky factor of up to 12,000 parameters is worth its memory
+            when it costs less than the systems would.
+damping     0 for linear predictors, for Hessian() and for Identity(). For GaussNewton and EmpiricalFisher of
             other models: 0 if an L2 penalty covers every parameter, for it already bounds C from below; else a tenth
             of C's mean eigenvalue, estimated with 16 random vectors (Grosse et al., 2023, use the same share).
 batch       as many examples as keep their saved activations under 1 GiB.
@@ -15,7 +16,7 @@ batch       as many examples as keep their saved activations under 1 GiB.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import scipy.sparse
@@ -98,6 +99,16 @@ def solver(objective: Objective, examples: Examples, curvature: Curvature, *, sy
     best = min(direct, key=lambda cost: cost.flops)
     always = isinstance(best.solver, Dual) or objective.size <= DIRECT_UP_TO
     return best.solver if always or best.flops < iterative.flops else iterative.solver
+
+
+def completed(given: Solver | None, objective: Objective, examples: Examples, curvature: Curvature) -> Solver:
+    """The solver that was given, with what it leaves open; or the one for this objective when none is named."""
+    if given is None:
+        return solver(objective, examples, curvature)
+    open_cg = isinstance(given, CG) and given.preconditioner is None
+    if open_cg and objective.linear is not None and isinstance(curvature, Hessian | GaussNewton):
+        return replace(given, preconditioner=TwoLevel())  # type: ignore[type-var]
+    return given
 
 
 def _every_coefficient_is_held(objective: Objective) -> bool:

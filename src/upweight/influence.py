@@ -28,6 +28,7 @@ from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 from upweight.examples import Examples, as_array, as_tensor, check_finite
 from upweight.objective import Objective
 from upweight.operators import Curvature, Dense, GaussNewton, Hessian, Operator
+from upweight.operators.linear import LinearHessian
 from upweight.scores import Certificate, Scores, SelfScores
 from upweight.scoring import Products
 from upweight.solvers import Pairwise, Prepared, Solution, Solver
@@ -91,7 +92,7 @@ class Influence:
         memory = defaults.example_bytes(self.objective, probe)
         self.sweep = Sweep(self.objective, self.examples, batch_size, progress, memory)
         self.curvature = curvature or defaults.curvature(objective)
-        self.solver = solver or defaults.solver(objective, self.examples, self.curvature)
+        self.solver = defaults.completed(solver, objective, self.examples, self.curvature)
         self._solver_given = solver is not None
         self._damping = None if damping is None else checked_damping(damping)
         self._operator: Operator | None = None
@@ -146,8 +147,14 @@ class Influence:
     def risk_gradient(self) -> Float[Tensor, " p"]:
         """∇R(θ̂), which is 0 at a minimum.  Cost: one sweep, once."""
         if self._risk_gradient is None:
-            total = self.sweep.fold(lambda batch, w: calculus.pull(self.objective, batch, w[None]), label="gradient")[0]
-            self._risk_gradient = total / self.n + calculus.penalty_gradient(self.objective)
+            if isinstance(self.operator, LinearHessian):
+                mean = self.operator.gradient()
+            else:
+                pulled = self.sweep.fold(
+                    lambda batch, w: calculus.pull(self.objective, batch, w[None]), label="gradient"
+                )
+                mean = pulled[0] / self.n
+            self._risk_gradient = mean + calculus.penalty_gradient(self.objective)
         return self._risk_gradient
 
     @property
@@ -358,7 +365,7 @@ class Influence:
         union = np.unique(np.concatenate(members))
         queries = self.queries(on)
         solution = self._solve(self._query_gradients(self.objective, queries))
-        single = scoring.with_rows(self.sweep, solution, self.penalty_share, rows=union)
+        single = scoring.with_rows(self, solution, self.penalty_share, rows=union)
         changes = single.scaled(self.examples.weights[union] / self.n).grouped(
             [np.searchsorted(union, group) for group in members]
         )
@@ -507,7 +514,7 @@ class Influence:
         folder = None if store is None else Store(store, identity.fingerprint(self, queries, objective.name))
         if folder is not None:
             solution = identity.compared(self, folder, solution)
-        changes = scoring.with_rows(self.sweep, solution, self.penalty_share, store=folder).scaled(weights)
+        changes = scoring.with_rows(self, solution, self.penalty_share, store=folder).scaled(weights)
         return self._scores(solution, changes, -weights, np.arange(self.n), "row removed", queries, objective)
 
     def _replacing(self, rows: NDArray[np.int64], new: Examples, counterfactual: str, on: On) -> Scores:

@@ -60,11 +60,22 @@ def factors(objective: Objective, batch: Any, weights: Float[Tensor, " b"]) -> F
     m is K, or 2K with coupled outputs.  The weight is folded in, as w·a and √w·u.
     """
     X, y = _inputs(objective, batch)
-    loss, eta = _structure(objective).loss, predictor(objective, X)
+    return _factors(objective, predictor(objective, X), y, weights)
+
+
+def _factors(objective: Objective, eta: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    loss = _structure(objective).loss
     if loss.coupling is None:
         return weights[:, None] * torch.diagonal(loss.curvature(eta, y), dim1=1, dim2=2)
     a, u = loss.coupling(eta, y)
     return torch.cat([weights[:, None] * a, weights.sqrt()[:, None] * u], 1)
+
+
+def derivatives(objective: Objective, batch: Any, weights: Float[Tensor, " b"]) -> Float[Tensor, "b m"]:
+    """∂ℓ/∂η (K numbers) and, beside it, `factors`, from one predictor."""
+    X, y = _inputs(objective, batch)
+    eta = predictor(objective, X)
+    return torch.cat([_structure(objective).loss.slope(eta, y), _factors(objective, eta, y, weights)], 1)
 
 
 def curved(h: Float[Tensor, "b m"], Z: Float[Tensor, "b k K"]) -> Float[Tensor, "b k K"]:
@@ -88,8 +99,12 @@ def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
 def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Tensor, "b k"]:
     """∇Lᵀ v for every example and vector."""
     X, _ = _inputs(objective, batch)
-    Z = directional(objective, X, V)  # (b, k, K)
-    return torch.einsum("bkj,bj->bk", Z, slopes(objective, batch))
+    return sloped_dots(objective, X, slopes(objective, batch), V)
+
+
+def sloped_dots(objective: Objective, X: Any, R: Float[Tensor, "b K"], V: Float[Tensor, "k p"]) -> Float[Tensor, "b k"]:
+    """∇Lᵀ v of examples whose slopes R are known."""
+    return torch.einsum("bkj,bj->bk", directional(objective, X, V), R)
 
 
 def pull(objective: Objective, batch: Any, R: Float[Tensor, "k b"]) -> Float[Tensor, "k p"]:
@@ -171,9 +186,12 @@ def _inputs(objective: Objective, batch: Any) -> tuple[Any, Tensor]:
             "preprocessing as in fit()."
         )
         raise InvalidInput(message)
-    if scipy.sparse.issparse(X):
-        return X.astype("float64", copy=False), y
-    return X.to(torch.float64), y
+    return wide(X), y
+
+
+def wide(X: Any) -> Any:
+    """A batch of inputs in float64, dense or CSR."""
+    return X.astype("float64", copy=False) if scipy.sparse.issparse(X) else X.to(torch.float64)
 
 
 def _parts(structure: Linear, V: Tensor) -> tuple[Tensor, Tensor | None]:

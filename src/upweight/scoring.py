@@ -21,6 +21,7 @@ from torch import Tensor
 from upweight import calculus
 from upweight.errors import NotConverged, TheoryWarning
 from upweight.examples import Examples
+from upweight.operators.linear import LinearHessian
 from upweight.scores import Certificate
 from upweight.solvers import Prepared, Solution
 from upweight.store import Store
@@ -98,7 +99,7 @@ def solved(prepared: Prepared, V: Float[Tensor, "k p"], solver: str) -> Solution
 
 
 def with_rows(
-    sweep: Sweep,
+    influence: Influence,
     solution: Solution,
     constant: Float[Tensor, " p"],
     *,
@@ -108,17 +109,21 @@ def with_rows(
     """S · (∇L(zᵢ) + constant) for training rows, by one sweep that never forms their gradients.
 
     Args:
-        sweep: over the training rows.
+        influence: whose training rows they are.
         solution: S, and its independent estimates.
         constant: the rows' share of the penalty's gradient.
         rows: which rows; None means all.
         store: finished chunks of the mean are kept there.
     """
+    operator, objective = influence.operator, influence.objective
+    known = operator if isinstance(operator, LinearHessian) else None  # it has the rows' slopes already
+    sweep = influence.sweep if known is None else known.sloped
 
     def run(S: Tensor, store: Store | None) -> NDArray[np.float64]:
         shift = S @ constant
+        dots = (lambda batch, _: calculus.dots(objective, batch, S)) if known is None else known.dots(S)
         return sweep.emit(
-            lambda batch, _: calculus.dots(sweep.objective, batch, S).double().cpu() + shift,
+            lambda batch, weights: dots(batch, weights).double().cpu() + shift,
             vectors=len(S),
             rows=rows,
             store=store,

@@ -33,7 +33,7 @@ _CHUNK_ROWS = (1024, 16_384)
 _COPY_BYTES = 2**31  # a float32 copy of X is kept if it is smaller; else chunks are cast as they are read
 _PADDED = 16  # matrix products with fewer columns than this run no faster
 (_syrk,) = scipy.linalg.get_blas_funcs(("syrk",), dtype=np.float64)
-_KRONECKER_FEATURES = 2048  # eigenvectors of a larger XᵀX cost more than they save
+_KRONECKER_FEATURES = 1024  # eigenvectors of a larger XᵀX cost more than they save
 
 
 class LinearHessian:
@@ -61,14 +61,45 @@ class LinearHessian:
 
     @property
     def curvatures(self) -> Float[Tensor, "n m"]:
-        """wᵢhᵢ as `linear.factors` writes it.  Cost: one pass, once."""
+        """wᵢhᵢ as `linear.factors` writes it.  Cost: one pass, once, shared with `slopes`."""
         if self._curvatures is None:
-            objective = self.sweep.objective
-            values = self.sweep.emit(
-                lambda batch, weights: linear.factors(objective, batch, weights), label="curvature of the rows"
-            )
-            self._curvatures = torch.from_numpy(values)
+            self._curvatures = self._derivatives[:, self._structure.n_outputs :]
         return self._curvatures
+
+    @property
+    def slopes(self) -> Float[Tensor, "n K"]:
+        """∂ℓ/∂η of every row, unweighted."""
+        return self._derivatives[:, : self._structure.n_outputs]
+
+    @cached_property
+    def _derivatives(self) -> Tensor:
+        """(n, K + m): first and second derivatives of every row's loss in its outputs, from one predictor."""
+        objective = self.sweep.objective
+        values = self.sweep.emit(
+            lambda batch, weights: linear.derivatives(objective, batch, weights), label="derivatives of the rows"
+        )
+        return torch.from_numpy(values)
+
+    def gradient(self) -> Float[Tensor, " p"]:
+        """(1/n) Σᵢ wᵢ ∇Lᵢ, without the penalty.  Cost: one pass."""
+        objective = self.sweep.objective
+
+        def total(batch: Any, weights: Tensor) -> Tensor:
+            X, slope = linear.wide(batch[0]), batch[1] * weights[:, None]
+            return linear.transposed(objective, X, slope[:, None])[0]
+
+        return self.sloped.fold(total, label="gradient", chunk=self._chunk) / self.sweep.n
+
+    def dots(self, V: Float[Tensor, "k p"]) -> Callable[[Any, Tensor], Tensor]:
+        """∇Lᵢᵀ v for every row of `sloped`'s batches and vector, (b, k)."""
+        objective = self.sweep.objective
+        return lambda batch, _: linear.sloped_dots(objective, linear.wide(batch[0]), batch[1], V)
+
+    @cached_property
+    def sloped(self) -> Sweep:
+        """The sweep over (x, slopes), instead of (x, y), that `dots` works on."""
+        examples = self.sweep.examples
+        return self.sweep.over(self.sweep.objective, examples.carrying(examples.x, self.slopes))
 
     @cached_property
     def coarse(self) -> LinearHessian:

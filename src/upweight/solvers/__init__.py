@@ -5,7 +5,7 @@ from upweight.solvers.cg import CG
 from upweight.solvers.direct import Cholesky, Substitution
 from upweight.solvers.dual import Dual
 from upweight.solvers.lissa import LiSSA
-from upweight.solvers.precondition import Approximate, Preconditioner, TwoLevel
+from upweight.solvers.precondition import Approximate, Plain, Preconditioner, TwoLevel
 
 __all__ = [
     "CG",
@@ -14,6 +14,7 @@ __all__ = [
     "Dual",
     "LiSSA",
     "Pairwise",
+    "Plain",
     "Preconditioner",
     "Prepared",
     "Quadratic",

@@ -13,7 +13,7 @@ from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, che
 from upweight.operators.base import Operator
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 from upweight.solvers.lanczos import suggest_damping
-from upweight.solvers.precondition import Preconditioner
+from upweight.solvers.precondition import Plain, Preconditioner
 from upweight.solvers.recurrence import Progress, descend
 
 _RECOMPUTE = 50  # the recurrence for r drifts from v − Ax in floating point; every so often it is replaced by the truth
@@ -36,7 +36,8 @@ class CG:
     Args:
         rtol: the relative residual to reach, ‖v − (C + λI) x‖ ≤ rtol ‖v‖.
         max_sweeps: products after which NotConverged is raised.
-        preconditioner: `TwoLevel()` or `Approximate()` for linear predictors; None for none.
+        preconditioner: `TwoLevel()`, `Approximate()` or `Plain()`, which is none. None lets `defaults` choose: TwoLevel
+            for linear predictors, none otherwise.
 
     Raises:
         InvalidInput: if rtol is not between 0 and 1, or max_sweeps is not positive.
@@ -60,7 +61,8 @@ class CG:
     def prepare(self, operator: Operator, damping: float = 0.0) -> Iteration:
         """The iteration, with its preconditioner built."""
         damping = checked_damping(damping)
-        inverse = None if self.preconditioner is None else self.preconditioner.prepare(operator, damping)
+        plain = self.preconditioner is None or isinstance(self.preconditioner, Plain)
+        inverse = None if plain else self.preconditioner.prepare(operator, damping)  # type: ignore[union-attr]
         return Iteration(self, operator, damping, inverse)
 
 

@@ -27,6 +27,15 @@ class Preconditioner(Protocol):
 
 
 @dataclass(frozen=True)
+class Plain:
+    """No preconditioner: the textbook method, in float64 throughout."""
+
+    def prepare(self, operator: Operator, damping: float) -> Inverse:  # noqa: ARG002
+        """The identity."""
+        return lambda R: R
+
+
+@dataclass(frozen=True)
 class Approximate:
     """The operator's own approximate inverse: Kronecker factors of its mean, or its diagonal.
 
