@@ -172,7 +172,8 @@ class LinearHessian:
         def squares(batch: Any, _: Tensor) -> Tensor:
             X, h = batch
             spread = _diagonals(h, K).double()
-            square = X.multiply(X).tocsr() if scipy.sparse.issparse(X) else X.double() ** 2
+            X = linear.wide(X)
+            square = X.multiply(X).tocsr() if scipy.sparse.issparse(X) else X**2
             coef = (
                 torch.from_numpy((square.T @ spread.numpy()).T.copy())
                 if scipy.sparse.issparse(X)

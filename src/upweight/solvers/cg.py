@@ -18,6 +18,7 @@ from upweight.solvers.recurrence import Progress, descend
 
 _RECOMPUTE = 50  # the recurrence for r drifts from v − Ax in floating point; every so often it is replaced by the truth
 _COARSE_GAIN = 0.1  # a run in float32 must shrink the true residual to this share, else products become float64
+_SCALE_ROWS = 4096
 _MARGIN = 0.9  # of the goal, so that the residual that is recomputed at the end passes too
 
 
@@ -27,6 +28,8 @@ class CG:
 
     A query that has converged leaves the product. The residual that is promised, and reported, is recomputed from its
     definition in float64 at the end; if the recurrence was too optimistic, iteration goes on from the true residual.
+    With a preconditioner the promise holds in two norms, ‖r‖/‖v‖ and the same with every parameter divided by
+    √diag(C + λI), so that no feature hides behind another's units; the larger is reported.
     With a preconditioner the products of linear predictors run in float32 between two such corrections (iterative
     refinement), and in float64 when that gains nothing.
 
@@ -63,7 +66,7 @@ class CG:
         damping = checked_damping(damping)
         plain = self.preconditioner is None or isinstance(self.preconditioner, Plain)
         inverse = None if plain else self.preconditioner.prepare(operator, damping)  # type: ignore[union-attr]
-        return Iteration(self, operator, damping, inverse)
+        return Iteration(self, operator, damping, inverse, None if inverse is None else _scale(operator, damping))
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Iteration:
     operator: Operator
     damping: float
     inverse: Callable[[Tensor], Tensor] | None = None
+    scale: Tensor | None = None
 
     def solve(self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None) -> Solution:
         """x with (C + λI) x = v for every row v.
@@ -95,51 +99,57 @@ class Iteration:
                 f"state is not that of an earlier Solution for {tuple(V.shape)} right-hand sides. Pass solution.state."
             )
             raise InvalidInput(message)
-        size = V.norm(dim=1)
         X = torch.zeros_like(V) if state is None else state["x"].clone()
         R = V.clone() if state is None else V - self._apply(X)
         P = None if state is None else _continued(state["p"], R)
+        D = torch.ones(V.shape[1], dtype=V.dtype) if self.scale is None else self.scale
+        size, weighed = V.norm(dim=1), (V * D).norm(dim=1)
         coarse = getattr(self.operator, "coarse", None) if self.inverse is not None else None
-        sweeps = 0
+        sweeps, sharpened = 0, 1.0
         smallest = torch.full((len(V),), torch.inf, dtype=torch.float64)
-        while bool((R.norm(dim=1) > self.spec.rtol * size).any()):
-            run = self._run(coarse, X, R, size, self.spec.max_sweeps - sweeps, P)
+        while True:
+            missed = torch.maximum(_share(R, size), _share(R * D, weighed))
+            if not bool((missed > self.spec.rtol).any()):
+                break
+            goal = sharpened * (_MARGIN if self.inverse is not None else 1.0) * self.spec.rtol * weighed
+            run = self._run(coarse, X / D, R * D, goal, self.spec.max_sweeps - sweeps, P)
             sweeps += run.steps
             smallest = torch.minimum(smallest, run.smallest)
             if run.stopped is not None and coarse is None:
                 raise self._refusal(run, V, sweeps)
             if sweeps >= self.spec.max_sweeps:
-                raise self._unfinished(run.x, run.direction, V, sweeps, smallest)
-            true = V - self._apply(run.x)
+                raise self._unfinished(run.x * D, run.direction * D, V, sweeps, smallest)
+            true = V - self._apply(run.x * D)
             sweeps += 1
-            tried = R.norm(dim=1) > self.spec.rtol * size
-            gain = float((true.norm(dim=1) / R.norm(dim=1))[tried].max())
+            tried = missed > self.spec.rtol
+            gain = float(((true * D).norm(dim=1) / (R * D).norm(dim=1))[tried].max())
             if coarse is not None and (run.stopped is not None or not gain <= _COARSE_GAIN):
                 coarse = None  # float32 has given what it can
                 smallest = torch.full_like(smallest, torch.inf)
-            drifted = float((true - run.residual).norm() / true.norm().clamp(min=1e-300))
-            X, R = run.x, true
+            reached = bool((_share(true * D, weighed) <= self.spec.rtol).all())
+            sharpened *= 0.1 if reached else 1.0  # the plain residual is then what is still missing
+            drifted = float((true * D - run.residual).norm() / (true * D).norm().clamp(min=1e-300))
+            X, R = run.x * D, true
             P = run.direction if drifted < 1e-3 and self.inverse is None else None
         X = self.operator.project(X)
-        residual = torch.where(size > 0, R.norm(dim=1) / size.clamp(min=1e-300), torch.zeros_like(size))
         bottom = float(smallest.min()) - self.damping if bool(torch.isfinite(smallest).any()) else float("nan")
         state = {"x": X, "p": R if P is None else P}
-        return Solution(X, residual, True, sweeps, min_curvature=bottom, state=state)
+        return Solution(X, missed, True, sweeps, min_curvature=bottom, state=state)
 
     def _run(
-        self, coarse: Operator | None, X: Tensor, R: Tensor, size: Tensor, left: int, direction: Tensor | None
+        self, coarse: Operator | None, Y: Tensor, R: Tensor, goal: Tensor, left: int, direction: Tensor | None
     ) -> Progress:
-        """Steps until the recurrence believes in the goal, or it is time to look at the true residual."""
-        goal = (_MARGIN if self.inverse is not None else 1.0) * self.spec.rtol * size
-        operator = self.operator if coarse is None else coarse
+        """Steps on D (C + λI) D y = D v until the recurrence believes in the goal, or it is time to look again."""
+        operator, project = self.operator if coarse is None else coarse, self.operator.project
+        D = torch.ones_like(R[0]) if self.scale is None else self.scale
 
-        def product(V: Tensor) -> Tensor:
-            return self.operator.project(operator.apply(V)) + self.damping * V
+        def product(Y: Tensor) -> Tensor:
+            V = Y * D
+            return (project(operator.apply(V)) + self.damping * V) * D
 
-        inverse, project = self.inverse, self.operator.project
-        precondition = None if inverse is None else lambda R: project(inverse(R))
-        steps = min(left, _RECOMPUTE)
-        return descend(product, precondition, X, R, goal, steps, direction)
+        inverse = self.inverse
+        precondition = None if inverse is None else lambda R: project(inverse(R / D)) / D
+        return descend(product, precondition, Y, R, goal, min(left, _RECOMPUTE), direction, scale=D)
 
     def _apply(self, V: Tensor) -> Tensor:
         return self.operator.project(self.operator.apply(V)) + self.damping * V
@@ -163,7 +173,7 @@ class Iteration:
         return NotConverged(message, partial)
 
     def _refusal(self, run: Progress, V: Tensor, sweeps: int) -> NotPositiveDefinite:
-        witness = run.direction[run.stopped]
+        witness = run.direction[run.stopped]  # no scale: negative curvature is met in float64, mostly by plain CG
         met = float(run.smallest[run.stopped])
         suggestion, lowest = suggest_damping(self.operator, self.damping, witness)
         message = (
@@ -173,6 +183,22 @@ class Iteration:
             "see influence.check()."
         )
         return NotPositiveDefinite(message, self._partial(run.x, run.direction, V, sweeps), suggestion)
+
+
+def _share(R: Tensor, size: Tensor) -> Tensor:
+    """‖r‖ / ‖v‖ of every row; 0 where both are 0."""
+    norm = R.norm(dim=1)
+    return torch.where(size > 0, norm / size.clamp(min=1e-300), norm)
+
+
+def _scale(operator: Operator, damping: float) -> Tensor | None:
+    """1/√diag(C + λI) over a few thousand rows, for operators that are means over rows; None for others."""
+    if not hasattr(operator, "subsample"):
+        return None
+    n = operator.sweep.n  # type: ignore[attr-defined]
+    few = operator if n <= _SCALE_ROWS else operator.subsample(_SCALE_ROWS)  # type: ignore[attr-defined]
+    diagonal = few.diagonal() + damping  # type: ignore[attr-defined]
+    return diagonal.clamp(min=1e-30 * float(diagonal.max()) or 1.0).rsqrt()
 
 
 def _continued(direction: Tensor, R: Tensor) -> Tensor:

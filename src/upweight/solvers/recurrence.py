@@ -39,6 +39,8 @@ def descend(
     goal: Float[Tensor, " k"],
     max_steps: int,
     direction: Float[Tensor, "k p"] | None = None,
+    *,
+    scale: Float[Tensor, " p"] | None = None,
 ) -> Progress:
     """Conjugate gradients from x, with v − A x = residual, until ‖residual‖ ≤ goal for every row, or max_steps.
 
@@ -54,13 +56,14 @@ def descend(
         goal: the norm at which a row has arrived.
         max_steps: products to make at most.
         direction: the directions to go on from, for a continued run without preconditioner.
+        scale: what turns x into the parameters, in whose units the smallest curvature is counted.
     """
     x, R = x.clone(), residual.clone()
     smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
     active = torch.nonzero(R.norm(dim=1) > goal)[:, 0]
     Z = R if precondition is None else torch.zeros_like(R)
     if precondition is not None and len(active):
-        Z[active] = precondition(R[active])
+        Z[active] = _positive(precondition(R[active]), R[active])
     P = Z.clone() if direction is None else direction.clone()
     rho = (R * Z).sum(1)
     for step in range(max_steps):
@@ -70,7 +73,7 @@ def descend(
         p, before = P[active], R[active]
         image = product(p)
         curvature = (p * image).sum(1)
-        quotient = curvature / (p * p).sum(1)
+        quotient = curvature / ((p if scale is None else p * scale) ** 2).sum(1)
         smallest[active] = torch.minimum(smallest[active], quotient)
         if not bool((quotient > 0).all()):
             return Progress(
@@ -80,8 +83,14 @@ def descend(
         x[active] += length * p
         after = before - length * image
         R[active] = after
-        z = after if precondition is None else precondition(after)
+        z = after if precondition is None else _positive(precondition(after), after)
         gained = (after * after).sum(1) if precondition is None else ((after - before) * z).sum(1)
         P[active] = z + (gained / rho[active].clamp(min=1e-300))[:, None] * p
         rho[active] = (after * z).sum(1)
     return Progress(x, R, P, max_steps, smallest)
+
+
+def _positive(Z: Tensor, R: Tensor) -> Tensor:
+    """M r where the preconditioner gave a direction of descent, r itself where rounding left it none."""
+    good = (Z * R).sum(1) > 0  # False for NaN too
+    return torch.where(good[:, None], Z, R)
