@@ -91,14 +91,14 @@ def top(study: StudyName, query: int = 0, k: K = 10, json: Json = False) -> int:
     """The training rows that help and harm one query most.
 
     Args:
-        study: module:function that returns an upweight.Study, or a file that `upweight score` wrote.
+        study: module:function that returns an upweight.Study, or the path of a file that `upweight score` wrote.
         query: number of the query.
         k: how many rows of each kind.
         json: print as JSON.
     """
     from upweight.scores import Scores
 
-    if Path(study).suffix == ".safetensors":
+    if _is_path(study):
         scores, describe = Scores.load(study), None
         line = _line(query, len(scores.values))
     else:
@@ -177,6 +177,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         code = REFUSED
     sys.exit(code)
+
+
+def _is_path(study: str) -> bool:
+    """Whether it names a file of scores, by any suffix, and not a module:function.
+
+    Raises:
+        PathNotFound: if it can be nothing but a path, and there is no such file.
+    """
+    from upweight.errors import PathNotFound
+
+    if Path(study).is_file():
+        return True
+    module, colon, function = study.rpartition(":")
+    if colon and module and function.isidentifier():
+        return False
+    message = (
+        f"There is no file at {study}, and it is not of the form module:function. Write the path that `upweight score` "
+        "was given as --out, or a function that returns an upweight.Study."
+    )
+    raise PathNotFound(message)
 
 
 def _study(name: str) -> Study:

@@ -28,6 +28,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -159,9 +161,7 @@ def huber(delta: float = 1.0) -> Loss:
     Raises:
         InvalidInput: if delta is not positive.
     """
-    if not isinstance(delta, int | float) or not delta > 0:
-        message = f"huber: delta is {delta}, and must be a positive number. Try huber(1.0)."
-        raise InvalidInput(message)
+    delta = _positive("huber", "delta", delta, "Try huber(1.0).")
 
     def value(eta: Tensor, y: Tensor) -> Tensor:
         distance = (eta - y.reshape(eta.shape)).abs()
@@ -173,7 +173,9 @@ def huber(delta: float = 1.0) -> Loss:
     def curvature(eta: Tensor, y: Tensor) -> Tensor:
         return ((eta - y.reshape(eta.shape)).abs() <= delta).to(eta.dtype)[:, :, None]
 
-    return Loss(f"huber({delta:g})", f"½ (η−y)² where |η−y| ≤ {delta:g}, linear beyond", value, slope, curvature)
+    return Loss(
+        f"huber({_short(delta)})", f"½ (η−y)² where |η−y| ≤ {_short(delta)}, linear beyond", value, slope, curvature
+    )
 
 
 hinge = Loss(
@@ -193,12 +195,7 @@ def smooth_hinge(t: float) -> Loss:
     Raises:
         InvalidInput: if t is not positive.
     """
-    if not isinstance(t, int | float) or not t > 0:
-        message = (
-            f"smooth_hinge: t is {t}, and must be a positive number. Try smooth_hinge(0.001), the paper's value, or "
-            "losses.hinge."
-        )
-        raise InvalidInput(message)
+    t = _positive("smooth_hinge", "t", t, "Try smooth_hinge(0.001), the paper's value, or losses.hinge.")
 
     def value(eta: Tensor, y: Tensor) -> Tensor:
         return t * softplus((1 - _signs(eta, y) * eta) / t, threshold=50.0)[:, 0]
@@ -211,8 +208,8 @@ def smooth_hinge(t: float) -> Loss:
         u = (1 - _signs(eta, y) * eta) / t
         return (torch.sigmoid(u) * torch.sigmoid(-u) / t)[:, :, None]
 
-    formula = f"{t:g} log(1 + exp((1 − s η)/{t:g}))"
-    return Loss(f"smooth_hinge({t:g})", formula, value, slope, curvature, limit=hinge)
+    formula = f"{_short(t)} log(1 + exp((1 − s η)/{_short(t)}))"
+    return Loss(f"smooth_hinge({_short(t)})", formula, value, slope, curvature, limit=hinge)
 
 
 squared_hinge = Loss(
@@ -274,15 +271,15 @@ def epsilon_insensitive(epsilon: float) -> Loss:
     Raises:
         InvalidInput: if epsilon is negative.
     """
-    _check_epsilon("epsilon_insensitive", epsilon)
+    epsilon = _checked_epsilon("epsilon_insensitive", epsilon)
 
     def slope(eta: Tensor, y: Tensor) -> Tensor:
         r = eta - y.reshape(eta.shape)
         return r.sign() * (r.abs() > epsilon).to(eta.dtype)
 
     return Loss(
-        f"epsilon_insensitive({epsilon:g})",
-        f"max(0, |η−y| − {epsilon:g})",
+        f"epsilon_insensitive({_short(epsilon)})",
+        f"max(0, |η−y| − {_short(epsilon)})",
         lambda eta, y: ((eta - y.reshape(eta.shape)).abs() - epsilon).clamp(min=0)[:, 0],
         slope,
         lambda eta, _y: torch.zeros_like(eta)[:, :, None],
@@ -297,10 +294,8 @@ def smooth_epsilon_insensitive(epsilon: float, t: float) -> Loss:
     Raises:
         InvalidInput: if epsilon is negative or t is not positive.
     """
-    _check_epsilon("smooth_epsilon_insensitive", epsilon)
-    if not isinstance(t, int | float) or not t > 0:
-        message = f"smooth_epsilon_insensitive: t is {t}, and must be a positive number. Try t=0.001."
-        raise InvalidInput(message)
+    epsilon = _checked_epsilon("smooth_epsilon_insensitive", epsilon)
+    t = _positive("smooth_epsilon_insensitive", "t", t, "Try t=0.001.")
 
     def sides(eta: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         r = eta - y.reshape(eta.shape)
@@ -318,8 +313,8 @@ def smooth_epsilon_insensitive(epsilon: float, t: float) -> Loss:
         return sum(torch.sigmoid(u) * torch.sigmoid(-u) / t for u in sides(eta, y))[:, :, None]  # type: ignore[index]
 
     return Loss(
-        f"smooth_epsilon_insensitive({epsilon:g}, {t:g})",
-        f"{t:g} log(1 + exp((r − {epsilon:g})/{t:g})) + the same of −r, r = η − y",
+        f"smooth_epsilon_insensitive({_short(epsilon)}, {_short(t)})",
+        f"{_short(t)} log(1 + exp((r − {_short(epsilon)})/{_short(t)})) + the same of −r, r = η − y",
         value,
         slope,
         curvature,
@@ -333,25 +328,43 @@ def squared_epsilon_insensitive(epsilon: float) -> Loss:
     Raises:
         InvalidInput: if epsilon is negative.
     """
-    _check_epsilon("squared_epsilon_insensitive", epsilon)
+    epsilon = _checked_epsilon("squared_epsilon_insensitive", epsilon)
 
     def beyond(eta: Tensor, y: Tensor) -> Tensor:
         r = eta - y.reshape(eta.shape)
         return r.sign() * (r.abs() - epsilon).clamp(min=0)
 
     return Loss(
-        f"squared_epsilon_insensitive({epsilon:g})",
-        f"max(0, |η−y| − {epsilon:g})²",
+        f"squared_epsilon_insensitive({_short(epsilon)})",
+        f"max(0, |η−y| − {_short(epsilon)})²",
         lambda eta, y: (beyond(eta, y) ** 2)[:, 0],
         lambda eta, y: 2 * beyond(eta, y),
         lambda eta, y: 2 * ((eta - y.reshape(eta.shape)).abs() > epsilon).to(eta.dtype)[:, :, None],
     )
 
 
-def _check_epsilon(name: str, epsilon: float) -> None:
-    if not isinstance(epsilon, int | float) or not 0 <= epsilon < float("inf"):
+def _checked_epsilon(name: str, epsilon: Any) -> float:
+    if not _is_real(epsilon) or not 0 <= epsilon < float("inf"):
         message = f"{name}: epsilon is {epsilon}, and must be a finite number ≥ 0. Try 0.1, scikit-learn's value."
         raise InvalidInput(message)
+    return float(epsilon)
+
+
+def _positive(name: str, setting: str, value: Any, hint: str) -> float:
+    if not _is_real(value) or not value > 0:
+        message = f"{name}: {setting} is {value}, and must be a positive number. {hint}"
+        raise InvalidInput(message)
+    return float(value)
+
+
+def _is_real(value: Any) -> bool:
+    """Whether it is a number of Python or NumPy; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _short(value: float) -> str:
+    """The number with six digits if these are all it has, else with all of them: losses are compared by name."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 gamma = Loss(
@@ -372,7 +385,7 @@ def tweedie(power: float, link: str = "log") -> Loss:
     Raises:
         InvalidInput: if the power is between 0 and 1 or the link has another name.
     """
-    if not isinstance(power, int | float) or not abs(power) < float("inf") or 0 < power < 1:
+    if not _is_real(power) or not abs(power) < float("inf") or 0 < power < 1:
         message = f"tweedie: power is {power}. No distribution has a power between 0 and 1; try 0, 1, 1.5, 2 or 3."
         raise InvalidInput(message)
     if link not in {"log", "identity"}:
@@ -405,5 +418,5 @@ def tweedie(power: float, link: str = "log") -> Loss:
             h = (1 - p) * mean_power(eta, -p) + p * y * mean_power(eta, -p - 1)
         return scale * h[:, :, None]
 
-    name = f"tweedie({power:g}{'' if exponential else ', identity'})"
-    return Loss(name, f"half the Tweedie deviance of power {power:g}, {link} link", value, slope, curvature)
+    name = f"tweedie({_short(p)}{'' if exponential else ', identity'})"
+    return Loss(name, f"half the Tweedie deviance of power {_short(p)}, {link} link", value, slope, curvature)

@@ -66,7 +66,8 @@ class Newton:
         sweep = influence.sweep
         exact = isinstance(influence.curvature, Hessian) and isinstance(influence.solver, Cholesky)
         factor = influence.prepared if exact and influence.damping == 0 else _factor(sweep)
-        return BoundNewton(self, sweep, scoring.typical_row(sweep), factor)
+        classes = _Classes.of(influence) if _free_intercept(influence.objective) else None
+        return BoundNewton(self, sweep, scoring.typical_row(sweep), factor, classes)
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,18 @@ class BoundNewton:
     sweep: Sweep
     typical: float
     factor: Prepared
+    classes: _Classes | None = None  # None where there is a minimum whichever rows are left
 
     def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Float[Tensor, " p"]:  # noqa: ARG002
         """θ at the minimum of R_m.
 
         Raises:
-            NotConverged: if the gradient does not become small enough.
+            NotConverged: if the gradient does not become small enough, or there is no minimum for want of a class.
         """
+        lost = "" if self.classes is None else self.classes.lost(weights)
+        if lost:
+            message = f"{lost} There is no minimum to find: no curvature holds the free intercept."
+            raise NotConverged(message)
         sweep = reweighted(self.sweep, weights)
         theta, factor = sweep.objective.theta, self.factor
         value, gradient = _value_and_gradient(sweep, theta)
@@ -208,11 +214,68 @@ class BoundRefit:
         return whole, encoder.examples(on) if isinstance(on, Examples) else encoder.examples(*on)
 
     def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Any:
-        """The parameters that fit() finds with these weights, of the objective of `stage`."""
+        """The parameters that fit() finds with these weights, of the objective of `stage`.
+
+        Raises:
+            InvalidInput: if no row of a class is left.
+        """
         old = self.influence.examples.weights
         new = old * weights
+        classes = _Classes.of(self.influence)
+        lost = "" if classes is None else classes.lost(weights)
+        if lost:
+            raise InvalidInput(lost)
         folded = bool(self.influence.objective.folded)
         return self.refit(new, float(new.sum() / old.sum()), folded=folded, seed=seed)
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """The classes of a scikit-learn classifier's rows. Without all rows of one there is another problem, or no minimum.
+
+    Args:
+        names: (K,) labels.
+        numbers: (n,) the class number of each row.
+        weights: (n,) wᵢ.
+    """
+
+    names: list[Any]
+    numbers: NDArray[np.int64]
+    weights: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, influence: Influence) -> _Classes | None:
+        """None where targets are no class numbers: regressors, modules, and RidgeClassifier, which regresses on ±1."""
+        names = getattr(getattr(influence.encoder, "estimator", None), "classes_", None)
+        if names is None or influence.examples.y is None:
+            return None
+        numbers = np.asarray(influence.examples.y)
+        if numbers.ndim != 1 or numbers.dtype.kind != "i":
+            return None
+        return cls(np.asarray(names).tolist(), numbers, np.asarray(influence.examples.weights))
+
+    def lost(self, weights: Float[NDArray[np.float64], " n"]) -> str:
+        """What to say about the classes that have no weight left, and their rows; "" if there are none."""
+        before = self.weights > 0
+        left = before & (np.asarray(weights) > 0)
+        lost = np.setdiff1d(self.numbers[before], self.numbers[left])
+        if not len(lost):
+            return ""
+        gone = np.flatnonzero(before & ~left & np.isin(self.numbers, lost)).tolist()
+        rows = ", ".join(map(str, gone[:5])) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
+        return (
+            f"Without row(s) {rows} no row of class {', '.join(repr(self.names[k]) for k in lost)} is left, so fit() "
+            f"solves another problem, of {len(np.unique(self.numbers[left]))} instead of {len(self.names)} classes. "
+            "Leave out other rows, or merge the class with another and fit again."
+        )
+
+
+def _free_intercept(objective: Objective) -> bool:
+    """Whether there is an intercept without a penalty: with one class left it runs away and there is no minimum."""
+    structure, penalty = objective.linear, objective.penalty
+    if structure is None or not structure.intercept:
+        return False
+    return penalty is None or (isinstance(penalty, L2) and "intercept" not in penalty.strengths)
 
 
 def reference(objective: Objective) -> Newton | LBFGS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -12,7 +13,9 @@ from estimators import close
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
 from sklearn.decomposition import PCA
+from sklearn.ensemble import StackingClassifier, StackingRegressor, VotingClassifier, VotingRegressor
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+from sklearn.frozen import FrozenEstimator
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import (
     Lasso,
@@ -25,12 +28,12 @@ from sklearn.linear_model import (
     SGDClassifier,
     SGDRegressor,
 )
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import FixedThresholdClassifier, GridSearchCV, TunedThresholdClassifierCV
 from sklearn.multiclass import OneVsOneClassifier, OneVsRestClassifier
 from sklearn.multioutput import MultiOutputRegressor
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.preprocessing import OneHotEncoder, StandardScaler, TargetEncoder
 from sklearn.svm import SVC, LinearSVC, NuSVC, NuSVR
 
 import upweight as uw
@@ -162,7 +165,7 @@ REFUSED = {
     "calibrated": (CalibratedClassifierCV(LogisticRegression()), Y, "before calibration"),
     "one-vs-rest": (OneVsRestClassifier(LogisticRegression()), THREE, r"model.estimators_\[k\], X, y =="),
     "one-vs-one": (OneVsOneClassifier(LogisticRegression()), THREE, "use SVC"),
-    "search": (GridSearchCV(LogisticRegression(), {"C": [1.0, 2.0]}), Y, "search.best_estimator_"),
+    "search": (GridSearchCV(LogisticRegression(), {"C": [1.0, 2.0]}), Y, r"explain\(model.best_estimator_, X, y\)"),
     "several outputs": (MultiOutputRegressor(Ridge()), np.stack([Z, Z], 1), "each of its estimators_"),
     "several tasks": (MultiTaskLasso(), np.stack([Z, Z], 1), "one Lasso per output"),
     "another target": (TransformedTargetRegressor(Ridge()), Z, "regressor_"),
@@ -191,6 +194,110 @@ def test_what_is_refused_says_what_to_do_instead(name):
         model.fit(X, y)
     with pytest.raises(uw.errors.UnsupportedModel, match=advice):
         uw.explain(model, X, y)
+
+
+def test_threshold_and_several_models_are_refused_with_lines_that_work():
+    named = [("a", LogisticRegression()), ("b", LogisticRegression(C=2.0))]
+    numbered = [("a", Ridge()), ("b", Ridge(alpha=2.0))]
+    frozen = FrozenEstimator(LogisticRegression().fit(X, Y))
+    followed(FixedThresholdClassifier(LogisticRegression()).fit(X, Y), X, Y)
+    followed(TunedThresholdClassifierCV(LogisticRegression()).fit(X, Y), X, Y)
+    followed(frozen, X, Y)
+    followed(VotingClassifier(named).fit(X, WORD_OF[Y]), X, WORD_OF[Y], k=1)
+    followed(StackingClassifier(named).fit(X, WORD_OF[Y]), X, WORD_OF[Y], k=1)
+    followed(VotingRegressor(numbered).fit(X, Z), X, Z, k=1)
+    followed(StackingRegressor(numbered).fit(X, Z), X, Z, k=1)
+    followed(MultiOutputRegressor(Ridge()).fit(X, np.stack([Z, -Z], 1)), X, np.stack([Z, -Z], 1), k=1)
+    with pytest.raises(uw.errors.UnsupportedModel, match=r"StandardScaler transforms X and predicts nothing"):
+        uw.explain(StandardScaler().fit(X), X, Y)
+
+
+WORD_OF = np.array(["no", "yes", "maybe"])
+
+
+def followed(model, X, y, line=0, k=0):
+    """The influence that the refusal's advice gives, its explain(…) typed as it stands, without a warning."""
+    with pytest.raises(uw.errors.UnsupportedModel) as refused:
+        uw.explain(model, X, y)
+    text = str(refused.value)
+    start = [match.start() for match in re.finditer(r"explain\(", text)][line]
+    ends = [i for i in range(start, len(text)) if text[start : i + 1].count("(") == text[start : i + 1].count(")") > 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return eval(
+            text[start : ends[0] + 1], {"explain": uw.explain, "np": np, "model": model, "X": X, "y": y, "k": k}
+        )
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a pipeline"])
+def test_advice_on_one_vs_rest_and_other_targets_works_when_followed(inside):
+    def fitted(estimator, y):
+        return (make_pipeline(StandardScaler(), estimator) if inside else estimator).fit(X, y)
+
+    sharp = LogisticRegression(**TIGHT)
+    assert followed(fitted(OneVsRestClassifier(sharp), WORD_OF[THREE]), X, WORD_OF[THREE], k=2).n == len(X)
+    assert followed(fitted(OneVsRestClassifier(sharp), WORD_OF[Y]), X, WORD_OF[Y], line=1).n == len(X)
+    assert followed(fitted(GridSearchCV(sharp, {"C": [1.0]}), Y), X, Y).n == len(X)
+    logged = TransformedTargetRegressor(Ridge(), func=np.log, inverse_func=np.exp)
+    influence = followed(fitted(logged, np.exp(Z)), X, np.exp(Z))
+    close(influence.examples.y.reshape(-1), Z, 1e-12)
+    two = np.stack([Z, -Z], 1)
+    assert followed(fitted(TransformedTargetRegressor(Ridge(), transformer=StandardScaler()), two), X, two).n == len(X)
+
+
+@pytest.mark.parametrize("model", [SGDRegressor(), SGDClassifier(loss="log_loss"), LinearSVC(), Ridge()])
+@pytest.mark.parametrize("scaled", [False, True], ids=["array", "pipeline"])
+def test_float32_rows_are_no_other_model(model, scaled):
+    small = (30 * X).astype(np.float32)
+    y = Z if hasattr(model, "predict") and not hasattr(model, "decision_function") else Y
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = make_pipeline(StandardScaler(), model) if scaled else model
+        assert uw.explain(whole.fit(small, y), small, y).n == len(X)
+
+
+@pytest.mark.parametrize(
+    ("model", "retrain"),
+    [
+        (SVC(), None),
+        (SVC(kernel="linear"), uw.Refit()),
+        (LogisticRegression(**TIGHT), uw.Newton()),
+        (LogisticRegression(**TIGHT), uw.Refit()),
+        (MLPClassifier(solver="lbfgs", hidden_layer_sizes=(3,), alpha=1.0, max_iter=2000), uw.Refit()),
+    ],
+    ids=["svc", "linear svc", "newton", "refit", "network"],
+)
+def test_the_last_row_of_a_class_cannot_be_left_out(model, retrain, capfd):
+    kept = np.concatenate([np.flatnonzero(THREE == 0)[:1], np.flatnonzero(THREE > 0)])
+    rows, y = X[kept], WORD_OF[THREE[kept]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        influence = uw.explain(model.fit(rows, y), rows, y)
+    refused = (
+        "Without row\\(s\\) 0 no row of class 'no' is left, so fit\\(\\) solves another problem, of 2 instead of 3"
+    )
+    kind = uw.errors.NotConverged if retrain == uw.Newton() else uw.errors.InvalidInput
+    with pytest.raises(kind, match=refused):
+        uw.leave_one_out(influence, (rows[1:3], y[1:3]), [0], retrain)
+    assert not capfd.readouterr().out
+    assert np.isfinite(uw.leave_one_out(influence, (rows[1:3], y[1:3]), [1], retrain).actual).all()
+
+
+def test_newton_without_a_class_is_fine_where_the_intercept_is_penalised_or_absent():
+    kept = np.concatenate([np.flatnonzero(Y == 0)[:1], np.flatnonzero(Y == 1)])
+    rows, y = X[kept], Y[kept]
+    for settings in ({"fit_intercept": False}, {"solver": "liblinear"}):
+        influence = uw.explain(LogisticRegression(**settings | TIGHT).fit(rows, y), rows, y)
+        assert np.isfinite(uw.leave_one_out(influence, (rows[:3], y[:3]), [0], uw.Newton()).actual).all()
+
+
+def test_a_target_encoder_is_named_when_it_leaves_the_minimum():
+    frame, y = table(200)
+    towns = make_pipeline(ColumnTransformer([("town", TargetEncoder(), ["town"])], remainder="passthrough"), Ridge())
+    with pytest.warns(uw.errors.TheoryWarning, match="TargetEncoder, whose fit_transform"):
+        uw.explain(towns.fit(frame, y), frame, y)
+    encoded = TargetEncoder().fit(frame[["town"]], y).transform(frame[["town"]])
+    uw.explain(Ridge().fit(encoded, y), encoded, y)  # the advice; a warning would be an error
 
 
 def test_cross_validated_logistic_regression_is_refused_where_it_is_not_one_fit():

@@ -212,16 +212,32 @@ test_emptiness_is_refused = check(
 
 # ---- labels ------------------------------------------------------------------------------------------------------
 
+
+def _numbered():
+    return uw.explain(LogisticRegression().fit(X, Y), X, Y).on_loss(XQ[:1], ["1"])
+
+
 test_labels_never_seen_are_refused = check(
-    row("string query", ValueError, "never saw: maybe.* knows no, yes", lambda: logistic().on_loss(XQ[:1], ["maybe"])),
+    row(
+        "string query",
+        ValueError,
+        "never saw: 'maybe'.* knows 'no', 'yes'",
+        lambda: logistic().on_loss(XQ[:1], ["maybe"]),
+    ),
     row(
         "string in training",
         ValueError,
-        "never saw: maybe",
+        "never saw: 'maybe'",
         lambda: logistic(y=changed(NAMES.astype("<U5"), 0, "maybe")),
     ),
     row("number for a name", ValueError, "never saw: 1", lambda: logistic().on_loss(XQ[:1], [1])),
-    row("new label", ValueError, "never saw: maybe", lambda: logistic().of_relabeling([0], ["maybe"], on=ON)),
+    row("new label", ValueError, "never saw: 'maybe'", lambda: logistic().of_relabeling([0], ["maybe"], on=ON)),
+    row(
+        "text for a number",
+        ValueError,
+        r"saw: '1'\. The model knows 0, 1",
+        _numbered,
+    ),
     row("ridge classifier", ValueError, "never saw: 7", lambda: uw.explain(_rows(), X, Y).on_loss(XQ[:1], [7])),
     row("99 in a query", ValueError, "rows 0 to 0", lambda: classifier().on_loss(XQ[:1], [99])),
     row("−100 in a query", ValueError, "row 0 gives NaN|ignore_index", lambda: classifier().on_loss(XQ[:1], [-100])),
@@ -277,15 +293,17 @@ test_what_is_no_array_is_refused = check(
     row("set", ValueError, "X is a", lambda: uw.Examples({1, 2})),
     row("generator", ValueError, "X is a", lambda: uw.Examples(x for x in X)),
     row("columns", ValueError, r"columns \['c', 'b', 'a'\]", lambda: uw.explain(*_frames())),
+    row("a column more", ValueError, "4 columns.* 3: X adds 'd'", lambda: uw.explain(*_frames("abcd"))),
+    row("other columns", ValueError, "X lacks 'c' and adds 'd'", lambda: uw.explain(*_frames("abd"))),
     row("dataset for an estimator", ValueError, "pass both", lambda: uw.explain(fitted(), pairs())),
     row("dataset of queries", ValueError, "takes arrays|form an array", lambda: logistic().on_loss(pairs())),
     row("integer inputs moved", ValueError, "int64", lambda: _counting().of_perturbing([0], on=(_bits()[:1], YQ[:1]))),
 )
 
 
-def _frames():
+def _frames(given="cba"):
     frame = pd.DataFrame(X, columns=list("abc"))
-    return LogisticRegression().fit(frame, NAMES), frame[list("cba")], NAMES
+    return LogisticRegression().fit(frame, NAMES), frame.assign(d=1.0)[list(given)], NAMES
 
 
 def _counting():

@@ -160,6 +160,13 @@ def test_score_writes_what_top_reads(upweight):
     assert np.array_equal(uw.Scores.load("again.safetensors").values, scores.values)
 
 
+def test_top_reads_scores_of_any_name(upweight):
+    assert upweight("score", "cli_studies:good", "--out", "s.st")[0] == 0
+    code, out, _ = upweight("top", "s.st", "--query", "2", "--json")
+    assert code == 0
+    assert strict(out)["helpful"][0]["row"] == uw.Scores.load("s.st").helpful(1).rows[2, 0]
+
+
 def test_top_describes_rows_when_the_study_does(upweight):
     best = int(ridge().on_loss(XQ, ZQ).helpful(1).rows[0, 0])
     _, out, _ = upweight("top", "cli_studies:good", "-k", "1")
@@ -190,6 +197,8 @@ REFUSED = {
     "no function": (["top", "cli_studies:nothing"], "no function 'nothing'"),
     "no study": (["score", "cli_studies:number", "--out", "s"], "returned a int"),
     "no file": (["top", "missing.safetensors"], "PathNotFound: There is no file at missing.safetensors"),
+    "no file of another name": (["top", "runs/missing.st"], "PathNotFound: There is no file at runs/missing.st"),
+    "no scores": (["top", "cli_studies.py"], "cli_studies.py"),
     "no query": (["top", "cli_studies:good", "--query", "4"], "RowOutOfRange: Query 4 does not exist"),
     "negative query": (["validate", "cli_studies:good", "--query", "-1"], "Query -1 does not exist"),
     "k": (["top", "cli_studies:good", "-k", "0"], "k=0"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -182,7 +184,7 @@ def test_log_losses_do_not_overflow(eta):
     assert losses.logistic.slope(torch.tensor([[-800.0]]), torch.tensor([1])).item() == -1
 
 
-@pytest.mark.parametrize("width", [0, -1.0, float("nan"), "1", None])
+@pytest.mark.parametrize("width", [0, -1.0, float("nan"), "1", None, True])
 @pytest.mark.parametrize("make", [losses.huber, losses.smooth_hinge])
 def test_a_width_must_be_positive(make, width):
     refused = refuses(lambda: make(width), ValueError, "positive number")
@@ -225,6 +227,23 @@ def test_what_cannot_be_a_loss_is_refused():
     refuses(lambda: losses.tweedie(0.5), ValueError, "power is 0.5")
     refuses(lambda: losses.tweedie(1, "logit"), ValueError, "link is 'logit'")
     refuses(lambda: losses.one_vs_one(losses.hinge, 1), ValueError, "n_classes=1")
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, np.float16, np.int64, Fraction])
+def test_any_real_number_is_taken(number):
+    two = number(2)
+    for make in (losses.huber, losses.smooth_hinge, losses.epsilon_insensitive, losses.squared_epsilon_insensitive):
+        assert make(two).name == make(2.0).name
+    assert losses.smooth_epsilon_insensitive(two, two).name == "smooth_epsilon_insensitive(2, 2)"
+    assert losses.tweedie(two).name == "tweedie(2)"
+    refuses(lambda: losses.tweedie(True), ValueError, "power is True")
+    refuses(lambda: losses.epsilon_insensitive(True), ValueError, "epsilon is True")
+
+
+def test_names_of_different_numbers_differ():
+    assert losses.epsilon_insensitive(1 / 3).name == "epsilon_insensitive(0.3333333333333333)"
+    assert losses.smooth_epsilon_insensitive(0.333333, 0.01).limit.name == "epsilon_insensitive(0.333333)"
+    assert losses.tweedie(1.0000001).name != losses.tweedie(1).name
 
 
 def test_names_tell_the_width():

@@ -46,7 +46,7 @@ def explain(
         parameters: for a module, the names (or a test on names) to differentiate; None takes all with requires_grad.
         sample_weight: the weights that were given to fit().
         penalty_per_example: whether removing a row removes its share of the penalty; None means the estimator's own
-            meaning of sample_weight=0, and False for modules.
+            meaning of leaving a row out (sample_weight=0; for SGD a smaller sum, so True), and False for modules.
         curvature: an operator specification; None lets `defaults` choose.
         solver: a solver specification; None lets `defaults` choose.
         damping: λ of (C + λI) x = v; None means 0 for scikit-learn, and the rule in `defaults` for modules.

@@ -62,11 +62,7 @@ class SklearnEncoder:
                 raise InvalidInput(message) from error
         names = getattr(self.estimator, "feature_names_in_", None)
         if self.transformers is None and names is not None and hasattr(X, "columns") and list(X.columns) != list(names):
-            message = (
-                f"X has the columns {list(X.columns)[:8]}, and the model was fitted on {list(names)[:8]}. Pass the "
-                "same columns in the same order."
-            )
-            raise InvalidInput(message)
+            raise InvalidInput(_other_columns(list(X.columns), list(names)))
         array = as_array(X, "X")
         if array.ndim != 2:
             message = (
@@ -110,6 +106,29 @@ class SklearnEncoder:
         """The factor in wᵢ of each encoded target."""
         assert self.built is not None
         return self.built.class_weights(y.numpy())
+
+
+def _other_columns(given: list[Any], fitted: list[Any]) -> str:
+    """What is wrong with the columns of a DataFrame: too few, too many, or in another order."""
+    differences = [
+        f"{word} {', '.join(map(repr, names[:5]))}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for word, names in (
+            ("lacks", [name for name in fitted if name not in given]),
+            ("adds", [name for name in given if name not in fitted]),
+        )
+        if names
+    ]
+    if differences:
+        return (
+            f"X has {len(given)} columns and the model was fitted on {len(fitted)}: X {' and '.join(differences)}. "
+            "Was the target, or an index, left in it? Pass X[list(model.feature_names_in_)]."
+        )
+    place = next((i for i, (a, b) in enumerate(zip(given, fitted, strict=False)) if a != b), len(fitted))
+    shown = slice(place, place + 8)
+    return (
+        f"X has the columns {given[shown]}{f' from column {place} on' if place else ''}, and the model was fitted on "
+        f"{fitted[shown]}. Pass the same columns in the same order: X[list(model.feature_names_in_)]."
+    )
 
 
 def refuse_encoded(examples: Examples) -> None:

@@ -8,6 +8,7 @@ penalty. A new estimator costs one builder and one line in BUILDERS.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -61,14 +62,31 @@ BUILDERS: dict[str, Builder] = {
     "MLPRegressor": networks.mlp_regressor,
 }
 
-_ONE_PER_COLUMN = "fits one model per output, each with its own objective. Explain each of its estimators_"
-_SEARCH = "is a search over models. Explain the one it chose: explain(search.best_estimator_, X, y)"
+_ONE_PER_COLUMN = (
+    "fits one model per output, each with its own objective. Explain each of its estimators_: "
+    "explain({model}.estimators_[k], {X}, y[:, k])"
+)
+_SEARCH = "is a search over models. Explain the one it chose: explain({model}.best_estimator_, {X}, y)"
+_SEVERAL = (
+    "combines the predictions of several models, each with its own objective. Explain those that are supported: "
+    "explain({model}.estimators_[k], {X}, y)"
+)
+_SEVERAL_CLASSIFIERS = _SEVERAL.replace(", y)", ", np.searchsorted({model}.classes_, y))")
+_THRESHOLD = (
+    "moves the threshold of a classifier, which changes its labels but not its parameters. Explain the classifier: "
+    "explain({model}.estimator_, {X}, y)"
+)
+# Why, and what to type instead; {model} and {X} stand for the refused estimator and for the rows that it saw.
 REFUSED: dict[str, str] = {
     "CalibratedClassifierCV": (
         "averages models of several folds behind calibrators that saw other rows, so no single objective describes it. "
         "Explain the model itself, fitted on all rows, before calibration"
     ),
-    "ClassifierChain": _ONE_PER_COLUMN,
+    "ClassifierChain": (
+        "fits one model per output, each on the outputs before it as well. Explain a model of one output at a time"
+    ),
+    "FixedThresholdClassifier": _THRESHOLD,
+    "FrozenEstimator": "wraps a fitted model. Explain that: explain({model}.estimator, {X}, y)",
     "GridSearchCV": _SEARCH,
     "HalvingGridSearchCV": _SEARCH,
     "HalvingRandomSearchCV": _SEARCH,
@@ -85,15 +103,21 @@ REFUSED: dict[str, str] = {
         "labels, or use SVC, which is supported one-vs-one"
     ),
     "OneVsRestClassifier": (
-        "fits one binary model per class. Explain each: explain(model.estimators_[k], X, y == model.classes_[k]); or "
-        "use LogisticRegression, whose multinomial loss is one problem"
+        "fits one binary model per class. Explain each: explain({model}.estimators_[k], {X}, y == {model}.classes_[k]);"
+        " of two classes the only one, explain({model}.estimators_[0], {X}, y == {model}.classes_[1]); or use "
+        "LogisticRegression, whose multinomial loss is one problem"
     ),
     "Perceptron": "has a loss without curvature and no margin. Refit as SGDClassifier with loss='hinge' or 'log_loss'",
     "RandomizedSearchCV": _SEARCH,
+    "StackingClassifier": _SEVERAL_CLASSIFIERS,
+    "StackingRegressor": _SEVERAL,
     "TransformedTargetRegressor": (
-        "changes y before its regressor sees it. Explain model.regressor_ on the transformed y, "
-        "model.transformer_.transform(y)"
+        "changes y before its regressor sees it. Explain the regressor on the transformed y: "
+        "explain({model}.regressor_, {X}, {model}.transformer_.transform(np.asarray(y).reshape(len(y), -1)).squeeze())"
     ),
+    "TunedThresholdClassifierCV": _THRESHOLD,
+    "VotingClassifier": _SEVERAL_CLASSIFIERS,
+    "VotingRegressor": _SEVERAL,
 }
 
 
@@ -115,7 +139,7 @@ def explain(
         InvalidInput: if X or y do not fit it, or it needs no other loss.
     """
     transformers, estimator = _split(model)
-    builder = _builder(estimator)
+    builder = _builder(estimator, inside=hasattr(model, "steps"))
     _require_fitted(model, estimator)
     whole = whole_examples(X, y, sample_weight)
     if whole is not None:
@@ -142,7 +166,7 @@ def explain(
     examples.encoded_by = encoder
     _compare_predictors(fit, built)
     influence = Influence(built.objective, examples, encoder=encoder, **settings)
-    _warn(influence, fit, built)
+    _warn(influence, fit, built, transformers)
     return influence
 
 
@@ -175,14 +199,20 @@ def _split(model: Any) -> tuple[Any, Any]:
     return (model[:-1] if len(model.steps) > 1 else None), model.steps[-1][1]
 
 
-def _builder(estimator: Any) -> Builder:
+def _builder(estimator: Any, *, inside: bool) -> Builder:
+    """What reads the estimator; `inside` a Pipeline the advice for those that are refused names its last step.
+
+    Raises:
+        UnsupportedModel: if there is none.
+    """
     name = type(estimator).__name__
     known = type(estimator).__module__.startswith("sklearn.")
     if known and name in BUILDERS:
         return BUILDERS[name]
     supported = ", ".join(BUILDERS)
     if known and name in REFUSED:
-        why = REFUSED[name]
+        rows = "model[:-1].transform(X)" if inside else "X"
+        why = REFUSED[name].format(model="model[-1]" if inside else "model", X=rows)
     elif any(word in name for word in ("Tree", "Forest", "Boosting", "Bagging", "Neighbors")):
         why = (
             "is not fitted by minimising a smooth function of parameters, so influence functions do not apply to "
@@ -190,6 +220,11 @@ def _builder(estimator: Any) -> Builder:
         )
     elif isinstance(estimator, type):
         name, why = estimator.__name__, "is a class, not a fitted estimator. Pass the object that fit() returned"
+    elif hasattr(estimator, "transform") and not hasattr(estimator, "predict"):
+        why = (
+            "transforms X and predicts nothing, so there is no loss to explain. Pass the estimator after it, or a "
+            "fitted Pipeline that ends in one"
+        )
     elif hasattr(estimator, "named_steps"):
         why = "inside a Pipeline is not supported. Put its steps into the outer Pipeline"
     else:
@@ -222,7 +257,8 @@ def _compare_predictors(fit: Fit, built: Built) -> None:
         warnings.simplefilter("ignore")  # scikit-learn warns about missing feature names
         theirs = np.asarray(built.own(X)).reshape(len(chosen), -1)
     gap = float(np.abs(ours.numpy() - theirs).max())
-    tolerance = 1e-3 if theirs.dtype == np.float32 else 1e-8
+    single = any(str(dtype).rpartition(".")[2] in {"float16", "float32"} for dtype in (theirs.dtype, fit.X.dtype))
+    tolerance = 1e-3 if single else 1e-8
     if not gap <= tolerance * (1 + float(np.abs(theirs).max())):
         message = (
             f"{fit.name} predicts values that differ by {gap:.3g} from those of its fitted parameters (coef_ · x + "
@@ -231,7 +267,26 @@ def _compare_predictors(fit: Fit, built: Built) -> None:
         raise UnsupportedModel(message)
 
 
-def _warn(influence: Influence, fit: Fit, built: Built) -> None:
+def _cross_fitted(transformers: Any) -> str:
+    """What to add about a TargetEncoder, whose fit_transform gives other columns than its transform, or ""."""
+    if not any(type(part).__name__ == "TargetEncoder" for part in _parts(transformers)):
+        return ""
+    return (
+        "; or it is the TargetEncoder, whose fit_transform encodes each row by other rows (cross-fitting), which "
+        "transform does not, so the model was fitted on other columns than transform gives. Encode first, Z = "
+        "encoder.fit(X, y).transform(X), and fit and explain the model on Z"
+    )
+
+
+def _parts(transformer: Any) -> Iterator[Any]:
+    """A transformer, and those inside it where it is a Pipeline, ColumnTransformer or FeatureUnion."""
+    yield transformer
+    for listed in ("steps", "transformers_", "transformer_list"):
+        for entry in getattr(transformer, listed, ()):
+            yield from _parts(entry[1])
+
+
+def _warn(influence: Influence, fit: Fit, built: Built, transformers: Any) -> None:
     """A TheoryWarning with the number, when θ̂ misses the minimum by more than the fit's own method explains."""
     exact = built.closed_form and not scipy.sparse.issparse(influence.examples.x)
     missed = rows_from_minimum(influence)
@@ -248,7 +303,9 @@ def _warn(influence: Influence, fit: Fit, built: Built) -> None:
         if hasattr(fit.estimator, name)
     ]
     stopped = f"it stopped early ({', '.join(settings)}): refit with a smaller tol and a larger max_iter"
-    others = "X, y, sample_weight or a setting changed since fit() are not those of the fit"
+    others = "X, y, sample_weight or a setting changed since fit() are not those of the fit" + _cross_fitted(
+        transformers
+    )
     message = (
         f"{fit.name} is not at a minimum of its objective on these data: ‖∇R‖ = {size:.3g}, as much as "
         f"{missed:.3g} rows. " + (f"Probably {others}." if exact else f"Either {stopped}; or {others}.")

@@ -2,7 +2,9 @@
 
     SGDClassifier, SGDRegressor    (1/n) Σ sᵢ ℓᵢ + ½α‖coef‖²      r = ½α‖coef‖²; ½(η − y)² is doubled to (η − y)²
 
-SGD ends near the minimum, not at it, so ‖∇R‖ is reported.
+SGD ends near the minimum, not at it, so ‖∇R‖ is reported. Every step of fit() shrinks coef, also one for a row with
+sample_weight=0: to SGD such a row is no row left out, for its share of the penalty stays. `penalty_per_example=None` is
+True here all the same, the sum without the row (a fit to n − 1 rows); False is what sample_weight=0 does.
 """
 
 from __future__ import annotations

@@ -102,6 +102,6 @@ class Features:
         message = (
             f"{self.name} is explained through {self.transform.shape[1]} features of its kernel, which themselves move "
             "with the training rows, so equation 5 is not defined in them. Use of_replacing(rows, X_new, y_new, "
-            "on=…) for a moved row, or explain a kernel='linear' model."
+            "on=…) for a moved row, or explain a model of the columns themselves: Ridge, SVC(kernel='linear')."
         )
         raise UnsupportedModel(message)

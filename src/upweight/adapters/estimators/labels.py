@@ -28,11 +28,11 @@ def class_numbers(labels: Any, classes: NDArray[Any]) -> NDArray[np.int64]:
     if array.dtype.kind == "f":
         check_finite(array, "y")
     numbers = {label: number for number, label in enumerate(classes.tolist())}
-    unseen = sorted({str(label) for label in array.tolist() if label not in numbers})
+    unseen = sorted({repr(label) for label in array.tolist() if label not in numbers})
     if unseen:
         message = (
             f"y holds labels that fit() never saw: {', '.join(unseen[:5])}. The model knows "
-            f"{', '.join(map(str, classes.tolist()[:10]))}."
+            f"{', '.join(map(repr, classes.tolist()[:10]))}. Pass labels of the same type as fit() was given."
         )
         raise InvalidInput(message)
     return np.array([numbers[label] for label in array.tolist()], dtype=np.int64)
