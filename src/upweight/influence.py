@@ -24,14 +24,14 @@ from torch import Tensor
 from upweight import calculus, defaults, identity, pairs, removal, routes, scoring, selfscores
 from upweight.checks import Report, examine, warn_if_not_at_minimum
 from upweight.encoders import Encoder, PlainEncoder, training_examples
-from upweight.errors import InvalidInput, UnsupportedModel, checked_count
+from upweight.errors import InvalidInput, NotPositiveDefinite, UnsupportedModel, checked_count
 from upweight.examples import Examples, as_array, as_tensor, check_finite
 from upweight.objective import Objective
 from upweight.operators import Curvature, Dense, GaussNewton, Hessian, Operator
 from upweight.operators.linear import LinearHessian
 from upweight.scores import Certificate, Scores, SelfScores
 from upweight.scoring import Products
-from upweight.solvers import Pairwise, Prepared, Solution, Solver
+from upweight.solvers import Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping
 from upweight.store import Store
 from upweight.sweep import Sweep
@@ -62,6 +62,7 @@ class Influence:
     Raises:
         InvalidInput: if a setting or the data cannot be used; NotDeterministic or UnsupportedModel if the loss cannot.
 
+    >>> import torch
     >>> X = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
     >>> y = torch.tensor([0.0, 2.0, 2.0], dtype=torch.float64)
     >>> def loss(theta, example):
@@ -228,7 +229,7 @@ class Influence:
         return self._removal_scores(self.objective, self._with_targets(self.encoder.examples(Xq, yq)), store)
 
     def on_loss_in_blocks(self, Xq: Queries, yq: Any = None, *, size: int = 256, store: Any = None) -> Iterator[Scores]:
-        """`on_loss` for more queries than their scores fit in memory: Scores of `size` queries at a time, in order.
+        """Equation 2 (`on_loss`) for more queries than their scores fit in memory: Scores of `size` of them at a time.
 
         `upweight.extremes(blocks, k)` keeps the top rows of each; a store keeps everything. Memory: size × (n + 4p).
 
@@ -279,7 +280,7 @@ class Influence:
         """
         rows = self.examples.rows(rows)
         solver, prepared = self._for_many(len(rows))
-        scores = selfscores.self_scores(self, rows, prepared, lambda V: self._solve(V, prepared))
+        scores = selfscores.self_scores(self, rows, prepared, lambda V: scoring.solved(prepared, V, repr(solver)))
         return replace(scores, certificate=replace(scores.certificate, solver=repr(solver)))
 
     def of_replacing(self, rows: Rows, X_new: Any, y_new: Any = None, *, on: On) -> Scores:
@@ -406,15 +407,18 @@ class Influence:
         system = removal.System(self.operator, self.damping, self.prepared, self._solve)
         step = removal.newton_steps(self.objective, self.sweep, system, members, self.risk_gradient)
         single = all(len(group) == 1 for group in members)
+        reported = self.objective.reporting()
+        changes = removal.changes(reported, queries, step.theta_change)
+        further = removal.changes(reported, queries, step.theta_change + step.next_step)
         return Scores(
-            removal.changes(self.objective.reporting(), queries, step.theta_change),
+            changes,
             "row removed, Newton step" if single else "group removed, Newton step",
             np.array([group[0] for group in members]) if single else np.arange(len(members)),
             self.n,
             scoring.certificate(self, solution),
             measure=self.objective.measure,
             query_values=scoring.measures(self.sweep.over(self.objective, queries)),
-            error=-(solution.x @ step.remaining_gradient.T).numpy(),
+            error=further - changes,
         )
 
     def check(self, on: On | None = None) -> Report:
@@ -491,18 +495,20 @@ class Influence:
         if solver == self.solver:
             return solver, self.prepared
         if self._prepared_for_many is None:
-            self._prepared_for_many = solver.prepare(self.operator, self.damping)
+            try:
+                self._prepared_for_many = solver.prepare(self.operator, self.damping)
+            except NotPositiveDefinite:  # an iteration may still solve what a factorisation must refuse
+                return self.solver, self.prepared
         return solver, self._prepared_for_many
 
-    def _solve(self, V: Tensor, prepared: Prepared | None = None) -> Solution:
-        return scoring.solved(prepared or self.prepared, V, repr(self.solver))
+    def _solve(self, V: Tensor) -> Solution:
+        return scoring.solved(self.prepared, V, repr(self.solver))
 
     def _query_gradients(self, objective: Objective, queries: Examples) -> Tensor:
         return scoring.gradients(self.sweep.over(objective, queries))
 
     def _removal_scores(self, objective: Objective, queries: Examples, store: Any) -> Scores:
-        pairwise = self.prepared if store is None and objective.linear is not None else None
-        pairwise = pairwise if isinstance(pairwise, Pairwise) else None
+        pairwise = pairs.comparing(objective, self.prepared) if store is None else None
         size = max(1, _BLOCK_NUMBERS // (self.objective.size if pairwise is None else self.n))
         if store is None and len(queries) > size:
             return Scores.joined([self._removal_scores(objective, block, None) for block in queries.blocks(size)])

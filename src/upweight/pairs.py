@@ -17,14 +17,21 @@ from torch import Tensor
 
 from upweight import linear, scoring
 from upweight.examples import Examples
+from upweight.objective import Objective
 from upweight.scores import Certificate
 from upweight.scoring import Products
-from upweight.solvers import Pairwise, Solution
+from upweight.solvers import Pairwise, Prepared, Solution
 
 if TYPE_CHECKING:
     from upweight.influence import Influence
 
 WITNESSES = 32  # systems that are solved in full, to measure the residual of the factorisation
+
+
+def comparing(objective: Objective, prepared: Prepared) -> Pairwise | None:
+    """The solver, if it can compare examples of this objective and loses no digits by it."""
+    able = isinstance(prepared, Pairwise) and objective.linear is not None and prepared.accurate
+    return prepared if isinstance(prepared, Pairwise) and able else None
 
 
 def products(

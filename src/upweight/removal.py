@@ -23,13 +23,13 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, linear
+from upweight import calculus, linear, losses
 from upweight.errors import NotConverged, NotPositiveDefinite, UnsupportedModel
 from upweight.examples import Examples
 from upweight.objective import L2, Objective
 from upweight.operators import Operator
 from upweight.solvers import Prepared, Solution, Substitution
-from upweight.solvers.recurrence import descend
+from upweight.solvers.recurrence import Progress, descend
 from upweight.sweep import Sweep
 
 _GROUP_BLOCK = 64
@@ -53,10 +53,18 @@ class System:
 
 @dataclass(frozen=True)
 class NewtonStep:
-    """The move of θ̂ when each group is removed, (g, p), and the gradient of the remaining risk there, (g, p)."""
+    """The move of θ̂ when each group is removed, (g, p), and the step that would come next, (g, p): its error."""
 
     theta_change: Float[Tensor, "g p"]
-    remaining_gradient: Float[Tensor, "g p"]
+    next_step: Float[Tensor, "g p"]
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What is left without each group: its Newton step (g, p), and (C′ + λI)⁻¹ of a gradient for each group."""
+
+    step: Tensor
+    inverse: Callable[[Tensor], Tensor]
 
 
 def newton_steps(
@@ -66,25 +74,30 @@ def newton_steps(
     groups: list[NDArray[np.int64]],
     risk_gradient: Float[Tensor, " p"],
 ) -> NewtonStep:
-    """The Newton step of removing each group, and what is left of the gradient after it."""
+    """The Newton step of removing each group, and the one that would follow it with the same curvature.
+
+    Squared losses are quadratic, so there the step is repeated once, which removes the solver's own error.
+    """
     if objective.folded and not isinstance(objective.penalty, L2):
         message = (
             "of_removing with penalty_per_example=True needs an L2 penalty, whose share it removes in closed form. "
             "Use on_loss (first order)."
         )
         raise UnsupportedModel(message)
-    K = objective.linear.n_outputs  # type: ignore[union-attr]
-    changes, gradients = [], []
+    K, loss = objective.linear.n_outputs, objective.linear.loss  # type: ignore[union-attr]
+    changes, following = [], []
     for block in _blocks(groups, K):
-        if len(block) == 1 and len(block[0]) * K > _UPDATED_UP_TO:
-            change = _warm_step(objective, sweep, system, block[0])
-        else:
-            change = _steps(objective, sweep.examples, system.solve, block)
-            if change is None:
-                change = torch.cat([_warm_step(objective, sweep, system, group) for group in block])
+        large = len(block) == 1 and len(block[0]) * K > _UPDATED_UP_TO
+        rest = None if large else _steps(objective, sweep.examples, system.solve, block)
+        rest = _warm_steps(objective, sweep, system, block) if rest is None else rest
+        change = rest.step
+        left = _remaining(objective, sweep, block, change, risk_gradient)
+        if loss is losses.squared:
+            change = change - rest.inverse(left + system.damping * change)
+            left = _remaining(objective, sweep, block, change, risk_gradient)
         changes.append(change)
-        gradients.append(_remaining(objective, sweep, block, change, risk_gradient))
-    return NewtonStep(torch.cat(changes), torch.cat(gradients))
+        following.append(-rest.inverse(left))
+    return NewtonStep(torch.cat(changes), torch.cat(following))
 
 
 def _blocks(groups: list[NDArray[np.int64]], K: int) -> Iterator[list[NDArray[np.int64]]]:
@@ -99,8 +112,17 @@ def _blocks(groups: list[NDArray[np.int64]], K: int) -> Iterator[list[NDArray[np
     yield block
 
 
-def _warm_step(objective: Objective, sweep: Sweep, system: System, group: NDArray[np.int64]) -> Tensor:
-    """(1, p): the Newton step of removing one large group, by conjugate gradients from the whole data's own step.
+def _warm_steps(objective: Objective, sweep: Sweep, system: System, groups: list[NDArray[np.int64]]) -> _Rest:
+    """The steps of groups that are too large, or carry too much of the penalty, for Woodbury's identity."""
+    each = [_warm_rest(objective, sweep, system, group) for group in groups]
+    return _Rest(
+        torch.cat([rest.step for rest in each]),
+        lambda G: torch.cat([rest.inverse(g[None]) for rest, g in zip(each, G, strict=True)]),
+    )
+
+
+def _warm_rest(objective: Objective, sweep: Sweep, system: System, group: NDArray[np.int64]) -> _Rest:
+    """What is left without one group, by conjugate gradients that start from the whole data's own solution.
 
     Raises:
         NotPositiveDefinite: if what is left does not determine the fit.
@@ -120,15 +142,21 @@ def _warm_step(objective: Objective, sweep: Sweep, system: System, group: NDArra
     prepared = system.prepared
     inverse = prepared.substitute if isinstance(prepared, Substitution) else getattr(prepared, "inverse", None)
     precondition = None if inverse is None else lambda R: project(inverse(R))
+
+    def inverse_of(sides: Tensor) -> tuple[Tensor, Progress]:
+        start = system.solve(sides).x
+        goal = _WARM_RTOL * sides.norm(dim=1)
+        return start, descend(without, precondition, start, sides - without(start), goal, _WARM_STEPS)
+
     draw = torch.Generator().manual_seed(0)
     witness = project(torch.randn(1, objective.size, generator=draw, dtype=torch.float64))
     sides = torch.cat([side, witness])  # a random side meets every direction, which the group's own may not
-    start = system.solve(sides).x
-    goal = _WARM_RTOL * sides.norm(dim=1)
-    run = descend(without, precondition, start, sides - without(start), goal, _WARM_STEPS)
+    start, run = inverse_of(sides)
     left = (sides - without(run.x)).norm(dim=1) / sides.norm(dim=1).clamp(min=1e-300)
     growth = float(run.x[1].norm() / start[1].norm().clamp(min=1e-300))
-    if run.stopped is not None or growth > _SINGULAR_GROWTH:
+    if run.stopped is not None:
+        raise _singular(group, f"curvature {float(run.smallest.min()):.2g}")
+    if growth > _SINGULAR_GROWTH:
         raise _singular(group, f"a random push moves θ̂ {growth:.2g} times as far")
     if float(left.max()) > 10 * _WARM_RTOL:
         message = (
@@ -137,7 +165,7 @@ def _warm_step(objective: Objective, sweep: Sweep, system: System, group: NDArra
             "use leave_one_out."
         )
         raise NotConverged(message)
-    return run.x[:1]
+    return _Rest(run.x[:1], lambda G: inverse_of(project(G))[1].x)
 
 
 def changes(
@@ -156,8 +184,8 @@ def changes(
 
 def _steps(
     objective: Objective, examples: Examples, solve: Callable[[Tensor], Solution], groups: list[NDArray[np.int64]]
-) -> Tensor | None:
-    """(g, p): the step of each group by Woodbury; None if a group carries too much of the penalty for the iteration."""
+) -> _Rest | None:
+    """What is left without each group, by Woodbury; None if a group carries too much of the penalty to iterate."""
     n, total = len(examples), float(examples.weights.sum())
     union = np.unique(np.concatenate(groups))
     batch = examples.batch(union)
@@ -186,15 +214,18 @@ def _steps(
         """(C − UᵀDU)⁻¹ v from C⁻¹ v, each line without its own group."""
         return torch.stack([v + (c @ (u @ v)) @ xu for v, (c, u, xu) in zip(steps, corrections, strict=True)])
 
+    def inverse(G: Tensor) -> Tensor:
+        return without_groups(solve(G).x)
+
     if penalty is None:
-        return without_groups(torch.stack(moves))
+        return _Rest(without_groups(torch.stack(moves)), inverse)
     share = torch.tensor(shares, dtype=torch.float64)[:, None]
     first = without_groups(torch.stack(moves) + share * solved[-1])
     strengths, delta = calculus.penalty_diagonal(objective), first
     for _ in range(_SHARE_STEPS):
         before, delta = delta, first + without_groups(solve(share * strengths * delta).x)
         if float((delta - before).norm()) <= _SHARE_RTOL * float(delta.norm()):
-            return delta
+            return _Rest(delta, inverse)
     return None
 
 

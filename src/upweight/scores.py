@@ -73,7 +73,7 @@ class Certificate:
             converged=all(part.converged for part in parts),
             truncation=max(part.truncation for part in parts),
             sweeps=sum(part.sweeps for part in parts),
-            min_curvature=min(part.min_curvature for part in parts),
+            min_curvature=float(np.fmin.reduce([part.min_curvature for part in parts])),
         )
 
     def __str__(self) -> str:
@@ -157,7 +157,14 @@ class Scores:
 
     @staticmethod
     def joined(parts: Sequence[Scores]) -> Scores:
-        """The scores of several blocks of queries, one below the other."""
+        """The scores of several blocks of queries, one below the other.
+
+        Raises:
+            InvalidInput: if there are none, or their columns are not the same rows.
+        """
+        if not parts or any(not np.array_equal(part.rows, parts[0].rows) for part in parts):
+            message = f"{len(parts)} blocks of scores do not stand for the same rows. Join those of one question only."
+            raise InvalidInput(message)
         first = parts[0]
 
         def stacked(name: str) -> Any:

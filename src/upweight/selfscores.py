@@ -20,7 +20,7 @@ from torch import Tensor
 from upweight import calculus, pairs, scoring
 from upweight.scores import Certificate, SelfScores
 from upweight.scoring import Products
-from upweight.solvers import Pairwise, Quadratic, Solution
+from upweight.solvers import Quadratic, Solution
 
 if TYPE_CHECKING:
     from upweight.influence import Influence
@@ -57,7 +57,7 @@ def _by_forms(
     influence: Influence, rows: NDArray[np.int64], prepared: Quadratic, solve: Callable[[Tensor], Solution]
 ) -> tuple[Products, Certificate]:
     objective, sweep = influence.objective, influence.sweep
-    pairwise = prepared if objective.linear is not None and isinstance(prepared, Pairwise) else None
+    pairwise = pairs.comparing(objective, prepared)
     witnesses = rows[np.unique(np.linspace(0, len(rows) - 1, pairs.WITNESSES).astype(np.int64))]
     solution = solve(scoring.gradients(sweep, witnesses))
     across = solve(torch.stack([influence.risk_gradient, influence.penalty_share])).x

@@ -330,7 +330,7 @@ def test_penalised_logistic_regression_follows_its_formulas(folded):
     step = removal.newton_steps(
         influence.objective,
         influence.sweep,
-        influence.prepared.solve,
+        removal.System(influence.operator, 0.0, influence.prepared, influence.prepared.solve),
         [np.array([row]) for row in range(80)],
         influence.risk_gradient,
     ).theta_change.numpy()

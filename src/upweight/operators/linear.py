@@ -11,7 +11,7 @@ chunks of rows that stay in cache. Nothing of size n × p is ever formed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -155,6 +155,19 @@ class LinearHessian:
                     total[j * d : (j + 1) * d, K * d + i] = columns[at, :d]
                     total[K * d + i, K * d + j] = columns[at, d]
         return self._completed(total)
+
+    @cached_property
+    def shift(self) -> Shift | None:
+        """What a common shift of a feature's K coefficients meets, if only the penalty curves it; else None.
+
+        No gradient of a softmax points that way. Left in a matrix, its tiny curvature would cost the others digits.
+        """
+        K, d = self._structure.n_outputs, self._structure.n_features
+        strengths = calculus.penalty_diagonal(self.sweep.objective)[: K * d].reshape(K, d)
+        coupled = self.curvatures.shape[1] > K and _shift_invariant(self.curvatures, K)
+        if not coupled or not bool((strengths == strengths[0]).all()) or float(strengths.min()) <= 0:
+            return None
+        return Shift(K, strengths[0])
 
     def approximate_inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
         """(C + λI)⁻¹ with C ≈ mean(wᵢhᵢ) ⊗ mean(x̃ᵢx̃ᵢᵀ) + ∇²r, or with C's diagonal where that would cost too much."""
@@ -324,6 +337,47 @@ class LinearHessian:
             )
 
         return apply
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The common shift of each feature's K coefficients, an eigenspace of C of its own.
+
+    Args:
+        outputs: K.
+        curvature: (d,) C's value there: the penalty's strength.
+    """
+
+    outputs: int
+    curvature: Float[Tensor, " d"]
+
+    def part(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """The part of V that is a common shift."""
+        K, d = self.outputs, len(self.curvature)
+        out = torch.zeros_like(V)
+        out[:, : K * d] = V[:, : K * d].reshape(len(V), K, d).mean(1).repeat(1, K)
+        return out
+
+    def curved(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """C v for shifts v."""
+        return V * self._everywhere(V)
+
+    def solved(self, V: Float[Tensor, "k p"], damping: float) -> Float[Tensor, "k p"]:
+        """(C + λI)⁻¹ v for shifts v."""
+        return V / (self._everywhere(V) + damping)
+
+    def fill(self, matrix: Float[Tensor, "p p"]) -> None:
+        """Give shifts the curvature that their coefficients have on average, in place; the rest is untouched."""
+        K, d = self.outputs, len(self.curvature)
+        size = matrix.diagonal()[: K * d].reshape(K, d).mean(0)
+        for k in range(K):
+            for j in range(K):
+                matrix[k * d : (k + 1) * d, j * d : (j + 1) * d].diagonal().add_(size / K)
+
+    def _everywhere(self, V: Tensor) -> Tensor:
+        whole = torch.ones(V.shape[1], dtype=V.dtype)
+        whole[: self.outputs * len(self.curvature)] = self.curvature.repeat(self.outputs)
+        return whole
 
 
 def _sparse_product(

@@ -79,6 +79,11 @@ class Quadratic(Prepared, Protocol):
 class Pairwise(Quadratic, Protocol):
     """(C + λI)⁻¹ of a linear predictor that compares examples, v = r ⊗ x̃, without writing out their p numbers."""
 
+    @property
+    def accurate(self) -> bool:
+        """Whether comparing loses no digits that a solution keeps."""
+        ...
+
     def own(self, X: Any, R: Float[Tensor, "b K"]) -> Float[Tensor, " b"]:
         """vᵀ (C + λI)⁻¹ v of every example."""
         ...

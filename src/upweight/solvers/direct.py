@@ -15,6 +15,7 @@ from torch import Tensor
 
 from upweight.errors import NotPositiveDefinite
 from upweight.operators.base import Operator
+from upweight.operators.linear import Shift
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 from upweight.solvers.lanczos import rounded_up, smallest_eigenvalue
 
@@ -50,7 +51,8 @@ class Factored:
 
     def __init__(self, operator: Operator, damping: float) -> None:
         self.damping = damping
-        matrix = _filled(operator)
+        self._shift: Shift | None = getattr(operator, "shift", None)
+        matrix = _filled(operator, self._shift)
         matrix[np.diag_indices_from(matrix)] += damping
         diagonal = np.diagonal(matrix).copy()
         if not (diagonal > 0).all():
@@ -68,10 +70,9 @@ class Factored:
             whole = np.triu(packed) + np.triu(packed, 1).T
             raise _refusal(whole / self._scale[:, None] / self._scale, damping)
         self.factor = (packed, True)
-        self.operator = PackedOperator(packed, self._scale, damping, operator.project)
-        self.min_curvature = (
-            -1 / smallest_eigenvalue(NegatedInverse(self), tolerance=_tolerance(len(packed)))[0] - damping
-        )
+        self.operator = PackedOperator(packed, self._scale, damping, operator.project, self._shift)
+        lowest = -1 / smallest_eigenvalue(NegatedInverse(self), tolerance=_tolerance(len(packed)))[0] - damping
+        self.min_curvature = lowest if self._shift is None else min(lowest, float(self._shift.curvature.min()))
 
     def solve(self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None) -> Solution:  # noqa: ARG002
         """x with (C + λI) x = v for every row v, with its residuals recomputed from C."""
@@ -82,15 +83,24 @@ class Factored:
 
     def substitute(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """(C + λI)⁻¹ v for every row v, without looking at the residual."""
+        shift = None if self._shift is None else self._shift.part(V)
+        V = V if shift is None else V - shift
         x = scipy.linalg.cho_solve(self.factor, (V.numpy() * self._scale).T, check_finite=False).T * self._scale
-        return self.operator.project(torch.from_numpy(np.ascontiguousarray(x)))
+        solved = self.operator.project(torch.from_numpy(np.ascontiguousarray(x)))
+        if self._shift is None or shift is None:
+            return solved
+        return solved - self._shift.part(solved) + self._shift.solved(shift, self.damping)
 
     def forms(self, V: Float[Tensor, "k p"]) -> Float[Tensor, " k"]:
         """vᵀ (C + λI)⁻¹ v = ‖F⁻¹ D v‖² for every row v: one triangular solve, p² flops each."""
         V = self.operator.project(checked_sides(V))
-        sides = np.ascontiguousarray(V.numpy() * self._scale).T
+        shift = None if self._shift is None else self._shift.part(V)
+        sides = np.ascontiguousarray((V if shift is None else V - shift).numpy() * self._scale).T
         half = _trsm(1.0, self.factor[0], sides, lower=1, overwrite_b=1)
-        return torch.from_numpy(np.einsum("pk,pk->k", half, half))
+        value = torch.from_numpy(np.einsum("pk,pk->k", half, half))
+        if self._shift is None or shift is None:
+            return value
+        return value + (shift * self._shift.solved(shift, self.damping)).sum(1)
 
 
 class PackedOperator:
@@ -102,8 +112,9 @@ class PackedOperator:
         scale: NDArray[np.float64],
         damping: float,
         project: Callable[[Tensor], Tensor],
+        shift: Shift | None = None,
     ) -> None:
-        self._packed, self._scale, self._damping, self._project = packed, scale, damping, project
+        self._packed, self._scale, self._damping, self._project, self._shift = packed, scale, damping, project, shift
         self._missing = 1 - np.diagonal(packed)  # the scaled matrix has a unit diagonal, where the factor's stands now
 
     @property
@@ -113,9 +124,14 @@ class PackedOperator:
 
     def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """C v for every row v without gauge directions."""
-        sides = np.ascontiguousarray(V.numpy() / self._scale)
+        shift = None if self._shift is None else self._shift.part(V)
+        rest = V if shift is None else V - shift
+        sides = np.ascontiguousarray(rest.numpy() / self._scale)
         image = _symm(1.0, self._packed, sides.T, lower=0).T + self._missing * sides
-        return torch.from_numpy(np.ascontiguousarray(image / self._scale)) - self._damping * V
+        whole = torch.from_numpy(np.ascontiguousarray(image / self._scale)) - self._damping * rest
+        if self._shift is None or shift is None:
+            return whole
+        return whole - self._shift.part(whole) + self._shift.curved(shift)
 
     def matrix(self) -> Float[Tensor, "p p"]:
         """C."""
@@ -126,9 +142,11 @@ class PackedOperator:
         return self._project(V)
 
 
-def _filled(operator: Operator) -> NDArray[np.float64]:
-    """P C P, made positive in the gauge directions that P leaves out."""
+def _filled(operator: Operator, shift: Shift | None) -> NDArray[np.float64]:
+    """P C P, made positive in the gauge directions that P leaves out, and as large as its neighbours in shifts."""
     matrix = operator.matrix()
+    if shift is not None:
+        shift.fill(matrix)
     filling = float(matrix.diagonal().abs().max()) or 1.0
     if not has_gauge(operator):
         return matrix.numpy()
@@ -155,10 +173,13 @@ def _refusal(matrix: NDArray[np.float64], damping: float) -> NotPositiveDefinite
         suggestion = rounded_up(-1.1 * smallest)
     else:
         kind = f"a curvature of {smallest:.3g} against a largest of {largest:.3g}, which is singular to rounding"
-        why = "Features are probably collinear, or there are more parameters than the data determine"
+        why = (
+            "Features are probably collinear or far from 0 compared with their spread, or there are more parameters "
+            "than the data determine; centring and scaling (StandardScaler) cures the former"
+        )
         suggestion = rounded_up(max(floor - smallest, floor))
     negative = int((eigenvalues < -rounding).sum())
-    instead = ", curvature=GaussNewton(), or train further" if negative else ", or drop features"
+    instead = ", curvature=GaussNewton(), or train further" if negative else ", or drop or standardise features"
     message = (
         f"C has {kind} (damping {damping:g}, {negative} of {len(eigenvalues)} eigenvalues negative). "
         f"{why}. Try damping={suggestion:g}{instead}; see influence.check()."

@@ -24,6 +24,9 @@ from upweight.solvers.lanczos import smallest_eigenvalue
 
 _PROMISE = 1e-6
 _GRAM_ROWS = 512
+_REFINEMENTS = 2
+_CANCELLED = 1e7  # of M's diagonal: the digits that Λ⁻¹ − Λ⁻¹Uᵀ M⁻¹ U Λ⁻¹ loses; scores bear the loss of seven
+_CANCELLED_FORMS = 1e3  # forms become leverages, and 1 − h loses as many again
 
 
 @dataclass(frozen=True)
@@ -71,19 +74,22 @@ class Woodbury:
         self._X = operator.sweep.examples.batch(slice(None))[0]
         self._X = self._X.astype("float64", copy=False) if scipy.sparse.issparse(self._X) else self._X.double()
         self._root = _Root.of(operator.curvatures, self._K, operator.sweep.n)
-        self._factor = scipy.linalg.cho_factor(self._inner(), lower=True, overwrite_a=True, check_finite=False)
+        inner = self._inner()
+        largest = float(np.abs(np.diagonal(inner)).max())
+        self._factor = scipy.linalg.cho_factor(inner, lower=True, overwrite_a=True, check_finite=False)
         self._free = None
         if structure.intercept:
             outputs = torch.eye(self._K, dtype=torch.float64).expand(operator.sweep.n, -1, -1)
             self._Uf = self._root.down(outputs).transpose(0, 1).reshape(self._K, -1)  # (K, nK)
             schur = torch.diag(strengths[self._split :]) + self._Uf @ self._small(self._Uf).T
             self._free = self._schur_inverse(schur)
+        self.accurate, self._cancels = largest < _CANCELLED, largest > _CANCELLED_FORMS
         self.min_curvature = -1 / smallest_eigenvalue(NegatedInverse(self), tolerance=1e-4)[0] - damping
 
     def solve(self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None) -> Solution:  # noqa: ARG002
         """x with (C + λI) x = v for every row v, with its residuals recomputed from C."""
         V = self.operator.project(checked_sides(V))
-        x = self.substitute(V)
+        x = self._refined(V)
         residual = residuals(self.operator, self.damping, x, V)
         return Solution(x, residual, converged=bool((residual < _PROMISE).all()), min_curvature=self.min_curvature)
 
@@ -97,9 +103,20 @@ class Woodbury:
         t = t + free @ self._small(self._Uf)
         return self.operator.project(torch.cat([coef - self._up(t) * self._inverse, free], 1))
 
+    def _refined(self, V: Tensor) -> Tensor:
+        """The substitution and its correction by the true residual: Λ⁻¹ − Λ⁻¹Uᵀ M⁻¹ U Λ⁻¹ cancels where UᵀU ≫ Λ."""
+        x = self.substitute(V)
+        for _ in range(_REFINEMENTS):
+            x = x + self.substitute(V - self.operator.project(self.operator.apply(x)) - self.damping * x)
+        return x
+
     def forms(self, V: Float[Tensor, "k p"]) -> Float[Tensor, " k"]:
-        """vᵀ (C + λI)⁻¹ v for every row v.  Cost: one triangular solve, (nK)² flops each."""
+        """vᵀ (C + λI)⁻¹ v for every row v.  Cost: one triangular solve, (nK)² flops each; two products more if the
+        cancellation of UᵀU against Λ asks for refined solutions.
+        """
         V = self.operator.project(checked_sides(V))
+        if self._cancels:
+            return (V * self._refined(V)).sum(1)
         coef = V[:, : self._split]
         sides = self._down(coef * self._inverse)
         half = scipy.linalg.solve_triangular(self._factor[0], sides.numpy().T, lower=True, check_finite=False)

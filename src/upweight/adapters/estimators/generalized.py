@@ -92,5 +92,5 @@ def huber_regressor(fit: Fit) -> Built:
         penalty_per_example=fit.folded(default=False),
         name=fit.name,
     )
-    plain = Again(model, fit, read)
+    plain = Again(model, fit, read, preferred=True)  # L-BFGS on our side may step to a scale ≤ 0
     return Built(objective, of_outputs(1), model.predict, predictor=predicted, again=plain)

@@ -15,7 +15,7 @@ from upweight.losses import Loss
 from upweight.objective import L2
 
 WIDTH = 0.001  # the paper's t
-_FLAT = 1e-10  # mean curvature of the rows in an intercept, below which they do not determine it
+_REACH = 10  # margins (or spreads of predictions) that one row may move an intercept by, before it counts as loose
 _HELD = 1e6  # the curvature that keeps such an intercept where it is
 
 
@@ -86,7 +86,8 @@ def held_intercepts(
     weights = (
         torch.ones(fit.n, dtype=torch.float64) if fit.sample_weight is None else torch.from_numpy(fit.sample_weight)
     )
-    curved = (weights[:, None] * torch.diagonal(h, dim1=1, dim2=2)).mean(0).numpy() > _FLAT
+    unit = 1.0 if hasattr(fit.estimator, "classes_") else float(np.std(eta)) or 1.0
+    curved = (weights[:, None] * torch.diagonal(h, dim1=1, dim2=2)).sum(0).numpy() > 1 / (_REACH * unit)
     strengths = {"coef": strength} if strength else {}
     if (free & curved).all():
         return L2(strengths), ""
@@ -94,8 +95,11 @@ def held_intercepts(
     held = torch.from_numpy(np.where(free & curved, 0.0, _HELD))
     penalty = L2(strengths | {"intercept": held}, {"intercept": -held * intercepts})
     loose = int((~(free & curved)).sum())
-    which = "the intercept" if len(free) == 1 else f"the intercepts of {loose} of {len(free)} pairs"
-    why = (
-        "all support vectors are at a bound (none is free)" if not free.all() else "no row is within reach of its kink"
-    )
-    return penalty, f". {which[0].upper()}{which[1:]} is unidentified, for {why}, and is held at its value"
+    which = "The intercept is" if len(free) == 1 else f"The intercepts of {loose} of {len(free)} pairs are"
+    if not free.all():
+        why = "all support vectors are at a bound (none is free)"
+    elif loss.limit is None:
+        why = "without smoothing (t = 0) the loss has no curvature"
+    else:
+        why = "too few rows lie within t of a kink; a larger t identifies it"
+    return penalty, f". {which} unidentified, for {why}, and held fixed"
