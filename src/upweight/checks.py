@@ -18,6 +18,9 @@ from upweight.trees import batch_length, take, tree_map
 if TYPE_CHECKING:
     from upweight.influence import Influence
 
+_NEARLY = 0.3
+_CURVED_ROWS = 8
+
 
 @dataclass(frozen=True)
 class Report:
@@ -27,8 +30,9 @@ class Report:
         n: training rows.
         p: differentiated parameters.
         gradient_norm: ‖∇R(θ̂)‖; 0 at a minimum.
-        rows_from_minimum: ‖∇R‖ divided by the root mean square of wᵢ‖∇Lᵢ‖/n: by how many rows' worth of gradient θ̂
-            misses the minimum. Below 1 the miss is smaller than the effect that is being estimated.
+        rows_from_minimum: by how many rows' worth of gradient θ̂ misses the minimum, ‖∇R‖ over the root mean square of
+            wᵢ‖∇Lᵢ‖/n; the larger of two norms, Euclidean and that of (C + λI)⁻¹, which no feature's units can hide
+            from. Below 1 the miss is smaller than the effect that is being estimated.
         sum_of_influences: largest |Σᵢ wᵢ I(zᵢ, query)|/n over the probed queries, penalty folded; 0 at a minimum. It
             equals the drift.
         drift: largest predicted change of a probed query's loss if training went on to the minimum (appendix B); NaN
@@ -79,11 +83,12 @@ class Report:
         return asdict(self) | {"at_minimum": self.at_minimum, "ok": self.ok}
 
     def __str__(self) -> str:
-        verdict = (
-            "at a minimum"
-            if self.at_minimum
-            else "NOT at a minimum: train further, or read values as effects on the present θ̂ (appendix B)"
-        )
+        if self.rows_from_minimum < _NEARLY:
+            verdict = "at a minimum"
+        elif self.at_minimum:
+            verdict = "nearly at a minimum"
+        else:
+            verdict = "NOT at a minimum: train further, or read values as effects on the present θ̂ (appendix B)"
         positive = self.min_curvature + self.damping > 0
         lines = [
             f"rows                 {self.n}",
@@ -118,6 +123,7 @@ def examine(influence: Influence, queries: Any) -> Report:
     gradient = influence.risk_gradient
     V = calculus.gradients(objective, queries).double().cpu()
     problem, residual, drift, total, suggested = "", float("nan"), float("nan"), float("nan"), None
+    missed = rows_from_minimum(influence)
     lowest = float("nan")
     damping = float("nan")
     try:
@@ -131,6 +137,8 @@ def examine(influence: Influence, queries: Any) -> Report:
         share = calculus.penalty_gradient(objective) * (influence.n / float(influence.examples.weights.sum()))
         every = scoring.with_rows(influence, replace(solution, replicas=None), share)
         total = float(np.abs(every.mean @ influence.examples.weights).max()) / influence.n
+        if solution.replicas is None:
+            missed = max(missed, _rows_in_the_curvature(influence))
         if not solution.converged:
             problem = f"{influence.solver} did not converge: residual {residual:.2g}"
     except SolverError as error:
@@ -143,7 +151,7 @@ def examine(influence: Influence, queries: Any) -> Report:
         n=influence.n,
         p=objective.size,
         gradient_norm=float(gradient.norm()),
-        rows_from_minimum=rows_from_minimum(influence),
+        rows_from_minimum=missed,
         sum_of_influences=total,
         drift=drift,
         min_curvature=lowest,
@@ -163,6 +171,20 @@ def examine(influence: Influence, queries: Any) -> Report:
 def rows_from_minimum(influence: Influence) -> float:
     """‖∇R‖ in units of one row's effect on the gradient: ‖∇R‖ / rms(wᵢ‖∇Lᵢ‖/n), over rows spread through the data."""
     return float(influence.risk_gradient.norm()) / scoring.typical_row(influence.sweep)
+
+
+def _rows_in_the_curvature(influence: Influence) -> float:
+    """‖∇R‖ in units of a row's effect, both in the norm √(vᵀ(C + λI)⁻¹v): what a Newton step would still change."""
+    rows = influence.examples.spread(_CURVED_ROWS)
+    G = (
+        scoring.gradients(influence.sweep, rows)
+        * torch.from_numpy(influence.examples.weights[rows] / influence.n)[:, None]
+    )
+    V = torch.cat([influence.risk_gradient[None], G])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TheoryWarning)
+        forms = (influence.prepared.solve(V).x * V).sum(1).clamp(min=0)
+    return float(forms[0].sqrt() / forms[1:].mean().sqrt().clamp(min=1e-300))
 
 
 def warn_if_not_at_minimum(influence: Influence) -> None:

@@ -50,7 +50,7 @@ class Cost:
         solver: the specification.
         flops: floating-point operations, preparation included.
         memory: bytes beside the data.
-        possible: whether it can be taken at all.
+        possible: whether it may be chosen by default: the matrix is not too large, and Dual has what it divides by.
     """
 
     solver: Solver
@@ -60,7 +60,7 @@ class Cost:
 
     def __str__(self) -> str:
         size = f"{type(self.solver).__name__} {self.flops / 1e9:.3g} GFLOP, {self.memory / 2**30:.2g} GiB"
-        return size if self.possible else f"{size} (not possible here)"
+        return size if self.possible else f"{size} (not a default here)"
 
 
 def costs(objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1) -> list[Cost]:
@@ -112,11 +112,11 @@ def completed(given: Solver | None, objective: Objective, examples: Examples, cu
 
 
 def _every_coefficient_is_held(objective: Objective) -> bool:
-    """Whether a penalty holds every coefficient, and none is projected out: what Dual divides by."""
+    """Whether a penalty holds every coefficient, none is projected out, and the loss is convex: what Dual needs."""
     split = objective.size - (objective.linear.n_outputs if objective.linear and objective.linear.intercept else 0)
     probe = torch.zeros(1, objective.size, dtype=torch.float64)
     probe[:, :split] = torch.linspace(1, 2, split, dtype=torch.float64)
-    held = float(calculus.penalty_diagonal(objective)[:split].min()) > 0
+    held = float(calculus.penalty_diagonal(objective)[:split].min()) > 0 and objective.linear.loss.convex  # type: ignore[union-attr]
     return held and bool(torch.equal(objective.project(probe), probe))
 
 

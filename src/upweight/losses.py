@@ -67,6 +67,7 @@ class Loss:
 
     `coupling(eta, y)` is for losses whose outputs interact: a (b, K) and u (b, K) ≥ 0 with curvature = diag(a) − u uᵀ.
     None says that the curvature is diagonal. Fast products and matrices rest on this structure.
+    `convex` is False where the curvature may be negative for some predictor and target.
     `limit` is the loss with kinks that a smooth one stands for, None for all others.
     """
 
@@ -76,6 +77,7 @@ class Loss:
     slope: Callable[[Tensor, Tensor], Tensor]
     curvature: Callable[[Tensor, Tensor], Tensor]
     coupling: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    convex: bool = True
     limit: Loss | None = None
 
     def __call__(self, eta: Float[Tensor, " K"], y: Tensor) -> Float[Tensor, ""]:
@@ -419,4 +421,6 @@ def tweedie(power: float, link: str = "log") -> Loss:
         return scale * h[:, :, None]
 
     name = f"tweedie({_short(p)}{'' if exponential else ', identity'})"
-    return Loss(name, f"half the Tweedie deviance of power {_short(p)}, {link} link", value, slope, curvature)
+    formula = f"half the Tweedie deviance of power {_short(p)}, {link} link"
+    convex = 1 <= p <= 2 if exponential else p in {0, 1}
+    return Loss(name, formula, value, slope, curvature, convex=convex)

@@ -203,7 +203,7 @@ def test_networks_that_converged_are_at_a_minimum(fit):
     if getattr(fit.model, "solver", "") != "lbfgs":
         pytest.skip("not a network that converged")
     # with several outputs scikit-learn's L-BFGS stalls: its loss is a mean over them, its gradient that of the sum
-    assert fit.explain().check().rows_from_minimum < (0.3 if fit.row.task == "numbers" else 0.05)
+    assert fit.explain().check().rows_from_minimum < (0.5 if fit.row.task == "numbers" else 0.05)
 
 
 def test_the_smoother_the_nearer_is_the_gradient_to_zero(fit):

@@ -8,6 +8,7 @@ is minimised for several outputs is the sum over them, as the gradients that fit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -99,7 +100,28 @@ def _network(fit: Fit, loss: Loss, targets: Any, own: Any, response: Any, scale:
         penalty_per_example=fit.folded(default=False),
         outputs=lambda params, example: outputs(params, example[0]),
         output_loss=lambda output, example: loss(output, example[1]),
+        gauge=_output_shift(model.coefs_[-1].shape, free=not strength) if loss is losses.cross_entropy else None,
         name=fit.name,
     )
     again = Again(model, fit, read, preferred=True)
     return Built(objective, targets, own, predictor=predicted, again=again)
+
+
+def _output_shift(shape: tuple[int, int], *, free: bool) -> Callable[[Tensor], Tensor]:
+    """Removes a common shift of all outputs, which a softmax does not see, from the last layer's biases.
+
+    Args:
+        shape: (h, K) of the last layer's weights.
+        free: whether no penalty holds those, so that they have the same shift.
+    """
+    h, K = shape
+
+    def project(V: Tensor) -> Tensor:
+        out = V.clone()
+        out[:, -K:] -= out[:, -K:].mean(1, keepdim=True)
+        if free:
+            weights = out[:, -K - h * K : -K].reshape(len(V), h, K)
+            out[:, -K - h * K : -K] = (weights - weights.mean(2, keepdim=True)).flatten(1)
+        return out
+
+    return project
