@@ -29,9 +29,9 @@ from upweight.objective import Linear
 from upweight.sweep import Sweep
 
 _CHUNK_NUMBERS = 2**20  # of X in one chunk: 8 MB in float64, a few times the cache of a core
+_PADDED = 16  # columns: with fewer, X V in float32 runs at half the speed; float64 and RᵀX do not
 _CHUNK_ROWS = (1024, 16_384)
 _COPY_BYTES = 2**31  # a float32 copy of X is kept if it is smaller; else chunks are cast as they are read
-_PADDED = 16  # matrix products with fewer columns than this run no faster
 (_syrk,) = scipy.linalg.get_blas_funcs(("syrk",), dtype=np.float64)
 _KRONECKER_FEATURES = 1024  # eigenvectors of a larger XᵀX cost more than they save
 
@@ -110,12 +110,14 @@ class LinearHessian:
 
     def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """C v for every row v."""
-        total = self._data.fold(self._product(V), vectors=len(V), label="curvature product", chunk=self._chunk)
+        total = self.rows_with_curvatures.fold(
+            self._product(V), vectors=len(V), label="curvature product", chunk=self._chunk
+        )
         return total / self.sweep.n + calculus.penalty_hvp(self.sweep.objective, V)
 
     def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:
         """(1/b) Σ_{i in rows} wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ v + ∇²r v."""
-        total = self._product(V)(self._data.examples.batch(rows), torch.empty(0))
+        total = self._product(V)(self.rows_with_curvatures.examples.batch(rows), torch.empty(0))
         return total.double() / len(rows) + calculus.penalty_hvp(self.sweep.objective, V)
 
     def largest_row_curvature(self) -> float:
@@ -171,12 +173,16 @@ class LinearHessian:
 
     def approximate_inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
         """(C + λI)⁻¹ with C ≈ mean(wᵢhᵢ) ⊗ mean(x̃ᵢx̃ᵢᵀ) + ∇²r, or with C's diagonal where that would cost too much."""
-        dense = not scipy.sparse.issparse(self._x)
-        if dense and self._structure.n_features <= _KRONECKER_FEATURES:
+        if self.dense_and_narrow:
             return self._kronecker(damping)
         diagonal = self.diagonal() + damping
         floor = 1e-6 * float(diagonal.max())
         return lambda R: R / diagonal.clamp(min=floor).to(R)
+
+    @property
+    def dense_and_narrow(self) -> bool:
+        """Whether eigenvectors of XᵀX cost little."""
+        return not scipy.sparse.issparse(self._x) and self._structure.n_features <= _KRONECKER_FEATURES
 
     def diagonal(self) -> Float[Tensor, " p"]:
         """The diagonal of C.  Cost: one pass."""
@@ -194,7 +200,7 @@ class LinearHessian:
             )
             return torch.cat([coef.reshape(-1), spread.sum(0)]) if self._structure.intercept else coef.reshape(-1)
 
-        total = self._data.fold(squares, vectors=2, label="diagonal", chunk=self._chunk)
+        total = self.rows_with_curvatures.fold(squares, vectors=2, label="diagonal", chunk=self._chunk)
         return total / self.sweep.n + calculus.penalty_diagonal(self.sweep.objective)
 
     @property
@@ -204,7 +210,7 @@ class LinearHessian:
     # ---- inner steps -------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _data(self) -> Sweep:
+    def rows_with_curvatures(self) -> Sweep:
         """The rows as (x, h) instead of (x, y), in this operator's precision."""
         examples = self.sweep.examples
         x, h = examples.x, self.curvatures
@@ -225,7 +231,7 @@ class LinearHessian:
         """Σ_b wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ V of a batch (x, h), with what depends on V only prepared once."""
         structure, k = self._structure, len(V)
         K, d = structure.n_outputs, structure.n_features
-        width = k * K if k * K >= 4 * _PADDED else -(-k * K // _PADDED) * _PADDED
+        width = max(k * K, _PADDED) if self.precision == torch.float32 else k * K
         across = torch.zeros(d, width, dtype=self.precision)
         across[:, : k * K] = V[:, : K * d].reshape(k * K, d).T
         shift = V[:, K * d :].reshape(k, K).to(self.precision) if structure.intercept else None
@@ -237,9 +243,7 @@ class LinearHessian:
             X = X.to(self.precision)
             Z = (X @ across)[:, : k * K].reshape(len(X), k, K)
             R = linear.curved(h, Z if shift is None else Z + shift)
-            flat = torch.zeros(len(X), width, dtype=self.precision)
-            flat[:, : k * K] = R.reshape(len(X), -1)
-            coef = (flat.T @ X)[: k * K].reshape(k, -1)
+            coef = (R.reshape(len(R), -1).T @ X).reshape(k, -1)
             return torch.cat([coef, R.sum(0)], 1) if shift is not None else coef
 
         return product
@@ -290,7 +294,9 @@ class LinearHessian:
             across = X.T @ D.numpy() if scipy.sparse.issparse(X) else (X.to(torch.float64).T @ D).numpy()
             return torch.cat([torch.from_numpy(np.ascontiguousarray(across.T)), D.sum(0)[:, None]], 1)
 
-        return self._data.fold(sums, vectors=len(pairs), label="curvature matrix", chunk=self._chunk).numpy()
+        return self.rows_with_curvatures.fold(
+            sums, vectors=len(pairs), label="curvature matrix", chunk=self._chunk
+        ).numpy()
 
     def _completed(self, total: NDArray[np.float64]) -> Tensor:
         """The sums over n, the penalty added, and the lower triangle mirrored, in blocks that need no second matrix."""
@@ -308,18 +314,7 @@ class LinearHessian:
     def _kronecker(self, damping: float) -> Callable[[Tensor], Tensor]:
         """Eigenvectors of the two mean factors; the penalty is taken as the same for all parameters."""
         K, d = self._structure.n_outputs, self._structure.n_features
-        h = self.curvatures
-        B = torch.diag(h[:, :K].mean(0))
-        if h.shape[1] > K:
-            B = B - h[:, K:].T @ h[:, K:] / len(h)
-        width = d + int(self._structure.intercept)
-
-        def outer(batch: Any, _: Tensor) -> Tensor:
-            X = batch[0].to(self.precision)
-            X = torch.cat([X, X.new_ones(len(X), 1)], 1) if self._structure.intercept else X
-            return X.T @ X
-
-        A = self._data.fold(outer, vectors=width // 8 + 1, label="preconditioner", chunk=self._chunk) / self.sweep.n
+        A, B = mean_factors(self)
         (a, QA), (b, QB) = torch.linalg.eigh(A), torch.linalg.eigh(B)
         products = b.clamp(min=0)[:, None] * a.clamp(min=0)[None]
         penalty = calculus.penalty_diagonal(self.sweep.objective)[: K * d].mean()
@@ -337,6 +332,23 @@ class LinearHessian:
             )
 
         return apply
+
+
+def mean_factors(operator: LinearHessian) -> tuple[Float[Tensor, "w w"], Float[Tensor, "K K"]]:
+    """mean(x̃x̃ᵀ) and mean(wᵢhᵢ), whose Kronecker product approximates C without its penalty.  Cost: one pass, n·w²."""
+    structure: Linear = operator.sweep.objective.linear  # type: ignore[assignment]
+    K, h = structure.n_outputs, operator.curvatures
+    B = torch.diag(h[:, :K].mean(0))
+    if h.shape[1] > K:
+        B = B - h[:, K:].T @ h[:, K:] / len(h)
+
+    def outer(batch: Any, _: Tensor) -> Tensor:
+        X = batch[0].to(operator.precision)
+        X = torch.cat([X, X.new_ones(len(X), 1)], 1) if structure.intercept else X
+        return X.T @ X
+
+    width = structure.n_features + int(structure.intercept)
+    return operator.rows_with_curvatures.fold(outer, vectors=width // 8 + 1, label="preconditioner") / len(h), B
 
 
 @dataclass(frozen=True)

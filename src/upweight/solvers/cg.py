@@ -18,7 +18,7 @@ from upweight.solvers.recurrence import Progress, descend
 
 _RECOMPUTE = 50  # the recurrence for r drifts from v − Ax in floating point; every so often it is replaced by the truth
 _COARSE_GAIN = 0.1  # a run in float32 must shrink the true residual to this share, else products become float64
-_SCALE_ROWS = 4096
+_SCALE_ROWS = 1024
 _MARGIN = 0.9  # of the goal, so that the residual that is recomputed at the end passes too
 
 

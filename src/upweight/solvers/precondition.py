@@ -11,6 +11,7 @@ from torch import Tensor
 
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 from upweight.operators.base import Operator
+from upweight.operators.leading import leading_inverse
 from upweight.solvers.recurrence import descend
 
 Inverse = Callable[[Tensor], Tensor]
@@ -59,15 +60,19 @@ class Approximate:
 
 @dataclass(frozen=True)
 class TwoLevel:
-    """A loose solve with the same curvature over a subsample of rows, itself preconditioned by `Approximate`.
+    """The same curvature over a subsample of rows, solved approximately.
 
-    The subsample's curvature is right wherever many rows agree, which is almost everywhere, and costs rows/n of the
-    whole. On MNIST softmax regression (n = 55,000, p = 7,840, λ = 0.01) it leaves 8 passes of plain CG's 58.
+    The subsample's curvature is right wherever many rows agree, which is almost everywhere. With dense X of up to about
+    a thousand features it is written out on the leading principal directions of X and taken as a Kronecker product on
+    the rest, so that its inverse is a few small matrix products (`operators.leading`). Otherwise it is a loose inner
+    CG, itself preconditioned by `Approximate`. On MNIST softmax regression (n = 55,000, p = 7,840, λ = 0.01) it leaves
+    8 passes of plain CG's 44.
 
     Args:
-        rows: size of the subsample; fewer than half of the data, else the whole data are used by `Approximate`.
-        rtol: relative residual of the inner solves.
-        max_steps: inner steps after which a solve is used as it is.
+        rows: size of the subsample; if the data have fewer than twice as many, all of them with `Approximate`.
+        rank: leading directions.
+        rtol: relative residual of the inner CG, where there is one.
+        max_steps: its steps, after which it is used as it is.
         seed: of the draw.
 
     Raises:
@@ -75,6 +80,7 @@ class TwoLevel:
     """
 
     rows: int = 4096
+    rank: int = 64
     rtol: float = 0.1
     max_steps: int = 60
     seed: int = 0
@@ -84,6 +90,7 @@ class TwoLevel:
             message = f"TwoLevel(rtol={self.rtol}). It is a relative residual between 0 and 1, such as 0.1."
             raise InvalidInput(message)
         checked_count(self.rows, "rows", hint="4096 is the default")
+        checked_count(self.rank, "rank", hint="64 is the default")
         checked_count(self.max_steps, "max_steps", hint="60 is the default")
 
     def prepare(self, operator: Operator, damping: float) -> Inverse:
@@ -102,6 +109,9 @@ class TwoLevel:
         if _FEWEST_ROWS * self.rows > sweep.n:
             return Approximate().prepare(operator, damping)
         small = getattr(operator, "coarse", operator).subsample(self.rows, self.seed)  # type: ignore[attr-defined]
+        if small.dense_and_narrow:
+            leading = leading_inverse(small, damping, self.rank)
+            return lambda R: operator.project(leading(R))
         inner = Approximate().prepare(small, damping)
 
         def product(V: Tensor) -> Tensor:
