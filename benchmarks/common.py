@@ -44,6 +44,26 @@ def gigabytes_per_second(numbers: int = 2**26) -> float:
     return 4 * numbers / median_seconds(x.sum, 5) / 1e9
 
 
+def numpy_cg(X: np.ndarray, P: np.ndarray, v: np.ndarray, *, l2: float, rtol: float) -> tuple[np.ndarray, int]:
+    """The textbook recurrence on W (10, 784), with the softmax Hessian written out."""
+
+    def product(w: np.ndarray) -> np.ndarray:
+        Z = X @ w.T
+        R = P * (Z - (P * Z).sum(1, keepdims=True))
+        return R.T @ X / len(X) + l2 * w
+
+    x, r = np.zeros_like(v), v.copy()
+    p, rho, steps = r.copy(), float((r * r).sum()), 0
+    while np.sqrt(rho) > rtol * np.linalg.norm(v):
+        Ap = product(p)
+        alpha = rho / float((p * Ap).sum())
+        x += alpha * p
+        r -= alpha * Ap
+        new = float((r * r).sum())
+        p, rho, steps = r + new / rho * p, new, steps + 1
+    return x, steps
+
+
 def report(script: str, settings: dict[str, Any], numbers: dict[str, Any]) -> None:
     """Print the results and write them to results/NAME.json beside the script."""
     machine = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}

@@ -14,33 +14,13 @@ import resource
 
 import numpy as np
 import torch
-from common import gigabytes_per_second, gigaflops, median_seconds, report, seconds
+from common import gigabytes_per_second, gigaflops, median_seconds, numpy_cg, report, seconds
 from sklearn.linear_model import LogisticRegression
 
 import upweight as uw
 from upweight.solvers import CG, Cholesky, TwoLevel
 
 L2, RTOL, QUERIES, NUMPY_QUERIES = 0.01, 1e-5, 100, 5
-
-
-def numpy_cg(X: np.ndarray, P: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, int]:
-    """The textbook recurrence on W (10, 784), with the softmax Hessian written out."""
-
-    def product(w: np.ndarray) -> np.ndarray:
-        Z = X @ w.T
-        R = P * (Z - (P * Z).sum(1, keepdims=True))
-        return R.T @ X / len(X) + L2 * w
-
-    x, r = np.zeros_like(v), v.copy()
-    p, rho, steps = r.copy(), float((r * r).sum()), 0
-    while np.sqrt(rho) > RTOL * np.linalg.norm(v):
-        Ap = product(p)
-        alpha = rho / float((p * Ap).sum())
-        x += alpha * p
-        r -= alpha * Ap
-        new = float((r * r).sum())
-        p, rho, steps = r + new / rho * p, new, steps + 1
-    return x, steps
 
 
 def main() -> None:
@@ -59,7 +39,7 @@ def main() -> None:
     def naive(query: int) -> tuple[np.ndarray, int]:
         P = model.predict_proba(X)
         v = np.outer(model.predict_proba(Xq[query : query + 1])[0] - np.eye(10)[yq[query]], Xq[query])
-        s, steps = numpy_cg(X, P, v)
+        s, steps = numpy_cg(X, P, v, l2=L2, rtol=RTOL)
         return ((X @ s.T) * (P - np.eye(10)[y])).sum(1) / n, steps
 
     ours(1)  # warm the caches of every library

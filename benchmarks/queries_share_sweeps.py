@@ -11,43 +11,17 @@ from __future__ import annotations
 import json
 import os
 import platform
-import time
 from pathlib import Path
 
 import numpy as np
 import sklearn
 import torch
+from common import numpy_cg, seconds
 from sklearn.linear_model import LogisticRegression
 
 import upweight as uw
 
 N, QUERIES, L2, RTOL = 10_000, 10, 0.01, 1e-6
-
-
-def numpy_cg(X: np.ndarray, P: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, int]:
-    """The textbook recurrence on vec(W), W (10, 784), with the softmax Hessian written out."""
-
-    def product(w: np.ndarray) -> np.ndarray:
-        Z = X @ w.T
-        R = P * (Z - (P * Z).sum(1, keepdims=True))
-        return R.T @ X / len(X) + L2 * w
-
-    x, r = np.zeros_like(v), v.copy()
-    p, rho, steps = r.copy(), float((r * r).sum()), 0
-    while np.sqrt(rho) > RTOL * np.linalg.norm(v):
-        Ap = product(p)
-        alpha = rho / float((p * Ap).sum())
-        x += alpha * p
-        r -= alpha * Ap
-        new = float((r * r).sum())
-        p, rho, steps = r + new / rho * p, new, steps + 1
-    return x, steps
-
-
-def seconds(function) -> tuple[float, object]:
-    start = time.perf_counter()
-    value = function()
-    return time.perf_counter() - start, value
 
 
 def main() -> None:
@@ -66,7 +40,7 @@ def main() -> None:
         lines = []
         for query in range(QUERIES):
             v = np.outer(Pq[query] - np.eye(10)[yq[query]], Xq[query])
-            s, _ = numpy_cg(X, P, v)
+            s, _ = numpy_cg(X, P, v, l2=L2, rtol=RTOL)
             lines.append(((X @ s.T)[:, :, None] * G).sum((1, 2)) / N)
         return np.stack(lines)
 

@@ -231,7 +231,8 @@ class LinearHessian:
         """Σ_b wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ V of a batch (x, h), with what depends on V only prepared once."""
         structure, k = self._structure, len(V)
         K, d = structure.n_outputs, structure.n_features
-        width = max(k * K, _PADDED) if self.precision == torch.float32 else k * K
+        single = k * K == 1  # a matrix times a vector runs at the speed of memory, as a product of matrices it does not
+        width = max(k * K, _PADDED) if self.precision == torch.float32 and not single else k * K
         across = torch.zeros(d, width, dtype=self.precision)
         across[:, : k * K] = V[:, : K * d].reshape(k * K, d).T
         shift = V[:, K * d :].reshape(k, K).to(self.precision) if structure.intercept else None
@@ -241,9 +242,9 @@ class LinearHessian:
         def product(batch: Any, _: Tensor) -> Tensor:
             X, h = batch
             X = X.to(self.precision)
-            Z = (X @ across)[:, : k * K].reshape(len(X), k, K)
+            Z = (X.mv(across[:, 0]) if single else (X @ across)[:, : k * K]).reshape(len(X), k, K)
             R = linear.curved(h, Z if shift is None else Z + shift)
-            coef = (R.reshape(len(R), -1).T @ X).reshape(k, -1)
+            coef = (X.T.mv(R.reshape(-1)) if single else R.reshape(len(R), -1).T @ X).reshape(k, -1)
             return torch.cat([coef, R.sum(0)], 1) if shift is not None else coef
 
         return product
