@@ -9,11 +9,12 @@ import pytest
 import scipy.sparse
 import torch
 from jaxtyping import config
-from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, RidgeClassifier
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, RidgeClassifier, TweedieRegressor
 
 import upweight as uw
 from upweight.errors import NotPositiveDefinite, UnsupportedModel
 from upweight.operators import DenseOperator
+from upweight.operators.leading import leading_inverse
 from upweight.operators.linear import LinearHessian
 from upweight.solvers import CG, Approximate, Cholesky, Dual, Plain, TwoLevel
 
@@ -200,3 +201,16 @@ def test_scores_through_the_rows_are_those_through_the_parameters(influence, fol
         np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-8, atol=1e-10 * np.abs(theirs.values).max())
         np.testing.assert_allclose(ours.certificate.drift, theirs.certificate.drift, rtol=1e-4, atol=1e-9)
         assert ours.certificate.residual.shape == theirs.certificate.residual.shape
+
+
+def test_rows_of_negative_curvature_leave_a_preconditioner_that_works():
+    draw = np.random.default_rng(1)
+    X, y = draw.normal(size=(60, 8)), draw.gamma(0.3, 1, 60) + 0.01
+    model = TweedieRegressor(power=3, link="log", alpha=1.0, tol=1e-10, max_iter=10_000).fit(X, y)
+    on = (X[:3], y[:3])
+    exact = uw.explain(model, X, y, solver=Cholesky())
+    two = uw.explain(model, X, y, solver=CG(rtol=1e-9, preconditioner=TwoLevel(rows=20))).on_loss(*on)
+    np.testing.assert_allclose(two.values, exact.on_loss(*on).values, rtol=1e-6, atol=1e-12)
+    upside_down = LinearHessian(exact.operator.sweep, curvatures=-1e6 * exact.operator.curvatures.abs())
+    assert leading_inverse(upside_down, 0.0, 8) is None
+    TwoLevel(rows=20).prepare(upside_down, 0.0)  # falls back, and raises nothing

@@ -21,8 +21,10 @@ from upweight.operators.linear import LinearHessian, mean_factors
 _JITTER = 1e-7  # of the largest curvature: keeps directions that the subsample does not see positive
 
 
-def leading_inverse(operator: LinearHessian, damping: float, rank: int) -> Callable[[Tensor], Tensor]:
-    """v → ≈ (C + λI)⁻¹ v, from the operator's own rows.  Cost: n·d² + K²n·rank²/2 + (K·rank)³ flops, once.
+def leading_inverse(operator: LinearHessian, damping: float, rank: int) -> Callable[[Tensor], Tensor] | None:
+    """v → ≈ (C + λI)⁻¹ v, from the operator's own rows; None if their curvature is not positive, or float32 too coarse.
+
+    Cost: n·d² + K²n·rank² + (K·rank)³ flops, once.
 
     Args:
         operator: over the rows to use; a subsample of the whole.
@@ -34,11 +36,16 @@ def leading_inverse(operator: LinearHessian, damping: float, rank: int) -> Calla
     assert structure is not None  # LinearHessian has a linear predictor
     K, d = structure.n_outputs, structure.n_features
     A, B = mean_factors(operator)
+    if not bool(torch.isfinite(A.float()).all()):
+        return None
     (a, Q), (b, QB) = torch.linalg.eigh(A.float()), torch.linalg.eigh(B)
     a, Q = a.double(), Q.double()
     rank = min(rank, len(a))
     strengths = _augmented(calculus.penalty_diagonal(objective)[None], K, d, structure.intercept)[0] + damping  # (K, w)
-    exact = torch.cholesky_inverse(torch.linalg.cholesky(_exact_block(operator, Q[:, -rank:], strengths)))
+    factor, failed = torch.linalg.cholesky_ex(_exact_block(operator, Q[:, -rank:], strengths))
+    if int(failed):
+        return None
+    exact = torch.cholesky_inverse(factor)
     products = b.clamp(min=0)[:, None] * a.clamp(min=0)
     elsewhere = 1 / (products + max(float(strengths.mean()), 1e-6 * float(products.max()), 1e-300))
     elsewhere[:, -rank:] = 0

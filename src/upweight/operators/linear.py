@@ -40,7 +40,7 @@ class LinearHessian:
     """C of an objective with a linear predictor; also its Gauss–Newton matrix, for both are the same here.
 
     Cost: a product with k vectors is one pass over X, 4·n·d·K·k flops; the matrix is n·d² flops for each pair of
-    outputs (half of that would be the bound: the matrices are symmetric and only their upper halves are computed).
+    outputs, for only the upper half of each symmetric block is computed.
 
     Args:
         sweep: the objective and the rows it averages over.
@@ -260,7 +260,7 @@ class LinearHessian:
                 for pair in pairs
             }
         if h.shape[1] > K and _shift_invariant(h, K):
-            off = {pair: self._weighted_gram([pair])[pair] for pair in pairs if pair[0] != pair[1]}
+            off = self._weighted_gram([pair for pair in pairs if pair[0] != pair[1]])
             for i in range(K):
                 off[i, i] = -sum(block for pair, block in off.items() if i in pair and pair[0] != pair[1])  # type: ignore[assignment]
             return off
@@ -280,7 +280,9 @@ class LinearHessian:
                     if bool((part > 0).any()):
                         scaled = (X * part.sqrt()[:, None]).numpy()
                         grams[pair] = _syrk(sign, scaled.T, beta=1.0, c=grams[pair], overwrite_c=1)
-        return {pair: np.triu(gram) + np.triu(gram, 1).T for pair, gram in grams.items()}
+        for pair, gram in grams.items():
+            grams[pair] = np.triu(gram) + np.triu(gram, 1).T
+        return grams
 
     def _columns(self) -> NDArray[np.float64]:
         """Σᵢ wᵢ hᵢ[i, j] x̃ᵢ for every pair i ≤ j: the intercept's columns of C, (pairs, d + 1)."""

@@ -64,9 +64,9 @@ class TwoLevel:
 
     The subsample's curvature is right wherever many rows agree, which is almost everywhere. With dense X of up to about
     a thousand features it is written out on the leading principal directions of X and taken as a Kronecker product on
-    the rest, so that its inverse is a few small matrix products (`operators.leading`). Otherwise it is a loose inner
-    CG, itself preconditioned by `Approximate`. On MNIST softmax regression (n = 55,000, p = 7,840, λ = 0.01) it leaves
-    8 passes of plain CG's 44.
+    the rest, so that its inverse is a few small matrix products (`operators.leading`). Otherwise, and where that block
+    is not positive, it is a loose inner CG, itself preconditioned by `Approximate`. On MNIST softmax regression
+    (n = 55,000, p = 7,840, λ = 0.01) it leaves 8 passes of plain CG's 44.
 
     Args:
         rows: size of the subsample; if the data have fewer than twice as many, all of them with `Approximate`.
@@ -109,8 +109,8 @@ class TwoLevel:
         if _FEWEST_ROWS * self.rows > sweep.n:
             return Approximate().prepare(operator, damping)
         small = getattr(operator, "coarse", operator).subsample(self.rows, self.seed)  # type: ignore[attr-defined]
-        if small.dense_and_narrow:
-            leading = leading_inverse(small, damping, self.rank)
+        leading = leading_inverse(small, damping, self.rank) if small.dense_and_narrow else None
+        if leading is not None:
             return lambda R: operator.project(leading(R))
         inner = Approximate().prepare(small, damping)
 
