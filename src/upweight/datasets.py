@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from upweight.errors import InvalidInput, PathNotFound, first_line, require
 from upweight.store import write_file
 
-__all__ = ["DogFish", "Mail", "Mnist", "dogfish", "enron1", "local", "mnist"]
+__all__ = ["DogFish", "Mail", "Mnist", "dogfish", "enron1", "fashion_mnist", "local", "mnist"]
 
 _MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _MNIST_SHA256 = {  # of the uncompressed idx files
@@ -28,6 +28,14 @@ _MNIST_SHA256 = {  # of the uncompressed idx files
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+_FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+_FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # the package dataset-fashion-mnist
+_FASHION_SHA256 = {  # of the uncompressed idx files
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 _DOGFISH_FILE = "imagenette_tench_springer_224.tar"
 _DOGFISH_SHA256 = "d2c6b3a3a756225c49902993276e8ae8255530bb1ebc69b51a22ab7bed251ee3"
@@ -43,7 +51,7 @@ _ENRON1_SHA256 = "f8efac706ca461a82106a6e6ee521673315771f7c6289c81f0e9f14d6ab0cf
 
 @dataclass(frozen=True)
 class Mnist:
-    """The 60,000 training and 10,000 test digits: images (n, 784) with pixels 0 … 255, labels (n,)."""
+    """60,000 training and 10,000 test pictures of ten classes: images (n, 784), pixels 0 … 255, and labels (n,)."""
 
     images: UInt8[NDArray[np.uint8], "n 784"]
     labels: UInt8[NDArray[np.uint8], " n"]
@@ -62,8 +70,26 @@ def mnist(folder: str | os.PathLike[str] | None = None) -> Mnist:
         PathNotFound: if a named folder lacks a file.
         InvalidInput: if a file's content is not the published one.
     """
-    parts = [_idx(_mnist_file(name, folder), name) for name in _MNIST_SHA256]
-    return Mnist(parts[0].reshape(-1, 784), parts[1], parts[2].reshape(-1, 784), parts[3])
+    place = Path(folder) if folder is not None else local("mnist")
+    return _four_files("mnist", place, _MNIST_URL, _MNIST_SHA256)
+
+
+def fashion_mnist(folder: str | os.PathLike[str] | None = None) -> Mnist:
+    """Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017): clothes in the form of MNIST, from `folder` or a public copy.
+
+    Args:
+        folder: where the four `*.gz` files are; None looks in $UPWEIGHT_DATA/fashion-mnist, in the folder of the
+            Debian package dataset-fashion-mnist, then in ~/.cache/upweight/fashion-mnist, and downloads into the
+            latter (31 MB) what is not there.
+
+    Raises:
+        PathNotFound: if a named folder lacks a file.
+        InvalidInput: if a file's content is not the published one.
+    """
+    place = Path(folder) if folder is not None else local("fashion-mnist")
+    if place is None and _FASHION_DEBIAN.is_dir():
+        place = _FASHION_DEBIAN
+    return _four_files("fashion-mnist", place, _FASHION_URL, _FASHION_SHA256)
 
 
 @dataclass(frozen=True)
@@ -147,11 +173,14 @@ def local(name: str) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
-def _mnist_file(name: str, folder: str | os.PathLike[str] | None) -> Path:
-    place = Path(folder) if folder is not None else local("mnist")
-    if place is not None:
-        return _present(place, f"{name}.gz", "It should hold the four MNIST files; ")
-    return _downloaded("mnist", f"{_MNIST_URL}{name}.gz")
+def _four_files(name: str, place: Path | None, url: str, digests: dict[str, str]) -> Mnist:
+    """Four idx files from a folder that was named or found, or by `url` through the cache."""
+    hint = f"It should hold four files such as those of {name}; "
+    parts = []
+    for file, published in digests.items():
+        path = _downloaded(name, f"{url}{file}.gz") if place is None else _present(place, f"{file}.gz", hint)
+        parts.append(_idx(path, file, published))
+    return Mnist(parts[0].reshape(-1, 784), parts[1], parts[2].reshape(-1, 784), parts[3])
 
 
 def _present(place: Path, name: str, hint: str = "") -> Path:
@@ -229,14 +258,14 @@ def _mail(file: Path) -> tuple[dict[str, bytes], str]:
     return mails, digest.hexdigest()
 
 
-def _idx(file: Path, name: str) -> NDArray[np.uint8]:
+def _idx(file: Path, name: str, published: str) -> NDArray[np.uint8]:
     try:
         content = gzip.decompress(file.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         message = f"{file} is no gzip archive, or is damaged ({first_line(error)}). Delete it and load again."
         raise InvalidInput(message) from error
     digest = hashlib.sha256(content).hexdigest()
-    if digest != _MNIST_SHA256[name]:
+    if digest != published:
         message = f"{file} has SHA-256 {digest[:16]}…, not that of the published {name}. Delete it and load again."
         raise InvalidInput(message)
     axes = content[3]

@@ -37,6 +37,33 @@ def test_the_published_digits_are_read():
         assert np.bincount(data.labels).min() == 5421
 
 
+CLOTHES = datasets.local("fashion-mnist") or datasets._FASHION_DEBIAN
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not CLOTHES.is_dir(), reason="the Debian package dataset-fashion-mnist is not installed")
+def test_the_published_clothes_are_read():
+    data = datasets.fashion_mnist(CLOTHES)
+    assert data.images.shape == (60_000, 784)
+    assert data.labels[:5].tolist() == [9, 0, 0, 3, 0]
+    assert data.test_labels[:5].tolist() == [9, 2, 1, 1, 6]
+    assert np.bincount(data.labels).tolist() == [6000] * 10
+
+
+def test_clothes_are_looked_for_in_three_places(tmp_path, monkeypatch):
+    """A folder that was named, $UPWEIGHT_DATA, the Debian package, and only then the cache."""
+    digest = "374708ff"  # of the sixteen zeros that stand in every place
+    places = [tmp_path / name for name in ("named", "variable/fashion-mnist", "debian", "cache/upweight/fashion-mnist")]
+    monkeypatch.setenv("UPWEIGHT_DATA", str(tmp_path / "variable"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "_FASHION_DEBIAN", tmp_path / "debian")
+    for place in reversed(places):
+        place.mkdir(parents=True)
+        (place / f"{NAMES[0]}.gz").write_bytes(gzip.compress(bytes(16)))
+        folder = place if place.name == "named" else None
+        refuses(lambda folder=folder: datasets.fashion_mnist(folder), ValueError, f"{place}/{NAMES[0]}.gz.*{digest}")
+
+
 @pytest.mark.data
 @pytest.mark.skipif(FOLDER is None, reason="UPWEIGHT_DATA has no mnist folder")
 def test_a_missing_file_among_four_is_named(tmp_path):
