@@ -22,17 +22,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight import calculus, defaults, identity, pairs, removal, routes, scoring, selfscores
+from upweight.bound import Bound, check_specification
 from upweight.checks import Report, examine, warn_if_not_at_minimum
 from upweight.encoders import Encoder, PlainEncoder, training_examples
-from upweight.errors import InvalidInput, NotPositiveDefinite, UnsupportedModel, checked_count
+from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 from upweight.examples import Examples, as_array, as_tensor, check_finite
 from upweight.objective import Objective
-from upweight.operators import Curvature, Dense, GaussNewton, Hessian, Operator
-from upweight.operators.linear import LinearHessian
+from upweight.operators import Curvature, GaussNewton, Hessian, Operator
 from upweight.scores import Certificate, Scores, SelfScores
 from upweight.scoring import Products
 from upweight.solvers import Prepared, Solution, Solver
-from upweight.solvers.base import checked_damping
 from upweight.store import Store
 from upweight.sweep import Sweep
 
@@ -85,24 +84,18 @@ class Influence:
         encoder: Encoder | None = None,
     ) -> None:
         self.encoder: Encoder = encoder or PlainEncoder()
-        _check_specification(curvature, "bind", "curvature", "operators.Hessian()")
-        _check_specification(solver, "prepare", "solver", "solvers.CG()")
+        check_specification(curvature, "bind", "curvature", "operators.Hessian()")
+        check_specification(solver, "prepare", "solver", "solvers.CG()")
         self.examples = training_examples(examples, self.encoder)
         probe = self.examples.batch(self.examples.spread(_PROBE))
         self.objective = routes.probe(objective, probe)
         memory = defaults.example_bytes(self.objective, probe)
         self.sweep = Sweep(self.objective, self.examples, batch_size, progress, memory)
-        self.curvature = curvature or defaults.curvature(objective)
-        self.solver = defaults.completed(solver, objective, self.examples, self.curvature)
-        self._solver_given = solver is not None
-        self._damping = None if damping is None else checked_damping(damping)
-        self._operator: Operator | None = None
-        self._prepared: Prepared | None = None
-        self._prepared_for_many: Prepared | None = None
-        self._risk_gradient: Tensor | None = None
+        self._bound = Bound(self.sweep, curvature, solver, damping, self._look_at_the_minimum)
 
     def __repr__(self) -> str:
-        damping = "chosen when first needed" if self._damping is None else f"{self._damping:.4g}"
+        known = self._bound.chosen_damping
+        damping = "chosen when first needed" if known is None else f"{known:.4g}"
         return (
             f"Influence({self.objective.name}: n={self.n}, p={self.objective.size}, curvature={self.curvature}, "
             f"solver={self.solver}, damping={damping}, penalty={self.objective.penalty}, "
@@ -122,41 +115,34 @@ class Influence:
         return self.encoder.feature_names
 
     @property
+    def curvature(self) -> Curvature:
+        """The specification of C."""
+        return self._bound.curvature
+
+    @property
+    def solver(self) -> Solver:
+        """The specification of how systems are solved."""
+        return self._bound.solver
+
+    @property
     def operator(self) -> Operator:
         """The curvature, bound to the objective and the data."""
-        if self._operator is None:
-            self._operator = self.curvature.bind(self.sweep)
-        return self._operator
+        return self._bound.operator
 
     @property
     def damping(self) -> float:
         """The λ that acts."""
-        if self._damping is None:
-            self._damping = defaults.damping(self.objective, self.curvature, self.operator)
-        return self._damping
+        return self._bound.damping
 
     @property
     def prepared(self) -> Prepared:
         """The solver, ready for right-hand sides."""
-        if self._prepared is None:
-            self._prepared = self.solver.prepare(self.operator, self.damping)
-            if isinstance(self._exact_curvature(), Hessian) and self.objective.linear is None:
-                warn_if_not_at_minimum(self)  # the scikit-learn adapter has looked already
-        return self._prepared
+        return self._bound.prepared
 
     @property
     def risk_gradient(self) -> Float[Tensor, " p"]:
         """∇R(θ̂), which is 0 at a minimum.  Cost: one sweep, once."""
-        if self._risk_gradient is None:
-            if isinstance(self.operator, LinearHessian):
-                mean = self.operator.gradient()
-            else:
-                pulled = self.sweep.fold(
-                    lambda batch, w: calculus.pull(self.objective, batch, w[None]), label="gradient"
-                )
-                mean = pulled[0] / self.n
-            self._risk_gradient = mean + calculus.penalty_gradient(self.objective)
-        return self._risk_gradient
+        return self._bound.risk_gradient
 
     @property
     def penalty_share(self) -> Float[Tensor, " p"]:
@@ -279,7 +265,7 @@ class Influence:
             rows: the training rows; None means all.
         """
         rows = self.examples.rows(rows)
-        solver, prepared = self._for_many(len(rows))
+        solver, prepared = self._bound.for_many(len(rows))
         scores = selfscores.self_scores(self, rows, prepared, lambda V: scoring.solved(prepared, V, repr(solver)))
         return replace(scores, certificate=replace(scores.certificate, solver=repr(solver)))
 
@@ -392,7 +378,7 @@ class Influence:
                 stochastic.
             NotPositiveDefinite: if what is left does not determine the fit.
         """
-        if self.objective.linear is None or not isinstance(self._exact_curvature(), Hessian | GaussNewton):
+        if self.objective.linear is None or not isinstance(self._bound.exact_curvature, Hessian | GaussNewton):
             message = (
                 f"of_removing updates the exact Hessian of a linear predictor, and this is {self.objective.name} with "
                 f"{self.curvature}. Use on_loss or of_groups (first order), or leave_one_out to retrain."
@@ -484,25 +470,12 @@ class Influence:
 
     # ---- inner steps -------------------------------------------------------------------------------------------------
 
-    def _exact_curvature(self) -> Curvature:
-        """The curvature without the way it is stored."""
-        return self.curvature.of if isinstance(self.curvature, Dense) else self.curvature
-
-    def _for_many(self, systems: int) -> tuple[Solver, Prepared]:
-        """The solver, or a direct one that costs less for so many systems, if the choice was left to `defaults`."""
-        known = (self.objective, self.examples, self.curvature)
-        solver = self.solver if self._solver_given else defaults.solver(*known, systems=systems)
-        if solver == self.solver:
-            return solver, self.prepared
-        if self._prepared_for_many is None:
-            try:
-                self._prepared_for_many = solver.prepare(self.operator, self.damping)
-            except NotPositiveDefinite:  # an iteration may still solve what a factorisation must refuse
-                return self.solver, self.prepared
-        return solver, self._prepared_for_many
+    def _look_at_the_minimum(self) -> None:
+        if isinstance(self._bound.exact_curvature, Hessian) and self.objective.linear is None:
+            warn_if_not_at_minimum(self)  # the scikit-learn adapter has looked already
 
     def _solve(self, V: Tensor) -> Solution:
-        return scoring.solved(self.prepared, V, repr(self.solver))
+        return self._bound.solve(V)
 
     def _query_gradients(self, objective: Objective, queries: Examples) -> Tensor:
         return scoring.gradients(self.sweep.over(objective, queries))
@@ -552,9 +525,3 @@ class Influence:
             scoring.measures(self.sweep.over(measured, queries)),
             changes.standard_error(),
         )
-
-
-def _check_specification(value: Any, method: str, name: str, example: str) -> None:
-    if value is not None and (isinstance(value, type | str) or not hasattr(value, method)):
-        message = f"{name}={value!r} is not a {name} specification. Pass an object such as {name}=uw.{example}."
-        raise InvalidInput(message)
