@@ -11,7 +11,7 @@ import html
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -49,6 +49,9 @@ class Certificate:
         solver: the solver, in words.
         sweeps: products with C that the solution took.
         truncation: bound on the relative bias of a recursion that was stopped early (LiSSA), else 0.
+        members: the certificates of the models that were averaged, one each; empty for a single model. The numbers
+            above are then the worst of them: largest residual, damping and gradient, smallest curvature and coverage;
+            drift is their mean.
     """
 
     residual: Float[NDArray[np.float64], " q"]
@@ -62,6 +65,7 @@ class Certificate:
     solver: str = ""
     sweeps: int = 0
     truncation: float = 0.0
+    members: tuple[Certificate, ...] = ()
 
     @staticmethod
     def joined(parts: Sequence[Certificate]) -> Certificate:
@@ -74,9 +78,40 @@ class Certificate:
             truncation=max(part.truncation for part in parts),
             sweeps=sum(part.sweeps for part in parts),
             min_curvature=float(np.fmin.reduce([part.min_curvature for part in parts])),
+            members=tuple(Certificate.joined(blocks) for blocks in zip(*(part.members for part in parts), strict=True)),
         )
 
+    @staticmethod
+    def averaged(members: Sequence[Certificate]) -> Certificate:
+        """One certificate for the mean over several models, with theirs kept."""
+
+        def distinct(texts: Iterable[str]) -> str:
+            return " and ".join(dict.fromkeys(texts))
+
+        return Certificate(
+            residual=np.max([member.residual for member in members], 0),
+            converged=all(member.converged for member in members),
+            damping=max(member.damping for member in members),
+            gradient_norm=max(member.gradient_norm for member in members),
+            min_curvature=float(np.fmin.reduce([member.min_curvature for member in members])),
+            coverage=min(member.coverage for member in members),
+            drift=np.mean([member.drift for member in members], 0),
+            curvature=f"mean of {len(members)} models: {distinct(member.curvature for member in members)}",
+            solver=distinct(member.solver for member in members),
+            sweeps=sum(member.sweeps for member in members),
+            truncation=max(member.truncation for member in members),
+            members=tuple(members),
+        )
+
+    @staticmethod
+    def unsolved(queries: int, coverage: float, what: str) -> Certificate:
+        """For numbers that need no linear system: no residual, no damping, and nothing said about a minimum."""
+        nothing = np.full(queries, np.nan)
+        return Certificate(np.zeros(queries), True, 0.0, float("nan"), float("nan"), coverage, nothing, what)
+
     def __str__(self) -> str:
+        if not self.solver:
+            return f"{self.curvature}; no linear system; {self.coverage:.0%} of parameters"
         parts = [
             f"{self.curvature} + {self.damping:.3g}·I solved by {self.solver}",
             f"residual ≤ {float(np.max(self.residual)):.1e}" + ("" if self.converged else ", NOT converged"),
@@ -102,7 +137,8 @@ class Scores:
         scale: (r,) with values = scale · derivative; None where no derivative is defined.
         measure: what is measured on the query, in words.
         query_values: (q,) the measure now, before the counterfactual.
-        standard_error: (q, r) of a stochastic solver, or None.
+        standard_error: (q, r) of a stochastic solver, or None. Of an ensemble: the spread of its members over √m, which
+            says how far the mean over other models would lie, not how far the estimate is from a retraining.
         error: (q, r) estimate of what `values` still miss, or None.
     """
 
@@ -128,8 +164,8 @@ class Scores:
         """
         if self.scale is None:
             message = (
-                f"'{self.counterfactual}' is a finite change, so it has no derivative. Use .values, or on_loss for "
-                "the derivative of equation 2."
+                f"'{self.counterfactual}' is a finite change, or no change of one weight, so it has no derivative. Use "
+                ".values, or influence.on_loss for the derivative of equation 2."
             )
             raise Undefined(message)
         if not self.scale.all():
@@ -179,15 +215,14 @@ class Scores:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""
         arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
-        card = asdict(self.certificate)
-        arrays |= {f"certificate.{name}": card.pop(name) for name in ("residual", "drift")}
+        card, parts = _packed(self.certificate, "certificate")
         text = {
             "counterfactual": self.counterfactual,
             "measure": self.measure,
             "n": self.n,
             "certificate": card,
         }
-        write_tensors(path, arrays, {"upweight": json.dumps(text)})
+        write_tensors(path, arrays | parts, {"upweight": json.dumps(text)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
@@ -199,8 +234,7 @@ class Scores:
         arrays, metadata = read_tensors(path)
         try:
             text = json.loads(metadata["upweight"])
-            residual, drift = arrays.pop("certificate.residual"), arrays.pop("certificate.drift")
-            card = Certificate(residual=residual, drift=drift, **text["certificate"])
+            card = _unpacked(text["certificate"], arrays, "certificate")
             named = {name: text[name] for name in ("counterfactual", "measure", "n")}
             return cls(certificate=card, **named, **arrays)  # type: ignore[arg-type]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -287,7 +321,7 @@ def extremes(blocks: Iterable[Scores], k: int = 10) -> Extremes:
 
 @dataclass(frozen=True)
 class SelfScores:
-    """Each row's removal, measured on its own loss: `values` (n,).
+    """Each row's removal (or what else `counterfactual` names), measured on its own loss: `values` (n,).
 
     They are ≥ 0 when the penalty is not folded and C + λI is positive.
 
@@ -298,8 +332,9 @@ class SelfScores:
     rows: Int[NDArray[np.int64], " n"]
     n: int
     certificate: Certificate
-    scale: Float[NDArray[np.float64], " n"]
+    scale: Float[NDArray[np.float64], " n"] | None
     standard_error: Float[NDArray[np.float64], " n"] | None = field(default=None, repr=False)
+    counterfactual: str = "row removed"
 
     @property
     def derivative(self) -> Float[NDArray[np.float64], " n"]:
@@ -308,7 +343,9 @@ class SelfScores:
         Raises:
             Undefined: if a row has weight 0.
         """
-        return Scores(self.values[None], "row removed", self.rows, self.n, self.certificate, self.scale).derivative[0]
+        return Scores(
+            self.values[None], self.counterfactual, self.rows, self.n, self.certificate, self.scale
+        ).derivative[0]
 
     def top(self, k: int = 10) -> TopK:
         """The k rows with the largest values, largest first; `rows` and `values` are (k,)."""
@@ -316,7 +353,31 @@ class SelfScores:
         return TopK(self.rows[order], self.values[order])
 
     def __repr__(self) -> str:
-        return f"SelfScores({len(self.values)} rows: change of a row's own loss, row removed; {self.certificate})"
+        what = f"change of a row's own loss, {self.counterfactual}"
+        return f"SelfScores({len(self.values)} rows: {what}; {self.certificate})"
+
+
+def _packed(certificate: Certificate, name: str) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+    """A certificate as text and arrays; its members' too, at any depth."""
+    values = {one.name: getattr(certificate, one.name) for one in fields(certificate) if one.name != "members"}
+    arrays = {f"{name}.{key}": value for key, value in values.items() if isinstance(value, np.ndarray)}
+    card = {key: value for key, value in values.items() if not isinstance(value, np.ndarray)}
+    card["members"] = []
+    for number, member in enumerate(certificate.members):
+        text, parts = _packed(member, f"{name}.{number}")
+        card["members"].append(text)
+        arrays |= parts
+    return card, arrays
+
+
+def _unpacked(card: dict[str, Any], arrays: dict[str, NDArray[Any]], name: str) -> Certificate:
+    """The certificate that `_packed` wrote; its arrays leave `arrays`."""
+    inside = [_unpacked(text, arrays, f"{name}.{number}") for number, text in enumerate(card.get("members", []))]
+    known: dict[str, Any] = {**card, "members": tuple(inside)}
+    for one in fields(Certificate):
+        if f"{name}.{one.name}" in arrays:
+            known[one.name] = arrays.pop(f"{name}.{one.name}")
+    return Certificate(**known)
 
 
 _ARRAYS = ("values", "rows", "scale", "query_values", "standard_error", "error")
