@@ -9,15 +9,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from upweight import adapters, calculus, datasets, defaults, diagnostics, errors, losses, operators, plots, solvers
+    from upweight import (
+        adapters,
+        calculus,
+        datasets,
+        defaults,
+        diagnostics,
+        errors,
+        losses,
+        minibatch,
+        operators,
+        plots,
+        solvers,
+    )
     from upweight.adapters import explain
     from upweight.checks import Report
+    from upweight.curves import MislabelCurve, RemovalCurve, mislabel_auc, removal_curve
+    from upweight.datamodels import LDS, lds
     from upweight.examples import Examples
     from upweight.influence import Influence
     from upweight.objective import L2, Linear, Objective
-    from upweight.retrain import LBFGS, Newton, Refit, Retrain
+    from upweight.retrain import LBFGS, Newton, Refit, Retrain, RetrainMany
     from upweight.scores import Certificate, Extremes, Scores, SelfScores, TopK, extremes
+    from upweight.stacked import StackedTraining
     from upweight.study import Study
+    from upweight.subsets import SubsetOutcomes, random_subsets, subset_retraining
     from upweight.validate import Agreement, Outcomes, agreement, leave_one_out
 
 __version__ = "0.1.0"
@@ -25,21 +41,27 @@ __version__ = "0.1.0"
 __all__ = [
     "L2",
     "LBFGS",
+    "LDS",
     "Agreement",
     "Certificate",
     "Examples",
     "Extremes",
     "Influence",
     "Linear",
+    "MislabelCurve",
     "Newton",
     "Objective",
     "Outcomes",
     "Refit",
+    "RemovalCurve",
     "Report",
     "Retrain",
+    "RetrainMany",
     "Scores",
     "SelfScores",
+    "StackedTraining",
     "Study",
+    "SubsetOutcomes",
     "TopK",
     "adapters",
     "agreement",
@@ -50,36 +72,53 @@ __all__ = [
     "errors",
     "explain",
     "extremes",
+    "lds",
     "leave_one_out",
     "losses",
+    "minibatch",
+    "mislabel_auc",
     "operators",
     "plots",
+    "random_subsets",
+    "removal_curve",
     "solvers",
+    "subset_retraining",
 ]
 
 _HOMES = {
     "L2": "objective",
     "LBFGS": "retrain",
+    "LDS": "datamodels",
     "Agreement": "validate",
     "Certificate": "scores",
     "Examples": "examples",
     "Extremes": "scores",
     "Influence": "influence",
     "Linear": "objective",
+    "MislabelCurve": "curves",
     "Newton": "retrain",
     "Objective": "objective",
     "Outcomes": "validate",
     "Refit": "retrain",
+    "RemovalCurve": "curves",
     "Report": "checks",
     "Retrain": "retrain",
+    "RetrainMany": "retrain",
     "Scores": "scores",
     "SelfScores": "scores",
+    "StackedTraining": "stacked",
     "Study": "study",
+    "SubsetOutcomes": "subsets",
     "TopK": "scores",
     "agreement": "validate",
     "explain": "adapters",
     "extremes": "scores",
+    "lds": "datamodels",
     "leave_one_out": "validate",
+    "mislabel_auc": "curves",
+    "random_subsets": "subsets",
+    "removal_curve": "curves",
+    "subset_retraining": "subsets",
 }
 
 

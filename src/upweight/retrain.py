@@ -10,6 +10,7 @@ with c = Σ mᵢwᵢ / Σ wᵢ when the penalty is folded into the rows, else 1;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -43,6 +44,20 @@ class Retrain(Protocol):
 
     def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Any:
         """The parameters that training finds with these weights."""
+        ...
+
+
+@runtime_checkable
+class RetrainMany(Retrain, Protocol):
+    """A training procedure that can train several models at once, which is faster for small ones."""
+
+    @property
+    def together(self) -> int:
+        """How many models it takes at a time."""
+        ...
+
+    def many(self, weights: Float[NDArray[np.float64], "m n"], seeds: Sequence[int]) -> Sequence[Any]:
+        """The parameters of m models, each with its own line of weights and its own seed."""
         ...
 
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import scipy.stats
-import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
-from upweight import calculus, routes
-from upweight.errors import InvalidInput, first_line
+from upweight.errors import InvalidInput, checked_count
 from upweight.influence import Influence
-from upweight.objective import Objective
-from upweight.retrain import BoundRefit, Retrain, bound
+from upweight.retrain import Retrain
 from upweight.scores import Scores
+from upweight.trials import Trials
 
 
 @dataclass(frozen=True)
@@ -28,12 +24,16 @@ class Outcomes:
     """What really happened to each query's measure when training ran again without each row.
 
     Args:
-        actual: (q, r) measure after retraining without the row, minus the measure after retraining with all rows.
+        actual: (q, r) measure after retraining without the row, minus the measure after retraining with all rows;
+            the mean over seeds, each minus the control of its own seed.
         control: (q,) measure after retraining with all rows, minus the measure of the model as it is: the drift of
-            retraining itself, which no row caused. Near 0 when θ̂ is the minimum that retraining finds.
+            retraining itself, which no row caused; the mean over seeds. Near 0 when θ̂ is the minimum that retraining
+            finds.
         rows: (r,) the rows that were left out.
         measure: what was measured on the query, in words.
         query_values: (q,) the measure of the model as it is; None if unknown.
+        by_seed: (m, q, r) `actual` of every seed, when there were several.
+        control_by_seed: (m, q) `control` of every seed, when there were several.
     """
 
     actual: Float[NDArray[np.float64], "q r"]
@@ -41,11 +41,37 @@ class Outcomes:
     rows: Int[NDArray[np.int64], " r"]
     measure: str = "loss"
     query_values: Float[NDArray[np.float64], " q"] | None = None
+    by_seed: Float[NDArray[np.float64], "m q r"] | None = field(default=None, repr=False)
+    control_by_seed: Float[NDArray[np.float64], "m q"] | None = field(default=None, repr=False)
+
+    @property
+    def standard_error(self) -> Float[NDArray[np.float64], "q r"] | None:
+        """Seed noise of `actual`: the standard deviation over the m seeds over √m; None for a single seed."""
+        if self.by_seed is None:
+            return None
+        return self.by_seed.std(0, ddof=1) / np.sqrt(len(self.by_seed))
+
+    @property
+    def reliability(self) -> float | None:
+        """The share of the variance of `actual` over all pairs that is not seed noise, 1 − mean(se²) / var(actual).
+
+        Its root is the largest correlation that a perfect prediction can have with `actual`. None for a single seed;
+        not below 0.
+        """
+        noise = self.standard_error
+        spread = float(self.actual.var())
+        if noise is None:
+            return None
+        return max(0.0, 1 - float((noise**2).mean()) / spread) if spread > 0 else 0.0
 
     def __repr__(self) -> str:
+        drift = f"control drift ≤ {np.abs(self.control).max():.2g}"
+        if self.by_seed is None or self.standard_error is None:
+            return f"Outcomes({self.actual.shape[0]} queries × {len(self.rows)} retrainings; {drift})"
+        noise, size = np.sqrt((self.standard_error**2).mean()), np.sqrt((self.actual**2).mean())
         return (
-            f"Outcomes({self.actual.shape[0]} queries × {len(self.rows)} retrainings; control drift ≤ "
-            f"{np.abs(self.control).max():.2g})"
+            f"Outcomes({self.actual.shape[0]} queries × {len(self.rows)} rows × {len(self.by_seed)} seeds; {drift}; "
+            f"changes {size:.2g} ± {noise:.2g} (rms, seed noise of the mean))"
         )
 
 
@@ -80,49 +106,53 @@ def leave_one_out(
     *,
     measure: Callable[[Any, Any], Tensor] | None = None,
     seed: int = 0,
+    seeds: int = 1,
     progress: bool | None = None,
 ) -> Outcomes:
     """Train again without each row, and once with all of them as the control.
 
-    Cost: len(rows) + 1 trainings.
+    Cost: (len(rows) + 1) × seeds trainings; side by side where the retrainer has a `many`.
 
     Args:
         influence: whose objective and data are trained again.
         on: (Xq, yq), the queries.
         rows: the rows to leave out, one at a time.
         retrain: a function (weights, seed) → params (or flat θ), where weights multiply the examples' weights; or
-            Newton(), LBFGS() or Refit(). None takes scikit-learn's own fit where the minimum is not smooth or not
-            reached (hinge, lasso, kernels, SGD, MLP), else Newton for linear predictors and L-BFGS from θ̂ otherwise.
+            Newton(), LBFGS(), Refit() or StackedTraining(…). None takes scikit-learn's own fit where the minimum is not
+            smooth or not reached (hinge, lasso, kernels, SGD, MLP), else Newton for linear predictors and L-BFGS from
+            θ̂ otherwise.
         measure: scalar of (params, example); None is the loss.
         seed: given to `retrain` for every training, the control included.
+        seeds: repetitions with seed, seed + 1, …; each has a control of its own. Only a retrainer with chance in it
+            needs more than one.
         progress: True or False forces the progress bar on or off; None shows it on a terminal only.
 
     Raises:
         RowOutOfRange: if a row does not exist.
+        InvalidInput: if `seeds` is no number ≥ 1, or the queries or the retrainer cannot be used.
     """
     rows = influence.examples.rows(rows)
-    influence.queries(on)  # refuses what is no query
-    train = bound(retrain, influence)
-    objective, asked = (
-        train.stage(on) if isinstance(train, BoundRefit) else (influence.objective, influence.queries(on))
+    checked_count(seeds, "seeds", hint="1 for a retrainer without chance")
+    trials = Trials.of(influence, on, retrain, measure)
+    now = trials.now()
+
+    def without(row: int | None) -> NDArray[np.float64]:
+        return np.ones(influence.n) if row is None else (np.arange(influence.n) != row).astype(np.float64)
+
+    jobs = ((without(row), seed + k) for k in range(seeds) for row in (None, *rows.tolist()))  # None is the control
+    total = seeds * (len(rows) + 1)
+    after = np.stack(list(trials.run(jobs, total, progress=progress))).reshape(seeds, len(rows) + 1, -1)
+    control = after[:, 0] - now
+    actual = (after[:, 1:] - after[:, :1]).transpose(0, 2, 1)  # (m, q, r)
+    return Outcomes(
+        actual.mean(0),
+        control.mean(0),
+        rows,
+        trials.measure,
+        now,
+        actual if seeds > 1 else None,
+        control if seeds > 1 else None,
     )
-    queries = asked.batch(slice(None))
-    measured = objective.reporting() if measure is None else routes.probe(objective.measuring(measure), queries)
-
-    def after(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        theta = _flat(objective, train(weights, seed))
-        return calculus.losses(measured.at(theta), queries).double().cpu().numpy()
-
-    now = calculus.losses(measured, queries).double().cpu().numpy()
-    ones = np.ones(influence.n)
-    control = after(ones)
-    actual = np.empty((len(now), len(rows)))
-    hidden = not sys.stderr.isatty() if progress is None else not progress
-    for column, row in enumerate(tqdm(rows, desc="retraining", disable=hidden, file=sys.stderr, leave=False)):
-        weights = ones.copy()
-        weights[row] = 0
-        actual[:, column] = after(weights) - control
-    return Outcomes(actual, control - now, rows, objective.measure if measure is None else measured.name, now)
 
 
 def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
@@ -176,43 +206,3 @@ def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
     pearson = float("nan") if constant else float(np.corrcoef(predicted, actual)[0, 1])
     spearman = float("nan") if constant else float(scipy.stats.spearmanr(predicted, actual)[0])  # type: ignore[arg-type]
     return Agreement(pearson, spearman, float(slope), float(intercept), len(predicted))
-
-
-def _flat(objective: Objective, params: Any) -> Tensor:
-    """Whatever a retrainer returned, as a flat vector.
-
-    Raises:
-        InvalidInput: if it does not fit θ̂.
-    """
-    if isinstance(params, dict):
-        missing = [name for name in objective.blocks if name not in params]
-        if missing:
-            message = (
-                f"retrain returned parameters without '{missing[0]}'. Return a dict with the names "
-                f"{list(objective.blocks)}, or one flat vector."
-            )
-            raise InvalidInput(message)
-        parts = [params[name] for name in objective.blocks]
-    else:
-        parts = [params]
-    try:
-        flat = [
-            part.detach() if isinstance(part, Tensor) else torch.as_tensor(part, dtype=torch.float64) for part in parts
-        ]
-        vector = torch.cat([part.reshape(-1).double() for part in flat])
-    except (TypeError, ValueError, RuntimeError) as error:
-        message = (
-            f"retrain returned a {type(params).__name__} ({first_line(error)}). Return the parameters: a dict with the "
-            f"names {list(objective.blocks)}, or one flat vector."
-        )
-        raise InvalidInput(message) from error
-    if len(vector) != objective.size:
-        message = (
-            f"retrain returned {len(vector)} numbers, and the objective has {objective.size} parameters "
-            f"({', '.join(objective.blocks)})."
-        )
-        raise InvalidInput(message)
-    if not torch.isfinite(vector).all():
-        message = "retrain returned NaN or infinite parameters: training diverged. Check its step size."
-        raise InvalidInput(message)
-    return vector
