@@ -217,7 +217,7 @@ def _predicted(scores: Scores, outcomes: SubsetOutcomes) -> NDArray[np.float64]:
             "and the SubsetOutcomes of subset_retraining."
         )
         raise InvalidInput(message)
-    if not scores.counterfactual.startswith("row removed") or scores.measure != outcomes.measure:
+    if not scores.counterfactual.startswith(("row removed", "none: ")) or scores.measure != outcomes.measure:
         message = (
             f"The scores predict the change of {scores.measure} for '{scores.counterfactual}'; the outcomes are "
             f"{outcomes.measure} after rows were left out. Compare like with like: on_loss, or on_measure with "

@@ -209,7 +209,9 @@ class BoundStackedTraining:
         if self.start is not None or self.module is None:
             given = self.objective.blocks if self.start is None else self.start
             return {
-                name: block.to(self.reference).expand(len(seeds), *block.shape).contiguous()
+                name: block.to(self.reference)
+                .expand(len(seeds), *block.shape)
+                .clone(memory_format=torch.contiguous_format)
                 for name, block in given.items()
             }
         models = []

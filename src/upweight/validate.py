@@ -175,6 +175,7 @@ def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
     if (
         before is not None
         and after is not None
+        and not scores.certificate.members  # the mean over models, none of which was retrained alone
         and before.shape == after.shape
         and not np.allclose(before, after, 1e-6)
     ):
