@@ -138,6 +138,30 @@ def output_jacobians(objective: Objective, batch: Any) -> Float[Tensor, "b K p"]
     return _pull_rows(objective, f, params, cotangents).reshape(*f.shape, -1)
 
 
+def flat_outputs(objective: Objective) -> Callable[[Any, Any], Tensor]:
+    """The model's output for one example as one flat vector, a function of (params, example)."""
+    output, _ = _structure(objective)
+    return lambda params, example: output(params, example).reshape(-1)
+
+
+def slopes(
+    objective: Objective, values: Tensor, inputs: list[Tensor], cotangents: Float[Tensor, "m b K"] | None
+) -> list[Float[Tensor, "m b ..."]]:
+    """The gradients of Σ_b values[b], or of Σ_b u_b·values[b] for m cotangents u, with respect to every input.
+
+    Cost: one backward pass, or m (batched where autograd can).
+    """
+    if cotangents is None:
+        pieces = torch.autograd.grad(values.sum(), inputs, allow_unused=True)
+        return [_or_zero(piece, x)[None] for piece, x in zip(pieces, inputs, strict=True)]
+    cotangents = cotangents.to(values)
+    if objective.route.cotangents == "batched" and len(cotangents) > 1:
+        pieces = torch.autograd.grad(values, inputs, cotangents, is_grads_batched=True, allow_unused=True)
+        return [_or_zero(piece, x.expand(len(cotangents), *x.shape)) for piece, x in zip(pieces, inputs, strict=True)]
+    every = [torch.autograd.grad(values, inputs, c, retain_graph=True, allow_unused=True) for c in cotangents]
+    return [torch.stack([_or_zero(one[j], x) for one in every]) for j, x in enumerate(inputs)]
+
+
 def output_hessians(objective: Objective, batch: Any) -> Float[Tensor, "b K K"]:
     """∂²ℓ/∂f² of every example, with f the flattened model output."""
     batch = ready(objective, batch)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upweight.errors import InvalidInput, UnsupportedModel, first_line
 from upweight.losses import Loss
@@ -288,11 +289,13 @@ class Objective:
 def forward(model: torch.nn.Module, state: Mapping[str, Tensor], x: Any) -> Tensor:
     """The module's output for a batch, with other parameters and buffers than its own; the module is not changed.
 
-    A dict of inputs is passed by keywords, a tuple by position.
+    A dict of inputs is passed by keywords, a tuple by position. Attention runs in its plain form, for the fused kernels
+    can be differentiated only once.
     """
-    if isinstance(x, Mapping):
-        return functional_call(model, dict(state), (), dict(x))
-    return functional_call(model, dict(state), tuple(x) if isinstance(x, tuple | list) else (x,))
+    with sdpa_kernel(SDPBackend.MATH):
+        if isinstance(x, Mapping):
+            return functional_call(model, dict(state), (), dict(x))
+        return functional_call(model, dict(state), tuple(x) if isinstance(x, tuple | list) else (x,))
 
 
 def refuse_training_mode(model: torch.nn.Module) -> None:
