@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from upweight import (
         adapters,
+        baselines,
         calculus,
         datasets,
         defaults,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from upweight.checks import Report
     from upweight.curves import MislabelCurve, RemovalCurve, mislabel_auc, removal_curve
     from upweight.datamodels import LDS, lds
+    from upweight.ensembles import Ensemble, ensemble
     from upweight.examples import Examples
     from upweight.influence import Influence
     from upweight.objective import L2, Linear, Objective
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from upweight.stacked import StackedTraining
     from upweight.study import Study
     from upweight.subsets import SubsetOutcomes, random_subsets, subset_retraining
+    from upweight.tracin import TracIn, checkpoints
     from upweight.validate import Agreement, Outcomes, agreement, leave_one_out
 
 __version__ = "0.1.0"
@@ -44,6 +47,7 @@ __all__ = [
     "LDS",
     "Agreement",
     "Certificate",
+    "Ensemble",
     "Examples",
     "Extremes",
     "Influence",
@@ -63,12 +67,16 @@ __all__ = [
     "Study",
     "SubsetOutcomes",
     "TopK",
+    "TracIn",
     "adapters",
     "agreement",
+    "baselines",
     "calculus",
+    "checkpoints",
     "datasets",
     "defaults",
     "diagnostics",
+    "ensemble",
     "errors",
     "explain",
     "extremes",
@@ -91,6 +99,7 @@ _HOMES = {
     "LDS": "datamodels",
     "Agreement": "validate",
     "Certificate": "scores",
+    "Ensemble": "ensembles",
     "Examples": "examples",
     "Extremes": "scores",
     "Influence": "influence",
@@ -110,7 +119,10 @@ _HOMES = {
     "Study": "study",
     "SubsetOutcomes": "subsets",
     "TopK": "scores",
+    "TracIn": "tracin",
     "agreement": "validate",
+    "checkpoints": "tracin",
+    "ensemble": "ensembles",
     "explain": "adapters",
     "extremes": "scores",
     "lds": "datamodels",

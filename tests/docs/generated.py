@@ -19,6 +19,7 @@ MODULES = (
     "upweight.operators",
     "upweight.solvers",
     "upweight.losses",
+    "upweight.baselines",
     "upweight.minibatch",
     "upweight.errors",
     "upweight.datasets",
