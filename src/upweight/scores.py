@@ -49,6 +49,8 @@ class Certificate:
         solver: the solver, in words.
         sweeps: products with C that the solution took.
         truncation: bound on the relative bias of a recursion that was stopped early (LiSSA), else 0.
+        preconditioner_gap: (q,) how far the preconditioner alone was from the answer, ‖x₀ − x‖/‖x‖ in the norm of
+            C + λI with x₀ = (Ĉ + λI)⁻¹v, as a fraction; None where no other curvature preconditioned.
         members: the certificates of the models that were averaged, one each; empty for a single model. The numbers
             above are then the worst of them: largest residual, damping and gradient, smallest curvature and coverage;
             drift is their mean.
@@ -65,6 +67,7 @@ class Certificate:
     solver: str = ""
     sweeps: int = 0
     truncation: float = 0.0
+    preconditioner_gap: Float[NDArray[np.float64], " q"] | None = None
     members: tuple[Certificate, ...] = ()
 
     @staticmethod
@@ -76,6 +79,7 @@ class Certificate:
             drift=np.concatenate([part.drift for part in parts]),
             converged=all(part.converged for part in parts),
             truncation=max(part.truncation for part in parts),
+            preconditioner_gap=_each(parts, np.concatenate),
             sweeps=sum(part.sweeps for part in parts),
             min_curvature=float(np.fmin.reduce([part.min_curvature for part in parts])),
             members=tuple(Certificate.joined(blocks) for blocks in zip(*(part.members for part in parts), strict=True)),
@@ -100,6 +104,7 @@ class Certificate:
             solver=distinct(member.solver for member in members),
             sweeps=sum(member.sweeps for member in members),
             truncation=max(member.truncation for member in members),
+            preconditioner_gap=_each(members, lambda gaps: np.max(gaps, 0)),
             members=tuple(members),
         )
 
@@ -119,6 +124,8 @@ class Certificate:
             f"smallest curvature {self.min_curvature:.2e}",
             f"{self.coverage:.0%} of parameters",
         ]
+        if self.preconditioner_gap is not None:
+            parts.insert(2, f"its preconditioner alone was off by up to {float(np.max(self.preconditioner_gap)):.2g}")
         if self.truncation:
             parts.append(f"truncation bias ≤ {self.truncation:.1%}")
         return "; ".join(parts)
@@ -378,6 +385,12 @@ def _unpacked(card: dict[str, Any], arrays: dict[str, NDArray[Any]], name: str) 
         if f"{name}.{one.name}" in arrays:
             known[one.name] = arrays.pop(f"{name}.{one.name}")
     return Certificate(**known)
+
+
+def _each(parts: Sequence[Certificate], join: Any) -> NDArray[np.float64] | None:
+    """The gaps of all parts, joined; None if one has none."""
+    gaps = [part.preconditioner_gap for part in parts if part.preconditioner_gap is not None]
+    return join(gaps) if len(gaps) == len(parts) else None
 
 
 _ARRAYS = ("values", "rows", "scale", "query_values", "standard_error", "error")

@@ -153,10 +153,11 @@ def certificate(influence: Influence, solution: Solution) -> Certificate:
         min_curvature=solution.min_curvature,
         coverage=influence.objective.coverage,
         drift=-(solution.x @ influence.risk_gradient).numpy(),
-        curvature=repr(influence.curvature),
+        curvature=repr(influence.curvature) + getattr(influence.operator, "note", ""),
         solver=repr(influence.solver),
         sweeps=solution.sweeps,
         truncation=solution.truncation,
+        preconditioner_gap=None if solution.preconditioner_gap is None else solution.preconditioner_gap.numpy(),
     )
 
 

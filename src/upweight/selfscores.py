@@ -25,7 +25,8 @@ from upweight.solvers import Quadratic, Solution
 if TYPE_CHECKING:
     from upweight.influence import Influence
 
-_BLOCK = 256
+_BLOCK = 256  # rows whose systems are solved together, if their gradients fit
+_BLOCK_NUMBERS = 2**24
 
 
 def self_scores(
@@ -81,8 +82,9 @@ def _by_solutions(
     influence: Influence, rows: NDArray[np.int64], _: Any, solve: Callable[[Tensor], Solution]
 ) -> tuple[Products, Certificate]:
     means, replicas, certificates = [], [], []
-    for start in range(0, len(rows), _BLOCK):
-        G = scoring.gradients(influence.sweep, rows[start : start + _BLOCK])
+    size = max(1, min(_BLOCK, _BLOCK_NUMBERS // influence.objective.size))
+    for start in range(0, len(rows), size):
+        G = scoring.gradients(influence.sweep, rows[start : start + size])
         solution = solve(G + influence.penalty_share)
         means.append((solution.x * G).sum(1)[None].numpy())
         if solution.replicas is not None:

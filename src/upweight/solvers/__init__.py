@@ -1,20 +1,24 @@
 """Solvers of (C + λI) x = v."""
 
-from upweight.solvers.base import Pairwise, Prepared, Quadratic, Solution, Solver
+from upweight.solvers.base import Movable, Pairwise, Prepared, Quadratic, Solution, Solver
 from upweight.solvers.cg import CG
 from upweight.solvers.direct import Cholesky, Substitution
 from upweight.solvers.dual import Dual
+from upweight.solvers.factored import Factored
 from upweight.solvers.lissa import LiSSA
-from upweight.solvers.precondition import Approximate, Plain, Preconditioner, TwoLevel
+from upweight.solvers.precondition import Approximate, Plain, Preconditioned, Preconditioner, TwoLevel
 
 __all__ = [
     "CG",
     "Approximate",
     "Cholesky",
     "Dual",
+    "Factored",
     "LiSSA",
+    "Movable",
     "Pairwise",
     "Plain",
+    "Preconditioned",
     "Preconditioner",
     "Prepared",
     "Quadratic",

@@ -35,6 +35,8 @@ class Solution:
         replicas: (r, k, p) independent estimates whose mean is x, for stochastic solvers; their spread is the
             standard error.
         truncation: a bound on the relative bias of stopping a recursion early; 0 for solvers that do not.
+        preconditioner_gap: (k,) how far the preconditioner alone was from the answer, ‖x₀ − x‖/‖x‖ in the norm of
+            C + λI with x₀ = M v; None where there is no preconditioner that is an answer of its own.
         state: what `solve(V, state=…)` needs in order to go on.
     """
 
@@ -45,6 +47,7 @@ class Solution:
     min_curvature: float = float("nan")
     replicas: Float[Tensor, "r k p"] | None = None
     truncation: float = 0.0
+    preconditioner_gap: Float[Tensor, " k"] | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
@@ -72,6 +75,20 @@ class Quadratic(Prepared, Protocol):
 
     def forms(self, V: Float[Tensor, "k p"]) -> Float[Tensor, " k"]:
         """vᵀ (C + λI)⁻¹ v for every row v."""
+        ...
+
+
+@runtime_checkable
+class Movable(Prepared, Protocol):
+    """(C + λI)⁻¹ that can take another λ and keep what does not depend on it."""
+
+    @property
+    def operator(self) -> Operator:
+        """C."""
+        ...
+
+    def at(self, damping: float) -> Movable:
+        """(C + λI)⁻¹ at another λ."""
         ...
 
 

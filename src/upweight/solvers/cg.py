@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -12,8 +12,9 @@ from torch import Tensor
 from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, checked_count
 from upweight.operators.base import Operator
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
+from upweight.solvers.block import descend_together
 from upweight.solvers.lanczos import suggest_damping
-from upweight.solvers.precondition import Plain, Preconditioner
+from upweight.solvers.precondition import ByEigenvalues, Plain, Preconditioner
 from upweight.solvers.recurrence import Progress, descend
 
 _RECOMPUTE = 50  # the recurrence for r drifts from v − Ax in floating point; every so often it is replaced by the truth
@@ -24,9 +25,11 @@ _MARGIN = 0.9  # of the goal, so that the residual that is recomputed at the end
 
 @dataclass(frozen=True)
 class CG:
-    """Conjugate gradients on (C + λI) x = v, one recurrence per query, one operator product per step for all of them.
+    """Conjugate gradients on (C + λI) x = v, all queries in one shared Krylov space.
 
-    A query that has converged leaves the product. The residual that is promised, and reported, is recomputed from its
+    One query alone is the textbook recurrence; several take block steps (`solvers.block`), each of which looks for
+    every x in the span of all queries' directions, so that together they need far fewer products. A query that has
+    converged adds no direction. The residual that is promised, and reported, is recomputed from its
     definition in float64 at the end; if the recurrence was too optimistic, iteration goes on from the true residual.
     With a preconditioner the promise holds in two norms, ‖r‖/‖v‖ and the same with every parameter divided by
     √diag(C + λI), so that no feature hides behind another's units; the larger is reported.
@@ -34,18 +37,21 @@ class CG:
     refinement), and in float64 when that gains nothing.
 
     Cost: one sweep per step, about √cond(C + λI)·log(2/rtol)/2 steps without preconditioner; 4 vectors of length p per
-    query.
+    query. With `Preconditioned(curvature)` one product more, which tells how far that curvature alone was from the
+    answer (`Solution.preconditioner_gap`).
 
     Args:
         rtol: the relative residual to reach, ‖v − (C + λI) x‖ ≤ rtol ‖v‖.
         max_sweeps: products after which NotConverged is raised.
-        preconditioner: `TwoLevel()`, `Approximate()` or `Plain()`, which is none. None lets `defaults` choose: TwoLevel
+        preconditioner: `Preconditioned(EKFAC())` or another curvature, `TwoLevel()`, `Approximate()` or `Plain()`,
+            which is none. None lets `defaults` choose: TwoLevel
             for linear predictors, none otherwise.
 
     Raises:
         InvalidInput: if rtol is not between 0 and 1, or max_sweeps is not positive.
 
-    References: Hestenes and Stiefel (1952); Notay (2000) for varying preconditioners; paper, section 3.
+    References: Hestenes and Stiefel (1952); Notay (2000) for varying preconditioners; O'Leary (1980) for blocks; paper,
+    section 3.
     """
 
     rtol: float = 1e-6
@@ -101,7 +107,7 @@ class Iteration:
             raise InvalidInput(message)
         X = torch.zeros_like(V) if state is None else state["x"].clone()
         R = V.clone() if state is None else V - self._apply(X)
-        P = None if state is None else _continued(state["p"], R)
+        P = None if state is None else state["p"] if self.together(V) else _continued(state["p"], R)
         D = torch.ones(V.shape[1], dtype=V.dtype) if self.scale is None else self.scale
         size, weighed = V.norm(dim=1), (V * D).norm(dim=1)
         coarse = getattr(self.operator, "coarse", None) if self.inverse is not None else None
@@ -130,11 +136,34 @@ class Iteration:
             sharpened *= 0.1 if reached else 1.0  # the plain residual is then what is still missing
             drifted = float((true * D - run.residual).norm() / (true * D).norm().clamp(min=1e-300))
             X, R = run.x * D, true
-            P = run.direction if drifted < 1e-3 and self.inverse is None else None
+            P = run.direction if drifted < 1e-3 and (self.inverse is None or self.together(V)) else None
         X = self.operator.project(X)
         bottom = float(smallest.min()) - self.damping if bool(torch.isfinite(smallest).any()) else float("nan")
         state = {"x": X, "p": R if P is None else P}
-        return Solution(X, missed, True, sweeps, min_curvature=bottom, state=state)
+        gap = self._gap(X, V, R)
+        sweeps += 0 if gap is None else 1
+        return Solution(X, missed, True, sweeps, min_curvature=bottom, preconditioner_gap=gap, state=state)
+
+    def at(self, damping: float) -> Iteration:
+        """The same with another λ; the eigenvectors of a preconditioner that has them are kept."""
+        if not isinstance(self.inverse, ByEigenvalues):
+            return self.spec.prepare(self.operator, damping)
+        return replace(self, damping=checked_damping(damping), inverse=self.inverse.at(damping))
+
+    def together(self, V: Tensor) -> bool:
+        """Whether these right-hand sides are solved in one Krylov space.
+
+        Not for linear predictors with a preconditioner: ten cheap products leave nothing that would pay for it.
+        """
+        return len(V) > 1 and self.scale is None
+
+    def _gap(self, X: Tensor, V: Tensor, R: Tensor) -> Tensor | None:
+        """‖x₀ − x‖/‖x‖ in the norm of C + λI, with x₀ the preconditioner's own answer.  Cost: one product."""
+        if not isinstance(self.inverse, ByEigenvalues):
+            return None
+        off = self.operator.project(self.inverse(V)) - X
+        image = getattr(self.operator, "coarse", self.operator).apply(off) + self.damping * off
+        return ((off * image).sum(1).clamp(min=0) / (X * (V - R)).sum(1).clamp(min=1e-300)).sqrt()
 
     def _run(
         self, coarse: Operator | None, Y: Tensor, R: Tensor, goal: Tensor, left: int, direction: Tensor | None
@@ -149,7 +178,10 @@ class Iteration:
 
         inverse = self.inverse
         precondition = None if inverse is None else lambda R: project(inverse(R / D)) / D
-        return descend(product, precondition, Y, R, goal, min(left, _RECOMPUTE), direction, scale=D)
+        steps = min(left, _RECOMPUTE)
+        if self.together(R):
+            return descend_together(product, precondition, Y, R, goal, steps, direction)
+        return descend(product, precondition, Y, R, goal, steps, direction, scale=D)
 
     def _apply(self, V: Tensor) -> Tensor:
         return self.operator.project(self.operator.apply(V)) + self.damping * V

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
-from upweight.operators.base import Operator
+from upweight.operators.base import Curvature, Operator, Spectral
 from upweight.operators.leading import leading_inverse
 from upweight.solvers.recurrence import descend
 
 Inverse = Callable[[Tensor], Tensor]
+_FLOOR = 1e-8  # of the largest eigenvalue: what a preconditioner divides by at least
 _FEWEST_ROWS = 2  # a subsample that is more than one row in so many saves nothing
 
 
@@ -124,3 +125,75 @@ class TwoLevel:
             return run.x if run.stopped is None else operator.project(inner(R))
 
         return solve
+
+
+@dataclass(frozen=True)
+class Preconditioned:
+    """The answer of another, cheaper curvature on the same data: Ĉ → (Ĉ + λI)⁻¹, such as `EKFAC()` or `Nystroem(100)`.
+
+    CG corrects it until the exact curvature's system is solved, and the solution tells how far it was off alone
+    (`preconditioner_gap`). Negative eigenvalues count as 0.
+
+    Cost: binding the curvature, once for all dampings; then one `map` per step, no sweep.
+
+    Args:
+        curvature: a specification that knows its eigenvalues when it is bound.
+
+    Raises:
+        InvalidInput: if it is not a specification.
+
+    References: Frangella, Tropp and Udell (2023) for Nyström.
+    """
+
+    curvature: Curvature
+
+    def __post_init__(self) -> None:
+        if isinstance(self.curvature, type) or not hasattr(self.curvature, "bind"):
+            message = (
+                f"Preconditioned({self.curvature!r}) is no curvature. Pass an object, such as Preconditioned("
+                "operators.EKFAC())."
+            )
+            raise InvalidInput(message)
+
+    def prepare(self, operator: Operator, damping: float) -> ByEigenvalues:
+        """The inverse of the other curvature.
+
+        Raises:
+            UnsupportedModel: if the operator has no rows to bind it to, or its eigenvalues are not known.
+        """
+        sweep = getattr(operator, "sweep", None)
+        if sweep is None:
+            message = (
+                f"Preconditioned() binds {self.curvature!r} to the operator's rows, and {type(operator).__name__} has "
+                "none. Use CG with curvature=GaussNewton() or Hessian(), or Cholesky() for a matrix."
+            )
+            raise UnsupportedModel(message)
+        near = self.curvature.bind(sweep)
+        if not isinstance(near, Spectral):
+            message = (
+                f"{self.curvature!r} does not know its eigenvalues, so it cannot be inverted cheaply. Use "
+                "operators.EKFAC(), KFAC(), Nystroem(rank), Arnoldi(rank) or Dense(…)."
+            )
+            raise UnsupportedModel(message)
+        return ByEigenvalues(near, damping)
+
+
+@dataclass(frozen=True)
+class ByEigenvalues:
+    """(Ĉ + λI)⁻¹ through the eigenvalues of Ĉ."""
+
+    near: Spectral
+    damping: float
+
+    def __call__(self, R: Tensor) -> Tensor:
+        """(Ĉ + λI)⁻¹ r for every row r."""
+
+        def inverse(eigenvalues: Tensor) -> Tensor:
+            shifted = eigenvalues.clamp(min=0) + self.damping
+            return 1 / shifted.clamp(min=_FLOOR * float(shifted.max()) or 1.0)
+
+        return self.near.map(inverse, R)
+
+    def at(self, damping: float) -> ByEigenvalues:
+        """The same eigenvectors at another λ."""
+        return replace(self, damping=damping)

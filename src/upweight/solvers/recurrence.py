@@ -63,7 +63,7 @@ def descend(
     active = torch.nonzero(R.norm(dim=1) > goal)[:, 0]
     Z = R if precondition is None else torch.zeros_like(R)
     if precondition is not None and len(active):
-        Z[active] = _positive(precondition(R[active]), R[active])
+        Z[active] = positive(precondition(R[active]), R[active])
     P = Z.clone() if direction is None else direction.clone()
     rho = (R * Z).sum(1)
     for step in range(max_steps):
@@ -83,14 +83,14 @@ def descend(
         x[active] += length * p
         after = before - length * image
         R[active] = after
-        z = after if precondition is None else _positive(precondition(after), after)
+        z = after if precondition is None else positive(precondition(after), after)
         gained = (after * after).sum(1) if precondition is None else ((after - before) * z).sum(1)
         P[active] = z + (gained / rho[active].clamp(min=1e-300))[:, None] * p
         rho[active] = (after * z).sum(1)
     return Progress(x, R, P, max_steps, smallest)
 
 
-def _positive(Z: Tensor, R: Tensor) -> Tensor:
+def positive(Z: Float[Tensor, "k p"], R: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
     """M r where the preconditioner gave a direction of descent, r itself where rounding left it none."""
     good = (Z * R).sum(1) > 0  # False for NaN too
     return torch.where(good[:, None], Z, R)

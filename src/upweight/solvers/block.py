@@ -1,0 +1,100 @@
+"""Block conjugate gradients: all queries search in one space, which every one of them widens.
+
+A step looks for the best x of every query in the span of all directions (k of them), so that k queries need far fewer
+products than each for itself. Directions are made orthonormal at every step and those that depend on the others are
+dropped, so that equal queries, queries that have arrived and exact answers break nothing. Householder's QR does it: a
+Gram matrix has half the digits, and what it drops or blurs costs conjugacy, hence many steps.
+References: O'Leary (1980); Ji and Li (2017), the breakdown-free block conjugate gradient method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight.solvers.recurrence import Progress, positive
+
+_DEPENDENT = 1e-13  # share of a direction that those before it do not span, below which it is dropped: rounding
+_LONG_ARRIVED = (
+    1e-3  # of the goal: a query that is so near adds no direction; dropping it sooner costs the others steps
+)
+
+
+def descend_together(
+    product: Callable[[Tensor], Tensor],
+    precondition: Callable[[Tensor], Tensor] | None,
+    x: Float[Tensor, "k p"],
+    residual: Float[Tensor, "k p"],
+    goal: Float[Tensor, " k"],
+    max_steps: int,
+    direction: Float[Tensor, "k p"] | None = None,
+) -> Progress:
+    """As `recurrence.descend`, in one shared space.
+
+    With P the orthonormal directions as rows, Q = P A and G = P A Pᵀ, a step is
+
+        x += (R Pᵀ G⁻¹) P,   r −= (R Pᵀ G⁻¹) Q,   P ← orthonormal(M r − (M r) Qᵀ G⁻¹ P)
+
+    It uses no identity of the recurrence but r = v − A x, so a preconditioner may vary from call to call.
+
+    Args:
+        product: A v for every row v.
+        precondition: M r for every row; None is the identity.
+        x: the starting points.
+        residual: v − A x at them.
+        goal: the norm at which a row has arrived.
+        max_steps: products to make at most.
+        direction: directions to go on from; rows of zeros are none.
+    """
+    x, R = x.clone(), residual.clone()
+    smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
+    if _arrived(R, goal):
+        return Progress(x, R, R.clone(), 0, smallest)
+    P = orthonormal(_preconditioned(precondition, R) if direction is None else direction)
+    for step in range(max_steps):
+        Q = product(P)
+        G = P @ Q.T
+        lowest, witness = _lowest((G + G.T) / 2, P)
+        if not lowest > 0:
+            return Progress(x, R, _padded(witness, R), step + 1, smallest.clamp(max=lowest), stopped=0)
+        smallest = smallest.clamp(max=lowest)
+        factor = torch.linalg.cholesky((G + G.T) / 2)
+        length = torch.cholesky_solve(P @ R.T, factor).T  # (k, directions)
+        x += length @ P
+        R -= length @ Q
+        if _arrived(R, goal):
+            return Progress(x, R, _padded(P, R), step + 1, smallest)
+        Z = _preconditioned(precondition, R[R.norm(dim=1) > _LONG_ARRIVED * goal])
+        P = orthonormal(Z - torch.cholesky_solve(Q @ Z.T, factor).T @ P)
+    return Progress(x, R, _padded(P, R), max_steps, smallest)
+
+
+def orthonormal(Y: Float[Tensor, "k p"]) -> Float[Tensor, "r p"]:
+    """Orthonormal rows that span the rows of Y, without those that hardly add anything."""
+    size = Y.norm(dim=1, keepdim=True)
+    columns, triangle = torch.linalg.qr((Y / size.clamp(min=1e-300))[size[:, 0] > 0].T)
+    return columns.T[triangle.diagonal().abs() > _DEPENDENT].contiguous()
+
+
+def _arrived(R: Tensor, goal: Tensor) -> bool:
+    return bool((R.norm(dim=1) <= goal).all())
+
+
+def _preconditioned(precondition: Callable[[Tensor], Tensor] | None, R: Tensor) -> Tensor:
+    return R if precondition is None else positive(precondition(R), R)
+
+
+def _lowest(G: Tensor, P: Tensor) -> tuple[float, Tensor]:
+    """The smallest curvature in the span of P, and where it is met; NaN if a product was."""
+    if not bool(torch.isfinite(G).all()):
+        return float("nan"), P[:1]
+    values, U = torch.linalg.eigh(G)
+    return float(values[0]), U[:, :1].T @ P
+
+
+def _padded(P: Tensor, R: Tensor) -> Tensor:
+    """P with rows of zeros, as many as R has."""
+    return torch.cat([P, R.new_zeros(len(R) - len(P), R.shape[1])]) if len(P) < len(R) else P[: len(R)]
