@@ -16,7 +16,18 @@ import oracles
 import upweight as uw
 from strategies import batch_sizes, permutations, vectors
 from tolerances import EXACT, FLOAT32
-from upweight.operators import Dense, EmpiricalFisher, GaussNewton, Hessian, Identity, Operator, Sampled, Spectral
+from upweight.operators import (
+    EKFAC,
+    KFAC,
+    Dense,
+    EmpiricalFisher,
+    GaussNewton,
+    Hessian,
+    Identity,
+    Operator,
+    Sampled,
+    Spectral,
+)
 from upweight.sweep import Sweep
 
 
@@ -27,6 +38,11 @@ def _gauss_newton(case):
     )
 
 
+def _itself(curvature):
+    """For approximations, whose own oracles are in a test of their own: the laws hold between its methods."""
+    return lambda case: case.influence(curvature=curvature).operator.matrix()
+
+
 ORACLES = {
     "Hessian": (Hessian(), lambda case: oracles.dense_hessian(case.problem, case.theta)),
     "GaussNewton": (GaussNewton(), _gauss_newton),
@@ -35,7 +51,11 @@ ORACLES = {
     "Dense Hessian": (Dense(), lambda case: oracles.dense_hessian(case.problem, case.theta)),
     "Dense GaussNewton": (Dense(GaussNewton()), _gauss_newton),
     "Dense EmpiricalFisher": (Dense(EmpiricalFisher()), lambda case: oracles.dense_fisher(case.problem, case.theta)),
+    "KFAC": (KFAC(), _itself(KFAC())),
+    "EKFAC": (EKFAC(), _itself(EKFAC())),
+    "EKFAC of the Fisher": (EKFAC(of=EmpiricalFisher()), _itself(EKFAC(of=EmpiricalFisher()))),
 }
+WITHOUT_A_SWEEP = [kind for kind in ORACLES if kind.startswith("Dense") or "KFAC" in kind]
 POSITIVE = [name for name in ORACLES if "Hessian" not in name]
 
 
@@ -66,8 +86,8 @@ def _fixture(kinds):
 
 
 bound = _fixture(ORACLES)
-sampled = _fixture([kind for kind in ORACLES if not kind.startswith("Dense")])
-spectral = _fixture([kind for kind in ORACLES if kind.startswith("Dense") or kind == "Identity"])
+sampled = _fixture([kind for kind in ORACLES if kind not in WITHOUT_A_SWEEP])
+spectral = _fixture([*WITHOUT_A_SWEEP, "Identity"])
 
 
 def close(a, b, rtol=EXACT):
@@ -150,7 +170,7 @@ def test_is_positive_where_it_is_claimed(kind, name):
     assert float(eigenvalues[0]) > -1e-12 * float(eigenvalues[-1])
 
 
-@pytest.mark.parametrize("kind", ["Hessian", "GaussNewton", "EmpiricalFisher"])
+@pytest.mark.parametrize("kind", ["Hessian", "GaussNewton", "EmpiricalFisher", "EKFAC"])
 def test_leaves_the_module_untouched_and_keeps_to_its_precision(kind):
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).float()
     module[0].weight.grad = torch.ones_like(module[0].weight)

@@ -3,8 +3,13 @@
 from upweight.operators.base import Curvature, Operator, Sampled, Spectral
 from upweight.operators.dense import Dense, DenseOperator
 from upweight.operators.implicit import EmpiricalFisher, GaussNewton, Hessian, Identity
+from upweight.operators.kronecker import EKFAC, KFAC, Kronecker
+from upweight.operators.lowrank import Arnoldi, LowRank, Nystroem
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
+    "Arnoldi",
     "Curvature",
     "Dense",
     "DenseOperator",
@@ -12,6 +17,9 @@ __all__ = [
     "GaussNewton",
     "Hessian",
     "Identity",
+    "Kronecker",
+    "LowRank",
+    "Nystroem",
     "Operator",
     "Sampled",
     "Spectral",

@@ -1,0 +1,361 @@
+"""The blocks of a Kronecker curvature: what a batch adds to their factors, and their eigenvectors.
+
+A block is what one weight (with the bias added in the same call) takes of θ, as matrices (g, o, i): g groups of
+channels, o outputs, i inputs. Every block ends as eigenvectors Q_left (g, o, o) and Q_right (g, i, i) and the
+eigenvalues (g, o, i) that belong to their products. A table's rows, and sides too wide to rotate, keep unit vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from upweight.pieces import Direct, Lookup, Piece, Product, rows
+
+WIDEST = 8192  # inputs or outputs of a layer; a wider side keeps only the diagonal of its factor
+DENSE = 512  # parameters that no structure covers, up to which their whole block is kept; of more only the diagonal
+_NUMBERS = 2**21  # of gradient matrices that are written out at once, where a layer has several positions
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Eigenvectors and eigenvalues of one block of C.
+
+    Args:
+        name: of the parameters, for people.
+        at: the place in flat θ of every entry of the block's matrices.
+        left, right: eigenvectors in columns; None stands for unit vectors.
+        values: what the data give each pair of eigenvectors.
+        penalty: what the penalty gives it: the diagonal of its Hessian in this basis.
+    """
+
+    name: str
+    at: Int[Tensor, "g o i"]
+    left: Float[Tensor, "g o o"] | None
+    right: Float[Tensor, "g i i"] | None
+    values: Float[Tensor, "g o i"]
+    penalty: Float[Tensor, "g o i"]
+
+    @property
+    def eigenvalues(self) -> Float[Tensor, "g o i"]:
+        """Of C on this block, without damping."""
+        return self.values + self.penalty
+
+    def rotated(self, M: Float[Tensor, "k g o i"]) -> Float[Tensor, "k g o i"]:
+        """Q_leftᵀ M Q_right."""
+        M = M if self.right is None else _times(M, self.right)
+        return M if self.left is None else self.left.mT @ M
+
+    def back(self, M: Float[Tensor, "k g o i"]) -> Float[Tensor, "k g o i"]:
+        """Q_left M Q_rightᵀ."""
+        M = M if self.right is None else _times(M, self.right.mT)
+        return M if self.left is None else self.left @ M
+
+    def like(self, reference: Tensor) -> Basis:
+        """The same eigenvectors in another precision, on another device."""
+        moved = [None if Q is None else Q.to(reference) for Q in (self.left, self.right)]
+        return replace(self, left=moved[0], right=moved[1])
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that multiplies, with the bias added in the same call, in all its uses.
+
+    Args:
+        name: of the parameters.
+        numbers: which pieces of a batch are its uses.
+        at: places in θ.
+    """
+
+    name: str
+    numbers: tuple[int, ...]
+    at: Int[Tensor, "g o i"]
+
+    def sums(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"]) -> list[Tensor]:
+        """What a batch adds to the factors: Σ w Σ_t a aᵀ, Σ w Σ_t d dᵀ, and Σ w Σ_t 1."""
+        a, d = self._sides(pieces)
+        w = weights.to(a)
+        return [_gram(a[None], w, WIDEST), _gram(d, w, WIDEST), w.sum()[None] * a.shape[2]]
+
+    def basis(self, sums: list[Tensor], n: int, strengths: Float[Tensor, " p"]) -> Basis:
+        """Eigenvectors of A = Σ w Σ_t a aᵀ / Σ w t and B = Σ w Σ_t d dᵀ / n, and products of their eigenvalues."""
+        A, B, mass = sums
+        (a, right), (b, left) = _eigen(A / mass.clamp(min=1e-300)), _eigen(B / n)
+        return Basis(
+            self.name, self.at, left, right, b[:, :, None] * a[:, None], _within(strengths[self.at], left, right)
+        )
+
+    def squares(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:
+        """Σ_b w_b Σ_m (Q_leftᵀ G_bm Q_right)², (g, o, i).
+
+        For one position (D Q_left)²ᵀ (A Q_right)², else from the matrices of a few examples at a time.
+        """
+        a, d = self._sides(pieces)
+        w = weights.to(a)
+        if a.shape[2] == 1:
+            left, right = self._rotated(a, d, basis)
+            return [((left * w[:, None, None]).permute(1, 2, 0) @ right.transpose(0, 1))]
+        total = a.new_zeros(basis.values.shape)
+        for start, G in self._written(a, d, basis):
+            repeated = w[start : start + G.shape[1]].expand(G.shape[:2]).reshape(-1)
+            total += (repeated @ G.square_().reshape(len(repeated), -1)).reshape(total.shape)
+        return [total]
+
+    def weighed(self, pieces: Sequence[Piece], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
+        """Σ_m Σ (Q_leftᵀ G_bm Q_right)² scale of every example; for one position without its matrix."""
+        a, d = self._sides(pieces)
+        if a.shape[2] == 1:
+            left, right = self._rotated(a, d, basis)
+            across = (right.transpose(0, 1) @ scale.mT).transpose(0, 1)  # (b, g, o)
+            return (left * across).sum((1, 2))
+        parts = [(G.square_().flatten(2) @ scale.flatten()).sum(0) for _, G in self._written(a, d, basis)]
+        return torch.cat(parts)
+
+    def _sides(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+        """Inputs (b, g, t, i), with a 1 behind them for the bias, and slopes (m, b, g, t, o), over all uses."""
+        uses = [piece for piece in (pieces[number] for number in self.numbers) if isinstance(piece, Product)]
+        a = uses[0].inputs if len(uses) == 1 else torch.cat([use.inputs for use in uses], 2)
+        d = uses[0].slopes if len(uses) == 1 else torch.cat([use.slopes for use in uses], 3)
+        if a.shape[3] < self.at.shape[2]:
+            a = torch.cat([a, a.new_ones(*a.shape[:3], 1)], 3)
+        return a, d
+
+    @staticmethod
+    def _rotated(a: Tensor, d: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+        """(D Q_left)² summed over cotangents, (b, g, o), and (A Q_right)², (b, g, i), of single positions."""
+        left = _columns(d, basis.left).square_() if basis.left is not None else d.square()
+        right = _columns(a, basis.right).square_() if basis.right is not None else a.square()
+        return left.sum(0)[:, :, 0], right[:, :, 0]
+
+    @staticmethod
+    def _written(a: Tensor, d: Tensor, basis: Basis) -> Iterator[tuple[int, Tensor]]:
+        """Q_leftᵀ G Q_right of a few examples at a time, (m, c, g, o, i), with the number of the first."""
+        b, g, t, i = a.shape
+        m, o = len(d), d.shape[-1]
+        first = t * (m * o * o + i * i) < m * (o * o * i + o * i * i)
+        step = max(1, _NUMBERS // (m * g * max(o * i, t * max(o, i))))
+        for start in range(0, b, step):
+            inputs, slopes = a[start : start + step], d[:, start : start + step]
+            if first:
+                inputs = inputs if basis.right is None else _columns(inputs, basis.right)
+                slopes = slopes if basis.left is None else _columns(slopes, basis.left)
+                yield start, slopes.mT @ inputs
+            else:
+                G = slopes.mT @ inputs
+                yield start, basis.rotated(G.flatten(0, 1)).reshape(G.shape)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose rows are read: its left factor is diagonal, how often each row is.
+
+    Args:
+        name: of the parameter.
+        numbers: which pieces of a batch are its uses.
+        at: places in θ, (1, rows, o).
+    """
+
+    name: str
+    numbers: tuple[int, ...]
+    at: Int[Tensor, "g o i"]
+
+    def sums(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"]) -> list[Tensor]:
+        """Σ w (how often each row is read), Σ w Σ_t d dᵀ, and Σ w Σ_t 1."""
+        indices, d = self._sides(pieces)
+        w = weights.to(d)
+        read = (indices >= 0).to(d) * w[:, None]
+        counts = d.new_zeros(self.at.shape[1]).index_add_(0, indices.clamp(min=0).flatten(), read.flatten())
+        return [counts[None], _gram(d[:, :, None], w, WIDEST), read.sum()[None]]
+
+    def basis(self, sums: list[Tensor], n: int, strengths: Float[Tensor, " p"]) -> Basis:
+        """Eigenvectors of B, and the frequencies times its eigenvalues."""
+        counts, B, mass = sums
+        b, right = _eigen(B / n)
+        values = (counts / mass.clamp(min=1e-300))[:, :, None] * b[:, None]
+        return Basis(self.name, self.at, None, right, values, _within(strengths[self.at], None, right))
+
+    def squares(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:
+        """Squares of what each example gives each row that it reads, rotated."""
+        row, example, D = self._gathered(pieces, basis)
+        total = D.new_zeros(basis.values.shape[1:])
+        return [total.index_add_(0, row, D * weights.to(D)[example][:, None])[None]]
+
+    def weighed(self, pieces: Sequence[Piece], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
+        """The same squares times the scale of their row."""
+        row, example, D = self._gathered(pieces, basis)
+        b = len(self._sides(pieces)[0])
+        return D.new_zeros(b).index_add_(0, example, (D * scale[0, row]).sum(1))
+
+    def _sides(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+        """Indices (b, t) and slopes (m, b, t, o), zero where an index is padding."""
+        uses = [piece for piece in (pieces[number] for number in self.numbers) if isinstance(piece, Lookup)]
+        indices = torch.cat([use.indices for use in uses], 1)
+        d = torch.cat([use.slopes for use in uses], 2)
+        return indices, d * (indices >= 0).to(d)[None, :, :, None]
+
+    def _gathered(self, pieces: Sequence[Piece], basis: Basis) -> tuple[Tensor, Tensor, Tensor]:
+        """For every pair of an example and a row it reads: the row, the example, and Σ_m (Σ_t d Q)², (pairs, o)."""
+        indices, d = self._sides(pieces)
+        d = d if basis.right is None else _columns(d[:, :, None], basis.right)[:, :, 0]
+        b, t = indices.shape
+        size = self.at.shape[1]
+        pair = (torch.arange(b, device=indices.device)[:, None] * size + indices.clamp(min=0)).flatten()
+        pairs, place = torch.unique(pair, return_inverse=True)
+        D = d.new_zeros(len(d), len(pairs), d.shape[3]).index_add_(1, place, d.reshape(len(d), b * t, -1))
+        return pairs % size, pairs // size, D.square_().sum(0)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Parameters that no structure covers, or whose uses have different ones: their own block of C, or its diagonal.
+
+    Args:
+        name: of the parameters.
+        numbers: which pieces of a batch hold their gradients.
+        at: places in θ, (1, 1, size).
+        sizes: entries of every θ block that is involved.
+        used: the places of `at` in those blocks, joined.
+    """
+
+    name: str
+    numbers: tuple[int, ...]
+    at: Int[Tensor, "g o i"]
+    sizes: dict[str, int]
+    used: Int[Tensor, " size"]
+
+    def sums(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"]) -> list[Tensor]:
+        """Σ w Σ_m g gᵀ, or its diagonal."""
+        G = self._gradients(pieces)
+        return [_gram(G[:, :, None, None], weights.to(G), DENSE)]
+
+    def basis(self, sums: list[Tensor], n: int, strengths: Float[Tensor, " p"]) -> Basis:
+        """Eigenvectors of the block with its penalty, exactly; or unit vectors."""
+        own = strengths[self.at]
+        mean = sums[0] / n
+        if mean.ndim == 2:
+            return Basis(self.name, self.at, None, None, mean[None], own)
+        values, Q = _eigen(mean + torch.diag_embed(own[0]))
+        return Basis(self.name, self.at, None, Q, values[None], torch.zeros_like(own))
+
+    def squares(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:  # noqa: ARG002
+        """Nothing: the eigenvalues of a whole block are its own."""
+        return []
+
+    def weighed(self, pieces: Sequence[Piece], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
+        """(g Q)² · scale."""
+        G = self._gradients(pieces)
+        G = G if basis.right is None else G @ basis.right[0]
+        return (G.square() @ scale.flatten()).sum(0)
+
+    def _gradients(self, pieces: Sequence[Piece]) -> Float[Tensor, "m b size"]:
+        chosen = [pieces[number] for number in self.numbers]
+        if len(chosen) == 1 and isinstance(chosen[0], Direct):
+            return chosen[0].values
+        return rows(chosen, self.sizes).transpose(0, 1)[:, :, self.used]
+
+
+Layer = Weight | Table | Whole
+
+
+def layers_of(pieces: Sequence[Piece], sizes: dict[str, int]) -> tuple[list[Layer], Int[Tensor, " rest"]]:
+    """The blocks that these pieces (of any batch) make, and the places of θ that none of them reaches."""
+    starts = _starts(sizes)
+    at = [_places(piece, starts) for piece in pieces]
+    owner = torch.full((sum(sizes.values()),), -1)
+    groups: dict[int, list[int]] = {}
+    for number, places in enumerate(at):
+        met = {int(k) for k in owner[places.flatten()].unique() if k >= 0}
+        joined = sorted({number}.union(*(groups.pop(k) for k in met)))
+        groups[number] = joined
+        for k in joined:
+            owner[at[k].flatten()] = number
+    layers = [_layer(pieces, at, tuple(numbers), sizes, starts) for numbers in groups.values()]
+    return layers, torch.nonzero(owner < 0)[:, 0]
+
+
+def _layer(
+    pieces: Sequence[Piece], at: list[Tensor], numbers: tuple[int, ...], sizes: dict[str, int], starts: dict[str, int]
+) -> Layer:
+    """A Weight or a Table if all uses read the same entries in the same way, else a Whole."""
+    uses = [pieces[number] for number in numbers]
+    name = " + ".join(dict.fromkeys(block for use in uses for block in use.blocks))
+    first = at[numbers[0]]
+    if all(torch.equal(at[number], first) for number in numbers):
+        if all(isinstance(use, Product) for use in uses):
+            return Weight(name, numbers, first)
+        if all(isinstance(use, Lookup) for use in uses):
+            return Table(name, numbers, first)
+        if len(uses) == 1:
+            return Whole(name, numbers, first, {}, first.flatten())
+    union = torch.cat([at[number].flatten() for number in numbers]).unique()
+    blocks = {block: sizes[block] for block in sizes if any(block in use.blocks for use in uses)}
+    joined = torch.cat([torch.arange(size) + starts[block] for block, size in blocks.items()])
+    return Whole(name, numbers, union[None, None], blocks, torch.searchsorted(joined, union))
+
+
+def _starts(sizes: dict[str, int]) -> dict[str, int]:
+    """Where every block begins in flat θ."""
+    starts, total = {}, 0
+    for name, size in sizes.items():
+        starts[name], total = total, total + size
+    return starts
+
+
+def _places(piece: Piece, starts: dict[str, int]) -> Int[Tensor, "g o i"]:
+    """The place in flat θ of every entry of a piece's matrices."""
+    start = starts[piece.block]
+    if isinstance(piece, Lookup):
+        return (start + torch.arange(piece.shape[0] * piece.shape[1])).reshape(1, *piece.shape)
+    if isinstance(piece, Direct):
+        inside = torch.arange(piece.values.shape[2]) if piece.where is None else piece.where.cpu()
+        return (start + inside)[None, None]
+    g, o, i = piece.sizes
+    inside = torch.arange(g * o * i) if piece.where is None else piece.where.cpu()
+    weight = (start + inside).reshape(g, o, i)
+    if piece.bias is None:
+        return weight
+    return torch.cat([weight, (starts[piece.bias] + torch.arange(g * o)).reshape(g, o, 1)], 2)
+
+
+def _gram(x: Float[Tensor, "m b g t i"], weights: Float[Tensor, " b"], widest: int) -> Tensor:
+    """Σ w x xᵀ over all axes but the group's, (g, i, i); of wide x only the diagonal, (g, i)."""
+    weighted = x * weights[:, None, None, None]
+    if x.shape[-1] > widest:
+        return (weighted * x).sum((0, 1, 3))
+    if x.shape[2] == 1:
+        return (weighted.flatten(0, 3).T @ x.flatten(0, 3))[None]
+    across, plain = (part.movedim(2, 0).flatten(1, 3) for part in (weighted, x))
+    return across.mT @ plain
+
+
+def _eigen(factor: Tensor) -> tuple[Float[Tensor, "g i"], Float[Tensor, "g i i"] | None]:
+    """Eigenvalues, not negative, and eigenvectors of (g, i, i) factors; of a diagonal itself and None."""
+    if factor.ndim == 2:
+        return factor.clamp(min=0), None
+    eigenvalues, Q = torch.linalg.eigh((factor + factor.mT) / 2)
+    return eigenvalues.clamp(min=0), Q
+
+
+def _within(strengths: Tensor, left: Tensor | None, right: Tensor | None) -> Float[Tensor, "g o i"]:
+    """The diagonal of Qᵀ diag(strengths) Q; the same numbers where they are the same for the whole block."""
+    if bool((strengths == strengths.flatten()[0]).all()):
+        return strengths.clone()
+    out = strengths if right is None else strengths @ right.square()
+    return out if left is None else left.square().mT @ out
+
+
+def _times(M: Float[Tensor, "k g o i"], right: Float[Tensor, "g i i"]) -> Float[Tensor, "k g o i"]:
+    """M Q, by one product if there is one group."""
+    return M @ right[0] if len(right) == 1 else M @ right
+
+
+def _columns(x: Float[Tensor, "*lead g t i"], Q: Float[Tensor, "g i i"]) -> Float[Tensor, "*lead g t i"]:
+    """x Q for every group, by one product if there is one."""
+    if len(Q) == 1:
+        return x @ Q[0]
+    moved = x.movedim(-3, 0)  # (g, lead, t, i)
+    return (moved.flatten(1, -2) @ Q).reshape(moved.shape).movedim(0, -3)

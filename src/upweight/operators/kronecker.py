@@ -1,0 +1,356 @@
+"""Curvature as Kronecker products, one per layer: KFAC, and EKFAC with its eigenvalues corrected.
+
+For one layer with inputs a (a 1 behind them for the bias) and output gradients d at t positions, an example's gradient
+is G = Σ_t d aᵀ, and the block of the Gauss–Newton matrix is (1/n) Σᵢ wᵢ E[vec G vec Gᵀ], the expectation over output
+gradients u whose second moment is ∂²ℓ/∂f². KFAC takes inputs and output gradients, and different positions, as
+independent ("expand" in Eschenhagen et al.):
+
+    C ≈ B ⊗ A        A = Σᵢ wᵢ Σ_t a aᵀ / Σᵢ wᵢ t        B = (1/n) Σᵢ wᵢ Σ_t E[d dᵀ]
+
+EKFAC keeps the eigenvectors of A and B and measures the curvature along each pair of them, positions together:
+
+    Λ = (1/n) Σᵢ wᵢ E[(Q_Bᵀ G Q_A)²]
+
+so that its diagonal in that basis is the block's own. Parameters of different layers are taken as uncorrelated.
+References: Martens and Grosse (2015); George et al. (2018); Grosse et al. (2023); Eschenhagen et al. (2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from upweight import calculus, layers, linear
+from upweight.errors import InvalidInput, UnsupportedModel, checked_count
+from upweight.objective import L2, Objective
+from upweight.operators.base import Curvature
+from upweight.operators.cotangents import Exact, Observed, Signs
+from upweight.operators.factors import Basis, Layer, Whole, layers_of
+from upweight.operators.implicit import EmpiricalFisher, GaussNewton
+from upweight.pieces import Direct, Piece, Product
+from upweight.sweep import Sweep
+
+_PROBE = 2
+_BLOCK_NUMBERS = 2**24  # of the vectors that are rotated at once
+
+
+@dataclass(frozen=True)
+class KFAC:
+    """Kronecker factors of the Gauss–Newton matrix, one pair per layer: C ≈ B ⊗ A on each, and ∇²r.
+
+    With A = Σᵢ wᵢ Σ_t a aᵀ / Σᵢ wᵢ t of the inputs a, and B = (1/n) Σᵢ wᵢ Σ_t E[d dᵀ] of the output gradients d. Exact
+    for one linear layer whose loss curves equally at every example (least squares). Convolutions have a pair per group;
+    a table that is looked up has token frequencies for A; parameters without structure keep their own block up to 512,
+    and its diagonal beyond. An L2 penalty is exact where it is the same for a whole layer, else its diagonal in the
+    layer's eigenbasis is taken.
+
+    Cost: one sweep of a forward pass and as many backward passes as `samples` (or outputs), and i³ + o³ per layer.
+    References: Martens and Grosse (2015), equation 1; for positions Eschenhagen et al. (2023), "expand".
+
+    Args:
+        of: what is approximated: GaussNewton(), or EmpiricalFisher() for gradients at the observed targets.
+        samples: random output gradients per example, unbiased; None takes the expectation exactly, by one output
+            gradient for every output of the model (at most 1,000).
+        seed: of the draws.
+
+    Raises:
+        InvalidInput: if `of` is another curvature, or samples no whole number ≥ 1.
+
+    >>> import upweight as uw
+    >>> model = torch.nn.Linear(2, 1).double()
+    >>> X = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], dtype=torch.float64)
+    >>> inf = uw.explain(model, X, X[:, :1], loss=torch.nn.functional.mse_loss, curvature=KFAC())
+    >>> exact = uw.explain(model, X, X[:, :1], loss=torch.nn.functional.mse_loss, curvature=GaussNewton())
+    >>> inf.operator.matrix().allclose(exact.operator.matrix())
+    True
+    """
+
+    of: Curvature = field(default_factory=GaussNewton)
+    samples: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def bind(self, sweep: Sweep) -> Kronecker:
+        """The operator of this objective on these examples.
+
+        Raises:
+            UnsupportedModel: if the objective does not know its outputs, has too many for an exact expectation, or is
+                not convex in them; or its penalty is not separable.
+        """
+        return _factored(sweep, _source(self))
+
+
+@dataclass(frozen=True)
+class EKFAC:
+    """KFAC's eigenvectors with the curvature measured along each: Λ = (1/n) Σᵢ wᵢ E[(Q_Bᵀ Gᵢ Q_A)²].
+
+    The best diagonal in that basis: its error in Frobenius norm is never larger than KFAC's. Exact where KFAC is, and
+    its diagonal in the eigenbasis is that of the layer's true block, positions included.
+
+    Cost: KFAC's, and a second sweep like the first.
+    References: George et al. (2018); Grosse et al. (2023), section 2.2.
+
+    Args:
+        of: what is approximated: GaussNewton(), or EmpiricalFisher() for gradients at the observed targets.
+        samples: random output gradients per example and sweep, unbiased; None takes the expectation exactly, by one
+            output gradient for every output of the model (at most 1,000).
+        seed: of the draws; the two sweeps draw different ones.
+
+    Raises:
+        InvalidInput: if `of` is another curvature, or samples no whole number ≥ 1.
+
+    >>> EKFAC(samples=1)
+    EKFAC(of=GaussNewton(), samples=1, seed=0)
+    """
+
+    of: Curvature = field(default_factory=GaussNewton)
+    samples: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def bind(self, sweep: Sweep) -> Kronecker:
+        """The operator of this objective on these examples.
+
+        Raises:
+            UnsupportedModel: if the objective does not know its outputs, has too many for an exact expectation, or is
+                not convex in them; or its penalty is not separable.
+        """
+        source = _source(self)
+        return _corrected(_factored(sweep, source), source)
+
+
+class Kronecker:
+    """A block-diagonal curvature whose blocks have eigenvectors Q_B ⊗ Q_A.
+
+    Cost: f(C) v takes 4·p·(i + o) flops per vector, no sweep. Memory: p eigenvalues and i² + o² numbers per layer.
+
+    Args:
+        sweep: the objective and the rows it averages over.
+        plan: how the objective uses its parameters.
+        layers: the blocks, in the order of `bases`.
+        bases: their eigenvectors and eigenvalues.
+    """
+
+    def __init__(self, sweep: Sweep, plan: layers.Plan | None, blocks: Sequence[Layer], bases: Sequence[Basis]) -> None:
+        self.sweep = sweep
+        self.plan = plan
+        self.layers = tuple(blocks)
+        self.bases = tuple(bases)
+        self._moved: dict[tuple[torch.dtype, torch.device], tuple[Basis, ...]] = {}
+
+    @property
+    def size(self) -> int:
+        """p."""
+        return self.sweep.objective.size
+
+    @property
+    def eigenvalues(self) -> Float[Tensor, " p"]:
+        """The eigenvalues, ascending."""
+        return torch.cat([basis.eigenvalues.flatten() for basis in self.bases]).sort().values
+
+    def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """C v for every row v."""
+        return self.map(lambda eigenvalues: eigenvalues, V)
+
+    def map(self, function: Callable[[Tensor], Tensor], V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """f(C) v for every row v, with f applied to the eigenvalues."""
+        out = torch.zeros_like(V)
+        for basis in self.bases:
+            scale = function(basis.eigenvalues).to(V)
+            step = max(1, _BLOCK_NUMBERS // basis.at.numel())
+            for start in range(0, len(V), step):
+                part = V[start : start + step]
+                out[start : start + step, basis.at] = basis.back(basis.rotated(part[:, basis.at]) * scale)
+        return out
+
+    def matrix(self) -> Float[Tensor, "p p"]:
+        """C as a dense float64 matrix."""
+        full = self.apply(torch.eye(self.size, dtype=torch.float64))
+        return (full + full.T) / 2
+
+    def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """V without the objective's gauge directions."""
+        return self.sweep.objective.project(V)
+
+    def pieces(self, batch: Any) -> list[Piece]:
+        """The gradients of the loss of every example of a batch, in the form that `weigh` reads."""
+        return _pieces(self.sweep.objective, self.plan, batch, None)
+
+    def weigh(self, pieces: Sequence[Piece], function: Callable[[Tensor], Tensor]) -> Float[Tensor, " b"]:
+        """gᵀ f(C) g for the gradient g of every example, summed over m cotangents where pieces have several.
+
+        `pieces` are those of `layers.capture`. Cost: for layers with one position 2·(i² + o² + i·o) flops per example
+        and b·(i + o) numbers, no matrices; with t positions 2·t·i·o more, and the matrices of a few examples.
+        """
+        reference = _reference(pieces)
+        total: Tensor | None = None
+        for layer, basis, moved in zip(self.layers, self.bases, self.like(reference), strict=False):
+            part = layer.weighed(pieces, function(basis.eigenvalues).to(reference), moved).double().cpu()
+            total = part if total is None else total + part
+        assert total is not None  # every objective depends on θ
+        return total
+
+    def like(self, reference: Tensor) -> tuple[Basis, ...]:
+        """The eigenvectors in the precision and on the device of the pieces, kept for the next batch."""
+        key = (reference.dtype, reference.device)
+        if key not in self._moved:
+            self._moved[key] = tuple(basis.like(reference) for basis in self.bases)
+        return self._moved[key]
+
+
+# ---- inner steps -----------------------------------------------------------------------------------------------------
+
+
+Read = tuple[str, Callable[..., list[Tensor]]]  # a layer's name, and what it reads from (pieces, weights)
+Source = Exact | Signs | Observed
+
+
+def _source(spec: KFAC | EKFAC) -> Source:
+    if isinstance(spec.of, EmpiricalFisher):
+        return Observed()
+    return Exact() if spec.samples is None else Signs(spec.samples, spec.seed)
+
+
+def _check(spec: KFAC | EKFAC) -> None:
+    name = type(spec).__name__
+    if not isinstance(spec.of, GaussNewton | EmpiricalFisher):
+        message = (
+            f"{name}(of={spec.of!r}). Kronecker factors are known for means of outer products of gradients only: pass "
+            "of=GaussNewton() or of=EmpiricalFisher()."
+        )
+        raise InvalidInput(message)
+    if spec.samples is None:
+        return
+    checked_count(spec.samples, "samples", hint="None takes the expectation exactly")
+    if isinstance(spec.of, EmpiricalFisher):
+        message = (
+            f"{name}(of=EmpiricalFisher(), samples={spec.samples}). The empirical Fisher uses the observed targets, so "
+            "nothing is drawn. Leave samples out, or take of=GaussNewton()."
+        )
+        raise InvalidInput(message)
+
+
+def _factored(sweep: Sweep, source: Source) -> Kronecker:
+    """KFAC: the factors in one sweep, and their eigenvectors."""
+    objective = sweep.objective
+    probe = sweep.examples.batch(sweep.examples.spread(_PROBE))
+    plan = None if objective.linear is not None else layers.plan(objective, probe)
+    sizes = {name: block.numel() for name, block in objective.blocks.items()}
+    blocks, rest = layers_of(_pieces(objective, plan, probe, None), sizes)
+    read: list[Read] = [(layer.name, layer.sums) for layer in blocks]
+    factors = _swept(sweep, plan, source, lambda _: read, "Kronecker factors")
+    strengths = _penalty_diagonal(objective)
+    bases = [layer.basis(sums, sweep.n, strengths) for layer, sums in zip(blocks, factors, strict=True)]
+    if len(rest):  # parameters that the loss does not use
+        at = rest[None, None]
+        bases.append(Basis("unused", at, None, None, torch.zeros(at.shape, dtype=torch.float64), strengths[at]))
+    return Kronecker(sweep, plan, blocks, bases)
+
+
+def _corrected(operator: Kronecker, source: Source) -> Kronecker:
+    """EKFAC: the same eigenvectors, with the curvature along each pair measured in a second sweep."""
+    numbers = [number for number, layer in enumerate(operator.layers) if not isinstance(layer, Whole)]
+    if not numbers:
+        return operator
+
+    def reading(pieces: Sequence[Piece]) -> list[Read]:
+        bases = operator.like(_reference(pieces))
+        return [(operator.layers[k].name, partial(operator.layers[k].squares, basis=bases[k])) for k in numbers]
+
+    totals = _swept(operator.sweep, operator.plan, source, reading, "Kronecker eigenvalues")
+    bases = list(operator.bases)
+    for number, (total,) in zip(numbers, totals, strict=True):
+        bases[number] = replace(bases[number], values=total / operator.sweep.n)
+    return Kronecker(operator.sweep, operator.plan, operator.layers, bases)
+
+
+def _swept(
+    sweep: Sweep,
+    plan: layers.Plan | None,
+    source: Source,
+    reading: Callable[[Sequence[Piece]], list[Read]],
+    label: str,
+) -> list[list[Tensor]]:
+    """For every layer the sums over all rows of what it reads from the pieces of a batch, in one sweep."""
+    shapes: list[list[torch.Size]] = []
+
+    def total(batch: Any, weights: Tensor) -> Tensor:
+        with source.undone_on_failure():  # a batch that does not fit is tried again in halves
+            pieces = _pieces(sweep.objective, plan, batch, source(sweep.objective, batch))
+            found = [(name, read(pieces, weights.to(_reference(pieces)))) for name, read in reading(pieces)]
+        shapes[:] = [[part.shape for part in parts] for _, parts in found]
+        flat = torch.cat([part.flatten() for _, parts in found for part in parts])
+        if not bool(torch.isfinite(flat).all()):
+            raise _not_finite(label, found)
+        return flat
+
+    probe = sweep.examples.batch([0])
+    bytes_each = 8 * sweep.objective.size if plan is None else plan.bytes
+    vectors = source.count(sweep.objective, probe) * max(1, math.ceil(2 * bytes_each / sweep.example_bytes))
+    flat = sweep.fold(total, vectors=vectors, label=label)
+    parts = iter(flat.split([shape.numel() for own in shapes for shape in own]))
+    return [[next(parts).reshape(shape) for shape in own] for own in shapes]
+
+
+def _not_finite(label: str, found: list[tuple[str, list[Tensor]]]) -> InvalidInput:
+    bad = [(name, int((~torch.isfinite(part)).sum()), part.numel()) for name, parts in found for part in parts]
+    name, count, size = next(entry for entry in bad if entry[1])
+    message = (
+        f"{label}: {count:,} of {size:,} numbers of layer '{name}' are NaN or infinite. Usual reasons: weights that "
+        "diverged in training, or gradients that overflow the model's precision when they are squared. Look at that "
+        "layer's weights and inputs, or evaluate in float64: Objective.from_module(..., dtype=torch.float64)."
+    )
+    return InvalidInput(message)
+
+
+def _pieces(objective: Objective, plan: layers.Plan | None, batch: Any, cotangents: Tensor | None) -> list[Piece]:
+    """The pieces of a batch; for a linear predictor its inputs and the cotangents themselves."""
+    if plan is not None:
+        return layers.capture(objective, plan, batch, cotangents)
+    structure = objective.linear
+    assert structure is not None  # every other objective has a plan
+    slopes = linear.slopes(objective, batch)[None] if cotangents is None else cotangents
+    X = calculus.ready(objective, batch)[0].to(slopes)
+    bias = "intercept" if structure.intercept else None
+    shape = (structure.n_outputs, structure.n_features)
+    return [Product("coef", bias, X[:, None, None], slopes[:, :, None, None], shape)]
+
+
+def _reference(pieces: Sequence[Piece]) -> Tensor:
+    """A tensor in the precision and on the device of the pieces."""
+    first = pieces[0]
+    return first.values if isinstance(first, Direct) else first.slopes
+
+
+def _penalty_diagonal(objective: Objective) -> Float[Tensor, " p"]:
+    """The diagonal of ∇²r, which must be all of it.
+
+    Raises:
+        UnsupportedModel: if the penalty couples parameters.
+    """
+    if objective.penalty is None or isinstance(objective.penalty, L2):
+        return calculus.penalty_diagonal(objective)
+    draw = torch.Generator().manual_seed(0)
+    signs = 2.0 * torch.randint(0, 2, (2, objective.size), generator=draw, dtype=torch.float64) - 1
+    first, second = calculus.penalty_hvp(objective, signs)
+    diagonal = first * signs[0]
+    rtol = 1e-8 if objective.reference.dtype == torch.float64 else 1e-4
+    if torch.allclose(diagonal * signs[1], second, rtol=rtol, atol=rtol * float(diagonal.abs().max())):
+        return diagonal
+    message = (
+        f"The penalty of {objective.name} couples parameters: its second derivative is off a diagonal by "
+        f"{float((diagonal * signs[1] - second).abs().max()):.3g}, and Kronecker blocks hold a penalty of every "
+        "parameter by itself only. Use a float, L2(...), or GaussNewton() with an iterative solver."
+    )
+    raise UnsupportedModel(message)

@@ -1,0 +1,683 @@
+"""KFAC and EKFAC against factors that loops and dense autograd give, and against the theorem that makes them exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.functional import hessian, jacobian
+from torch.nn.functional import binary_cross_entropy_with_logits, conv2d, cross_entropy, mse_loss, pad
+
+import upweight as uw
+from tolerances import EXACT, FLOAT32, STANDARD_ERRORS
+from upweight import calculus, layers
+from upweight.errors import InvalidInput, UnsupportedModel
+from upweight.operators import EKFAC, KFAC, EmpiricalFisher, GaussNewton, Hessian
+from upweight.operators.cotangents import FORMED, Exact, Signs
+from upweight.operators.kronecker import _corrected
+from upweight.sweep import Sweep
+
+PENALTY = 0.05
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(a, b, rtol: float = EXACT):
+    largest, miss = float(torch.as_tensor(b).abs().max()), float((torch.as_tensor(a) - torch.as_tensor(b)).abs().max())
+    assert largest > 0
+    assert miss <= rtol * largest
+
+
+def operator(spec, module, X, y, loss=cross_entropy, **settings):
+    return uw.explain(module, X, y, loss=loss, curvature=spec, progress=False, **settings).operator
+
+
+# ---- oracles: one forward pass with offsets s on the outputs of the layers, written out by hand ----------------------
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network as a function of (θ blocks, offsets, x), and for each layer its inputs at every position."""
+
+    module: nn.Module
+    X: Tensor
+    y: Tensor
+    weights: Tensor
+    forward: Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]
+    layers: dict[str, tuple[int, ...]]  # the shape of a layer's output: (channels, positions…)
+    inputs: Callable[[dict[str, Tensor], str, Tensor], list[list[Tensor]]]  # (groups, positions) of vectors
+    groups: dict[str, int]
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.module.named_parameters()}
+
+    def places(self, layer: str, group: int) -> Tensor:
+        """(o, i) places in flat θ of a group of a layer, the bias in the last column."""
+        starts, total = {}, 0
+        for name, p in self.params.items():
+            starts[name], total = total, total + p.numel()
+        weight = self.params[f"{layer}.weight"]
+        o = len(weight) // self.groups[layer]
+        places = (starts[f"{layer}.weight"] + torch.arange(weight.numel())).reshape(len(weight), -1)
+        if f"{layer}.bias" in starts:
+            places = torch.cat([places, (starts[f"{layer}.bias"] + torch.arange(len(weight)))[:, None]], 1)
+        return places[group * o : (group + 1) * o]
+
+    def offsets(self) -> dict[str, Tensor]:
+        return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in self.layers.items()}
+
+    def curvature(self, f: Tensor, y: Tensor) -> Tensor:
+        return hessian(lambda f: cross_entropy(f[None], y[None]), f)
+
+    def gauss_newton(self) -> Tensor:
+        """Without a penalty."""
+        params = self.params
+        sizes = [p.numel() for p in params.values()]
+
+        def out(theta: Tensor, x: Tensor) -> Tensor:
+            blocks = {
+                name: piece.reshape(p.shape)
+                for (name, p), piece in zip(params.items(), theta.split(sizes), strict=True)
+            }
+            return self.forward(blocks, self.offsets(), x)
+
+        theta = torch.cat([p.reshape(-1) for p in params.values()])
+        total = torch.zeros(len(theta), len(theta), dtype=torch.float64)
+        for x, y, w in zip(self.X, self.y, self.weights, strict=True):
+            J = jacobian(lambda t, x=x: out(t, x), theta)
+            total += w * J.T @ self.curvature(out(theta, x), y) @ J
+        return total / len(self.X)
+
+    def factors(self, layer: str, group: int) -> tuple[Tensor, Tensor]:
+        """A and B of a group of a layer, by loops over examples and positions."""
+        A, B, mass = 0.0, 0.0, 0.0
+        for x, y, w in zip(self.X, self.y, self.weights, strict=True):
+
+            def out(s: Tensor, x: Tensor = x) -> Tensor:
+                return self.forward(self.params, {**self.offsets(), layer: s}, x)
+
+            start = self.offsets()[layer]
+            J = jacobian(out, start)
+            J = J.reshape(len(J), len(start), -1)  # (K, channels, positions)
+            H = self.curvature(out(start), y)
+            o = len(start) // self.groups[layer]
+            D = J[:, group * o : (group + 1) * o]
+            for t, a in enumerate(self.inputs(self.params, layer, x)[group]):
+                if f"{layer}.bias" in self.params:
+                    a = torch.cat([a, a.new_ones(1)])
+                A, B, mass = A + w * torch.outer(a, a), B + w * D[:, :, t].T @ H @ D[:, :, t], mass + w
+        return A / mass, B / len(self.X)
+
+
+def mlp() -> Net:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+    def hidden(p, s, x):
+        return torch.tanh(p["0.weight"] @ x + p["0.bias"] + s)
+
+    def forward(p, s, x):
+        return p["2.weight"] @ hidden(p, s["0"], x) + p["2.bias"] + s["2"]
+
+    def inputs(p, layer, x):
+        return [[x if layer == "0" else hidden(p, 0, x)]]
+
+    return net(module, draw(40, 3), forward, {"0": (4,), "2": (3,)}, inputs, {"0": 1, "2": 1})
+
+
+def cnn(groups: int) -> Net:
+    module = nn.Sequential(
+        nn.Conv2d(2, 4, (2, 3), padding=(1, 0), groups=groups),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3, bias=False),
+    ).double()
+
+    def hidden(p, s, x):
+        return torch.tanh(conv2d(x[None], p["0.weight"], p["0.bias"], padding=(1, 0), groups=groups)[0] + s).mean(
+            (1, 2)
+        )
+
+    def forward(p, s, x):
+        return p["4.weight"] @ hidden(p, s["0"], x) + s["4"]
+
+    def inputs(p, layer, x):
+        if layer == "4":
+            return [[hidden(p, 0, x)]]
+        around, each = pad(x, (0, 0, 1, 1)), 2 // groups
+        return [
+            [around[g * each : (g + 1) * each, r : r + 2, c : c + 3].reshape(-1) for r in range(4) for c in range(2)]
+            for g in range(groups)
+        ]
+
+    layers = {"0": (4, 4, 2), "4": (3,)}
+    return net(module, draw(30, 2, 3, 4), forward, layers, inputs, {"0": groups, "4": 1})
+
+
+def sequence() -> Net:
+    """A linear layer that is used at five positions."""
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)).double()
+
+    def forward(p, s, x):
+        inner = torch.tanh(x @ p["0.weight"].T + p["0.bias"] + s["0"].T).reshape(-1)
+        return p["3.weight"] @ inner + p["3.bias"] + s["3"]
+
+    def inputs(p, layer, x):
+        return [list(x)] if layer == "0" else [[torch.tanh(x @ p["0.weight"].T + p["0.bias"]).reshape(-1)]]
+
+    return net(module, draw(40, 5, 3), forward, {"0": (4, 5), "3": (3,)}, inputs, {"0": 1, "3": 1})
+
+
+def net(module, X, forward, layers, inputs, groups) -> Net:
+    with torch.no_grad():
+        for number, p in enumerate(module.parameters()):
+            p.copy_(draw(*p.shape, seed=number + 1) / 2)
+    y = torch.arange(len(X)) % 3
+    weights = torch.rand(len(X), generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.5
+    return Net(module, X, y, weights, forward, layers, inputs, groups)
+
+
+NETS = {"mlp": mlp, "cnn": lambda: cnn(1), "grouped cnn": lambda: cnn(2), "sequence": sequence}
+
+
+@cache
+def known(name: str) -> tuple[Net, Tensor]:
+    one = NETS[name]()
+    return one, one.gauss_newton()
+
+
+def of_net(spec, one: Net, **settings):
+    return operator(spec, one.module, one.X, one.y, sample_weight=one.weights.numpy(), penalty=PENALTY, **settings)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_kfac_is_the_product_of_factors_found_by_loops(name):
+    one, _ = known(name)
+    found = of_net(KFAC(), one).matrix()
+    expected = PENALTY * torch.eye(len(found), dtype=torch.float64)
+    for layer in one.layers:
+        for group in range(one.groups[layer]):
+            A, B = one.factors(layer, group)
+            at = one.places(layer, group).flatten()
+            expected[at[:, None], at] += torch.kron(B, A)
+    close(found, expected)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_ekfac_has_the_diagonal_of_the_true_block_in_its_eigenbasis(name):
+    one, G = known(name)
+    found = of_net(EKFAC(), one).matrix()
+    expected = PENALTY * torch.eye(len(found), dtype=torch.float64)
+    for layer in one.layers:
+        for group in range(one.groups[layer]):
+            A, B = one.factors(layer, group)
+            at = one.places(layer, group).flatten()
+            Q = torch.kron(torch.linalg.eigh(B)[1], torch.linalg.eigh(A)[1])
+            block = G[at[:, None], at]
+            expected[at[:, None], at] += Q @ torch.diag((Q.T @ block @ Q).diagonal()) @ Q.T
+    close(found, expected, 1e-9)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_ekfac_is_nearer_to_the_blocks_than_kfac(name):
+    one, G = known(name)
+    G = G + PENALTY * torch.eye(len(G), dtype=torch.float64)
+    misses = {EKFAC: 0.0, KFAC: 0.0}
+    for spec in misses:
+        M = of_net(spec(), one).matrix()
+        for layer in one.layers:
+            for group in range(one.groups[layer]):
+                at = one.places(layer, group).flatten()
+                misses[spec] += float(((M - G)[at[:, None], at] ** 2).sum())
+    assert misses[EKFAC] < misses[KFAC]
+
+
+# ---- exact by theorem ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [KFAC(), EKFAC()], ids=["KFAC", "EKFAC"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_linear_layer_with_squared_loss_is_exact(spec, bias):
+    """∂²ℓ/∂f² is the same matrix H for every example, so C = (Σ wᵢ ãᵢãᵢᵀ / n) ⊗ H: a Kronecker product."""
+    module = nn.Linear(4, 3, bias=bias).double()
+    X, y = draw(30, 4), draw(30, 3, seed=1)
+    metric = torch.tensor([[2.0, 0.5, 0.0], [0.5, 1.0, 0.2], [0.0, 0.2, 0.7]], dtype=torch.float64)
+
+    def loss(f, y):
+        return ((f - y) @ metric * (f - y)).sum(1).mean() / 2
+
+    weights = torch.rand(30, generator=torch.Generator().manual_seed(2), dtype=torch.float64).numpy()
+    found = operator(spec, module, X, y, loss, sample_weight=weights, penalty=PENALTY)
+    wide = torch.cat([X, X.new_ones(30, 1)], 1) if bias else X
+    by_hand = torch.kron(metric, wide.T @ (wide * torch.from_numpy(weights)[:, None]) / 30)
+    order = [*torch.arange(15).reshape(3, 5)[:, :4].flatten().tolist(), 4, 9, 14] if bias else list(range(12))
+    expected = by_hand[order][:, order] + PENALTY * torch.eye(len(order), dtype=torch.float64)
+    close(found.matrix(), expected)
+    close(found.matrix(), operator(GaussNewton(), module, X, y, loss, sample_weight=weights, penalty=PENALTY).matrix())
+    close(found.eigenvalues, torch.linalg.eigvalsh(expected))
+
+
+def test_one_example_is_exact_for_ekfac_of_the_empirical_fisher():
+    """One gradient matrix of one position is an outer product, so its eigenvectors are those of the factors."""
+    one, _ = known("mlp")
+    found = operator(EKFAC(of=EmpiricalFisher()), one.module, one.X[:1], one.y[:1]).matrix()
+    exact = operator(EmpiricalFisher(), one.module, one.X[:1], one.y[:1]).matrix()
+    for layer in one.layers:
+        at = one.places(layer, 0).flatten()
+        close(found[at[:, None], at], exact[at[:, None], at])
+
+
+def test_the_empirical_fisher_has_the_diagonal_of_its_dense_block():
+    one, _ = known("sequence")
+    settings = {"sample_weight": one.weights.numpy()}
+    found = operator(EKFAC(of=EmpiricalFisher()), one.module, one.X, one.y, **settings)
+    exact = operator(EmpiricalFisher(), one.module, one.X, one.y, **settings).matrix()
+    for basis in found.bases:
+        at = basis.at.flatten()
+        Q = torch.kron(basis.left[0], basis.right[0])
+        close((Q.T @ exact[at[:, None], at] @ Q).diagonal(), basis.eigenvalues.flatten())
+    assert float((found.matrix() - of_net(EKFAC(), one).matrix()).abs().max()) > 1e-3
+
+
+# ---- other blocks ----------------------------------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """Token embeddings (one of them padding), a free table of positions, a norm, and a head."""
+
+    def __init__(self, rows: int = 7) -> None:
+        nn.Module.__init__(self)
+        self.table = nn.Embedding(rows, 3, padding_idx=0)
+        self.positions = nn.Parameter(draw(4, 3, seed=5))
+        self.norm = nn.LayerNorm(3)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.table(x) + self.positions)).mean(1))
+
+
+def reader(rows: int = 7) -> tuple[nn.Module, Tensor, Tensor, np.ndarray]:
+    module = Reader(rows).double()
+    with torch.no_grad():
+        module.table.weight[1:] = draw(rows - 1, 3, seed=3)
+        module.head.weight.copy_(draw(3, 3, seed=4))
+    X = torch.randint(0, 7, (50, 4), generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
+    return module, X, torch.arange(50) % 3, weights.numpy()
+
+
+def blocks(module: nn.Module) -> dict[str, Tensor]:
+    sizes = [p.numel() for p in module.parameters()]
+    places = torch.arange(sum(sizes)).split(sizes)
+    return {name: at for (name, _), at in zip(module.named_parameters(), places, strict=True)}
+
+
+@pytest.mark.parametrize("spec", [KFAC(), EKFAC()], ids=["KFAC", "EKFAC"])
+def test_tables_have_frequencies_and_parameters_without_structure_their_own_block(spec):
+    module, X, y, weights = reader()
+    found = operator(spec, module, X, y, sample_weight=weights)
+    exact = operator(GaussNewton(), module, X, y, sample_weight=weights).matrix()
+    at = blocks(module)
+    M = found.matrix()
+    for name in ("positions", "norm.weight", "norm.bias"):
+        close(M[at[name][:, None], at[name]], exact[at[name][:, None], at[name]])
+    table = M[at["table.weight"][:, None], at["table.weight"]].reshape(7, 3, 7, 3)
+    truth = exact[at["table.weight"][:, None], at["table.weight"]].reshape(7, 3, 7, 3)
+    assert not table[0].any()
+    _, Q = torch.linalg.eigh(table[2, :, 2, :] if isinstance(spec, KFAC) else _table_factor(module, X, y, weights))
+    for token in range(7):
+        for other in set(range(7)) - {token}:
+            assert not table[token, :, other].any()
+    if isinstance(spec, KFAC):
+        read = torch.from_numpy(weights)[:, None] * (X > 0)
+        B = _table_factor(module, X, y, weights)
+        for token in range(1, 7):
+            close(table[token, :, token], B * float((read * (token == X)).sum() / read.sum()))
+    else:
+        for token in range(1, 7):
+            close((Q.T @ table[token, :, token] @ Q), torch.diag((Q.T @ truth[token, :, token] @ Q).diagonal()))
+
+
+def _table_factor(module: nn.Module, X: Tensor, y: Tensor, weights: np.ndarray) -> Tensor:
+    """B = (1/n) Σ w Σ_t E[d dᵀ] of what the table gives, by autograd on its output."""
+    B = torch.zeros(3, 3, dtype=torch.float64)
+    for x, target, w in zip(X, y, weights, strict=True):
+
+        def out(e: Tensor) -> Tensor:
+            return module.head(torch.tanh(module.norm(e + module.positions)).mean(0))
+
+        e = module.table(x).detach()
+        J = jacobian(out, e)
+        H = hessian(lambda f, target=target: cross_entropy(f[None], target[None]), out(e).detach())
+        for t in range(4):
+            if x[t] > 0:
+                B += w * J[:, t].T @ H @ J[:, t]
+    return B / len(X)
+
+
+class Tied(nn.Module):
+    """One weight both looked up and multiplied by, and another used twice."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.table = nn.Embedding(5, 3)
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(torch.tanh(self.inner(self.table(x).mean(1)))))
+        return h @ self.table.weight.T
+
+
+@pytest.mark.parametrize("spec", [KFAC(), EKFAC()], ids=["KFAC", "EKFAC"])
+def test_shared_weights_are_counted_in_all_their_uses(spec):
+    module = Tied().double()
+    X = torch.randint(0, 5, (30, 4), generator=torch.Generator().manual_seed(0))
+    y = torch.arange(30) % 5
+    found, exact = (operator(s, module, X, y).matrix() for s in (spec, GaussNewton()))
+    at = blocks(module)["table.weight"]
+    close(found[at[:, None], at], exact[at[:, None], at])
+    inner = next(b for b in operator(spec, module, X, y).bases if "inner" in b.name)
+    assert inner.left is not None
+    if isinstance(spec, EKFAC):
+        at = inner.at.flatten()
+        Q = torch.kron(inner.left[0], inner.right[0])
+        close((Q.T @ exact[at[:, None], at] @ Q).diagonal(), inner.eigenvalues.flatten())
+
+
+def test_many_parameters_without_structure_keep_their_diagonal(monkeypatch):
+    monkeypatch.setattr("upweight.operators.factors.DENSE", 8)
+    module, X, y, weights = reader()
+    found, exact = (operator(s, module, X, y, sample_weight=weights).matrix() for s in (KFAC(), GaussNewton()))
+    at = blocks(module)["positions"]
+    close(found[at[:, None], at], torch.diag(exact[at, at]))
+
+
+def test_a_side_too_wide_to_rotate_keeps_its_diagonal(monkeypatch):
+    one, _ = known("mlp")
+    A, B = one.factors("0", 0)
+    monkeypatch.setattr("upweight.operators.factors.WIDEST", 4)
+    found = of_net(KFAC(), one).matrix() - PENALTY * torch.eye(31, dtype=torch.float64)
+    at = one.places("0", 0).flatten()
+    wide, narrow = torch.diag(A.diagonal()) if len(A) > 4 else A, B
+    close(found[at[:, None], at], torch.kron(narrow, wide))
+    at = one.places("2", 0).flatten()
+    A, B = one.factors("2", 0)
+    close(found[at[:, None], at], torch.kron(B, torch.diag(A.diagonal())))
+    close_to_own_forms(of_net(EKFAC(), one), one.X, one.y)
+
+
+# ---- the penalty -----------------------------------------------------------------------------------------------------
+
+
+def test_a_penalty_that_differs_inside_a_layer_enters_by_its_diagonal_in_the_eigenbasis():
+    one, _ = known("mlp")
+    objective = uw.Objective.from_module(one.module, cross_entropy)
+    strengths = {"0.weight": 0.3, "2.weight": 0.1}
+    examples = uw.Examples(one.X, one.y)
+    with_, without = (
+        KFAC().bind(Sweep(uw.Objective.from_module(one.module, cross_entropy, penalty=penalty), examples))
+        for penalty in (uw.L2(strengths), None)
+    )
+    D = calculus.penalty_diagonal(uw.Objective.from_module(one.module, cross_entropy, penalty=uw.L2(strengths)))
+    for a, b in zip(with_.bases, without.bases, strict=True):
+        Q = torch.kron(a.left[0], a.right[0])
+        close(
+            a.eigenvalues - b.eigenvalues, (Q.T @ torch.diag(D[a.at.flatten()]) @ Q).diagonal().reshape(a.values.shape)
+        )
+    assert objective.size == with_.size
+
+
+def test_a_penalty_given_as_a_function_counts_if_it_is_separable():
+    one, _ = known("mlp")
+
+    def separable(params):
+        return sum((0.5 * PENALTY * p**2).sum() for p in params.values())
+
+    def coupled(params):
+        return (params["0.weight"].sum()) ** 2
+
+    found = operator(KFAC(), one.module, one.X, one.y, penalty=separable)
+    close(found.matrix(), operator(KFAC(), one.module, one.X, one.y, penalty=PENALTY).matrix())
+    with pytest.raises(UnsupportedModel, match=r"couples parameters.*Use a float, L2"):
+        operator(KFAC(), one.module, one.X, one.y, penalty=coupled)
+
+
+# ---- chance ----------------------------------------------------------------------------------------------------------
+
+
+def z_scores(estimates: list[Tensor], truth: Tensor) -> Tensor:
+    stacked = torch.stack(estimates)
+    error = stacked.std(0) / len(stacked) ** 0.5
+    sure = error <= 1e-12 * truth.abs().max()
+    assert float((stacked.mean(0) - truth)[sure].abs().max() if sure.any() else 0) <= EXACT * float(truth.abs().max())
+    return ((stacked.mean(0) - truth) / error)[~sure]
+
+
+def test_sampled_factors_are_unbiased_and_converge():
+    one, _ = known("grouped cnn")
+    exact = of_net(KFAC(), one).matrix()
+    few = [of_net(KFAC(samples=1, seed=seed), one).matrix() for seed in range(40)]
+    scores = z_scores(few, exact)
+    assert float(scores.abs().max()) < STANDARD_ERRORS
+    many = of_net(KFAC(samples=64), one).matrix()
+    spread = torch.stack(few).sub(exact).square().mean().sqrt()
+    assert float((many - exact).square().mean().sqrt()) < 2 * spread / 8
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_sampled_eigenvalues_are_unbiased_in_a_given_basis(name):
+    one, _ = known(name)
+    kfac = of_net(KFAC(), one)
+    truth = torch.cat([basis.values.flatten() for basis in of_net(EKFAC(), one).bases])
+    few = [_corrected(kfac, Signs(1, seed)) for seed in range(40)]
+    scores = z_scores([torch.cat([basis.values.flatten() for basis in each.bases]) for each in few], truth)
+    assert float(scores.abs().max()) < STANDARD_ERRORS
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_batch_size():
+    one, _ = known("mlp")
+    spec = EKFAC(samples=1, seed=3)
+    whole = of_net(spec, one).matrix()
+    close(of_net(spec, one, batch_size=7).matrix(), whole)
+    assert not torch.allclose(of_net(EKFAC(samples=1, seed=4), one).matrix(), whole, rtol=1e-3)
+
+
+def test_a_batch_that_does_not_fit_draws_the_same_again(monkeypatch):
+    one, _ = known("mlp")
+    spec = EKFAC(samples=1)
+    whole = of_net(spec, one).matrix()
+    capture, failed = layers.capture, []
+
+    def full_at_first(objective, plan, batch, cotangents=None):
+        if cotangents is not None and not failed:
+            failed.append(1)
+            raise MemoryError
+        return capture(objective, plan, batch, cotangents)
+
+    monkeypatch.setattr(layers, "capture", full_at_first)
+    close(of_net(spec, one).matrix(), whole)
+    assert failed
+
+
+# ---- cotangents ------------------------------------------------------------------------------------------------------
+
+
+def weighted_entropy(f, y):
+    weight = torch.linspace(0.5, 2, f.shape[1], dtype=f.dtype)
+    return cross_entropy(f, y, weight=weight, reduction="none").sum(-1).mean() / 7
+
+
+def smoothed(f, y):
+    return cross_entropy(f.movedim(2, 1), y, label_smoothing=0.2, reduction="none").mean(1).sum()
+
+
+def ignoring(f, y):
+    y = torch.where(y == 1, -100, y)
+    return cross_entropy(f, y, ignore_index=-100, reduction="sum")
+
+
+LARGE = {
+    "separate": ((FORMED + 5,), lambda f, y: mse_loss(f, y.double().expand(f.shape))),
+    "logistic": (
+        (FORMED + 5,),
+        lambda f, y: binary_cross_entropy_with_logits(f, (y > 0).double().expand(f.shape), reduction="sum") / len(f),
+    ),
+    "softmax of many classes": ((FORMED + 9,), lambda f, y: cross_entropy(f, y[:, 0])),
+    "tokens, classes first": ((6, 30), weighted_entropy),
+    "tokens, classes last": ((30, 6), smoothed),
+    "tokens, some ignored": ((6, 30), ignoring),
+    "coupled otherwise": (
+        (FORMED + 5,),
+        lambda f, y: (f.sum(1) ** 2 + (f**2).sum(1) / 3 - f[:, 0] * y[:, 0]).mean(),
+    ),
+}
+
+
+def scores_as_outputs(name: str) -> tuple[uw.Objective, tuple[Tensor, Tensor], Tensor]:
+    """A model whose outputs are a table of numbers per example, so that H is the only thing that is asked for."""
+    shape, loss = LARGE[name]
+    K = int(np.prod(shape))
+    module = nn.Sequential(nn.Linear(2, K), nn.Unflatten(1, shape)).double()
+    with torch.no_grad():
+        module[0].weight.copy_(draw(K, 2, seed=1))
+    objective = uw.Objective.from_module(module, loss)
+    X, y = draw(3, 2), torch.randint(0, 6, (3, 30), generator=torch.Generator().manual_seed(0))
+    if name in {"separate", "logistic"}:
+        y = y[:, :1]
+    return objective, (X, y), calculus.output_hessians(objective, (X, y))
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_cotangents_have_the_second_derivative_as_their_second_moment(name, monkeypatch):
+    objective, batch, H = scores_as_outputs(name)
+    if name != "coupled otherwise":  # these have closed forms, which must be found
+        monkeypatch.setattr("upweight.operators.cotangents._formed", None)
+    u = Exact()(objective, batch)
+    close(torch.einsum("mbi,mbj->bij", u, u), H)
+    drawn = [Signs(8, seed)(objective, batch) for seed in range(50)]
+    moments = [torch.einsum("mbi,mbj->bij", v, v) for v in drawn]
+    probe = draw(len(H[0]), 5, seed=2)
+    scores = z_scores(
+        [torch.einsum("ik,bij,jk->bk", probe, M, probe) for M in moments],
+        torch.einsum("ik,bij,jk->bk", probe, H, probe),
+    )
+    assert float(scores.abs().max()) < STANDARD_ERRORS
+
+
+def test_too_many_outputs_say_what_to_do():
+    module = nn.Linear(2, 1200).double()
+    X, y = draw(4, 2), torch.arange(4)
+    with pytest.raises(UnsupportedModel, match=r"1,200 outputs per example.*samples=1"):
+        operator(KFAC(), module, X, y)
+    assert operator(KFAC(samples=1), module, X, y).size == 3600
+
+    def odd(f, y):
+        return (f.sum(1) ** 2).mean() + mse_loss(f, y)
+
+    with pytest.raises(UnsupportedModel, match=r"neither diagonal nor that of a cross-entropy.*EmpiricalFisher"):
+        operator(KFAC(samples=1), module, X, draw(4, 1200), odd)
+
+
+def test_a_loss_that_is_not_convex_in_the_output_is_refused():
+    module, X, y = nn.Linear(2, 2).double(), draw(5, 2), draw(5, 2, seed=1)
+    with pytest.raises(UnsupportedModel, match=r"not convex in the model's output.*EmpiricalFisher"):
+        operator(KFAC(), module, X, y, lambda f, y: torch.cos(f - y).mean())
+
+
+def test_an_objective_in_one_step_is_refused_except_for_the_empirical_fisher():
+    def loss(params, example):
+        return (params["w"] @ example[0] - example[1]) ** 2
+
+    objective = uw.Objective(loss, {"w": torch.ones(3, dtype=torch.float64)})
+    sweep = Sweep(objective, uw.Examples(draw(9, 3), draw(9, seed=1)))
+    with pytest.raises(UnsupportedModel, match=r"one function.*of=EmpiricalFisher"):
+        KFAC().bind(sweep)
+    close(KFAC(of=EmpiricalFisher()).bind(sweep).matrix().trace(), EmpiricalFisher().bind(sweep).matrix().trace(), 1)
+
+
+# ---- laws ------------------------------------------------------------------------------------------------------------
+
+
+def close_to_own_forms(found, X, y):
+    """gᵀ f(C) g by pieces, against the gradients written out."""
+    batch = (X, y)
+    G = calculus.gradients(found.sweep.objective, batch).double()
+
+    def inverse(x):
+        return 1 / (x + 0.1)
+
+    close(found.weigh(found.pieces(batch), inverse), (G * found.map(inverse, G)).sum(1))
+
+
+@pytest.mark.parametrize("spec", [KFAC(), EKFAC(samples=1)], ids=["KFAC", "EKFAC"])
+@pytest.mark.parametrize("name", [*NETS, "reader"])
+def test_forms_by_pieces_equal_forms_by_gradients(spec, name):
+    if name == "reader":
+        module, X, y, _ = reader()
+        close_to_own_forms(operator(spec, module, X, y, penalty=PENALTY), X, y)
+    else:
+        one, _ = known(name)
+        close_to_own_forms(of_net(spec, one), one.X, one.y)
+
+
+@pytest.mark.parametrize("spec", [KFAC(), EKFAC()], ids=["KFAC", "EKFAC"])
+def test_functions_of_it_compose(spec):
+    one, _ = known("grouped cnn")
+    found = of_net(spec, one)
+    V = draw(3, found.size)
+    root = found.map(torch.sqrt, found.map(torch.sqrt, V))
+    close(root, found.apply(V))
+    close(found.map(lambda x: 1 / x, found.apply(V)), V, 1e-9)
+    close(found.eigenvalues, torch.linalg.eigvalsh(found.matrix()))
+    assert float(found.eigenvalues[0]) >= PENALTY * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("spec", [KFAC(), EKFAC(), EKFAC(of=EmpiricalFisher())], ids=["KFAC", "EKFAC", "empirical"])
+def test_a_row_of_weight_two_is_the_row_twice(spec):
+    one, _ = known("cnn")
+    n = len(one.X)
+    weights = np.ones(n)
+    weights[3] = 2
+    once = operator(spec, one.module, one.X, one.y, sample_weight=weights).matrix()
+    order = [*range(n), 3]
+    twice = operator(spec, one.module, one.X[order], one.y[order]).matrix()
+    close(once * n, twice * (n + 1), 1e-9)
+
+
+def test_it_works_in_the_precision_of_the_model():
+    one, _ = known("cnn")
+    objective = uw.Objective.from_module(one.module.float(), cross_entropy)
+    one.module.double()
+    found = EKFAC().bind(Sweep(objective, uw.Examples(one.X, one.y)))
+    assert objective.reference.dtype == torch.float32
+    close(found.matrix(), operator(EKFAC(), one.module, one.X, one.y).matrix(), 10 * FLOAT32)
+    assert found.weigh(found.pieces((one.X[:3], one.y[:3])), torch.sqrt).dtype == torch.float64
+
+
+def test_a_factor_that_is_not_finite_names_the_layer():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Identity(), nn.Linear(2, 2)).float()
+    with torch.no_grad():
+        module[0].weight.fill_(1e-30)
+        module[0].bias.fill_(1e25)
+        module[2].weight.copy_(torch.eye(2) * 1e-25)
+    objective = uw.Objective.from_module(module, cross_entropy)
+    sweep = Sweep(objective, uw.Examples(draw(5, 2).float(), torch.arange(5) % 2))
+    with pytest.raises(InvalidInput, match=r"of layer '2.weight \+ 2.bias' are NaN or infinite.*float64"):
+        KFAC().bind(sweep)
+
+
+def test_settings_are_checked():
+    with pytest.raises(InvalidInput, match=r"KFAC\(of=Hessian\(\)\).*GaussNewton"):
+        KFAC(of=Hessian())
+    with pytest.raises(InvalidInput, match="samples=0"):
+        EKFAC(samples=0)
+    with pytest.raises(InvalidInput, match="nothing is drawn"):
+        EKFAC(of=EmpiricalFisher(), samples=2)
