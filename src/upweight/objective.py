@@ -75,11 +75,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class Route:
-    """How autograd runs on this objective, found by a probe: see `routes.probe`."""
+    """How autograd runs on this objective, found by a probe: see `routes.probe`; `plan` is that of `layers.plan`."""
 
     examples: str = "vmap"
     cotangents: str = "batched"
     reason: str = ""
+    plan: Any = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return f"{self.examples} over examples, {self.cotangents} over vectors" + (

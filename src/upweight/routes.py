@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upweight import calculus
+from upweight import calculus, layers
 from upweight.errors import InvalidInput, NotDeterministic, UnsupportedModel, UpweightError, first_line
 from upweight.objective import Objective, Route
 from upweight.trees import batch_length, take
@@ -51,7 +51,7 @@ def probe(objective: Objective, batch: Any) -> Objective:
                 reason = reason or f"vmap or batched backward refused: {first_line(error)}"
                 continue
             if same:
-                return candidate
+                return replace(candidate, route=replace(candidate.route, plan=layers.plan(candidate, batch)))
             reason = reason or "vmapped values differ from one-by-one values"
     finally:
         torch.set_rng_state(generator)

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight import calculus
+from upweight.errors import InvalidInput
 from upweight.objective import Objective
+from upweight.operators.layered import LayeredGaussNewton, kept_bytes
 from upweight.operators.linear import LinearHessian
 from upweight.sweep import Sweep
 
@@ -102,10 +104,26 @@ class GaussNewton:
 
     Positive semi-definite when ℓ is convex in f (cross-entropy, squared error), so it suits networks that are not at a
     minimum. Equal to the Hessian for linear predictors, and wherever the residuals vanish.
-    Cost of a product: one sweep of three backward passes.  Reference: Schraudolph (2002); Martens (2020).
+    Cost of a product: two matrix products a layer when the activations and output gradients of all rows fit into
+    `keep` bytes (`LayeredGaussNewton`), else one sweep of three backward passes.
+
+    Args:
+        keep: bytes that may be kept between products; 0 keeps nothing.
+
+    Raises:
+        InvalidInput: if keep is negative.
+
+    Reference: Schraudolph (2002); Martens (2020).
     """
 
-    def bind(self, sweep: Sweep) -> Implicit | LinearHessian:
+    keep: int = field(default=2**31, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 0:
+            message = f"keep={self.keep!r}. It is a number of bytes ≥ 0, such as 2**31; 0 keeps nothing."
+            raise InvalidInput(message)
+
+    def bind(self, sweep: Sweep) -> Implicit | LinearHessian | LayeredGaussNewton:
         """The operator of this objective on these examples.
 
         Raises:
@@ -113,7 +131,11 @@ class GaussNewton:
         """
         if sweep.objective.linear is not None:
             return LinearHessian(sweep)
-        n_outputs = calculus.output_hessians(sweep.objective, sweep.examples.batch([0])).shape[1]
+        first = sweep.examples.batch([0])
+        n_outputs = calculus.output_hessians(sweep.objective, first).shape[1]
+        needed = kept_bytes(sweep.objective, first, sweep.n)
+        if needed is not None and needed <= self.keep:
+            return LayeredGaussNewton(sweep)
         return Implicit(
             sweep, calculus.ggnvp, _assemble_gauss_newton, assembly_bytes=16 * n_outputs * sweep.objective.size
         )

@@ -1,0 +1,150 @@
+"""The Gauss–Newton matrix of a layered model whose activations and output gradients are kept between products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight import calculus, layers, pieces
+from upweight.objective import Objective
+from upweight.pieces import Piece
+from upweight.sweep import Sweep
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a product needs of a batch: J as pieces, with one cotangent per output, and wᵢ ∂²ℓ/∂f²."""
+
+    pieces: list[Piece]
+    middle: Float[Tensor, "b K K"]
+
+    def to(self, precision: torch.dtype) -> Kept:
+        """The same in another precision."""
+        return Kept(pieces.mapped(self.pieces, lambda x: x.to(precision)), self.middle.to(precision))
+
+
+@dataclass(frozen=True)
+class LayeredGaussNewton:
+    """C = (1/n) Σᵢ wᵢ Jᵢᵀ (∂²ℓ/∂f²) Jᵢ + ∇²r through kept activations: a product is two small matrix products a layer.
+
+    The model runs once, forward and backward for each of its K outputs; after that no product touches it. With
+    activations a (t positions, i wide) and output gradients d (o wide), J v is Σ_layers d·(V a), and Jᵀu its transpose.
+
+    Cost of a product: 4·n·t·i·o flops for every layer and vector, against at least twice as many, with autograd's
+    overhead, for backward passes. Memory: n·t·(i + K·o) numbers for every layer, in the precision of the weights.
+
+    Args:
+        sweep: the objective and its rows.
+        precision: of the arithmetic of a product; sums over batches are float64 always.
+    """
+
+    sweep: Sweep
+    precision: torch.dtype = torch.float64
+
+    @property
+    def size(self) -> int:
+        """p."""
+        return self.sweep.objective.size
+
+    @cached_property
+    def coarse(self) -> LayeredGaussNewton | None:
+        """The same operator with float32 products, for an iteration that corrects itself; None if it is float32."""
+        if self.precision == torch.float32:
+            return None
+        twin = replace(self, precision=torch.float32)
+        twin.__dict__["kept"] = self.kept  # a frozen dataclass's cache
+        return twin
+
+    @cached_property
+    def kept(self) -> list[Kept]:
+        """What products need, batch by batch.  Cost: one sweep of a forward and K backward passes."""
+        found = self.sweep.objective.route.plan
+        every: list[Kept] = []
+
+        def keep(batch: Any, weights: Tensor) -> Tensor:
+            every.append(kept(self.sweep.objective, batch, weights))
+            return torch.zeros(1)
+
+        outputs = calculus.output_hessians(self.sweep.objective, self.sweep.examples.batch([0])).shape[1]
+        vectors = 1 + found.bytes * outputs // self.sweep.example_bytes
+        self.sweep.fold(keep, vectors=vectors, label="activations")
+        return every
+
+    def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """C v for every row v."""
+        total = torch.zeros(V.shape, dtype=torch.float64)
+        for batch in self.kept:
+            total += self._product(batch, V).double()
+        return total / self.sweep.n + calculus.penalty_hvp(self.sweep.objective, V)
+
+    def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:
+        """(1/b) Σ_{i in rows} wᵢ cᵢ v + ∇²r v."""
+        examples = self.sweep.examples
+        batch = kept(self.sweep.objective, examples.batch(rows), torch.from_numpy(examples.weights[rows]))
+        return self._product(batch, V).double() / len(rows) + calculus.penalty_hvp(self.sweep.objective, V)
+
+    def largest_row_curvature(self) -> float | None:
+        """None: no closed form bounds a row's curvature."""
+        return None
+
+    def matrix(self) -> Float[Tensor, "p p"]:
+        """C as a dense matrix.  Cost: 2·n·K·p² flops; 8p² bytes."""
+        total = torch.zeros(self.size, self.size, dtype=torch.float64)
+        for J, middle in self._jacobians():
+            total += J.flatten(0, 1).T @ (middle @ J).flatten(0, 1)
+        full = total / self.sweep.n + calculus.penalty_hvp(
+            self.sweep.objective, torch.eye(self.size, dtype=torch.float64)
+        )
+        return (full + full.T) / 2
+
+    def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """V without the objective's gauge directions."""
+        return self.sweep.objective.project(V)
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return self.sweep.objective.route.plan.sizes
+
+    def _product(self, batch: Kept, V: Tensor) -> Tensor:
+        batch = batch.to(self.precision)
+        V = V.to(self.precision)
+        along = pieces.along(batch.pieces, V, self._sizes)  # (k, b, K)
+        return pieces.onto(batch.pieces, (along[:, :, None] @ batch.middle)[:, :, 0], self._sizes)
+
+    def _jacobians(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.kept:
+            double = batch.to(torch.float64)
+            J = pieces.rows(double.pieces, self._sizes)  # (b, K, p)
+            yield J, double.middle
+
+
+def kept(objective: Objective, batch: Any, weights: Float[Tensor, " b"]) -> Kept:
+    """What products need of a batch."""
+    middle = calculus.output_hessians(objective, batch)
+    b, K = middle.shape[:2]
+    cotangents = torch.eye(K, dtype=middle.dtype, device=middle.device)[:, None].expand(K, b, K)
+    found = layers.capture(objective, objective.route.plan, batch, cotangents)
+    moved = pieces.mapped(found, lambda x: x.cpu())
+    return Kept(moved, (middle * weights[:, None, None].to(middle)).cpu())
+
+
+def kept_bytes(objective: Objective, batch: Any, n: int) -> int | None:
+    """Memory that n rows would take; None where the model has no layers to go through."""
+    found = objective.route.plan
+    if found is None or not found.structured:
+        return None
+    one = kept(objective, batch, torch.ones(len(calculus.losses(objective, batch)), dtype=torch.float64))
+    total = one.middle.numel() * one.middle.element_size()
+    for piece in one.pieces:
+        for value in vars(piece).values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                total += value.numel() * value.element_size()
+    return total * n // len(one.middle)
