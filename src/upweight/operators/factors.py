@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import scipy.linalg
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,6 +21,10 @@ from upweight.pieces import Direct, Lookup, Piece, Product, rows
 
 WIDEST = 8192  # inputs or outputs of a layer; a wider side keeps only the diagonal of its factor
 DENSE = 512  # parameters that no structure covers, up to which their whole block is kept; of more only the diagonal
+_SYRK: dict[torch.dtype, Any] = {
+    dtype: scipy.linalg.get_blas_funcs(["syrk"], dtype=kind)[0]
+    for dtype, kind in ((torch.float64, np.float64), (torch.float32, np.float32))
+}
 _NUMBERS = 2**21  # of gradient matrices that are written out at once, where a layer has several positions
 
 
@@ -322,21 +329,25 @@ def _places(piece: Piece, starts: dict[str, int]) -> Int[Tensor, "g o i"]:
 
 
 def _gram(x: Float[Tensor, "m b g t i"], weights: Float[Tensor, " b"], widest: int) -> Tensor:
-    """Σ w x xᵀ over all axes but the group's, (g, i, i); of wide x only the diagonal, (g, i)."""
-    weighted = x * weights[:, None, None, None]
+    """Σ w x xᵀ over all axes but the group's, (g, i, i), right in its upper half; of wide x its diagonal, (g, i)."""
+    x = x * weights.sqrt()[:, None, None, None]
     if x.shape[-1] > widest:
-        return (weighted * x).sum((0, 1, 3))
-    if x.shape[2] == 1:
-        return (weighted.flatten(0, 3).T @ x.flatten(0, 3))[None]
-    across, plain = (part.movedim(2, 0).flatten(1, 3) for part in (weighted, x))
-    return across.mT @ plain
+        return x.square().sum((0, 1, 3))
+    if x.shape[2] > 1:
+        across = x.movedim(2, 0).flatten(1, 3)
+        return across.mT @ across
+    flat = x.flatten(0, 3)
+    symmetric = _SYRK.get(flat.dtype) if flat.device.type == "cpu" else None
+    if symmetric is None:
+        return (flat.T @ flat)[None]
+    return torch.from_numpy(symmetric(1.0, flat.numpy().T, lower=1).T)[None]  # half the flops of a product
 
 
 def _eigen(factor: Tensor) -> tuple[Float[Tensor, "g i"], Float[Tensor, "g i i"] | None]:
     """Eigenvalues, not negative, and eigenvectors of (g, i, i) factors; of a diagonal itself and None."""
     if factor.ndim == 2:
         return factor.clamp(min=0), None
-    eigenvalues, Q = torch.linalg.eigh((factor + factor.mT) / 2)
+    eigenvalues, Q = torch.linalg.eigh(factor, UPLO="U")
     return eigenvalues.clamp(min=0), Q
 
 
