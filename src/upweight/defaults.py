@@ -7,9 +7,11 @@ solver      of the ways that can be taken, the direct one that costs fewest flop
             with the TwoLevel preconditioner for linear predictors; a CG that is given without a preconditioner gets it
             too. For the self-influence of many rows a Cholesky factor of up to 12,000 parameters is worth its memory
             when it costs less than the systems would.
-damping     0 for linear predictors, for Hessian() and for Identity(). For GaussNewton and EmpiricalFisher of
-            other models: 0 if an L2 penalty covers every parameter, for it already bounds C from below; else a tenth
-            of C's mean eigenvalue, estimated with 16 random vectors (Grosse et al., 2023, use the same share).
+            Factored for curvatures that know their eigenvalues: KFAC, EKFAC, Arnoldi, Nystroem, Identity.
+damping     0 for linear predictors, for Hessian() and for Identity(). For GaussNewton, EmpiricalFisher and what stands
+            for them (KFAC, EKFAC, Dense) in other models, and for Arnoldi and Nystroem in all: 0 if an L2 penalty
+            covers every parameter, for it already bounds C from below; else a tenth of C's mean eigenvalue, estimated
+            with 16 random vectors where the eigenvalues are not known (Grosse et al., 2023, use the same share).
 batch       as many examples as keep their saved activations under 1 GiB.
 """
 
@@ -19,18 +21,34 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import scipy.sparse
 import torch
+from numpy.typing import NDArray
 
 from upweight import calculus
 from upweight.examples import Examples
 from upweight.objective import L2, Objective
-from upweight.operators import Curvature, EmpiricalFisher, GaussNewton, Hessian, Operator
-from upweight.solvers import CG, Cholesky, Dual, Solver, TwoLevel
+from upweight.operators import (
+    EKFAC,
+    KFAC,
+    Arnoldi,
+    Curvature,
+    DenseOperator,
+    EmpiricalFisher,
+    GaussNewton,
+    Hessian,
+    Identity,
+    Nystroem,
+    Operator,
+    Spectral,
+)
+from upweight.solvers import CG, Cholesky, Dual, Factored, Solver, TwoLevel
 from upweight.trees import leaves, like, take
 
 DIRECT_UP_TO = 4000
 DUAL_UP_TO = 8000
+SPECTRAL = (EKFAC, KFAC, Arnoldi, Identity, Nystroem)
 _FACTOR_UP_TO = 12_000
 _PASSES = {True: 12, False: 60}  # products that CG needs for 1e-6: with TwoLevel, without
 DAMPING_SHARE = 0.1
@@ -66,6 +84,9 @@ class Cost:
 def costs(objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1) -> list[Cost]:
     """What each solver would cost for so many linear systems, by counting flops and bytes."""
     p, n = objective.size, len(examples)
+    if isinstance(curvature, SPECTRAL):
+        width = min(curvature.rank, p) if isinstance(curvature, Arnoldi | Nystroem) else math.sqrt(p)
+        return [Cost(Factored(), 4.0 * systems * p * width, 8.0 * p * width, True)]
     if objective.linear is None or not isinstance(curvature, Hessian | GaussNewton):
         product = 6.0 * n * p
         direct = p * product + p**3 / 3 + 2.0 * systems * p**2
@@ -92,6 +113,8 @@ def costs(objective: Objective, examples: Examples, curvature: Curvature, *, sys
 
 def solver(objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1) -> Solver:
     """The solver for an objective when none is named; for many systems a factorisation only if it costs less."""
+    if isinstance(curvature, SPECTRAL):
+        return Factored()
     listed = costs(objective, examples, curvature, systems=systems)
     *direct, iterative = [cost for cost in listed if cost.possible]
     if not direct:
@@ -122,14 +145,28 @@ def _every_coefficient_is_held(objective: Objective) -> bool:
 
 def damping(objective: Objective, spec: Curvature, operator: Operator) -> float:
     """λ when none is given.  Cost: nothing, or one sweep with 16 vectors."""
-    if objective.linear is not None or not isinstance(spec, GaussNewton | EmpiricalFisher):
+    stands_for = getattr(spec, "of", spec)  # KFAC(of=…), Nystroem(…, of=…), Dense(…)
+    low_rank = isinstance(spec, Arnoldi | Nystroem)
+    linear = objective.linear is not None or isinstance(spec, Identity)
+    if not low_rank and (linear or not isinstance(stands_for, GaussNewton | EmpiricalFisher)):
         return 0.0
     if isinstance(objective.penalty, L2) and float(calculus.penalty_diagonal(objective).min()) > 0:
         return 0.0
+    return max(DAMPING_SHARE * mean_eigenvalue(operator), 1e-12)
+
+
+def dampings(operator: Operator) -> NDArray[np.float64]:
+    """The λ of a damping path when none are named: nine, from a thousandth of C's mean eigenvalue to ten times it."""
+    return max(mean_eigenvalue(operator), 1e-12) * np.geomspace(1e-3, 10, 9)
+
+
+def mean_eigenvalue(operator: Operator) -> float:
+    """tr(C)/p, exact where the eigenvalues are known, else by 16 random vectors.  Cost: nothing, or one sweep."""
+    if isinstance(operator, Spectral) and not isinstance(operator, DenseOperator):
+        return float(operator.eigenvalues.mean())
     generator = torch.Generator().manual_seed(0)
     signs = 2.0 * torch.randint(0, 2, (_TRACE_VECTORS, operator.size), generator=generator, dtype=torch.float64) - 1
-    mean_eigenvalue = float((signs * operator.apply(signs)).sum()) / (_TRACE_VECTORS * operator.size)
-    return max(DAMPING_SHARE * mean_eigenvalue, 1e-12)
+    return float((signs * operator.apply(signs)).sum()) / (_TRACE_VECTORS * operator.size)
 
 
 def example_bytes(objective: Objective, batch: Any) -> int:

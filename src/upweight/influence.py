@@ -24,6 +24,7 @@ from torch import Tensor
 from upweight import calculus, defaults, identity, pairs, removal, routes, scoring, selfscores
 from upweight.bound import Bound, check_specification
 from upweight.checks import Report, examine, warn_if_not_at_minimum
+from upweight.damping import DampingPath, path_of
 from upweight.encoders import Encoder, PlainEncoder, training_examples
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 from upweight.examples import Examples, as_array, as_tensor, check_finite
@@ -253,6 +254,26 @@ class Influence:
         queries = self.encoder.examples(Xq, yq)
         objective = routes.probe(self.objective.measuring(measure), queries.batch(queries.spread(_PROBE)))
         return self._removal_scores(objective, queries, store)
+
+    def damping_path(self, Xq: Queries, yq: Any = None, *, dampings: Iterable[float] | None = None) -> DampingPath:
+        """`on_loss` at many dampings, from one factorisation: how much do the values depend on λ?
+
+        For curvatures that know their eigenvalues, and for Cholesky, the eigenvectors are computed once and only
+        1/(x + λ) changes; CG keeps its preconditioner's eigenvectors and starts each λ from the solutions before it.
+
+        Cost: m times q systems without their preparation; one sweep for as many dampings as fit in memory, of m·q
+        vectors together; 8·m·q·n bytes.
+
+        Args:
+            Xq: the queries' inputs (or Examples, or a Dataset).
+            yq: the queries' targets.
+            dampings: the λ; None takes nine, from a thousandth of C's mean eigenvalue to ten times it.
+
+        Raises:
+            InvalidInput: if a damping is no finite number ≥ 0; SolverError if C + λI is not positive at one.
+        """
+        queries = self._with_targets(self.encoder.examples(Xq, yq))
+        return path_of(self, queries, None if dampings is None else list(dampings))
 
     def of_self(self, rows: Rows = None) -> SelfScores:
         """Each row's removal, measured on its own loss: (wᵢ/n) ∇L(zᵢ)ᵀ (C + λI)⁻¹ ∇L(zᵢ).

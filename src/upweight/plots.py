@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from upweight.damping import DampingPath
 from upweight.errors import InvalidInput, require
 from upweight.scores import Scores
 from upweight.validate import Outcomes
@@ -45,6 +46,27 @@ def agreement(scores: Scores, outcomes: Outcomes, ax: Axes | None = None, *, lab
     )
     ax.set_aspect("equal")
     ax.locator_params(nbins=6)
+    ax.grid(alpha=0.25)
+    return ax
+
+
+def damping_path(path: DampingPath, ax: Axes | None = None) -> Axes:
+    """How the values change along a path of dampings, and how far the preconditioner alone was from the answer.
+
+    Where the correlation of the values with those at the next damping is near 1, the choice of λ does not matter.
+
+    Args:
+        path: what `Influence.damping_path` returns.
+        ax: where to draw; None makes a new figure.
+    """
+    ax = new_axes(6.0, 4.0) if ax is None else ax
+    style = {"marker": "o", "markersize": 4, "linewidth": 1.5}
+    ax.plot(path.dampings, path.correlation_with_next, color=BLUE, label="correlation with the next damping", **style)
+    if path.preconditioner_gaps is not None:
+        worst = path.preconditioner_gaps.max(1)
+        ax.plot(path.dampings, worst, color=ORANGE, label="preconditioner's error, alone", **style)
+    ax.set(xscale="log", xlabel="damping λ", ylabel="correlation, or share of the answer")
+    ax.legend(fontsize=8, frameon=False)
     ax.grid(alpha=0.25)
     return ax
 

@@ -9,6 +9,7 @@ standard error. `Products` holds both.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,13 +76,15 @@ def measures(sweep: Sweep) -> Float[NDArray[np.float64], " q"]:
     return sweep.emit(lambda batch, _: calculus.losses(reported, batch), label="query measures")
 
 
-def solved(prepared: Prepared, V: Float[Tensor, "k p"], solver: str) -> Solution:
+def solved(
+    prepared: Prepared, V: Float[Tensor, "k p"], solver: str, *, state: Mapping[str, Tensor] | None = None
+) -> Solution:
     """The solutions of a prepared solver, if they are what it promised; `solver` names it in messages.
 
     Raises:
         NotConverged: if a residual that was promised is not reached.
     """
-    solution = prepared.solve(V)
+    solution = prepared.solve(V, state=state)
     if not solution.converged and solution.replicas is None:
         message = (
             f"{solver} left a relative residual of {float(solution.residual.max()):.2g}: C + λI is too badly "

@@ -90,7 +90,7 @@ class Iteration:
 
         Args:
             V: the right-hand sides.
-            state: the state of an earlier Solution of the same V, to go on from it.
+            state: the state of an earlier Solution of the same V, to go on from it; {"x": X} alone is a place to start.
 
         Raises:
             NotConverged: if max_sweeps products do not reach rtol; carries the partial Solution.
@@ -98,20 +98,19 @@ class Iteration:
                 that would do.
         """
         V = self.operator.project(checked_sides(V))
-        if state is not None and {name: tuple(state[name].shape) for name in state} != dict.fromkeys(
-            "xp", tuple(V.shape)
-        ):
+        if state is not None and ("x" not in state or any(state[name].shape != V.shape for name in state)):
             message = (
                 f"state is not that of an earlier Solution for {tuple(V.shape)} right-hand sides. Pass solution.state."
             )
             raise InvalidInput(message)
         X = torch.zeros_like(V) if state is None else state["x"].clone()
         R = V.clone() if state is None else V - self._apply(X)
-        P = None if state is None else state["p"] if self.together(V) else _continued(state["p"], R)
+        P = None if state is None else state.get("p")
+        P = P if P is None or self.together(V) else _continued(P, R)
         D = torch.ones(V.shape[1], dtype=V.dtype) if self.scale is None else self.scale
         size, weighed = V.norm(dim=1), (V * D).norm(dim=1)
         coarse = getattr(self.operator, "coarse", None) if self.inverse is not None else None
-        sweeps, sharpened = 0, 1.0
+        sweeps, sharpened = 0 if state is None else 1, 1.0
         smallest = torch.full((len(V),), torch.inf, dtype=torch.float64)
         while True:
             missed = torch.maximum(_share(R, size), _share(R * D, weighed))
