@@ -5,7 +5,8 @@
     LDS             = mean over queries of Spearman's correlation over subsets of predicted and actual
 
 `values` are removal values: they rise where the row helps, and so does the measure of a model that was trained without
-it. Only ranks count, so scores in any unit, and baselines, can be compared.
+it. Only ranks count, so scores in any unit can be compared, and so can baselines and TracIn, whose values are positive
+where the row helps: then the measure has to be one that rises when the model gets worse, like the loss.
 
 The ceiling says how much of `actual` is there to be predicted at all. With r the correlation over subsets between the
 mean of h seeds and the mean of h others (averaged over splits), the reliability of one seed is
@@ -80,8 +81,8 @@ def lds(
     Cost: resamples × q × s numbers, a second or two for 1,000 × 500 × 100.
 
     Args:
-        scores: removal values of all n rows, for the queries of the outcomes: from on_loss, on_measure, an ensemble or
-            a baseline.
+        scores: removal values of all n rows, for the queries of the outcomes: from on_loss, on_measure, an ensemble, a
+            baseline or TracIn. For the last two the outcomes' measure must rise when the model gets worse.
         outcomes: from `subset_retraining`.
         level: of the bootstrap interval.
         resamples: how many bootstrap samples; queries and subsets are drawn with replacement in each.

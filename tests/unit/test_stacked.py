@@ -153,6 +153,24 @@ def test_without_a_factory_training_goes_through_the_objective_from_the_fit():
         torch.testing.assert_close(theta, uw.Newton().bind(explained)(line).double(), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize(("momentum", "steps"), [(0.0, 300), (0.9, 400)])
+def test_stopping_early_is_the_damping_that_it_amounts_to(momentum, steps):
+    """Shrinkage along every direction of curvature h, with t = 1/λ: 1 − e^{−ht} against ht/(1 + ht), apart by ≤ 1.3."""
+    h = torch.logspace(-3, 0.5, 12, dtype=torch.float64)
+
+    def loss(theta, example):
+        return (h / 2 * (theta - 1) ** 2).sum() + 0 * example.sum()
+
+    optimizer = SGD(0.02, momentum)
+    explained = uw.Influence(uw.Objective(loss, torch.zeros(12, dtype=torch.float64)), np.ones((4, 1)))
+    travelled = uw.StackedTraining(optimizer, Placed(4), steps).bind(explained)(np.ones(4))
+    damping = optimizer.damping(steps)
+    ratio = travelled / (h / (h + damping))
+    assert float(ratio.min()) > 0.97
+    assert float(ratio.max()) < 1.31
+    torch.testing.assert_close(travelled, 1 - torch.exp(-h / damping), rtol=0.05, atol=0.01)
+
+
 def test_a_regression_goes_through_its_own_loss():
     explained = regressor(penalty=0)
 
@@ -299,6 +317,8 @@ BAD = [
     row("no step", ValueError, "lr=0, with which nothing", lambda: SGD(0)),
     row("negative step", ValueError, "lr=-1", lambda: Adam(-1)),
     row("nan", ValueError, "momentum=nan", lambda: SGD(0.1, float("nan"))),
+    row("momentum of one", ValueError, "momentum=1.0, with which", lambda: SGD(0.1, 1.0)),
+    row("damping of no steps", ValueError, "steps=0", lambda: SGD(0.1).damping(0)),
     row("beta of one", ValueError, "betas=", lambda: Adam(betas=(0.9, 1.0))),
     row("no places", ValueError, "batch_size=0", lambda: Placed(0)),
     row("no module", ValueError, r"factory\(\) returned a int", lambda: training(factory=lambda: 3).bind(influence())),

@@ -291,6 +291,12 @@ def test_a_query_that_nothing_moves_counts_as_zero():
     assert result.value == pytest.approx(np.nansum(result.per_query) / Q)
 
 
+def test_baselines_are_ranked_too():
+    one, found = scores(), outcomes()
+    other = replace(one, counterfactual="none: dot product")
+    assert uw.lds(other, found).value == uw.lds(one, found).value
+
+
 def test_texts():
     one = str(uw.lds(scores(), outcomes()))
     assert "ceiling unknown, one seed" in one
