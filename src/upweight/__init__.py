@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from upweight.adapters import explain
     from upweight.checks import Report
     from upweight.curves import MislabelCurve, RemovalCurve, mislabel_auc, removal_curve
+    from upweight.damping import DampingPath
     from upweight.datamodels import LDS, lds
     from upweight.ensembles import Ensemble, ensemble
     from upweight.examples import Examples
@@ -47,6 +48,7 @@ __all__ = [
     "LDS",
     "Agreement",
     "Certificate",
+    "DampingPath",
     "Ensemble",
     "Examples",
     "Extremes",
@@ -99,6 +101,7 @@ _HOMES = {
     "LDS": "datamodels",
     "Agreement": "validate",
     "Certificate": "scores",
+    "DampingPath": "damping",
     "Ensemble": "ensembles",
     "Examples": "examples",
     "Extremes": "scores",

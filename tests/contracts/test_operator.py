@@ -19,11 +19,13 @@ from tolerances import EXACT, FLOAT32
 from upweight.operators import (
     EKFAC,
     KFAC,
+    Arnoldi,
     Dense,
     EmpiricalFisher,
     GaussNewton,
     Hessian,
     Identity,
+    Nystroem,
     Operator,
     Sampled,
     Spectral,
@@ -51,12 +53,14 @@ ORACLES = {
     "Dense Hessian": (Dense(), lambda case: oracles.dense_hessian(case.problem, case.theta)),
     "Dense GaussNewton": (Dense(GaussNewton()), _gauss_newton),
     "Dense EmpiricalFisher": (Dense(EmpiricalFisher()), lambda case: oracles.dense_fisher(case.problem, case.theta)),
+    "Arnoldi, full rank": (Arnoldi(99), lambda case: oracles.dense_hessian(case.problem, case.theta)),
+    "Nystroem, full rank": (Nystroem(99), _gauss_newton),
     "KFAC": (KFAC(), _itself(KFAC())),
     "EKFAC": (EKFAC(), _itself(EKFAC())),
     "EKFAC of the Fisher": (EKFAC(of=EmpiricalFisher()), _itself(EKFAC(of=EmpiricalFisher()))),
 }
-WITHOUT_A_SWEEP = [kind for kind in ORACLES if kind.startswith("Dense") or "KFAC" in kind]
-POSITIVE = [name for name in ORACLES if "Hessian" not in name]
+WITHOUT_A_SWEEP = [kind for kind in ORACLES if kind.startswith("Dense") or "KFAC" in kind or "rank" in kind]
+POSITIVE = [name for name in ORACLES if "Hessian" not in name and "Arnoldi" not in name]
 
 
 @dataclass(frozen=True)
