@@ -392,6 +392,46 @@ def test_shared_weights_are_counted_in_all_their_uses(spec):
         close((Q.T @ exact[at[:, None], at] @ Q).diagonal(), inner.eigenvalues.flatten())
 
 
+class Transformer(nn.Module):
+    """A block with attention, norms and a feed-forward part between tied tables."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.table = nn.Embedding(7, 4)
+        self.norm = nn.LayerNorm(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        inner = self.norm(h)
+        h = h + self.attention(inner, inner, inner, need_weights=False)[0]
+        return (h + self.down(torch.tanh(self.up(h)))) @ self.table.weight.T
+
+
+def test_every_block_of_a_transformer_has_its_true_diagonal():
+    module = Transformer().double()
+    with torch.no_grad():
+        for number, p in enumerate(module.parameters()):
+            p.copy_(draw(*p.shape, seed=number))
+    X = torch.randint(0, 7, (30, 5), generator=torch.Generator().manual_seed(0))
+
+    def per_token(f, y):
+        return cross_entropy(f.movedim(2, 1), y)
+
+    found, exact = (operator(s, module, X, X.flip(1), per_token) for s in (EKFAC(), GaussNewton()))
+    G, reached = exact.matrix(), []
+    for basis in found.bases:
+        at = basis.at.flatten()
+        sides = zip(basis.at.shape[1:], (basis.left, basis.right), strict=True)
+        left, right = (torch.eye(size, dtype=torch.float64) if Q is None else Q[0].contiguous() for size, Q in sides)
+        Q = torch.kron(left, right)
+        close((Q.T @ G[at[:, None], at] @ Q).diagonal(), basis.eigenvalues.flatten())
+        reached.append(at)
+    assert torch.equal(torch.cat(reached).sort().values, torch.arange(found.size))
+    assert sum(basis.left is not None for basis in found.bases) == 4  # in and out of attention, up, down
+
+
 def test_many_parameters_without_structure_keep_their_diagonal(monkeypatch):
     monkeypatch.setattr("upweight.operators.factors.DENSE", 8)
     module, X, y, weights = reader()
@@ -402,16 +442,21 @@ def test_many_parameters_without_structure_keep_their_diagonal(monkeypatch):
 
 def test_a_side_too_wide_to_rotate_keeps_its_diagonal(monkeypatch):
     one, _ = known("mlp")
-    A, B = one.factors("0", 0)
-    monkeypatch.setattr("upweight.operators.factors.WIDEST", 4)
+    monkeypatch.setattr("upweight.operators.factors.WIDEST", 3)  # layer 0 has 4 outputs, layer 2 has 4 inputs
     found = of_net(KFAC(), one).matrix() - PENALTY * torch.eye(31, dtype=torch.float64)
-    at = one.places("0", 0).flatten()
-    wide, narrow = torch.diag(A.diagonal()) if len(A) > 4 else A, B
-    close(found[at[:, None], at], torch.kron(narrow, wide))
-    at = one.places("2", 0).flatten()
-    A, B = one.factors("2", 0)
-    close(found[at[:, None], at], torch.kron(B, torch.diag(A.diagonal())))
+    (A0, B0), (A2, B2) = one.factors("0", 0), one.factors("2", 0)
+    for layer, expected in (
+        ("0", torch.kron(torch.diag(B0.diagonal()), A0)),
+        ("2", torch.kron(B2, torch.diag(A2.diagonal()))),
+    ):
+        at = one.places(layer, 0).flatten()
+        close(found[at[:, None], at], expected)
     close_to_own_forms(of_net(EKFAC(), one), one.X, one.y)
+    wide, G = of_net(EKFAC(), known("sequence")[0]), known("sequence")[1]
+    for basis in wide.bases:  # what is not rotated keeps the diagonal of the true block
+        if basis.left is None and basis.right is None:
+            at = basis.at.flatten()
+            close(basis.values.flatten(), G[at, at])
 
 
 # ---- the penalty -----------------------------------------------------------------------------------------------------

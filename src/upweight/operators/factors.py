@@ -16,6 +16,7 @@ import scipy.linalg
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from upweight.pieces import Direct, Lookup, Piece, Product, rows
 
@@ -86,7 +87,14 @@ class Weight:
         """What a batch adds to the factors: Σ w Σ_t a aᵀ, Σ w Σ_t d dᵀ, and Σ w Σ_t 1."""
         a, d = self._sides(pieces)
         w = weights.to(a)
-        return [_gram(a[None], w, WIDEST), _gram(d, w, WIDEST), w.sum()[None] * a.shape[2]]
+        A, mass = _gram(a[None], w, WIDEST), w.sum() * a.shape[2]
+        if self._biased(a) and A.ndim == 2:
+            A = torch.cat([A, mass.expand(len(A), 1)], 1)
+        elif self._biased(a):  # the row and column of the 1 behind a
+            A = functional.pad(A, (0, 1, 0, 1))
+            A[:, :-1, -1] = torch.einsum("bgti,b->gi", a, w)
+            A[:, -1, -1] = mass
+        return [A, _gram(d, w, WIDEST), mass[None]]
 
     def basis(self, sums: list[Tensor], n: int, strengths: Float[Tensor, " p"]) -> Basis:
         """Eigenvectors of A = Σ w Σ_t a aᵀ / Σ w t and B = Σ w Σ_t d dᵀ / n, and products of their eigenvalues."""
@@ -104,7 +112,7 @@ class Weight:
         a, d = self._sides(pieces)
         w = weights.to(a)
         if a.shape[2] == 1:
-            left, right = self._rotated(a, d, basis)
+            left, right = self._squared(a, d, basis)
             return [((left * w[:, None, None]).permute(1, 2, 0) @ right.transpose(0, 1))]
         total = a.new_zeros(basis.values.shape)
         for start, G in self._written(a, d, basis):
@@ -116,44 +124,53 @@ class Weight:
         """Σ_m Σ (Q_leftᵀ G_bm Q_right)² scale of every example; for one position without its matrix."""
         a, d = self._sides(pieces)
         if a.shape[2] == 1:
-            left, right = self._rotated(a, d, basis)
+            left, right = self._squared(a, d, basis)
             across = (right.transpose(0, 1) @ scale.mT).transpose(0, 1)  # (b, g, o)
             return (left * across).sum((1, 2))
         parts = [(G.square_().flatten(2) @ scale.flatten()).sum(0) for _, G in self._written(a, d, basis)]
         return torch.cat(parts)
 
     def _sides(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
-        """Inputs (b, g, t, i), with a 1 behind them for the bias, and slopes (m, b, g, t, o), over all uses."""
+        """Inputs (b, g, t, i), without the 1 for the bias, and slopes (m, b, g, t, o), over all uses."""
         uses = [piece for piece in (pieces[number] for number in self.numbers) if isinstance(piece, Product)]
-        a = uses[0].inputs if len(uses) == 1 else torch.cat([use.inputs for use in uses], 2)
-        d = uses[0].slopes if len(uses) == 1 else torch.cat([use.slopes for use in uses], 3)
-        if a.shape[3] < self.at.shape[2]:
-            a = torch.cat([a, a.new_ones(*a.shape[:3], 1)], 3)
-        return a, d
+        if len(uses) == 1:
+            return uses[0].inputs, uses[0].slopes
+        return torch.cat([use.inputs for use in uses], 2), torch.cat([use.slopes for use in uses], 3)
 
-    @staticmethod
-    def _rotated(a: Tensor, d: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    def _biased(self, a: Tensor) -> bool:
+        return a.shape[3] < self.at.shape[2]
+
+    def _turned(self, a: Tensor, right: Tensor | None) -> Tensor:
+        """(a, 1) Q_right, (b, g, t, i)."""
+        if right is None:
+            return torch.cat([a, a.new_ones(*a.shape[:3], 1)], 3) if self._biased(a) else a
+        if not self._biased(a):
+            return _columns(a, right)
+        return _columns(a, right[:, :-1]).add_(right[:, -1:])
+
+    def _squared(self, a: Tensor, d: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
         """(D Q_left)² summed over cotangents, (b, g, o), and (A Q_right)², (b, g, i), of single positions."""
-        left = _columns(d, basis.left).square_() if basis.left is not None else d.square()
-        right = _columns(a, basis.right).square_() if basis.right is not None else a.square()
-        return left.sum(0)[:, :, 0], right[:, :, 0]
+        left = d if basis.left is None else _columns(d, basis.left)
+        return left.square().sum(0)[:, :, 0], self._turned(a, basis.right).square()[:, :, 0]
 
-    @staticmethod
-    def _written(a: Tensor, d: Tensor, basis: Basis) -> Iterator[tuple[int, Tensor]]:
-        """Q_leftᵀ G Q_right of a few examples at a time, (m, c, g, o, i), with the number of the first."""
-        b, g, t, i = a.shape
-        m, o = len(d), d.shape[-1]
-        first = t * (m * o * o + i * i) < m * (o * o * i + o * i * i)
+    def _written(self, a: Tensor, d: Tensor, basis: Basis) -> Iterator[tuple[int, Tensor]]:
+        """Q_leftᵀ G Q_right of a few examples at a time, (m, c, g, o, i), with the number of the first.
+
+        Each side is rotated before or after its sum over positions, whichever costs fewer flops.
+        """
+        (b, g, t, i), m, o = a.shape, len(d), d.shape[-1]
+        early = replace(basis, left=basis.left if t <= i else None, right=basis.right if t <= m * o else None)
+        late = replace(basis, left=basis.left if t > i else None, right=basis.right if t > m * o else None)
         step = max(1, _NUMBERS // (m * g * max(o * i, t * max(o, i))))
         for start in range(0, b, step):
-            inputs, slopes = a[start : start + step], d[:, start : start + step]
-            if first:
-                inputs = inputs if basis.right is None else _columns(inputs, basis.right)
-                slopes = slopes if basis.left is None else _columns(slopes, basis.left)
-                yield start, slopes.mT @ inputs
+            slopes, inputs = d[:, start : start + step], a[start : start + step]
+            slopes = slopes if early.left is None else _columns(slopes, early.left)
+            if early.right is not None:
+                G = slopes.mT @ self._turned(inputs, early.right)
             else:
                 G = slopes.mT @ inputs
-                yield start, basis.rotated(G.flatten(0, 1)).reshape(G.shape)
+                G = torch.cat([G, slopes.sum(3)[..., None]], 4) if self._biased(a) else G
+            yield start, late.rotated(G.flatten(0, 1)).reshape(G.shape)
 
 
 @dataclass(frozen=True)
@@ -330,7 +347,7 @@ def _places(piece: Piece, starts: dict[str, int]) -> Int[Tensor, "g o i"]:
 
 def _gram(x: Float[Tensor, "m b g t i"], weights: Float[Tensor, " b"], widest: int) -> Tensor:
     """Σ w x xᵀ over all axes but the group's, (g, i, i), right in its upper half; of wide x its diagonal, (g, i)."""
-    x = x * weights.sqrt()[:, None, None, None]
+    x = x if bool((weights == 1).all()) else x * weights.sqrt()[:, None, None, None]
     if x.shape[-1] > widest:
         return x.square().sum((0, 1, 3))
     if x.shape[2] > 1:
@@ -364,7 +381,7 @@ def _times(M: Float[Tensor, "k g o i"], right: Float[Tensor, "g i i"]) -> Float[
     return M @ right[0] if len(right) == 1 else M @ right
 
 
-def _columns(x: Float[Tensor, "*lead g t i"], Q: Float[Tensor, "g i i"]) -> Float[Tensor, "*lead g t i"]:
+def _columns(x: Float[Tensor, "*lead g t i"], Q: Float[Tensor, "g i j"]) -> Float[Tensor, "*lead g t j"]:
     """x Q for every group, by one product if there is one."""
     if len(Q) == 1:
         return x @ Q[0]
