@@ -240,6 +240,15 @@ def test_ekfac_is_nearer_to_the_blocks_than_kfac(name):
     assert misses[EKFAC] < misses[KFAC]
 
 
+def diagonal_in(basis, G: Tensor) -> Tensor:
+    """diag(Qᵀ G Q) of the block of G that a basis of one group is for."""
+    at = basis.at.flatten()
+    sides = zip(basis.at.shape[1:], (basis.left, basis.right), strict=True)
+    left, right = (torch.eye(size, dtype=torch.float64) if Q is None else Q[0].contiguous() for size, Q in sides)
+    Q = torch.kron(left, right)
+    return (Q.T @ G[at[:, None], at] @ Q).diagonal()
+
+
 # ---- exact by theorem ------------------------------------------------------------------------------------------------
 
 
@@ -281,9 +290,7 @@ def test_the_empirical_fisher_has_the_diagonal_of_its_dense_block():
     found = operator(EKFAC(of=EmpiricalFisher()), one.module, one.X, one.y, **settings)
     exact = operator(EmpiricalFisher(), one.module, one.X, one.y, **settings).matrix()
     for basis in found.bases:
-        at = basis.at.flatten()
-        Q = torch.kron(basis.left[0], basis.right[0])
-        close((Q.T @ exact[at[:, None], at] @ Q).diagonal(), basis.eigenvalues.flatten())
+        close(basis.eigenvalues.flatten(), diagonal_in(basis, exact))
     assert float((found.matrix() - of_net(EKFAC(), one).matrix()).abs().max()) > 1e-3
 
 
@@ -387,9 +394,7 @@ def test_shared_weights_are_counted_in_all_their_uses(spec):
     inner = next(b for b in operator(spec, module, X, y).bases if "inner" in b.name)
     assert inner.left is not None
     if isinstance(spec, EKFAC):
-        at = inner.at.flatten()
-        Q = torch.kron(inner.left[0], inner.right[0])
-        close((Q.T @ exact[at[:, None], at] @ Q).diagonal(), inner.eigenvalues.flatten())
+        close(inner.eigenvalues.flatten(), diagonal_in(inner, exact))
 
 
 class Transformer(nn.Module):
@@ -423,10 +428,7 @@ def test_every_block_of_a_transformer_has_its_true_diagonal():
     G, reached = exact.matrix(), []
     for basis in found.bases:
         at = basis.at.flatten()
-        sides = zip(basis.at.shape[1:], (basis.left, basis.right), strict=True)
-        left, right = (torch.eye(size, dtype=torch.float64) if Q is None else Q[0].contiguous() for size, Q in sides)
-        Q = torch.kron(left, right)
-        close((Q.T @ G[at[:, None], at] @ Q).diagonal(), basis.eigenvalues.flatten())
+        close(basis.eigenvalues.flatten(), diagonal_in(basis, G))
         reached.append(at)
     assert torch.equal(torch.cat(reached).sort().values, torch.arange(found.size))
     assert sum(basis.left is not None for basis in found.bases) == 4  # in and out of attention, up, down
@@ -452,11 +454,9 @@ def test_a_side_too_wide_to_rotate_keeps_its_diagonal(monkeypatch):
         at = one.places(layer, 0).flatten()
         close(found[at[:, None], at], expected)
     close_to_own_forms(of_net(EKFAC(), one), one.X, one.y)
-    wide, G = of_net(EKFAC(), known("sequence")[0]), known("sequence")[1]
-    for basis in wide.bases:  # what is not rotated keeps the diagonal of the true block
-        if basis.left is None and basis.right is None:
-            at = basis.at.flatten()
-            close(basis.values.flatten(), G[at, at])
+    one, G = known("sequence")
+    for basis in of_net(EKFAC(), one).bases:
+        close(basis.values.flatten(), diagonal_in(basis, G))
 
 
 # ---- the penalty -----------------------------------------------------------------------------------------------------
