@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from upweight import calculus, defaults, scoring
+from upweight import calculus, defaults, layers, scoring
 from upweight.errors import SolverError, TheoryWarning
 from upweight.solvers import Cholesky
 from upweight.solvers.lanczos import smallest_eigenvalue, suggest_damping
@@ -48,6 +48,7 @@ class Report:
         autograd: the route that the probe chose, with the reason if it is not the fastest.
         problem: the solver's message if the probed systems could not be solved, else "".
         costs: what each solver would cost for one query, in flops and bytes, by the model that `defaults` chooses with.
+        rules: for every parameter, how its gradients are computed: by which layer, or by autograd; see `layers`.
     """
 
     n: int
@@ -67,6 +68,7 @@ class Report:
     autograd: str
     problem: str = ""
     costs: str = ""
+    rules: dict[str, str] = field(default_factory=dict)
 
     @property
     def at_minimum(self) -> bool:
@@ -104,6 +106,7 @@ class Report:
             f"autograd             {self.autograd}; one by one instead of in a batch moves a loss by "
             f"{self.batch_drift:.1g}",
         ]
+        lines += [f"{'' if number else 'layers':<21}{line}" for number, line in enumerate(_grouped(self.rules))]
         if self.suggested_damping is not None:
             lines.append(
                 f"suggestion           damping={self.suggested_damping:g} makes C + λI positive; or "
@@ -165,7 +168,16 @@ def examine(influence: Influence, queries: Any) -> Report:
         autograd=objective.autograd,
         problem=problem,
         costs="; ".join(map(str, defaults.costs(objective, influence.examples, influence.curvature))),
+        rules=layers.rules(objective),
     )
+
+
+def _grouped(rules: dict[str, str]) -> list[str]:
+    """One line per rule with the parameters that it covers."""
+    names: dict[str, list[str]] = {}
+    for name, rule in rules.items():
+        names.setdefault(rule, []).append(name)
+    return [f"{rule}: {', '.join(covered)}" for rule, covered in names.items()]
 
 
 def rows_from_minimum(influence: Influence) -> float:

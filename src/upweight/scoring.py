@@ -19,7 +19,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus
+from upweight import calculus, layers
 from upweight.errors import NotConverged, TheoryWarning
 from upweight.examples import Examples
 from upweight.operators.linear import LinearHessian
@@ -65,7 +65,7 @@ def gradients(sweep: Sweep, rows: NDArray[np.int64] | None = None) -> Float[Tens
     """∇L of examples, or ∇f of queries; without penalty."""
     one = sweep.objective
     values = sweep.emit(
-        lambda batch, _: calculus.gradients(one, batch), vectors=width(sweep), rows=rows, label="gradients"
+        lambda batch, _: layers.gradients(one, batch), vectors=width(sweep), rows=rows, label="gradients"
     )
     return torch.from_numpy(values)
 
@@ -124,10 +124,10 @@ def with_rows(
 
     def run(S: Tensor, store: Store | None) -> NDArray[np.float64]:
         shift = S @ constant
-        dots = (lambda batch, _: calculus.dots(objective, batch, S)) if known is None else known.dots(S)
+        dots = (lambda batch, _: layers.dots(objective, batch, S)) if known is None else known.dots(S)
         return sweep.emit(
             lambda batch, weights: dots(batch, weights).double().cpu() + shift,
-            vectors=len(S),
+            vectors=len(S) + layers.vectors(objective, sweep.example_bytes),
             rows=rows,
             store=store,
             label="scores",
@@ -173,7 +173,8 @@ def typical_row(sweep: Sweep) -> float:
 
 def width(sweep: Sweep) -> int:
     """How many vectors' memory a row of p gradients is worth."""
-    return 1 + 16 * sweep.objective.size // sweep.example_bytes
+    pieces = layers.vectors(sweep.objective, sweep.example_bytes)
+    return 1 + pieces + 16 * sweep.objective.size // sweep.example_bytes
 
 
 def replacement(influence: Influence, rows: NDArray[np.int64], new: Examples) -> Float[Tensor, "r p"]:

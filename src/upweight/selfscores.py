@@ -17,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, pairs, scoring
+from upweight import calculus, layers, pairs, pieces, scoring
+from upweight.operators.kronecker import Kronecker
 from upweight.scores import Certificate, SelfScores
 from upweight.scoring import Products
 from upweight.solvers import Quadratic, Solution
+from upweight.solvers.factored import Diagonalised
 
 if TYPE_CHECKING:
     from upweight.influence import Influence
@@ -59,18 +61,27 @@ def _by_forms(
 ) -> tuple[Products, Certificate]:
     objective, sweep = influence.objective, influence.sweep
     pairwise = pairs.comparing(objective, prepared)
+    operator = influence.operator
+    kronecker = operator if isinstance(operator, Kronecker) and isinstance(prepared, Diagonalised) else None
+    sizes = {name: block.numel() for name, block in objective.blocks.items()}
     witnesses = rows[np.unique(np.linspace(0, len(rows) - 1, pairs.WITNESSES).astype(np.int64))]
     solution = solve(scoring.gradients(sweep, witnesses))
     across = solve(torch.stack([influence.risk_gradient, influence.penalty_share])).x
 
     def forms(batch: Any, _: Tensor) -> Tensor:
+        if kronecker is not None:
+            captured = kronecker.pieces(batch)
+            own = kronecker.weigh(captured, prepared.inverse)  # type: ignore[attr-defined]
+            along = pieces.along(captured, across.to(objective.reference), sizes)[:, :, 0].T
+            return torch.cat([own[:, None], along.double().cpu()], 1)
         if pairwise is not None:
             own = pairwise.own(*pairs.features(objective, batch))
             return torch.cat([own[:, None], calculus.dots(objective, batch, across)], 1)
-        G = calculus.gradients(objective, batch).double().cpu()
+        G = layers.gradients(objective, batch).double().cpu()
         return torch.cat([prepared.forms(G)[:, None], G @ across.T], 1)
 
-    vectors = 8 if pairwise is not None else scoring.width(sweep)
+    light = 8 if pairwise is not None else 3 + layers.vectors(objective, sweep.example_bytes)
+    vectors = light if pairwise is not None or kronecker is not None else scoring.width(sweep)
     values = sweep.emit(forms, vectors=vectors, rows=rows, label="self-influence")
     known = scoring.certificate(influence, solution)
     drift = np.full(len(rows), np.nan) if objective.folded else -values[:, 1]

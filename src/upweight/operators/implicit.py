@@ -12,7 +12,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus
+from upweight import calculus, layers, pieces
 from upweight.errors import InvalidInput
 from upweight.objective import Objective
 from upweight.operators.layered import LayeredGaussNewton, kept_bytes
@@ -206,12 +206,17 @@ class IdentityOperator:
 
 
 def _fisher_product(objective: Objective, batch: Any, V: Tensor, weights: Tensor) -> Tensor:
-    products = calculus.dots(objective, batch, V).double()
-    return calculus.pull(objective, batch, (products * weights[:, None].to(products)).T)
+    found = objective.route.plan
+    if objective.linear is not None or found is None or not found.structured:
+        products = calculus.dots(objective, batch, V).double()
+        return calculus.pull(objective, batch, (products * weights[:, None].to(products)).T)
+    captured = layers.capture(objective, found, batch)
+    along = pieces.along(captured, V.to(objective.reference), found.sizes)  # (k, b, 1)
+    return pieces.onto(captured, along * weights.to(along)[None, :, None], found.sizes)
 
 
 def _assemble_fisher(objective: Objective, batch: Any, weights: Tensor) -> Tensor:
-    G = calculus.gradients(objective, batch).double()
+    G = layers.gradients(objective, batch).double()
     return G.T @ (G * weights[:, None].to(G))
 
 

@@ -69,7 +69,7 @@ class Diagonalised:
 
     def substitute(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """(C + λI)⁻¹ v for every row v, without looking at the residual."""
-        return self.operator.project(self.operator.map(self._inverse, V))
+        return self.operator.project(self.operator.map(self.inverse, V))
 
     def forms(self, V: Float[Tensor, "k p"]) -> Float[Tensor, " k"]:
         """vᵀ (C + λI)⁻¹ v for every row v."""
@@ -84,7 +84,8 @@ class Diagonalised:
         """
         return Factored().prepare(self.operator, damping)
 
-    def _inverse(self, eigenvalues: Tensor) -> Tensor:
+    def inverse(self, eigenvalues: Tensor) -> Tensor:
+        """1/(x + λ), and 0 in gauge directions."""
         shifted = eigenvalues + self.damping
         gone = shifted <= _ROUNDING * self.largest  # gauge directions, of which v has no part
         return torch.where(gone, 0.0, 1 / torch.where(gone, 1.0, shifted))
