@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
-from torch.nn.functional import binary_cross_entropy_with_logits, conv2d, cross_entropy, mse_loss, pad
+from torch.nn.functional import cross_entropy, mse_loss
 
 import upweight as uw
+from nets import NETS, Net, draw, known, z_scores
 from tolerances import EXACT, FLOAT32, STANDARD_ERRORS
 from upweight import calculus, layers
 from upweight.errors import InvalidInput, UnsupportedModel
 from upweight.operators import EKFAC, KFAC, EmpiricalFisher, GaussNewton, Hessian
-from upweight.operators.cotangents import FORMED, Exact, Signs
+from upweight.operators.cotangents import Signs
 from upweight.operators.kronecker import _corrected
 from upweight.sweep import Sweep
 
 PENALTY = 0.05
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def close(a, b, rtol: float = EXACT):
@@ -37,161 +30,6 @@ def close(a, b, rtol: float = EXACT):
 
 def operator(spec, module, X, y, loss=cross_entropy, **settings):
     return uw.explain(module, X, y, loss=loss, curvature=spec, progress=False, **settings).operator
-
-
-# ---- oracles: one forward pass with offsets s on the outputs of the layers, written out by hand ----------------------
-
-
-@dataclass(frozen=True)
-class Net:
-    """A network as a function of (θ blocks, offsets, x), and for each layer its inputs at every position."""
-
-    module: nn.Module
-    X: Tensor
-    y: Tensor
-    weights: Tensor
-    forward: Callable[[dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]
-    layers: dict[str, tuple[int, ...]]  # the shape of a layer's output: (channels, positions…)
-    inputs: Callable[[dict[str, Tensor], str, Tensor], list[list[Tensor]]]  # (groups, positions) of vectors
-    groups: dict[str, int]
-
-    @property
-    def params(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.module.named_parameters()}
-
-    def places(self, layer: str, group: int) -> Tensor:
-        """(o, i) places in flat θ of a group of a layer, the bias in the last column."""
-        starts, total = {}, 0
-        for name, p in self.params.items():
-            starts[name], total = total, total + p.numel()
-        weight = self.params[f"{layer}.weight"]
-        o = len(weight) // self.groups[layer]
-        places = (starts[f"{layer}.weight"] + torch.arange(weight.numel())).reshape(len(weight), -1)
-        if f"{layer}.bias" in starts:
-            places = torch.cat([places, (starts[f"{layer}.bias"] + torch.arange(len(weight)))[:, None]], 1)
-        return places[group * o : (group + 1) * o]
-
-    def offsets(self) -> dict[str, Tensor]:
-        return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in self.layers.items()}
-
-    def curvature(self, f: Tensor, y: Tensor) -> Tensor:
-        return hessian(lambda f: cross_entropy(f[None], y[None]), f)
-
-    def gauss_newton(self) -> Tensor:
-        """Without a penalty."""
-        params = self.params
-        sizes = [p.numel() for p in params.values()]
-
-        def out(theta: Tensor, x: Tensor) -> Tensor:
-            blocks = {
-                name: piece.reshape(p.shape)
-                for (name, p), piece in zip(params.items(), theta.split(sizes), strict=True)
-            }
-            return self.forward(blocks, self.offsets(), x)
-
-        theta = torch.cat([p.reshape(-1) for p in params.values()])
-        total = torch.zeros(len(theta), len(theta), dtype=torch.float64)
-        for x, y, w in zip(self.X, self.y, self.weights, strict=True):
-            J = jacobian(lambda t, x=x: out(t, x), theta)
-            total += w * J.T @ self.curvature(out(theta, x), y) @ J
-        return total / len(self.X)
-
-    def factors(self, layer: str, group: int) -> tuple[Tensor, Tensor]:
-        """A and B of a group of a layer, by loops over examples and positions."""
-        A, B, mass = 0.0, 0.0, 0.0
-        for x, y, w in zip(self.X, self.y, self.weights, strict=True):
-
-            def out(s: Tensor, x: Tensor = x) -> Tensor:
-                return self.forward(self.params, {**self.offsets(), layer: s}, x)
-
-            start = self.offsets()[layer]
-            J = jacobian(out, start)
-            J = J.reshape(len(J), len(start), -1)  # (K, channels, positions)
-            H = self.curvature(out(start), y)
-            o = len(start) // self.groups[layer]
-            D = J[:, group * o : (group + 1) * o]
-            for t, a in enumerate(self.inputs(self.params, layer, x)[group]):
-                if f"{layer}.bias" in self.params:
-                    a = torch.cat([a, a.new_ones(1)])
-                A, B, mass = A + w * torch.outer(a, a), B + w * D[:, :, t].T @ H @ D[:, :, t], mass + w
-        return A / mass, B / len(self.X)
-
-
-def mlp() -> Net:
-    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-
-    def hidden(p, s, x):
-        return torch.tanh(p["0.weight"] @ x + p["0.bias"] + s)
-
-    def forward(p, s, x):
-        return p["2.weight"] @ hidden(p, s["0"], x) + p["2.bias"] + s["2"]
-
-    def inputs(p, layer, x):
-        return [[x if layer == "0" else hidden(p, 0, x)]]
-
-    return net(module, draw(40, 3), forward, {"0": (4,), "2": (3,)}, inputs, {"0": 1, "2": 1})
-
-
-def cnn(groups: int) -> Net:
-    module = nn.Sequential(
-        nn.Conv2d(2, 4, (2, 3), padding=(1, 0), groups=groups),
-        nn.Tanh(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 3, bias=False),
-    ).double()
-
-    def hidden(p, s, x):
-        return torch.tanh(conv2d(x[None], p["0.weight"], p["0.bias"], padding=(1, 0), groups=groups)[0] + s).mean(
-            (1, 2)
-        )
-
-    def forward(p, s, x):
-        return p["4.weight"] @ hidden(p, s["0"], x) + s["4"]
-
-    def inputs(p, layer, x):
-        if layer == "4":
-            return [[hidden(p, 0, x)]]
-        around, each = pad(x, (0, 0, 1, 1)), 2 // groups
-        return [
-            [around[g * each : (g + 1) * each, r : r + 2, c : c + 3].reshape(-1) for r in range(4) for c in range(2)]
-            for g in range(groups)
-        ]
-
-    layers = {"0": (4, 4, 2), "4": (3,)}
-    return net(module, draw(30, 2, 3, 4), forward, layers, inputs, {"0": groups, "4": 1})
-
-
-def sequence() -> Net:
-    """A linear layer that is used at five positions."""
-    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)).double()
-
-    def forward(p, s, x):
-        inner = torch.tanh(x @ p["0.weight"].T + p["0.bias"] + s["0"].T).reshape(-1)
-        return p["3.weight"] @ inner + p["3.bias"] + s["3"]
-
-    def inputs(p, layer, x):
-        return [list(x)] if layer == "0" else [[torch.tanh(x @ p["0.weight"].T + p["0.bias"]).reshape(-1)]]
-
-    return net(module, draw(40, 5, 3), forward, {"0": (4, 5), "3": (3,)}, inputs, {"0": 1, "3": 1})
-
-
-def net(module, X, forward, layers, inputs, groups) -> Net:
-    with torch.no_grad():
-        for number, p in enumerate(module.parameters()):
-            p.copy_(draw(*p.shape, seed=number + 1) / 2)
-    y = torch.arange(len(X)) % 3
-    weights = torch.rand(len(X), generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 0.5
-    return Net(module, X, y, weights, forward, layers, inputs, groups)
-
-
-NETS = {"mlp": mlp, "cnn": lambda: cnn(1), "grouped cnn": lambda: cnn(2), "sequence": sequence}
-
-
-@cache
-def known(name: str) -> tuple[Net, Tensor]:
-    one = NETS[name]()
-    return one, one.gauss_newton()
 
 
 def of_net(spec, one: Net, **settings):
@@ -434,6 +272,27 @@ def test_every_block_of_a_transformer_has_its_true_diagonal():
     assert sum(basis.left is not None for basis in found.bases) == 4  # in and out of attention, up, down
 
 
+class Partly(nn.Module):
+    """A recurrent part that autograd takes example by example, and a layer that the loss never sees."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.cell = nn.LSTM(3, 2, batch_first=True)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cell(x)[0][:, -1]
+
+
+def test_what_goes_through_autograd_keeps_its_blocks_and_what_is_unused_its_penalty():
+    module, X, y = Partly().double(), draw(12, 4, 3), torch.arange(12) % 2
+    found, exact = (operator(s, module, X, y, penalty=PENALTY).matrix() for s in (EKFAC(), GaussNewton()))
+    for name, at in blocks(module).items():
+        close(found[at[:, None], at], exact[at[:, None], at])
+        if "unused" in name:
+            close(found[at[:, None], at], PENALTY * torch.eye(len(at), dtype=torch.float64))
+
+
 def test_many_parameters_without_structure_keep_their_diagonal(monkeypatch):
     monkeypatch.setattr("upweight.operators.factors.DENSE", 8)
     module, X, y, weights = reader()
@@ -498,14 +357,6 @@ def test_a_penalty_given_as_a_function_counts_if_it_is_separable():
 # ---- chance ----------------------------------------------------------------------------------------------------------
 
 
-def z_scores(estimates: list[Tensor], truth: Tensor) -> Tensor:
-    stacked = torch.stack(estimates)
-    error = stacked.std(0) / len(stacked) ** 0.5
-    sure = error <= 1e-12 * truth.abs().max()
-    assert float((stacked.mean(0) - truth)[sure].abs().max() if sure.any() else 0) <= EXACT * float(truth.abs().max())
-    return ((stacked.mean(0) - truth) / error)[~sure]
-
-
 def test_sampled_factors_are_unbiased_and_converge():
     one, _ = known("grouped cnn")
     bound = of_net(KFAC(), one)
@@ -549,71 +400,6 @@ def test_a_batch_that_does_not_fit_draws_the_same_again(monkeypatch):
     monkeypatch.setattr(layers, "capture", full_at_first)
     close(of_net(spec, one).matrix(), whole)
     assert failed
-
-
-# ---- cotangents ------------------------------------------------------------------------------------------------------
-
-
-def weighted_entropy(f, y):
-    weight = torch.linspace(0.5, 2, f.shape[1], dtype=f.dtype)
-    return cross_entropy(f, y, weight=weight, reduction="none").sum(-1).mean() / 7
-
-
-def smoothed(f, y):
-    return cross_entropy(f.movedim(2, 1), y, label_smoothing=0.2, reduction="none").mean(1).sum()
-
-
-def ignoring(f, y):
-    y = torch.where(y == 1, -100, y)
-    return cross_entropy(f, y, ignore_index=-100, reduction="sum")
-
-
-LARGE = {
-    "separate": ((FORMED + 5,), lambda f, y: mse_loss(f, y.double().expand(f.shape))),
-    "logistic": (
-        (FORMED + 5,),
-        lambda f, y: binary_cross_entropy_with_logits(f, (y > 0).double().expand(f.shape), reduction="sum") / len(f),
-    ),
-    "softmax of many classes": ((FORMED + 9,), lambda f, y: cross_entropy(f, y[:, 0])),
-    "tokens, classes first": ((6, 30), weighted_entropy),
-    "tokens, classes last": ((30, 6), smoothed),
-    "tokens, some ignored": ((6, 30), ignoring),
-    "coupled otherwise": (
-        (FORMED + 5,),
-        lambda f, y: (f.sum(1) ** 2 + (f**2).sum(1) / 3 - f[:, 0] * y[:, 0]).mean(),
-    ),
-}
-
-
-def scores_as_outputs(name: str) -> tuple[uw.Objective, tuple[Tensor, Tensor], Tensor]:
-    """A model whose outputs are a table of numbers per example, so that H is the only thing that is asked for."""
-    shape, loss = LARGE[name]
-    K = int(np.prod(shape))
-    module = nn.Sequential(nn.Linear(2, K), nn.Unflatten(1, shape)).double()
-    with torch.no_grad():
-        module[0].weight.copy_(draw(K, 2, seed=1))
-    objective = uw.Objective.from_module(module, loss)
-    X, y = draw(3, 2), torch.randint(0, 6, (3, 30), generator=torch.Generator().manual_seed(0))
-    if name in {"separate", "logistic"}:
-        y = y[:, :1]
-    return objective, (X, y), calculus.output_hessians(objective, (X, y))
-
-
-@pytest.mark.parametrize("name", LARGE)
-def test_cotangents_have_the_second_derivative_as_their_second_moment(name, monkeypatch):
-    objective, batch, H = scores_as_outputs(name)
-    if name != "coupled otherwise":  # these have closed forms, which must be found
-        monkeypatch.setattr("upweight.operators.cotangents._formed", None)
-    u = Exact()(objective, batch)
-    close(torch.einsum("mbi,mbj->bij", u, u), H)
-    drawn = [Signs(8, seed)(objective, batch) for seed in range(20)]
-    moments = [torch.einsum("mbi,mbj->bij", v, v) for v in drawn]
-    probe = draw(len(H[0]), 5, seed=2)
-    scores = z_scores(
-        [torch.einsum("ik,bij,jk->bk", probe, M, probe) for M in moments],
-        torch.einsum("ik,bij,jk->bk", probe, H, probe),
-    )
-    assert float(scores.abs().max()) < STANDARD_ERRORS
 
 
 def test_too_many_outputs_say_what_to_do():
