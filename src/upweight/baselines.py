@@ -18,7 +18,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, scoring
+from upweight import layers, scoring
 from upweight.errors import InvalidInput, checked_count, first_line
 from upweight.examples import Examples
 from upweight.influence import Influence
@@ -43,7 +43,7 @@ _PROBE_ROWS = 1024
 def gradient_dot(influence: Influence, Xq: Any, yq: Any = None) -> Scores:
     """wᵢ g_q · gᵢ: positive if a small step on row i lowers the query's loss (TracIn with one checkpoint and rate 1).
 
-    Cost: one sweep of two backward passes; no n × p numbers.
+    Cost: one sweep of a forward and a backward pass; no n × p numbers.
 
     Args:
         influence: whose model and training rows.
@@ -59,7 +59,7 @@ def gradient_dot(influence: Influence, Xq: Any, yq: Any = None) -> Scores:
 def gradient_cosine(influence: Influence, Xq: Any, yq: Any = None) -> Scores:
     """g_q · gᵢ / (‖g_q‖ ‖gᵢ‖): positive if small steps on row i and on the query agree; 0 where a gradient is 0.
 
-    Cost: one sweep that forms the gradients of one batch at a time.
+    Cost: two sweeps of a forward and a backward pass; no n × p numbers.
 
     Args:
         influence: whose model and training rows.
@@ -75,10 +75,11 @@ def gradient_cosine(influence: Influence, Xq: Any, yq: Any = None) -> Scores:
         directions = torch.nn.functional.normalize(G, dim=1, eps=1e-300)
 
         def cosines(batch: Any, _: Tensor) -> Tensor:
-            rows = calculus.gradients(objective, batch).double().cpu()
-            return torch.nn.functional.normalize(rows, dim=1, eps=1e-300) @ directions.T
+            lengths = layers.squares(objective, batch).cpu().sqrt()[:, None]
+            along = layers.dots(objective, batch, directions).double().cpu()
+            return torch.where(lengths > 0, along / lengths, torch.zeros_like(along))
 
-        return influence.sweep.emit(cosines, vectors=scoring.width(influence.sweep), label="gradient cosines").T
+        return influence.sweep.emit(cosines, vectors=_width(influence, len(G)), label="gradient cosines").T
 
     return _scores(influence, queries, _in_blocks(influence, queries, block), "cosine of gradients")
 
@@ -213,16 +214,20 @@ def random(influence: Influence, Xq: Any, yq: Any = None, *, seed: int = 0) -> S
 
 
 def dots(influence: Influence, queries: Examples) -> Float[NDArray[np.float64], "q n"]:
-    """wᵢ g_q · gᵢ for every query and training row, without curvature.  Cost: one sweep of two backward passes."""
+    """wᵢ g_q · gᵢ for every query and training row, without curvature.  Cost: one sweep."""
     objective = influence.objective
 
     def block(G: Tensor) -> NDArray[np.float64]:
         def products(batch: Any, weights: Tensor) -> Tensor:
-            return calculus.dots(objective, batch, G).double().cpu() * weights[:, None]
+            return layers.dots(objective, batch, G).double().cpu() * weights[:, None]
 
-        return influence.sweep.emit(products, vectors=len(G), label="gradient products").T
+        return influence.sweep.emit(products, vectors=_width(influence, len(G)), label="gradient products").T
 
     return _in_blocks(influence, queries, block)
+
+
+def _width(influence: Influence, vectors: int) -> int:
+    return vectors + layers.vectors(influence.objective, influence.sweep.example_bytes)
 
 
 def _in_blocks(
@@ -241,7 +246,7 @@ def _relative(influence: Influence, Xq: Any, yq: Any, size: Callable[[Tensor], T
     scores = influence.on_loss(Xq, yq)
     objective, share = influence.objective, influence.penalty_share
     moves = influence.sweep.emit(
-        lambda batch, weights: size(calculus.gradients(objective, batch).double().cpu() + share) * weights,
+        lambda batch, weights: size(layers.gradients(objective, batch).double().cpu() + share) * weights,
         vectors=scoring.width(influence.sweep),
         label="sizes of the rows",
     )

@@ -142,6 +142,14 @@ def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Ten
     return pieces.along(captured, V.to(objective.reference), found.sizes)[:, :, 0].T
 
 
+def squares(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
+    """‖∇L(z_b)‖² for every example; where a weight acts at one position its gradient is never written out."""
+    found = objective.route.plan
+    if objective.linear is not None or found is None or not found.structured:
+        return (calculus.gradients(objective, batch).double() ** 2).sum(1)
+    return pieces.squares(capture(objective, found, batch))[:, 0].double()
+
+
 def rules(objective: Objective) -> dict[str, str]:
     """For every parameter, in words, how the gradients of examples in it are computed."""
     found = objective.route.plan

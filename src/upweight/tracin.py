@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from upweight import baselines, calculus, scoring
+from upweight import baselines, layers, scoring
 from upweight.adapters import explain
 from upweight.ensembles import same_rows
 from upweight.errors import InvalidInput, first_line
@@ -32,7 +32,7 @@ class TracIn:
     number), and with momentum β worth 1/(1 − β) of plain ones. Whatever such factors the rates leave out, all rows
     share, so rankings do not see them and `agreement` refuses these scores.
 
-    Cost: one sweep of two backward passes per checkpoint. Curvature and solver of the members are not used.
+    Cost: one sweep of a forward and a backward pass per checkpoint. Curvature and solver of the members are not used.
 
     Args:
         members: one Influence per checkpoint, as `checkpoints` makes them; the last is the trained model.
@@ -92,7 +92,7 @@ class TracIn:
     def _squares(member: Influence, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         objective = member.objective
         return member.sweep.emit(
-            lambda batch, weights: (calculus.gradients(objective, batch).double().cpu() ** 2).sum(1) * weights,
+            lambda batch, weights: layers.squares(objective, batch).cpu() * weights,
             vectors=scoring.width(member.sweep),
             rows=rows,
             label="gradient norms",

@@ -181,10 +181,10 @@ def test_baselines_that_need_no_curvature_do_not_bind_it():
 
 def test_gradients_are_never_all_in_memory(monkeypatch):
     """The largest batch of gradients that is formed is that of the sweep, not n."""
-    from upweight import calculus
+    from upweight import layers
 
     sizes = []
-    honest = calculus.gradients
+    honest = layers.gradients
 
     def watched(objective, batch):
         found = honest(objective, batch)
@@ -192,7 +192,7 @@ def test_gradients_are_never_all_in_memory(monkeypatch):
         return found
 
     influence = classifier(batch_size=8)
-    monkeypatch.setattr(calculus, "gradients", watched)
+    monkeypatch.setattr(layers, "gradients", watched)
     for baseline in EVERY:
         baseline(influence, X[:3], Y[:3])
     assert 0 < max(sizes) <= 8
