@@ -25,7 +25,7 @@ from upweight.objective import Objective
 from upweight.transforms import grad, vmap
 from upweight.trees import batch_length, take, tree_map
 
-FORMED = 128  # outputs up to which H is formed even where a closed form might hold
+FORMED = 32  # outputs up to which H is formed and factorised, example by example, without asking for its kind
 MOST = 1000  # outputs up to which a K × K matrix, or K cotangents, are affordable for every example
 _NOISE = {torch.float64: 1e-8}  # of products with H, relative to the largest; 1e-3 in lower precision
 
