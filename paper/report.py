@@ -40,7 +40,8 @@ def run(name: str, compute: Callable[..., dict[str, Any]], draw: Callable[[dict[
     parser.add_argument("--out", type=Path, help="folder for NAME.json and NAME.png instead of paper/results")
     defaults = {key: value.default for key, value in inspect.signature(compute).parameters.items()}
     for key, default in defaults.items():
-        parser.add_argument(f"--{key.replace('_', '-')}", type=type(default), default=default)
+        kind: dict[str, Any] = {"action": "store_true"} if isinstance(default, bool) else {"type": type(default)}
+        parser.add_argument(f"--{key.replace('_', '-')}", default=default, **kind)
     given = vars(parser.parse_args())
     only_draw, out = given.pop("draw"), given.pop("out")
     if only_draw:
