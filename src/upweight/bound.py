@@ -60,7 +60,8 @@ class Bound:
     def damping(self) -> float:
         """The λ that acts."""
         if self.chosen_damping is None:
-            self.chosen_damping = defaults.damping(self.sweep.objective, self.curvature, self.operator)
+            known = (self.sweep.objective, self.curvature, self.operator)
+            self.chosen_damping = defaults.damping(*known, self._rows_from_minimum)
         return self.chosen_damping
 
     @property
@@ -101,6 +102,10 @@ class Bound:
             except NotPositiveDefinite:  # an iteration may still solve what a factorisation must refuse
                 return self.solver, self.prepared
         return solver, self._prepared_for_many
+
+    def _rows_from_minimum(self) -> float:
+        """‖∇R‖ in units of one row's effect on it."""
+        return float(self.risk_gradient.norm()) / scoring.typical_row(self.sweep)
 
     def solve(self, V: Float[Tensor, "k p"]) -> Solution:
         """(C + λI)⁻¹ v for every row v, refused if the solver did not keep its promise."""

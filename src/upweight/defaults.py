@@ -9,15 +9,18 @@ solver      of the ways that can be taken, the direct one that costs fewest flop
             when it costs less than the systems would.
             Factored for curvatures that know their eigenvalues: KFAC, EKFAC, Arnoldi, Nystroem, Identity.
 damping     0 for linear predictors, for Hessian() and for Identity(). For GaussNewton, EmpiricalFisher and what stands
-            for them (KFAC, EKFAC, Dense) in other models, and for Arnoldi and Nystroem in all: 0 if an L2 penalty
-            covers every parameter, for it already bounds C from below; else a tenth of C's mean eigenvalue, estimated
-            with 16 random vectors where the eigenvalues are not known (Grosse et al., 2023, use the same share).
+            for them (KFAC, EKFAC, Dense) in other models, and for Arnoldi and Nystroem in all: 0 if θ̂ is at a minimum
+            and an L2 penalty covers every parameter, for then nothing is missing; else C's mean eigenvalue tr(C)/p,
+            estimated with 16 random vectors where the eigenvalues are not known. Training that stopped has not moved
+            along the flat directions that 1/(C + 0) would blow up (ADR 3; `minibatch.SGD.damping` says what a known
+            number of steps amounts to, and `damping_path` how much the choice matters).
 batch       as many examples as keep their saved activations under 1 GiB.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,7 +54,7 @@ DUAL_UP_TO = 8000
 SPECTRAL = (EKFAC, KFAC, Arnoldi, Identity, Nystroem)
 _FACTOR_UP_TO = 12_000
 _PASSES = {True: 12, False: 60}  # products that CG needs for 1e-6: with TwoLevel, without
-DAMPING_SHARE = 0.1
+AT_MINIMUM = 0.3  # rows' worth of gradient that may be left, as in check()'s verdict
 _TRACE_VECTORS = 16
 
 
@@ -143,16 +146,24 @@ def _every_coefficient_is_held(objective: Objective) -> bool:
     return held and bool(torch.equal(objective.project(probe), probe))
 
 
-def damping(objective: Objective, spec: Curvature, operator: Operator) -> float:
-    """λ when none is given.  Cost: nothing, or one sweep with 16 vectors."""
+def damping(objective: Objective, spec: Curvature, operator: Operator, missed: Callable[[], float]) -> float:
+    """λ when none is given.  Cost: nothing, or one sweep with 16 vectors.
+
+    Args:
+        objective: with its penalty.
+        spec: the curvature.
+        operator: the same, bound.
+        missed: how many rows' worth of gradient θ̂ is from a minimum, if it comes to that.
+    """
     stands_for = getattr(spec, "of", spec)  # KFAC(of=…), Nystroem(…, of=…), Dense(…)
     low_rank = isinstance(spec, Arnoldi | Nystroem)
     linear = objective.linear is not None or isinstance(spec, Identity)
     if not low_rank and (linear or not isinstance(stands_for, GaussNewton | EmpiricalFisher)):
         return 0.0
-    if isinstance(objective.penalty, L2) and float(calculus.penalty_diagonal(objective).min()) > 0:
+    covered = isinstance(objective.penalty, L2) and float(calculus.penalty_diagonal(objective).min()) > 0
+    if covered and (objective.linear is not None or missed() < AT_MINIMUM):
         return 0.0
-    return max(DAMPING_SHARE * mean_eigenvalue(operator), 1e-12)
+    return max(mean_eigenvalue(operator), 1e-12)
 
 
 def dampings(operator: Operator) -> NDArray[np.float64]:
