@@ -286,11 +286,13 @@ class Partly(nn.Module):
 
 def test_what_goes_through_autograd_keeps_its_blocks_and_what_is_unused_its_penalty():
     module, X, y = Partly().double(), draw(12, 4, 3), torch.arange(12) % 2
-    found, exact = (operator(s, module, X, y, penalty=PENALTY).matrix() for s in (EKFAC(), GaussNewton()))
+    strengths = {name: draw(*p.shape, seed=1).abs() for name, p in module.named_parameters()}
+    settings = {"penalty": uw.L2(strengths)}
+    found, exact = (operator(s, module, X, y, **settings).matrix() for s in (EKFAC(), GaussNewton()))
     for name, at in blocks(module).items():
         close(found[at[:, None], at], exact[at[:, None], at])
         if "unused" in name:
-            close(found[at[:, None], at], PENALTY * torch.eye(len(at), dtype=torch.float64))
+            close(found[at[:, None], at], torch.diag(strengths[name].flatten()))
 
 
 def test_many_parameters_without_structure_keep_their_diagonal(monkeypatch):
