@@ -291,12 +291,17 @@ def forward(model: torch.nn.Module, state: Mapping[str, Tensor], x: Any) -> Tens
     """The module's output for a batch, with other parameters and buffers than its own; the module is not changed.
 
     A dict of inputs is passed by keywords, a tuple by position. Attention runs in its plain form, for the fused kernels
-    can be differentiated only once.
+    can be differentiated once or not at all.
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        if isinstance(x, Mapping):
-            return functional_call(model, dict(state), (), dict(x))
-        return functional_call(model, dict(state), tuple(x) if isinstance(x, tuple | list) else (x,))
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            if isinstance(x, Mapping):
+                return functional_call(model, dict(state), (), dict(x))
+            return functional_call(model, dict(state), tuple(x) if isinstance(x, tuple | list) else (x,))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def refuse_training_mode(model: torch.nn.Module) -> None:
