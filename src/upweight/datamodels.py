@@ -38,7 +38,8 @@ class LDS:
 
     Args:
         value: mean over queries of Spearman's correlation between predicted and actual (mean over seeds).
-        low, high: bootstrap interval of `value`; both queries and subsets are resampled, seeds are not.
+        low, high: bootstrap interval of `value`, percentiles around it; both queries and subsets are resampled, seeds
+            are not.
         per_query: (q,) the correlations; NaN where prediction or outcome is the same for all subsets, counted as 0.
         ceiling: what a perfect prediction would reach, √ρ_m averaged over queries; NaN with a single seed.
         one_seed: the same score against single seeds, averaged over them: the ground truth of a single retraining.
@@ -103,11 +104,13 @@ def lds(
     m = len(outcomes.seeds)
     per_query = spearman(predicted, actual)
     single = [np.nan_to_num(spearman(predicted, outcomes.values[:, :, k])).mean() for k in range(m)]
+    value = float(np.nan_to_num(per_query).mean())
     resampled = _bootstrap(predicted, actual, resamples, seed)
+    resampled += value - resampled.mean()  # subsets that are drawn twice lower a rank correlation a little
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     top, top_one = ceilings(outcomes, seed=seed)
     return LDS(
-        float(np.nan_to_num(per_query).mean()),
+        value,
         float(low),
         float(high),
         per_query,
