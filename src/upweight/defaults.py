@@ -14,6 +14,8 @@ damping     0 for linear predictors, for Hessian() and for Identity(). For Gauss
             estimated with 16 random vectors where the eigenvalues are not known. Training that stopped has not moved
             along the flat directions that 1/(C + 0) would blow up (ADR 3; `minibatch.SGD.damping` says what a known
             number of steps amounts to, and `damping_path` how much the choice matters).
+precision   of a torch module: float64 up to 50,000 parameters or when its weights are float64, else float32, to which
+            bfloat16 and float16 weights are raised.
 batch       as many examples as keep their saved activations under 1 GiB.
 """
 
@@ -56,6 +58,7 @@ _FACTOR_UP_TO = 12_000
 _PASSES = {True: 12, False: 60}  # products that CG needs for 1e-6: with TwoLevel, without
 AT_MINIMUM = 0.3  # rows' worth of gradient that may be left, as in check()'s verdict
 _TRACE_VECTORS = 16
+_DOUBLE_UP_TO = 50_000
 
 
 def curvature(objective: Objective) -> Curvature:
@@ -178,6 +181,14 @@ def mean_eigenvalue(operator: Operator) -> float:
     generator = torch.Generator().manual_seed(0)
     signs = 2.0 * torch.randint(0, 2, (_TRACE_VECTORS, operator.size), generator=generator, dtype=torch.float64) - 1
     return float((signs * operator.apply(signs)).sum()) / (_TRACE_VECTORS * operator.size)
+
+
+def precision(model: torch.nn.Module) -> torch.dtype:
+    """The precision a module's arithmetic runs in: float64 for few parameters or float64 weights, else float32."""
+    parameters = list(model.parameters())
+    few = sum(parameter.numel() for parameter in parameters) <= _DOUBLE_UP_TO
+    double = any(parameter.dtype == torch.float64 for parameter in parameters)
+    return torch.float64 if few or double else torch.float32
 
 
 def example_bytes(objective: Objective, batch: Any) -> int:

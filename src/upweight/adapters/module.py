@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, routes
+from upweight import calculus, defaults, routes
 from upweight.encoders import whole_examples
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, first_line
 from upweight.examples import Examples, as_array, as_tensor
@@ -40,8 +40,10 @@ def explain(
 ) -> Influence:
     """The Influence of a torch module on its training data.
 
-    Weights of lower precision are evaluated in float64, where the module allows it, so that residuals mean something;
-    the module itself is not touched. `Objective.from_module(..., dtype=…)` decides otherwise.
+    Up to 50,000 parameters are evaluated in float64, where the module allows it, so that residuals mean something;
+    larger networks in float32, or in float64 if that is what their weights are; float16 and bfloat16 weights never in
+    their own precision unless the module insists. The module itself is not touched; `repr` says which precision acts,
+    and `Objective.from_module(..., dtype=…)` decides otherwise.
 
     Raises:
         InvalidInput: if the criterion is no mean (or sum) of single-example losses, or refuses the data.
@@ -67,15 +69,13 @@ def explain(
             dtype=reading.dtype,
         )
 
-    reading, objective = _working(build, probe)
+    reading, objective = _working(build, _readings(probe, defaults.precision(model)), probe)
     _refuse_batch_effects(model, reading.criterion(loss), objective, reading.batch(probe))
     if examples.x is not None:
         examples = Examples(
             reading.inputs(examples.x), reading.labels(examples.y), sample_weight=examples.sample_weight
         )
-    if reading.dtype is None and objective.reference.dtype != torch.float64:
-        reason = f"in {objective.reference.dtype}, for the module refuses float64"
-        objective = replace(objective, name=f"{objective.name} {reason}")
+    objective = replace(objective, name=f"{objective.name}{_precision_in_words(model, reading, objective)}")
     return Influence(
         objective,
         examples,
@@ -192,7 +192,20 @@ def _probe_rows(examples: Examples) -> NDArray[np.int64]:
     return np.union1d(examples.spread(_SPREAD_ROWS), first[:_LABEL_ROWS])
 
 
-def _working(build: Callable[[Reading], Objective], probe: Any) -> tuple[Reading, Objective]:
+def _precision_in_words(model: torch.nn.Module, reading: Reading, objective: Objective) -> str:
+    """What is worth saying about the precision of the arithmetic, or nothing."""
+    acts = str(objective.reference.dtype).rpartition(".")[2]
+    wanted = str(defaults.precision(model)).rpartition(".")[2]
+    if reading.dtype is None and acts != wanted:
+        return f" in {acts}, for the module refuses {wanted}"
+    own = {str(parameter.dtype).rpartition(".")[2] for parameter in model.parameters()}
+    low = sorted(own & {"float16", "bfloat16"})
+    return f" in {acts}, from {' and '.join(low)} weights" if low else "" if acts == "float64" else f" in {acts}"
+
+
+def _working(
+    build: Callable[[Reading], Objective], readings: Iterable[Reading], probe: Any
+) -> tuple[Reading, Objective]:
     """The first reading under which the loss of an example can be computed and differentiated.
 
     Raises:
@@ -200,7 +213,7 @@ def _working(build: Callable[[Reading], Objective], probe: Any) -> tuple[Reading
     """
     failures: list[UpweightError] = []
     few = tree_map(lambda leaf: leaf[:2], probe)
-    for reading in _readings(probe):
+    for reading in readings:
         objective = build(reading)
         try:
             with torch.random.fork_rng(devices=[]):
@@ -214,14 +227,14 @@ def _working(build: Callable[[Reading], Objective], probe: Any) -> tuple[Reading
     raise failures[0]
 
 
-def _readings(probe: Any) -> Iterable[Reading]:
+def _readings(probe: Any, precision: torch.dtype) -> Iterable[Reading]:
     y = probe[1]
     if y.is_floating_point():
         kinds = ["kept", "class"] if bool((y == y.round()).all()) else ["kept"]
     else:
         kinds = ["float", "class"]  # a criterion that takes them as floats is a regression; class numbers it refuses
     integers = all(isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in leaves(probe[0]))
-    for dtype in (torch.float64, None):
+    for dtype in (precision, None):
         for x_floats in (False, True) if integers else (False,):
             for kind in kinds:
                 yield Reading(dtype, x_floats, kind)
