@@ -49,6 +49,8 @@ class Report:
         problem: the solver's message if the probed systems could not be solved, else "".
         costs: what each solver would cost for one query, in flops and bytes, by the model that `defaults` chooses with.
         rules: for every parameter, how its gradients are computed: by which layer, or by autograd; see `layers`.
+        written_out: weights whose gradients are matrices for a moment when several queries ask, and at how many
+            positions they act; the others stay activations times output gradients.
     """
 
     n: int
@@ -69,6 +71,7 @@ class Report:
     problem: str = ""
     costs: str = ""
     rules: dict[str, str] = field(default_factory=dict)
+    written_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def at_minimum(self) -> bool:
@@ -107,6 +110,9 @@ class Report:
             f"{self.batch_drift:.1g}",
         ]
         lines += [f"{'' if number else 'layers':<21}{line}" for number, line in enumerate(_grouped(self.rules))]
+        if self.written_out:
+            places = ", ".join(f"{name} ({count})" for name, count in self.written_out.items())
+            lines.append(f"{'written out':<21}{places}: at many positions a matrix costs fewer flops than its factors")
         if self.suggested_damping is not None:
             lines.append(
                 f"suggestion           damping={self.suggested_damping:g} makes C + λI positive; or "
@@ -169,6 +175,7 @@ def examine(influence: Influence, queries: Any) -> Report:
         problem=problem,
         costs="; ".join(map(str, defaults.costs(objective, influence.examples, influence.curvature))),
         rules=layers.rules(objective),
+        written_out=layers.written_out(objective, queries),
     )
 
 

@@ -160,6 +160,19 @@ def rules(objective: Objective) -> dict[str, str]:
     return found.rules if found.structured else dict.fromkeys(objective.blocks, f"autograd ({found.reason})")
 
 
+def written_out(objective: Objective, batch: Any) -> dict[str, int]:
+    """The weights whose gradients are written out, one layer at a time, for k > 1 vectors, and their positions t.
+
+    At one position 2·k·i·o flops give all products; at t positions factors would take 2·k·t·i·o, and the matrix
+    2·(t + k)·i·o.
+    """
+    found = objective.route.plan
+    if objective.linear is not None or found is None or not found.structured:
+        return {}
+    products = [piece for piece in capture(objective, found, batch) if isinstance(piece, Product)]
+    return {piece.block: piece.inputs.shape[2] for piece in products if piece.inputs.shape[2] > 1}
+
+
 def vectors(objective: Objective, example_bytes: int) -> int:
     """How many vectors' memory the pieces of one example are worth, with the largest weight's gradient written out."""
     found = objective.route.plan

@@ -328,3 +328,10 @@ def test_check_lists_every_parameter():
     report = uw.Influence(objective, uw.Examples(*batch), damping=0.1).check()
     assert list(report.rules) == list(objective.blocks)
     assert "linear: 0.self_attn.in_proj_weight" in str(report)
+
+
+def test_check_says_which_gradients_are_written_out():
+    _, objective, batch, _ = _made("conv2d", torch.float64)
+    report = uw.Influence(objective, uw.Examples(*batch), damping=0.1).check()
+    assert report.written_out == {"0.weight": 5 * 6, "2.weight": 4 * 2}
+    assert "0.weight (30), 2.weight (8)" in str(report)
