@@ -175,13 +175,15 @@ def nearest_neighbours(
     queries = influence.queries((Xq, yq))
     asked, labels = _parts(queries.batch(slice(None)))
     E = _embedded(asked, embed)
+    centre = E.mean(0)  # distances do not change, and large offsets cancel no digits
+    E = E - centre
     sweep = influence.sweep
     _, probed = _parts(influence.examples.batch(influence.examples.spread(_PROBE_ROWS)))
     labelled = labels is not None and probed is not None and bool((probed == probed.round()).all())
 
     def squares_and_signs(batch: Any, _: Tensor) -> Tensor:
         x, y = _parts(batch)
-        F = _embedded(x, embed)
+        F = _embedded(x, embed) - centre
         squares = ((F**2).sum(1)[:, None] + (E**2).sum(1) - 2 * F @ E.T).clamp(min=0)
         same = torch.ones_like(squares)
         if labelled and y is not None and labels is not None:

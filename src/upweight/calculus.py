@@ -10,7 +10,7 @@ Hessian products are a double backward pass with batched cotangents over a vmapp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import scipy.sparse
@@ -142,6 +142,15 @@ def flat_outputs(objective: Objective) -> Callable[[Any, Any], Tensor]:
     """The model's output for one example as one flat vector, a function of (params, example)."""
     output, _ = _structure(objective)
     return lambda params, example: output(params, example).reshape(-1)
+
+
+def depends(values: Tensor, params: Any, names: Iterable[str]) -> dict[str, bool]:
+    """For every block of leaves whether autograd connects the values to it."""
+    blocks = _blocks(params)
+    if not values.requires_grad:
+        return dict.fromkeys(names, False)
+    found = torch.autograd.grad(values.sum(), blocks, allow_unused=True)
+    return {name: piece is not None for name, piece in zip(names, found, strict=True)}
 
 
 def slopes(

@@ -212,6 +212,12 @@ def mislabel_auc(scores: Any, flipped: Any, *, level: float = 0.95) -> MislabelC
     """
     values = np.asarray(scores.values if isinstance(scores, SelfScores) else scores, dtype=np.float64)
     if isinstance(scores, SelfScores):
+        if not np.array_equal(np.sort(scores.rows), np.arange(len(values))):
+            message = (
+                f"The scores are of {len(values)} rows between {int(scores.rows.min())} and {int(scores.rows.max())}, "
+                "so row numbers of wrong labels cannot be placed. Pass of_self() of all rows, or plain numbers."
+            )
+            raise InvalidInput(message)
         values = values[np.argsort(scores.rows)]
     if values.ndim != 1 or not np.isfinite(values).all():
         message = f"scores has shape {values.shape}, or holds NaN. Pass SelfScores of all rows or n finite numbers."
@@ -231,7 +237,9 @@ def mislabel_auc(scores: Any, flipped: Any, *, level: float = 0.95) -> MislabelC
     variance = sum(float(part.var(ddof=1)) / len(part) for part in (below, above) if len(part) > 1)
     reach = float(scipy.stats.norm.ppf((1 + level) / 2)) * np.sqrt(variance)
     order = np.argsort(-values, kind="stable")
-    found = np.cumsum(wrong[order]) / bad
+    _, group, size = np.unique(-values, return_inverse=True, return_counts=True)
+    chance = np.bincount(group, weights=wrong) / size  # rows that are equally suspicious come in no order of their own
+    found = np.cumsum(chance[group][order]) / bad
     return MislabelCurve(auc, max(0.0, auc - reach), min(1.0, auc + reach), found, bad, level)
 
 

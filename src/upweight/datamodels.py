@@ -108,15 +108,15 @@ def lds(
     resampled = _bootstrap(predicted, actual, resamples, seed)
     resampled += value - resampled.mean()  # subsets that are drawn twice lower a rank correlation a little
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    top, top_one = ceilings(outcomes, seed=seed)
+    top, top_one = _pooled_ceilings(outcomes, seed)
     return LDS(
         value,
         float(low),
         float(high),
         per_query,
-        float(top.mean()),
+        top,
         float(np.mean(single)),
-        float(top_one.mean()),
+        top_one,
         actual.shape[1],
         m,
         level,
@@ -130,15 +130,31 @@ def ceilings(
 
     NaN with a single seed. A query whose seeds do not agree at all (r ≤ 0) has the ceiling 0.
     """
+    return _roots(_agreement_of_halves(outcomes, seed), len(outcomes.seeds))
+
+
+def _pooled_ceilings(outcomes: SubsetOutcomes, seed: int) -> tuple[float, float]:
+    """The same from the mean agreement over queries: the root of a noisy r, query by query, would be biased."""
+    top, top_one = _roots(_agreement_of_halves(outcomes, seed).mean(keepdims=True), len(outcomes.seeds))
+    return float(top[0]), float(top_one[0])
+
+
+def _agreement_of_halves(outcomes: SubsetOutcomes, seed: int) -> NDArray[np.float64]:
+    """Spearman's r between the means of two halves of the seeds, over all halvings, for every query."""
     q, _, m = outcomes.values.shape
     if m < 2:
-        return np.full(q, np.nan), np.full(q, np.nan)
-    h = m // 2
+        return np.full(q, np.nan)
     r = np.zeros(q)
-    splits = _splits(m, h, seed)
+    splits = _splits(m, m // 2, seed)
     for one, other in splits:
         halves = (outcomes.values[:, :, part].mean(2) for part in (one, other))
         r += np.nan_to_num(spearman(*halves)) / len(splits)
+    return r
+
+
+def _roots(r: NDArray[np.float64], m: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Spearman and Brown: the reliability of m seeds and of one, from that of m // 2; and their roots."""
+    h = max(1, m // 2)
     r = np.clip(r, 0, 1)
     one_seed = r / (h - (h - 1) * r)
     whole = m * one_seed / (1 + (m - 1) * one_seed)

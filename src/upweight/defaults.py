@@ -158,7 +158,9 @@ def damping(objective: Objective, spec: Curvature, operator: Operator, missed: C
         operator: the same, bound.
         missed: how many rows' worth of gradient θ̂ is from a minimum, if it comes to that.
     """
-    stands_for = getattr(spec, "of", spec)  # KFAC(of=…), Nystroem(…, of=…), Dense(…)
+    stands_for: Any = spec
+    while hasattr(stands_for, "of"):  # KFAC(of=…), Nystroem(…, of=…), Dense(EKFAC())
+        stands_for = stands_for.of
     low_rank = isinstance(spec, Arnoldi | Nystroem)
     linear = objective.linear is not None or isinstance(spec, Identity)
     if not low_rank and (linear or not isinstance(stands_for, GaussNewton | EmpiricalFisher)):

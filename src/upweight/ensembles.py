@@ -8,7 +8,7 @@ any of them. The spread over members says how much of a score was chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,10 +73,12 @@ class Ensemble:
 
     def of_groups(self, groups: Any, *, on: Any) -> Scores:
         """The change of each query's loss if a whole group of rows is removed, to first order."""
+        groups = groups if isinstance(groups, Mapping) else list(groups)
         return _mean(member.of_groups(groups, on=on) for member in self.members)
 
     def of_removing(self, groups: Any, *, on: Any) -> Scores:
         """The change of each query's loss by the removal's own Newton step; members need linear predictors."""
+        groups = groups if isinstance(groups, Mapping) else list(groups)
         return _mean(member.of_removing(groups, on=on) for member in self.members)
 
     def of_self(self, rows: Any = None) -> SelfScores:

@@ -23,12 +23,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from upweight import calculus, pieces
+from upweight.errors import first_line
 from upweight.objective import Objective
 from upweight.pieces import Direct, Lookup, Piece, Product, merged
 from upweight.transforms import vmap
-from upweight.trees import batch_length
+from upweight.trees import batch_length, leaves, tree_map
 from upweight.watching import Use, Watch
 
+_FEW = 3
 _TOLERANCE = {torch.float64: 1e-8}  # of captured gradients against autograd; 1e-3 in lower precision
 
 
@@ -43,6 +45,7 @@ class Plan:
         reason: why not, if so.
         sizes: numbers in every block.
         bytes: memory that the captured pieces of one example need, for one cotangent.
+        shapes: of the tensors of an example; another shape needs another plan.
     """
 
     uses: tuple[Use, ...]
@@ -51,6 +54,7 @@ class Plan:
     reason: str
     sizes: dict[str, int]
     bytes: int
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 def plan(objective: Objective, batch: Any) -> Plan:
@@ -59,29 +63,46 @@ def plan(objective: Objective, batch: Any) -> Plan:
     Cost: one forward and backward pass over `batch`, twice.
     """
     sizes = {name: block.numel() for name, block in objective.blocks.items()}
-    rest = dict.fromkeys(sizes, "autograd")
-    if objective.route.examples != "vmap":
-        return Plan((), rest, False, objective.route.reason or "vmap cannot follow the loss", sizes, 8 * objective.size)
-    watch = Watch(objective)
     batch = calculus.ready(objective, batch)
+    shapes = _shapes(batch)
+
+    def unstructured(reason: str) -> Plan:
+        return Plan((), dict.fromkeys(sizes, "autograd"), False, reason, sizes, 8 * objective.size, shapes)
+
+    if objective.route.examples != "vmap":
+        return unstructured(objective.route.reason or "vmap cannot follow the loss")
     try:
-        with torch.no_grad():
-            vmap(lambda example: _watched(watch, objective.loss, objective, example))(batch)
-    except (RuntimeError, TypeError, ValueError) as error:
-        return Plan((), rest, False, f"the loss cannot be watched: {error}", sizes, 8 * objective.size)
+        return _structured(objective, batch, sizes, shapes, unstructured)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        return unstructured(f"the loss cannot be watched: {first_line(error)}")
+
+
+def _structured(
+    objective: Objective,
+    batch: Any,
+    sizes: dict[str, int],
+    shapes: tuple[tuple[int, ...], ...],
+    unstructured: Callable[[str], Plan],
+) -> Plan:
+    """The plan by what is seen, if nothing else acts and its gradients are right on this batch."""
+    params = calculus.leaves_of(objective)
+    watch = Watch(objective, params)
+    values = vmap(lambda example: _watched(watch, objective.loss, params, example))(batch)
+    unseen = [name for name, acts in calculus.depends(values, params, sizes).items() if acts]
+    if unseen:
+        return unstructured(f"'{unseen[0]}' acts where it cannot be seen, such as in a compiled function")
     uses = tuple(watch.uses)
     rules = {name: [use.rule for use in uses if name in (use.block, use.bias)] for name in sizes}
     words = {
         name: " + ".join(dict.fromkeys(found)) if found else "not used by the loss" for name, found in rules.items()
     }
-    found = Plan(uses, words, True, "", sizes, watch.bytes)
+    found = Plan(uses, words, True, "", sizes, watch.bytes, shapes)
     truth = calculus.gradients(objective, batch)
     ours = pieces.rows(capture(objective, found, batch), sizes)[:, 0]
     rtol = _TOLERANCE.get(objective.reference.dtype, 1e-3)
     if torch.allclose(ours, truth, rtol=rtol, atol=rtol * float(truth.abs().max() + 1e-12)):
         return found
-    reason = f"captured gradients differ from autograd's by {float((ours - truth).abs().max()):.2g}"
-    return Plan((), rest, False, reason, sizes, 8 * objective.size)
+    return unstructured(f"captured gradients differ from autograd's by {float((ours - truth).abs().max()):.2g}")
 
 
 def capture(
@@ -98,6 +119,9 @@ def capture(
         cotangents: u; None means the loss.
     """
     batch = calculus.ready(objective, batch)
+    if found.structured and found.shapes != _shapes(batch):
+        few = tree_map(lambda leaf: leaf[:_FEW], batch)
+        found = plan(objective, few)
     if not found.structured:
         return _by_autograd(objective, found, batch, cotangents)
     offsets = [
@@ -111,8 +135,8 @@ def capture(
     function = objective.loss if cotangents is None else calculus.flat_outputs(objective)
 
     def one(example: Any, *offsets: Tensor) -> tuple[Tensor, list[Tensor]]:
-        watch = Watch(objective, offsets)
-        value = _watched(watch, function, objective, example)
+        watch = Watch(objective, objective.params, offsets)
+        value = _watched(watch, function, objective.params, example)
         return value, watch.inputs
 
     values, inputs = vmap(one)(batch, *offsets)
@@ -184,9 +208,14 @@ def vectors(objective: Objective, example_bytes: int) -> int:
 # ---- inner steps -----------------------------------------------------------------------------------------------------
 
 
-def _watched(watch: Watch, function: Callable[[Any, Any], Tensor], objective: Objective, example: Any) -> Tensor:
+def _watched(watch: Watch, function: Callable[[Any, Any], Tensor], params: Any, example: Any) -> Tensor:
     with watch:
-        return function(objective.params, example)
+        return function(params, example)
+
+
+def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+    """The shape of every tensor of one example."""
+    return tuple(tuple(leaf.shape[1:]) for leaf in leaves(batch))
 
 
 # ---- from uses to pieces ---------------------------------------------------------------------------------------------

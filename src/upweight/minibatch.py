@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
@@ -121,13 +122,18 @@ class Batches(Protocol):
         """The rows of every batch, −1 for a place without one; and the number that each batch's sum is divided by."""
         ...
 
+    def share(self, weights: Float[NDArray[np.float64], "m n"], own: Float[NDArray[np.float64], " n"]) -> Tensor:
+        """For each model what a folded penalty is multiplied by, so that R's own c(weights) acts beside these means."""
+        ...
+
 
 @dataclass(frozen=True)
 class Shuffled:
     """A new order of all rows every epoch; rows of weight 0 are left out and the others close up.
 
     This is training on the subset that is left: half the rows take half the steps, and a batch's mean is over what is
-    in it, as with torch's DataLoader of the subset. Use it for subsets.
+    in it, as with torch's DataLoader of the subset. Use it for subsets. Note that the mean over the rows that are left
+    makes a penalty that stays weigh as it did per row: scores with `penalty_per_example=True` predict exactly this.
     """
 
     batch_size: int
@@ -142,6 +148,11 @@ class Shuffled:
         order = draw.permutation(len(weights))
         rows = _in_batches(order[weights[order] != 0], self.batch_size)
         return rows, (rows >= 0).sum(1).astype(np.float64)
+
+    def share(self, weights: Float[NDArray[np.float64], "m n"], own: Float[NDArray[np.float64], " n"]) -> Tensor:
+        """What a folded penalty is multiplied by: the mean weight of the rows that are left over that of all."""
+        kept = weights != 0
+        return torch.from_numpy((weights @ own) / kept.sum(1) / own.mean())
 
 
 @dataclass(frozen=True)
@@ -163,6 +174,10 @@ class Placed:
         """The rows of every batch, and the places in it."""
         rows = _in_batches(draw.permutation(len(weights)), self.batch_size)
         return rows, (rows >= 0).sum(1).astype(np.float64)
+
+    def share(self, weights: Float[NDArray[np.float64], "m n"], own: Float[NDArray[np.float64], " n"]) -> Tensor:
+        """What a folded penalty is multiplied by: the weight that is left, Σ mᵢwᵢ / Σ wᵢ."""
+        return torch.from_numpy((weights @ own) / own.sum())
 
 
 def _in_batches(order: NDArray[np.int64], size: int) -> NDArray[np.int64]:

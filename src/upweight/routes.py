@@ -131,11 +131,12 @@ def _refuse_broken_graphs(objective: Objective, batch: Any) -> None:
         waiting.extend(fresh)
 
 
-def _answers(objective: Objective, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _answers(objective: Objective, batch: Any) -> tuple[Tensor, ...]:
     V = torch.randn(2, objective.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     try:
         return (
             calculus.losses(objective, batch),
+            calculus.gradients(objective, batch),
             calculus.dots(objective, batch, V),
             calculus.hvp(objective, batch, V),
         )

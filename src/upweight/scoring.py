@@ -167,8 +167,10 @@ def certificate(influence: Influence, solution: Solution) -> Certificate:
 def typical_row(sweep: Sweep) -> float:
     """rms(wᵢ‖∇Lᵢ‖/n): how much one row moves ∇R, over rows spread through the data; never 0."""
     rows = sweep.examples.spread(_SAMPLED_ROWS)
-    norms = gradients(sweep, rows).norm(dim=1).numpy() * sweep.examples.weights[rows]
-    return max(float(np.sqrt(np.mean(norms**2))) / sweep.n, 1e-300)
+    squares = sweep.emit(
+        lambda batch, _: layers.squares(sweep.objective, batch), vectors=width(sweep), rows=rows, label="typical row"
+    )
+    return max(float(np.sqrt(np.mean(squares * sweep.examples.weights[rows] ** 2))) / sweep.n, 1e-300)
 
 
 def width(sweep: Sweep) -> int:

@@ -59,6 +59,7 @@ class Watch(TorchFunctionMode):
     """Sees every torch function; without offsets it lists the uses of parameters, with them it adds the offsets."""
 
     objective: Objective
+    params: Any
     offsets: tuple[Tensor, ...] | None = None
     uses: list[Use] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
@@ -66,14 +67,16 @@ class Watch(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         TorchFunctionMode.__init__(self)
-        self.held = {id(block): _Held(block, name, None) for name, block in self.objective.blocks.items()}
+        named: dict[str, Tensor] = self.params if isinstance(self.params, dict) else {}
+        blocks = named or dict.fromkeys(self.objective.blocks, self.params)
+        self.held = {id(block): _Held(block, name, None) for name, block in blocks.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         names = [id(leaf) for leaf in _tensors((args, kwargs)) if id(leaf) in self.held]
         if not names:
             return func(*args, **kwargs)
-        if func in _VIEWS:
+        if func in _VIEWS and len(_tensors((args, kwargs))) == 1:
             return self._view(func, args, kwargs)
         read = _RULES.get(func)
         call = None if read is None else read(self, args, kwargs)
@@ -87,9 +90,10 @@ class Watch(TorchFunctionMode):
     def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A view of a parameter stays known as its part."""
         out = func(*args, **kwargs)
-        source = self.held[id(args[0])]
-        places = _places(source)
-        moved = func(places, *args[1:], **kwargs)
+        (tensor,) = _tensors((args, kwargs))
+        source = self.held[id(tensor)]
+        changed, changed_kwargs = _replaced((args, kwargs), {id(tensor): _places(source)})
+        moved = func(*changed, **changed_kwargs)
         views = out if isinstance(out, tuple | list) else [out]
         parts = moved if isinstance(moved, tuple | list) else [moved]
         for view, part in zip(views, parts, strict=True):
@@ -97,6 +101,8 @@ class Watch(TorchFunctionMode):
         return out
 
     def _structured(self, func: Any, args: Any, kwargs: Any, call: _Call) -> Tensor:
+        known = {id(leaf): leaf.detach() for leaf in (call.weight, call.bias) if leaf is not None}
+        args, kwargs = _replaced((args, kwargs), known)  # detached: what still depends on a parameter was not seen
         out = func(*args, **kwargs)
         weight = self.held[id(call.weight)]
         places = None if weight.places is None else weight.places.reshape(-1)
@@ -120,7 +126,7 @@ class Watch(TorchFunctionMode):
             name = getattr(func, "__name__", str(func))
             places = None if held.places is None else held.places.reshape(-1)
             use = Use(f"autograd: {name}", held.block, places, self._shape(held), tuple(leaf.shape))
-            changed[id(leaf)] = self._offset(use, leaf, leaf.new_zeros(()))
+            changed[id(leaf)] = self._offset(use, leaf.detach(), leaf.new_zeros(()))
         new_args, new_kwargs = _replaced((args, kwargs), changed)
         return func(*new_args, **new_kwargs)
 
@@ -201,13 +207,13 @@ class _Call:
 
 def _linear(watch: Watch, args: Any, kwargs: Any) -> _Call | None:
     x, weight, bias = _bound(args, kwargs, ("input", "weight", "bias"))
-    if not _is_held(watch, weight) or _is_held(watch, x) or not _held_or_none(watch, bias) or weight.ndim != 2:
+    if not _is_held(watch, weight) or _is_held(watch, x) or not _fits(watch, bias, len(weight)) or weight.ndim != 2:
         return None
     return _Call("linear", weight, bias, x)
 
 
 def _matmul(watch: Watch, args: Any, kwargs: Any) -> _Call | None:
-    left, right = _bound(args, kwargs, ("input", "other"))
+    left, right = (*args, *kwargs.values())
     if _is_held(watch, left) and _is_held(watch, right):
         return None
     if _is_held(watch, right) and right.ndim == 2 and left.ndim >= 1:
@@ -221,9 +227,9 @@ def _matmul(watch: Watch, args: Any, kwargs: Any) -> _Call | None:
 def _addmm(watch: Watch, args: Any, kwargs: Any) -> _Call | None:
     bias, x, weight = _bound(args, kwargs, ("input", "mat1", "mat2"))
     scaled = any(kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
-    if not _is_held(watch, weight) or _is_held(watch, x) or scaled or bias.ndim != 1 or not _held_or_none(watch, bias):
+    if not _is_held(watch, weight) or _is_held(watch, x) or scaled:
         return None
-    if not _is_held(watch, bias):
+    if not _is_held(watch, bias) or not _fits(watch, bias, weight.shape[1]):
         return None
     i, o = weight.shape
     return _Call("addmm", weight, bias, x, _counting(weight).reshape(i, o).T.reshape(-1))
@@ -233,7 +239,7 @@ def _convolution(axes: int) -> Callable[[Watch, Any, Any], _Call | None]:
     def read(watch: Watch, args: Any, kwargs: Any) -> _Call | None:
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
         x, weight, bias, stride, padding, dilation, groups = _bound(args, kwargs, names)
-        if not _is_held(watch, weight) or _is_held(watch, x) or not _held_or_none(watch, bias):
+        if not _is_held(watch, weight) or _is_held(watch, x) or not _fits(watch, bias, len(weight)):
             return None
         settings = {
             "kernel": tuple(weight.shape[2:]),
@@ -251,9 +257,9 @@ def _transposed(axes: int) -> Callable[[Watch, Any, Any], _Call | None]:
     def read(watch: Watch, args: Any, kwargs: Any) -> _Call | None:
         names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
         x, weight, bias, stride, padding, _, groups, dilation = _bound(args, kwargs, names)
-        if not _is_held(watch, weight) or _is_held(watch, x) or not _held_or_none(watch, bias):
-            return None
         groups = groups or 1
+        if not _is_held(watch, weight) or _is_held(watch, x) or not _fits(watch, bias, groups * weight.shape[1]):
+            return None
         settings = {
             "kernel": tuple(weight.shape[2:]),
             "stride": _each(stride, axes, 1),
@@ -265,6 +271,16 @@ def _transposed(axes: int) -> Callable[[Watch, Any, Any], _Call | None]:
         return _Call(f"conv_transpose{axes}d", weight, bias, x, order, settings)
 
     return read
+
+
+def _indexed(watch: Watch, args: Any, kwargs: Any) -> _Call | None:  # noqa: ARG001
+    """table[indices], for whole numbers."""
+    table, indices = args
+    whole = _is_held(watch, table) and watch.held[id(table)].places is None and table.ndim == 2
+    numbers = isinstance(indices, Tensor) and indices.dtype == torch.int64
+    if not whole or not numbers or _is_held(watch, indices):
+        return None
+    return _Call("embedding", table, None, indices % len(table), settings={"padding": -1})
 
 
 def _embedding(watch: Watch, args: Any, kwargs: Any) -> _Call | None:
@@ -286,6 +302,7 @@ _RULES: dict[Any, Callable[[Watch, Any, Any], _Call | None]] = {
     Tensor.mv: _matmul,
     torch.addmm: _addmm,
     torch.embedding: _embedding,
+    Tensor.__getitem__: _indexed,
     torch.conv1d: _convolution(1),
     torch.conv2d: _convolution(2),
     torch.conv3d: _convolution(3),
@@ -309,9 +326,9 @@ def _is_held(watch: Watch, tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and id(tensor) in watch.held
 
 
-def _held_or_none(watch: Watch, bias: Any) -> bool:
-    """Whether a bias is a parameter or a part of one, or nothing; a computed bias needs autograd."""
-    return bias is None or _is_held(watch, bias)
+def _fits(watch: Watch, bias: Any, outputs: int) -> bool:
+    """Whether a bias is a parameter or a part of one with a number per output, or nothing; others need autograd."""
+    return bias is None or (_is_held(watch, bias) and tuple(bias.shape) == (outputs,))
 
 
 def _counting(tensor: Tensor) -> Tensor:

@@ -52,6 +52,34 @@ class Functional(nn.Module):
         return columns.T[:, :3]
 
 
+class Indexed(nn.Module):
+    """A table that is read by indexing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(7, 4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.table[tokens - 7]
+
+
+class Odd(nn.Module):
+    """Keywords, biases that broadcast, and a buffer that picks rows of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = nn.Parameter(torch.randn(12))
+        self.left = nn.Parameter(torch.randn(3, 3))
+        self.square = nn.Parameter(torch.randn(3, 3))
+        self.one = nn.Parameter(torch.randn(1))
+        self.register_buffer("rows", torch.tensor([0, 2, 2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(F.linear(x, torch.reshape(input=self.flat, shape=(3, 4)), self.one))
+        h = torch.addmm(self.one, torch.mm(self.left, mat2=h.T).T, self.square)
+        return h + self.left[self.rows].sum(0)
+
+
 class Shared(nn.Module):
     """One layer applied twice."""
 
@@ -167,6 +195,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], set[str]]]
         tokens,
         {"embedding"},
     ),
+    "indexed": (lambda: nn.Sequential(Indexed(), nn.Flatten(), nn.Linear(16, 3)), tokens, {"embedding", "linear"}),
+    "odd calls": (Odd, lambda: pictures(4), {"matmul + embedding"}),
     "tied": (Tied, tokens, {"embedding + matmul"}),
     "shared": (Shared, lambda: pictures(6), {"linear"}),
     "functional": (
@@ -320,6 +350,41 @@ def test_a_model_that_vmap_cannot_follow_goes_through_autograd_and_says_so():
     batch = (pictures(6), torch.randint(0, 3, (n,), generator=torch.Generator().manual_seed(2)))
     objective = routes.probe(uw.Objective.from_module(model, F.cross_entropy), batch)
     assert all(rule.startswith("autograd (") for rule in layers.rules(objective).values())
+    close(layers.gradients(objective, batch), by_hand(model, batch)[:, 0])
+
+
+def test_queries_of_another_size():
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)
+    ).double()
+    y = torch.tensor([0, 1, 2, 1, 0])
+    objective = routes.probe(uw.Objective.from_module(model, F.cross_entropy), (pictures(1, 3, 3)[:3], y[:3]))
+    for shape in ((1, 5, 5), (1, 3, 3), (1, 4, 6)):
+        batch = (pictures(*shape), y)
+        close(layers.gradients(objective, batch), by_hand(model, batch)[:, 0])
+
+
+@torch.jit.script
+def compiled(x: Tensor, bias: Tensor) -> Tensor:
+    return torch.tanh(x + bias)
+
+
+def test_a_use_inside_a_compiled_function_is_noticed_even_where_it_does_not_show():
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+            self.bias = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.inner(x)
+            return h + x[:, :1] * compiled(h, self.bias)
+
+    X = pictures(6)
+    X[:3, 0] = 0  # on the rows that are probed the bias has no effect
+    model, batch = Gated().double(), (X, torch.tensor([0, 1, 2, 1, 0]))
+    objective = routes.probe(uw.Objective.from_module(model, F.cross_entropy), (X[:3], batch[1][:3]))
+    assert "'bias' acts where it cannot be seen" in str(layers.rules(objective))
     close(layers.gradients(objective, batch), by_hand(model, batch)[:, 0])
 
 

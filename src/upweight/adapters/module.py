@@ -275,6 +275,13 @@ def _refuse_batch_effects(model: torch.nn.Module, criterion: Criterion, objectiv
                 f"{cast[1].flatten()[:12].tolist()}. Usual reason: a label that the model has no output for."
             )
             raise InvalidInput(message) from error
+        if not bool(torch.isfinite(singles).all()):
+            row = int(torch.nonzero(~torch.isfinite(singles))[0])
+            message = (
+                f"The loss of an example alone is {float(singles[row])} (target {cast[1][row].tolist()}): an ignored "
+                "label, or log(0). Such rows have no influence and must not be counted: leave them out."
+            )
+            raise InvalidInput(message)
         if rows[0].ndim == 0:
             message = (
                 f"{type(model).__name__} returns a single number without a batch axis for a batch of one; it probably "

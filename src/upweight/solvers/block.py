@@ -18,6 +18,8 @@ from torch import Tensor
 from upweight.solvers.recurrence import Progress, positive
 
 _DEPENDENT = 1e-13  # share of a direction that those before it do not span, below which it is dropped: rounding
+_SUSPECT = 1e-12  # of the Gram matrix: half the digits are enough to suspect
+_SAME = 1e-10  # of the largest singular value: what is smaller is rounding between copies
 _LONG_ARRIVED = (
     1e-3  # of the goal: a query that is so near adds no direction; dropping it sooner costs the others steps
 )
@@ -72,11 +74,31 @@ def descend_together(
     return Progress(x, R, _padded(P, R), max_steps, smallest)
 
 
+def spanning(V: Float[Tensor, "k p"]) -> tuple[Float[Tensor, "r p"], Float[Tensor, "k r"]]:
+    """Orthonormal rows and a mixing with V = mixing @ rows; V and the identity where its rows are independent."""
+    size = V.norm(dim=1, keepdim=True)
+    Y = V / size.clamp(min=1e-300)
+    spectrum = torch.linalg.eigvalsh(Y @ Y.T)
+    if float(spectrum[0]) > _SUSPECT * float(spectrum[-1]):
+        return V, torch.eye(len(V), dtype=V.dtype)
+    U, S, W = torch.linalg.svd(Y, full_matrices=False)
+    least = _SAME * float(S[0]) + 1e-300
+    kept = least < S
+    if bool(kept.all()) and len(S) == len(V):
+        return V, torch.eye(len(V), dtype=V.dtype)
+    return W[kept], size * U[:, kept] * S[kept]
+
+
 def orthonormal(Y: Float[Tensor, "k p"]) -> Float[Tensor, "r p"]:
     """Orthonormal rows that span the rows of Y, without those that hardly add anything."""
     size = Y.norm(dim=1, keepdim=True)
-    columns, triangle = torch.linalg.qr((Y / size.clamp(min=1e-300))[size[:, 0] > 0].T)
-    return columns.T[triangle.diagonal().abs() > _DEPENDENT].contiguous()
+    rows = (Y / size.clamp(min=1e-300))[size[:, 0] > 0]
+    while True:
+        columns, triangle = torch.linalg.qr(rows.T)
+        adds = triangle.diagonal().abs() > _DEPENDENT
+        if bool(adds.all()):
+            return columns.T.contiguous()
+        rows = rows[adds]  # a column that is noise takes a part of later rows along, so the factors are made again
 
 
 def _arrived(R: Tensor, goal: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, checked_count
 from upweight.operators.base import Operator
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
-from upweight.solvers.block import descend_together
+from upweight.solvers.block import descend_together, spanning
 from upweight.solvers.lanczos import suggest_damping
 from upweight.solvers.precondition import ByEigenvalues, Plain, Preconditioner
 from upweight.solvers.recurrence import Progress, descend
@@ -103,6 +104,10 @@ class Iteration:
                 f"state is not that of an earlier Solution for {tuple(V.shape)} right-hand sides. Pass solution.state."
             )
             raise InvalidInput(message)
+        if state is None and self.together(V):
+            basis, mixing = spanning(V)
+            if len(basis) < len(V):
+                return self._mixed(basis, mixing, V)
         X = torch.zeros_like(V) if state is None else state["x"].clone()
         R = V.clone() if state is None else V - self._apply(X)
         P = None if state is None else state.get("p")
@@ -155,6 +160,18 @@ class Iteration:
         Not for linear predictors with a preconditioner: ten cheap products leave nothing that would pay for it.
         """
         return len(V) > 1 and self.scale is None
+
+    def _mixed(self, basis: Tensor, mixing: Tensor, V: Tensor) -> Solution:
+        """Dependent right-hand sides through a basis of them: copies differ by rounding, which is no direction."""
+        rtol = self.spec.rtol / (2 * math.sqrt(max(1, len(basis))))
+        inner = replace(self, spec=replace(self.spec, rtol=rtol)).solve(basis) if len(basis) else None
+        X = torch.zeros_like(V) if inner is None else mixing @ inner.x
+        R = V - self._apply(X)
+        missed, sweeps = _share(R, V.norm(dim=1)), 1 + (0 if inner is None else inner.sweeps)
+        bottom = float("nan") if inner is None else inner.min_curvature
+        state, gap = {"x": X, "p": R}, self._gap(X, V, R)
+        good = bool((missed <= self.spec.rtol).all())
+        return Solution(X, missed, good, sweeps, min_curvature=bottom, preconditioner_gap=gap, state=state)
 
     def _gap(self, X: Tensor, V: Tensor, R: Tensor) -> Tensor | None:
         """‖x₀ − x‖/‖x‖ in the norm of C + λI, with x₀ the preconditioner's own answer.  Cost: one product."""

@@ -1,0 +1,131 @@
+"""What reviews of the code for networks found wrong, one test each."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import upweight as uw
+from upweight import errors, scoring
+from upweight.minibatch import SGD, Placed, Shuffled
+from upweight.retrain import LBFGS
+
+n = 24
+
+
+def data() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    X = torch.randn(n, 4, generator=draw, dtype=torch.float64)
+    return X, (X[:, 0] + torch.randn(n, generator=draw, dtype=torch.float64) / 2 > 0).long()
+
+
+def network(width: int = 6) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 2)).double()
+
+
+def test_training_on_a_subset_takes_the_rows_share_of_a_folded_penalty_along():
+    """Both batchings then minimise the same R, whose minimum L-BFGS finds on its own."""
+    X, y = data()
+    torch.manual_seed(1)
+    model = nn.Linear(4, 2).double()
+    influence = uw.explain(model, X, y, loss=cross_entropy, penalty=0.1, penalty_per_example=True)
+    weights = np.ones(n)
+    weights[::2] = 0
+    truth = LBFGS(rtol=1e-8).bind(influence)(weights)
+    for batches in (Shuffled(n), Placed(n)):
+        theta = uw.StackedTraining(SGD(lr=0.5), batches, epochs=3000).bind(influence)(weights, 0)
+        assert torch.allclose(theta, truth, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [[0, 0, 0, 1], [0] * 6 + [1] * 3, [2, 1, 0, 2, 1, 0]])
+def test_equal_queries_are_solved_as_fast_as_one_of_each(order):
+    X, y = data()
+    settings = {"loss": cross_entropy, "damping": 1e-3, "solver": uw.solvers.CG(rtol=1e-8)}
+    influence = uw.explain(network(), X, y, **settings)
+    once = influence.on_loss(X[sorted(set(order))], y[sorted(set(order))])
+    many = influence.on_loss(X[order], y[order])
+    place = {row: line for line, row in enumerate(sorted(set(order)))}
+    assert np.allclose(many.values, once.values[[place[row] for row in order]], rtol=1e-5, atol=1e-9)
+    assert many.certificate.converged
+    assert many.certificate.sweeps <= 2 * once.certificate.sweeps
+
+
+def test_a_label_that_the_criterion_ignores_is_refused():
+    X, y = data()
+    y[5] = -100
+    with pytest.raises(errors.InvalidInput, match="ignored label"):
+        uw.explain(network(), X, y, loss=cross_entropy)
+
+
+def test_a_written_out_curvature_is_damped_like_the_one_it_stands_for():
+    X, y = data()
+    settings = {"loss": cross_entropy, "penalty": 1e-4}
+    plain = uw.explain(network(), X, y, curvature=uw.operators.EKFAC(), **settings)
+    dense = uw.explain(network(), X, y, curvature=uw.operators.Dense(uw.operators.EKFAC()), **settings)
+    assert dense.damping == pytest.approx(plain.damping, rel=0.2)
+    assert dense.damping > 0
+
+
+def test_rows_of_equal_suspicion_are_found_in_no_order():
+    curve = uw.mislabel_auc(np.zeros(30), np.arange(3))
+    assert curve.found_in(0.1) == pytest.approx(0.1)
+    assert uw.mislabel_auc(np.zeros(30), np.arange(27, 30)).found_in(0.1) == pytest.approx(0.1)
+
+
+def test_self_scores_of_some_rows_cannot_be_matched_with_row_numbers():
+    X, y = data()
+    scores = uw.explain(network(), X, y, loss=cross_entropy, damping=0.1).of_self([10, 11, 12])
+    with pytest.raises(errors.InvalidInput, match="rows between 10 and 12"):
+        uw.mislabel_auc(scores, [2])
+
+
+def test_the_ceiling_of_noisy_outcomes_is_not_biased():
+    """Signal and noise of equal variance: one seed's reliability is ½, two seeds' ⅔, and the ceilings are their roots."""
+    draw = np.random.default_rng(0)
+    signal = draw.standard_normal((300, 30))
+    values = signal[:, :, None] + draw.standard_normal((300, 30, 2))
+    subsets = uw.random_subsets(n, 30)
+    outcomes = uw.SubsetOutcomes(values, subsets, np.arange(2), "loss")
+    influence = uw.explain(network(), *data(), loss=cross_entropy, damping=0.1)
+    top = uw.lds(uw.baselines.random(influence, *_queries(300)), outcomes, resamples=2)
+    assert top.ceiling == pytest.approx(np.sqrt(2 / 3), abs=0.03)
+    assert top.one_seed_ceiling == pytest.approx(np.sqrt(1 / 2), abs=0.03)
+
+
+def _queries(q: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    return torch.randn(q, 4, generator=draw, dtype=torch.float64), torch.randint(0, 2, (q,), generator=draw)
+
+
+def test_a_large_offset_does_not_move_neighbours():
+    X, y = data()
+    influence = uw.explain(network(), X, y, loss=cross_entropy, damping=0.1)
+    near = uw.baselines.nearest_neighbours(influence, X[:3], y[:3]).values
+    far = uw.baselines.nearest_neighbours(influence, X[:3], y[:3], embed=lambda x: x + 1e8).values
+    assert np.allclose(near, far, atol=1e-5)
+
+
+def test_the_typical_row_equals_its_definition():
+    X, y = data()
+    influence = uw.explain(network(), X, y, loss=cross_entropy, damping=0.1)
+    G = scoring.gradients(influence.sweep, np.arange(n))
+    assert scoring.typical_row(influence.sweep) == pytest.approx(float(G.square().sum(1).mean().sqrt()) / n)
+
+
+def test_a_model_that_vmap_follows_but_not_its_gradient_goes_one_by_one():
+    class OneHot(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            f = self.inner(x)
+            return f * (1 + nn.functional.one_hot(f.argmax(1), 2))
+
+    X, y = data()
+    influence = uw.explain(OneHot().double(), X, y, loss=cross_entropy, damping=0.1)
+    assert np.isfinite(influence.on_loss(X[:2], y[:2]).values).all()
