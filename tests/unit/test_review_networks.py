@@ -84,7 +84,7 @@ def test_self_scores_of_some_rows_cannot_be_matched_with_row_numbers():
 
 
 def test_the_ceiling_of_noisy_outcomes_is_not_biased():
-    """Signal and noise of equal variance: one seed's reliability is ½, two seeds' ⅔, and the ceilings are their roots."""
+    """Signal and noise of equal variance: reliability ½ with one seed, ⅔ with two; the ceilings are their roots."""
     draw = np.random.default_rng(0)
     signal = draw.standard_normal((300, 30))
     values = signal[:, :, None] + draw.standard_normal((300, 30, 2))
