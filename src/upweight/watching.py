@@ -67,8 +67,8 @@ class Watch(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         TorchFunctionMode.__init__(self)
-        named: dict[str, Tensor] = self.params if isinstance(self.params, dict) else {}
-        blocks = named or dict.fromkeys(self.objective.blocks, self.params)
+        params: Any = self.params
+        blocks: dict[str, Tensor] = params if isinstance(params, dict) else dict.fromkeys(self.objective.blocks, params)
         self.held = {id(block): _Held(block, name, None) for name, block in blocks.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
