@@ -67,9 +67,9 @@ class Watch(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         TorchFunctionMode.__init__(self)
-        params: Any = self.params
-        blocks: dict[str, Tensor] = params if isinstance(params, dict) else dict.fromkeys(self.objective.blocks, params)
-        self.held = {id(block): _Held(block, name, None) for name, block in blocks.items()}
+        names = list(self.objective.blocks)
+        tensors: list[Tensor] = list(self.params.values()) if isinstance(self.params, dict) else [self.params]
+        self.held = {id(block): _Held(block, name, None) for name, block in zip(names, tensors, strict=True)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
