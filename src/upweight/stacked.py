@@ -10,6 +10,7 @@ rounding. What each step minimises is the batch's share of R:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,13 @@ class BoundStackedTraining:
         self.data = like(influence.examples.batch(slice(None)), reference)
         self.start = None if spec.start is None else _given(spec.start, self.objective)
         self.masks = [] if self.module is None else self._probe()
+
+    @property
+    def origin(self) -> str:
+        """Where training starts and through which module, as a digest: what `repr` does not say of two factories."""
+        first = torch.cat([block.reshape(-1).double() for block in self._first([0]).values()])
+        told = hashlib.sha256(repr(self.module).encode() + first.cpu().numpy().tobytes()).hexdigest()[:16]
+        return f" #{told}"
 
     def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Float[Tensor, " p"]:
         """θ after training with these weights."""

@@ -68,7 +68,7 @@ class Trials:
         else:
             measured = routes.probe(objective.measuring(measure), queries)
             name = measured.name
-        return cls(train, objective, measured, queries, name, _in_words(train if retrain is None else retrain))
+        return cls(train, objective, measured, queries, name, _in_words(retrain, train))
 
     def now(self) -> Float[NDArray[np.float64], " q"]:
         """The measure of every query at θ̂, the model as it is."""
@@ -92,9 +92,11 @@ class Trials:
                 f = vmap(objective.outputs, in_dims=(None, 0))(objective.params, ready).flatten(1)
         else:
             return None
+        y = self.queries[1] if isinstance(self.queries, tuple | list) else None
+        if not isinstance(y, Tensor) or y.ndim != 1:  # several targets, or classes at several positions
+            return None
         if f.shape[1] > 1:
             return f.argmax(1).cpu().numpy()
-        y = self.queries[1] if isinstance(self.queries, tuple | list) else None
         binary = isinstance(y, Tensor) and bool(((y == 0) | (y == 1)).all())
         return (f[:, 0] > 0).long().cpu().numpy() if binary else None
 
@@ -181,8 +183,12 @@ def flat(objective: Objective, params: Any) -> Float[Tensor, " p"]:
     return vector
 
 
-def _in_words(retrain: Any) -> str:
-    """A retrainer's settings, or its name; never an address, which another process does not share."""
+def _in_words(retrain: Any, train: Any) -> str:
+    """A retrainer's settings, or its name; never an address, which another process does not share.
+
+    What was bound adds its `origin`, if it has one.
+    """
+    retrain = train if retrain is None else retrain
     spec = getattr(retrain, "spec", retrain)
-    text = repr(spec)
+    text = f"{spec!r}{getattr(train, 'origin', '')}"
     return text if " at 0x" not in text else str(getattr(spec, "__qualname__", type(spec).__qualname__))

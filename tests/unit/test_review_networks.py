@@ -96,6 +96,33 @@ def test_the_ceiling_of_noisy_outcomes_is_not_biased():
     assert top.one_seed_ceiling == pytest.approx(np.sqrt(1 / 2), abs=0.03)
 
 
+@pytest.mark.parametrize("changed", ["start", "dropout", "activation"])
+def test_stored_outcomes_of_another_training_are_refused(changed, tmp_path):
+    """Factories share their name, and given parameters show in no repr."""
+
+    def training(**other: object) -> uw.StackedTraining:
+        settings = {"start": 0.0, "dropout": 0.0, "activation": nn.Tanh} | other
+
+        def factory() -> nn.Module:
+            drop = nn.Dropout(settings["dropout"])
+            return nn.Sequential(nn.Linear(4, 6), settings["activation"](), drop, nn.Linear(6, 2)).double()
+
+        start = torch.full((6 * 5 + 7 * 2,), settings["start"], dtype=torch.float64)
+        return uw.StackedTraining(SGD(lr=0.1), Shuffled(8), epochs=1, factory=factory, start=start)
+
+    X, y = data()
+    names = network().state_dict()
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.0), nn.Linear(6, 2)).double().eval()
+    model[0].weight.data, model[3].weight.data = names["0.weight"], names["2.weight"]
+    influence = uw.explain(model, X, y, loss=cross_entropy, damping=0.1)
+    subsets = uw.random_subsets(n, 3)
+    uw.subset_retraining(influence, (X[:2], y[:2]), subsets, training(), store=tmp_path)
+    other = {"start": 0.1, "dropout": 0.5, "activation": nn.ReLU}[changed]
+    with pytest.raises(errors.StoreMismatch):
+        uw.subset_retraining(influence, (X[:2], y[:2]), subsets, training(**{changed: other}), store=tmp_path)
+    uw.subset_retraining(influence, (X[:2], y[:2]), subsets, training(), store=tmp_path)  # the same goes on
+
+
 def _queries(q: int) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(5)
     return torch.randn(q, 4, generator=draw, dtype=torch.float64), torch.randint(0, 2, (q,), generator=draw)
