@@ -166,13 +166,17 @@ def test_the_figure_is_computed_on_few_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(cnn, "BATCH", 50)
     monkeypatch.setattr(fig2_right, "TRAIN", cnn.Adam(60, 3e-3, (40, 50)))
     monkeypatch.setattr(fig2_right, "LOWEST", 2)
-    monkeypatch.setattr(fig2_right, "OTHER_DAMPINGS", ())
-    monkeypatch.setattr(fig2_right, "MOST", 10)
+    monkeypatch.setattr(fig2_right, "TRIES", 2)
+    monkeypatch.setattr(fig2_right, "DAMPINGS", (0.01,))
+    monkeypatch.setattr(fig2_right, "MORE", 0.1)
+    monkeypatch.setattr(fig2_right, "AGAIN", 3)
     monkeypatch.setattr(cnn, "STEPS", 10)
-    monkeypatch.setattr(cnn, "near_hessian", lambda theta, rows, hard: torch.eye(cnn.PARAMETERS).double() / 2)
+    half = torch.eye(cnn.PARAMETERS, dtype=torch.float64) / 2
+    monkeypatch.setattr(cnn, "near_hessian", lambda theta, rows, hard: half)
     small = report.timed(fig2_right.compute, rows=200, removed=3, rounds=1)
     assert small["numbers"]["n_removed"] == 3
     assert len(small["arrays"]["actual"]) == 3
     assert np.isfinite(list(small["numbers"].values())).all()
     kept = json.loads(next((tmp_path / "upweight" / "paper").glob("fig2_right-*.json")).read_text())
     assert set(kept) == {*map(str, small["arrays"]["rows"]), "None"}
+    assert np.shape(small["arrays"]["losses"]) == (4, 3)

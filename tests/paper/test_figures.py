@@ -27,6 +27,7 @@ NAMES = {
     "fig1": ["labels_separated_without_hessian", "harmful_same_label_rows"],
     "fig2_left": ["n_removed", "pearson", "slope", "pearson_newton", "slope_newton"],
     "fig2_mid": ["pearson", "repeats", "max_z"],
+    "fig2_right": ["n_removed", "pearson", "slope", "control_drift"],
     "fig3": ["pearson_t0", "pearson_t0.001", "pearson_t0.1"],
     "fig4_rbf": ["distance_correlation"],
 }
@@ -97,6 +98,31 @@ def test_lissa_tells_its_noise():
     assert arrays["rows"].tolist() == left["rows"]
     assert arrays["actual"].tolist() == left["actual"]
     np.testing.assert_allclose(arrays["exact"], left["predicted"], atol=1e-5 * np.abs(left["predicted"]).max())
+
+
+def test_removals_from_a_network_are_predicted():
+    right, told = numbers("fig2_right"), result("fig2_right")
+    arrays = {key: np.array(value) for key, value in told["arrays"].items()}
+    assert right["n_removed"] == len(set(arrays["rows"].tolist())) == 100
+    assert told["settings"]["n"] == 5_500
+    assert told["settings"]["p"] == len(arrays["theta"]) == 2_616
+    assert told["settings"]["damping"] == 0.01
+    assert right["pearson"] >= 0.90
+    assert np.corrcoef(arrays["predicted"], arrays["actual"])[0, 1] == pytest.approx(right["pearson"], abs=1e-5)
+    slope, _ = np.polyfit(arrays["predicted"], arrays["actual"], 1)
+    assert slope == pytest.approx(right["slope"], abs=1e-4)
+    losses = arrays["losses"]
+    assert losses.shape == (101, 10)
+    np.testing.assert_allclose(losses[:-1, -1] - losses[-1, -1], arrays["actual"], atol=2e-6)
+    assert losses[-1, -1] - right["query_loss"] == pytest.approx(right["control_drift"], abs=2e-6)
+    assert abs(right["control_drift"]) < right["largest_change"]
+    assert np.corrcoef(arrays["newton"], arrays["actual"])[0, 1] == pytest.approx(right["pearson_newton"], abs=1e-5)
+    assert abs(right["slope_newton"] - 1) < abs(right["slope"] - 1)
+    assert 0 < np.median(arrays["leverage"]) < arrays["leverage"].max() < 1
+    assert right["cg_met_no_negative_curvature"] == 1
+    assert right["smallest_eigenvalue_at_most"] > -0.01
+    assert right["train_accuracy"] > 0.999
+    assert right["test_accuracy"] > 0.97
 
 
 def test_the_smooth_hinge_predicts_what_the_hinge_cannot():
