@@ -27,6 +27,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ import upweight as uw
 from upweight.datamodels import spearman
 from upweight.minibatch import SGD, Placed, Shuffled
 
-FOLDER = Path(os.environ.get("MNIST_LDS", "/tmp/w/mnist_lds"))
+FOLDER = Path(os.environ.get("MNIST_LDS", Path(tempfile.gettempdir()) / "upweight-mnist-lds"))
 ROWS, QUERIES, SUBSETS, LEFT_OUT, MEMBERS = 5000, 500, 100, 100, 10
 CERTIFIED_MEMBERS = {"lr": 1, "mlp": 2}  # how many of the ten are solved through the library
 ASKED = 100  # queries of the MLP's table; LR's has all 500
