@@ -258,7 +258,7 @@ def newton_steps(
 
     With UᵀU = Gᵢ/n and A = U (|H| + λI)⁻¹ Uᵀ, by Woodbury's identity; the leverage is A's largest eigenvalue.
     """
-    network = cnn.at(theta)
+    network = cnn.at(theta, train.X.dtype)
     query_gradient = cnn.risk(theta, query)[1] - cnn.strengths() * theta
     values, leverages = [], []
     for row in chosen:

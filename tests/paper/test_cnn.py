@@ -99,6 +99,39 @@ def test_gauss_newton_and_hessian_are_the_librarys():
     torch.testing.assert_close(V[:, late] @ lines.T, exact[:, late][:, :40], atol=1e-9, rtol=1e-7)
 
 
+def test_the_newton_step_of_a_removal_is_that_of_the_curvature_without_the_row():
+    from paper import cnn, fig2_right
+
+    rows, query = some(4), some(1)
+    curvature = torch.rand(2_616, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.5
+    H = uw.operators.DenseOperator(torch.diag(curvature))
+    values, leverages = fig2_right.newton_steps(theta(), rows, query, H, np.array([2]))
+    one = cnn.Rows(rows.X[[2]], rows.y[[2]])
+    own = (cnn.gauss_newton(theta(), one) - torch.diag(cnn.strengths())) / rows.n
+    whole = torch.diag(curvature + 0.01)
+    step = torch.linalg.solve(whole - own, cnn.risk(theta(), one)[1] / rows.n)
+    slope = cnn.risk(theta(), query)[1] - cnn.strengths() * theta()
+    assert values[0] == pytest.approx(float(slope @ step), rel=1e-4)
+    scale = (curvature + 0.01).rsqrt()
+    assert leverages[0] == pytest.approx(float(torch.linalg.eigvalsh(scale[:, None] * own * scale)[-1]), rel=1e-4)
+    assert leverages[0] > 0.01
+
+
+def test_training_on_is_gradient_descent_for_a_time():
+    from paper import cnn, fig2_right
+
+    rows, query = some(6), some(1)
+    flat = uw.operators.DenseOperator(torch.zeros(2_616, 2_616, dtype=torch.float64))
+    flat._spectrum = (torch.zeros(2_616, dtype=torch.float64), torch.eye(2_616, dtype=torch.float64))
+    losses = fig2_right.further(theta(), flat, rows, query, 4)
+    at = theta()
+    for loss in losses:
+        at = at - fig2_right.LENGTH * cnn.risk(at, rows, 4)[1]
+        assert loss == pytest.approx(fig2_right.loss_of(at, query), rel=1e-9)
+    time = fig2_right.AGAIN * fig2_right.LENGTH
+    assert time == pytest.approx(1 / fig2_right.DAMPING)
+
+
 def test_a_hessian_is_put_together_from_its_layers(monkeypatch):
     from paper import cnn
 
@@ -145,11 +178,11 @@ def test_adam_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     from paper import cnn
 
     monkeypatch.setattr(cnn, "BATCH", 10)
-    monkeypatch.setattr(cnn, "KEEP_EVERY", 4)
+    monkeypatch.setattr(cnn, "KEEP_EVERY", 3)
     rows = some(30, torch.float32)
     plan = cnn.Adam(10, 1e-3, (6, 8))
     whole, _ = plan.train(theta(), rows, tmp_path / "a.pt")
-    replace(plan, steps=5).train(theta(), rows, tmp_path / "b.pt")  # keeps step 4
+    replace(plan, steps=5).train(theta(), rows, tmp_path / "b.pt")  # keeps step 3, where an epoch ends
     again, state = plan.train(theta(), rows, tmp_path / "b.pt")
     torch.testing.assert_close(again, whole, atol=0, rtol=0)
     assert state["param_groups"][0]["lr"] == pytest.approx(1e-5)
@@ -167,8 +200,9 @@ def test_the_figure_is_computed_on_few_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(fig2_right, "TRAIN", cnn.Adam(60, 3e-3, (40, 50)))
     monkeypatch.setattr(fig2_right, "LOWEST", 2)
     monkeypatch.setattr(fig2_right, "TRIES", 2)
-    monkeypatch.setattr(fig2_right, "DAMPINGS", (0.01,))
-    monkeypatch.setattr(fig2_right, "MORE", 0.1)
+    monkeypatch.setattr(fig2_right, "DAMPING", 3.0)  # positive with it, so that few products do
+    monkeypatch.setattr(fig2_right, "DAMPINGS", (3.0,))
+    monkeypatch.setattr(fig2_right, "MORE", 5.0)
     monkeypatch.setattr(fig2_right, "AGAIN", 3)
     monkeypatch.setattr(cnn, "STEPS", 10)
     half = torch.eye(cnn.PARAMETERS, dtype=torch.float64) / 2
