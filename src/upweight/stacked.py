@@ -172,7 +172,7 @@ class BoundStackedTraining:
         spec, theta = self.spec, self._first(seeds)
         memory = {name: [torch.zeros_like(t) for _ in range(spec.optimizer.slots())] for name, t in theta.items()}
         orders = [np.random.default_rng([seed, 1]) for seed in seeds]
-        chance = [torch.Generator().manual_seed(_apart(seed)) for seed in seeds]
+        chance = [torch.Generator().manual_seed(seed) for seed in seeds]
         effective = torch.from_numpy(weights * self.own).to(self.reference)
         share = torch.ones(len(seeds)).to(self.reference)
         if self.objective.folded:
@@ -274,11 +274,6 @@ class BoundStackedTraining:
             )
             raise UnsupportedModel(message) from error
         return recorder.seen
-
-
-def _apart(seed: int) -> int:
-    """A seed for dropout that shares no stream with the initialisation of the same seed."""
-    return int(np.random.default_rng([seed, 2]).integers(2**62))
 
 
 class _Masks(TorchFunctionMode):

@@ -57,7 +57,7 @@ def test_equal_queries_are_solved_as_fast_as_one_of_each(order):
 def test_a_label_that_the_criterion_ignores_is_refused():
     X, y = data()
     y[5] = -100
-    with pytest.raises(errors.InvalidInput, match="ignored label"):
+    with pytest.raises(errors.InvalidInput, match="ignore_index"):
         uw.explain(network(), X, y, loss=cross_entropy)
 
 

@@ -279,7 +279,7 @@ def _refuse_batch_effects(model: torch.nn.Module, criterion: Criterion, objectiv
             row = int(torch.nonzero(~torch.isfinite(singles))[0])
             message = (
                 f"The loss of an example alone is {float(singles[row])} (target {cast[1][row].tolist()}): an ignored "
-                "label, or log(0). Such rows have no influence and must not be counted: leave them out."
+                "label (ignore_index), or log(0). Such rows have no influence and must not be counted: leave them out."
             )
             raise InvalidInput(message)
         if rows[0].ndim == 0:
