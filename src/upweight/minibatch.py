@@ -56,7 +56,7 @@ class SGD:
 
         References: Ali, Kolter and Tibshirani (2019), lemma 7.
 
-        >>> SGD(lr=0.01, momentum=0.9).damping(4000)
+        >>> round(SGD(lr=0.01, momentum=0.9).damping(4000), 6)
         0.0025
         """
         return (1 - self.momentum) / (self.lr * checked_count(steps, "steps"))
