@@ -61,7 +61,9 @@ class Bound:
         """The λ that acts."""
         if self.chosen_damping is None:
             known = (self.sweep.objective, self.curvature, self.operator)
-            self.chosen_damping = defaults.damping(*known, self._rows_from_minimum)
+            self.chosen_damping = defaults.damping(
+                *known, lambda: scoring.rows_from_minimum(self.sweep, self.risk_gradient)
+            )
         return self.chosen_damping
 
     @property
@@ -102,10 +104,6 @@ class Bound:
             except NotPositiveDefinite:  # an iteration may still solve what a factorisation must refuse
                 return self.solver, self.prepared
         return solver, self._prepared_for_many
-
-    def _rows_from_minimum(self) -> float:
-        """‖∇R‖ in units of one row's effect on it."""
-        return float(self.risk_gradient.norm()) / scoring.typical_row(self.sweep)
 
     def solve(self, V: Float[Tensor, "k p"]) -> Solution:
         """(C + λI)⁻¹ v for every row v, refused if the solver did not keep its promise."""

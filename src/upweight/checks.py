@@ -189,7 +189,7 @@ def _grouped(rules: dict[str, str]) -> list[str]:
 
 def rows_from_minimum(influence: Influence) -> float:
     """‖∇R‖ in units of one row's effect on the gradient: ‖∇R‖ / rms(wᵢ‖∇Lᵢ‖/n), over rows spread through the data."""
-    return float(influence.risk_gradient.norm()) / scoring.typical_row(influence.sweep)
+    return scoring.rows_from_minimum(influence.sweep, influence.risk_gradient)
 
 
 def _rows_in_the_curvature(influence: Influence) -> float:

@@ -173,6 +173,11 @@ def typical_row(sweep: Sweep) -> float:
     return max(float(np.sqrt(np.mean(squares * sweep.examples.weights[rows] ** 2))) / sweep.n, 1e-300)
 
 
+def rows_from_minimum(sweep: Sweep, gradient: Float[Tensor, " p"]) -> float:
+    """‖∇R‖ in units of one row's effect on it, over rows spread through the data."""
+    return float(gradient.norm()) / typical_row(sweep)
+
+
 def width(sweep: Sweep) -> int:
     """How many vectors' memory a row of p gradients is worth."""
     pieces = layers.vectors(sweep.objective, sweep.example_bytes)

@@ -54,6 +54,22 @@ def test_equal_queries_are_solved_as_fast_as_one_of_each(order):
     assert many.certificate.sweeps <= 2 * once.certificate.sweeps
 
 
+def test_equal_queries_that_are_not_solved_in_time_can_go_on():
+    X, y = data()
+    settings = {"loss": cross_entropy, "damping": 1e-3}
+    order = [0, 0, 1, 0]
+    short = uw.explain(network(), X, y, solver=uw.solvers.CG(rtol=1e-8, max_sweeps=4), **settings)
+    V = scoring.gradients(short.sweep, np.array(order))
+    with pytest.raises(errors.NotConverged) as stopped:
+        short.solver.prepare(short.operator, 1e-3).solve(V)
+    known = stopped.value.solution
+    assert known is not None
+    assert known.x.shape == V.shape
+    done = uw.solvers.CG(rtol=1e-6).prepare(short.operator, 1e-3).solve(V, state=known.state)
+    assert done.converged
+    assert torch.allclose(done.x[0], done.x[1], rtol=1e-4, atol=1e-6)
+
+
 def test_a_label_that_the_criterion_ignores_is_refused():
     X, y = data()
     y[5] = -100

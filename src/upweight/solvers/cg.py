@@ -164,7 +164,12 @@ class Iteration:
     def _mixed(self, basis: Tensor, mixing: Tensor, V: Tensor) -> Solution:
         """Dependent right-hand sides through a basis of them: copies differ by rounding, which is no direction."""
         rtol = self.spec.rtol / (2 * math.sqrt(max(1, len(basis))))
-        inner = replace(self, spec=replace(self.spec, rtol=rtol)).solve(basis) if len(basis) else None
+        inner = None
+        if len(basis):
+            try:
+                inner = replace(self, spec=replace(self.spec, rtol=rtol)).solve(basis)
+            except NotConverged as error:
+                raise self._remixed(error, mixing, V) from error
         X = torch.zeros_like(V) if inner is None else mixing @ inner.x
         R = V - self._apply(X)
         missed, sweeps = _share(R, V.norm(dim=1)), 1 + (0 if inner is None else inner.sweeps)
@@ -172,6 +177,12 @@ class Iteration:
         state, gap = {"x": X, "p": R}, self._gap(X, V, R)
         good = bool((missed <= self.spec.rtol).all())
         return Solution(X, missed, good, sweeps, min_curvature=bottom, preconditioner_gap=gap, state=state)
+
+    def _remixed(self, error: NotConverged, mixing: Tensor, V: Tensor) -> NotConverged:
+        """The failure of a basis as that of what it spans, with a state to go on from."""
+        assert error.solution is not None  # `_unfinished` gives it one
+        X, lowest = mixing @ error.solution.x, torch.full((len(V),), error.solution.min_curvature)
+        return self._unfinished(X, V - self._apply(X), V, error.solution.sweeps, lowest)
 
     def _gap(self, X: Tensor, V: Tensor, R: Tensor) -> Tensor | None:
         """‖x₀ − x‖/‖x‖ in the norm of C + λI, with x₀ the preconditioner's own answer.  Cost: one product."""
