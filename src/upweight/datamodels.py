@@ -9,7 +9,7 @@ it. Only ranks count, so scores in any unit can be compared, and so can baseline
 where the row helps: then the measure has to be one that rises when the model gets worse, like the loss.
 
 The ceiling says how much of `actual` is there to be predicted at all. With r the correlation over subsets between the
-mean of h seeds and the mean of h others (averaged over splits), the reliability of one seed is
+mean of h seeds and the mean of h others (averaged over splits and queries), the reliability of one seed is
 
     ρ₁ = r / (h − (h − 1) r),       of the mean of m seeds ρ_m = m ρ₁ / (1 + (m − 1) ρ₁)        (Spearman–Brown)
 
@@ -41,9 +41,9 @@ class LDS:
         low, high: bootstrap interval of `value`, percentiles around it; both queries and subsets are resampled, seeds
             are not.
         per_query: (q,) the correlations; NaN where prediction or outcome is the same for all subsets, counted as 0.
-        ceiling: what a perfect prediction would reach, √ρ_m averaged over queries; NaN with a single seed.
+        ceiling: what a perfect prediction would reach, √ρ_m of the mean agreement; NaN with a single seed.
         one_seed: the same score against single seeds, averaged over them: the ground truth of a single retraining.
-        one_seed_ceiling: what a perfect prediction would reach there, √ρ₁ averaged over queries.
+        one_seed_ceiling: what a perfect prediction would reach there, √ρ₁.
         subsets: how many subsets were compared.
         seeds: how many seeds `actual` is the mean of.
         level: of the interval.
