@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from upweight import (
         adapters,
+        apps,
         baselines,
         calculus,
         datasets,
@@ -72,6 +73,7 @@ __all__ = [
     "TracIn",
     "adapters",
     "agreement",
+    "apps",
     "baselines",
     "calculus",
     "checkpoints",

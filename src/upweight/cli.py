@@ -1,4 +1,4 @@
-"""The command line: `upweight demo | check | score | top | validate`.
+"""The command line: `upweight demo | check | score | top | validate`, and the four uses in `cli_apps`.
 
 A model of your own is named by `module:function`, a function that returns an upweight.Study. Results go to stdout and
 progress to stderr. Exit codes: 0 done; 2 wrong usage; 3 an input or a computation was refused, with the reason on
@@ -7,25 +7,16 @@ stderr; 4 `check` found that the theory's assumptions do not hold; 1 is a bug.
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
+from upweight import cli_apps  # noqa: F401 its commands join the application
+from upweight.console import ASSUMPTIONS_FAIL, REFUSED, Json, K, StudyName, app, line, load, one, show
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
     from upweight.scores import Scores
-    from upweight.study import Study
-
-REFUSED, ASSUMPTIONS_FAIL = 3, 4
-
-StudyName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODULE:FUNCTION")]
-Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-K = Annotated[int, tyro.conf.arg(aliases=["-k"])]
-app = tyro.extras.SubcommandApp()
 
 
 @app.command
@@ -41,7 +32,7 @@ def demo(out: Path = Path("upweight-demo"), rows: int = 40, json: Json = False) 
 
     found = story.run(rows)
     page = story.write_html(found, out)
-    _print(
+    show(
         found.to_dict() | {"report": str(page)},
         f"{found.text()}\n\nReport with pictures: {page.resolve()}  ({found.seconds:.1f} s)",
         json,
@@ -57,9 +48,9 @@ def check(study: StudyName, json: Json = False) -> int:
         study: module:function that returns an upweight.Study.
         json: print numbers as JSON.
     """
-    loaded = _study(study)
+    loaded = load(study)
     report = loaded.influence.check(loaded.queries)
-    _print(report.to_dict(), str(report), json)
+    show(report.to_dict(), str(report), json)
     return 0 if report.ok else ASSUMPTIONS_FAIL
 
 
@@ -73,12 +64,12 @@ def score(study: StudyName, out: Path, store: Path | None = None, json: Json = F
         store: folder for finished chunks, so that an interrupted run resumes.
         json: print a summary as JSON.
     """
-    loaded = _study(study)
+    loaded = load(study)
     scores = loaded.influence.on_loss(*loaded.queries, store=store)
     out.parent.mkdir(parents=True, exist_ok=True)
     scores.save(out)
     queries, rows = scores.values.shape
-    _print(
+    show(
         {"out": str(out), "queries": queries, "rows": rows, "certificate": _card(scores)},
         f"{scores}\nSaved to {out.resolve()}",
         json,
@@ -100,14 +91,14 @@ def top(study: StudyName, query: int = 0, k: K = 10, json: Json = False) -> int:
 
     if _is_path(study):
         scores, describe = Scores.load(study), None
-        line = _line(query, len(scores.values))
+        place = line(query, len(scores.values))
     else:
-        loaded = _study(study)
-        scores, line = loaded.influence.on_loss(*_one(loaded, query)), 0
+        loaded = load(study)
+        scores, place = loaded.influence.on_loss(*one(loaded, query)), 0
         describe = loaded.describe
     k = min(k, scores.values.shape[1])
     up, down = scores.helpful(k), scores.harmful(k)
-    kinds = {"helpful": (up.rows[line], up.values[line]), "harmful": (down.rows[line], down.values[line])}
+    kinds = {"helpful": (up.rows[place], up.values[place]), "harmful": (down.rows[place], down.values[place])}
     lines = [f"Query {query}: change of its {scores.measure}, {scores.counterfactual}"]
     for kind, (rows, values) in kinds.items():
         lines += ["", f"  most {kind}"]
@@ -119,7 +110,7 @@ def top(study: StudyName, query: int = 0, k: K = 10, json: Json = False) -> int:
         kind: [{"row": int(r), "value": float(v)} for r, v in zip(rows, values, strict=True)]
         for kind, (rows, values) in kinds.items()
     }
-    _print(
+    show(
         {"query": query, "measure": scores.measure, "counterfactual": scores.counterfactual} | found,
         "\n".join([*lines, "", str(scores.certificate)]),
         json,
@@ -143,8 +134,8 @@ def validate(study: StudyName, query: int = 0, rows: int = 20, json: Json = Fals
     from upweight.validate import agreement, leave_one_out
 
     checked_count(rows, "rows", least=2, hint="a slope needs two")
-    loaded = _study(study)
-    on = _one(loaded, query)
+    loaded = load(study)
+    on = one(loaded, query)
     scores = loaded.influence.on_loss(*on)
     chosen = np.argsort(-np.abs(scores.values[0]), kind="stable")[:rows]
     outcomes = leave_one_out(loaded.influence, on, chosen, loaded.retrain)
@@ -163,7 +154,7 @@ def validate(study: StudyName, query: int = 0, rows: int = 20, json: Json = Fals
         "control": control,
         "pairs": [dict(zip(("row", "predicted", "actual"), p, strict=True)) for p in pairs],
     }
-    _print(numbers, "\n".join([*lines, "", str(found), f"control (nothing removed): {control:+.2e}"]), json)
+    show(numbers, "\n".join([*lines, "", str(found), f"control (nothing removed): {control:+.2e}"]), json)
     return 0
 
 
@@ -199,27 +190,6 @@ def _is_path(study: str) -> bool:
     raise PathNotFound(message)
 
 
-def _study(name: str) -> Study:
-    from upweight.study import load
-
-    return load(name)
-
-
-def _one(study: Study, query: int) -> tuple[Any, ...]:
-    """The single query number `query`, as Examples of one row."""
-    examples = study.influence.encoder.examples(*study.queries)
-    return (examples.only(_line(query, len(examples))),)
-
-
-def _line(query: int, count: int) -> int:
-    from upweight.errors import RowOutOfRange
-
-    if not 0 <= query < count:
-        message = f"Query {query} does not exist: there are {count} queries, numbered 0 to {count - 1}."
-        raise RowOutOfRange(message)
-    return query
-
-
 def _card(scores: Scores) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -227,16 +197,3 @@ def _card(scores: Scores) -> dict[str, Any]:
         name: value.tolist() if hasattr(value, "tolist") else value
         for name, value in asdict(scores.certificate).items()
     }
-
-
-def _print(numbers: dict[str, Any], text: str, as_json: bool) -> None:
-    print(json.dumps(_finite(numbers), indent=1, allow_nan=False) if as_json else text)
-
-
-def _finite(value: Any) -> Any:
-    """The same nesting with null for numbers that do not exist: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

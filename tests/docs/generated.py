@@ -19,6 +19,7 @@ MODULES = (
     "upweight.operators",
     "upweight.solvers",
     "upweight.losses",
+    "upweight.apps",
     "upweight.baselines",
     "upweight.minibatch",
     "upweight.errors",

@@ -50,7 +50,7 @@ def test_imports_point_up(path):
         ("torch.func", "transforms.py"),
         ("safetensors", "store.py"),
         ("torch.autograd", "calculus.py"),
-        ("tyro", "cli.py"),
+        ("tyro", "console.py"),
     ],
 )
 def test_a_library_has_one_door(library, door):
