@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import io
@@ -9,7 +10,9 @@ import os
 import re
 import tarfile
 import urllib.request
+import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +23,18 @@ from numpy.typing import NDArray
 from upweight.errors import InvalidInput, PathNotFound, first_line, require
 from upweight.store import write_file
 
-__all__ = ["DogFish", "Mail", "Mnist", "dogfish", "enron1", "fashion_mnist", "local", "mnist"]
+__all__ = [
+    "Diabetes",
+    "DogFish",
+    "Mail",
+    "Mnist",
+    "diabetes130",
+    "dogfish",
+    "enron1",
+    "fashion_mnist",
+    "local",
+    "mnist",
+]
 
 _MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _MNIST_SHA256 = {  # of the uncompressed idx files
@@ -47,6 +61,16 @@ _PIXELS = 224
 _TRAIN_PER_CLASS, _TEST_PER_CLASS = 900, 300
 _ENRON1_URL = "http://nlp.cs.aueb.gr/software_and_datasets/Enron-Spam/preprocessed/enron1.tar.gz"
 _ENRON1_SHA256 = "f8efac706ca461a82106a6e6ee521673315771f7c6289c81f0e9f14d6ab0cfcc"  # of names and texts, see _mail
+_UCI = "https://archive.ics.uci.edu/static/public"
+_DIABETES_URL = f"{_UCI}/296/diabetes+130-us+hospitals+for+years+1999-2008.zip"
+_DIABETES_FILE = "dataset_diabetes.zip"
+_DIABETES_SHA256 = "0689e7ec031237dc63031b938805c48377748761a3b26acab621567afa24df97"  # of diabetic_data.csv
+_COUNTS = (
+    "time_in_hospital", "num_lab_procedures", "num_procedures", "num_medications", "number_outpatient",
+    "number_emergency", "number_inpatient", "number_diagnoses",
+)  # fmt: skip
+_PATIENT = ("gender", "race", "age", "discharge_disposition_id", "max_glu_serum", "A1Cresult")
+_FIRST_DRUG = "metformin"  # the columns from here on are drugs, then `change` and `diabetesMed`, then the outcome
 
 
 @dataclass(frozen=True)
@@ -166,6 +190,52 @@ def enron1(folder: str | os.PathLike[str] | None = None) -> Mail:
     return Mail([mails[name].decode("latin-1") for name in names], labels, names)
 
 
+@dataclass(frozen=True)
+class Diabetes:
+    """101,766 hospital stays of diabetic patients, in the order of the file.
+
+    Args:
+        columns: the 50 columns of the file by name, (n,) strings each, "?" where a value is missing.
+        inputs: (n, 127) the paper's features: 8 counts, then 0 and 1 for the categories of 31 columns.
+        names: (127) of them, such as age_[0-10).
+        readmitted: (n,) 1 if the patient came back within 30 days.
+    """
+
+    columns: dict[str, NDArray[np.str_]]
+    inputs: UInt8[NDArray[np.uint8], "n 127"]
+    names: list[str]
+    readmitted: UInt8[NDArray[np.uint8], " n"]
+
+
+def diabetes130(folder: str | os.PathLike[str] | None = None) -> Diabetes:
+    """Diabetes-130 (Strack and others, 2014): hospital stays of ten years, the paper's section 5.3.
+
+    A column of two categories gives one feature (that of the second), one of more gives one for each.
+
+    Args:
+        folder: where `dataset_diabetes.zip` is; None looks in $UPWEIGHT_DATA/diabetes130, then in
+            ~/.cache/upweight/diabetes130, and downloads (3 MB) into the latter.
+
+    Raises:
+        PathNotFound: if a named folder lacks the archive.
+        InvalidInput: if its content is not the published one.
+    """
+    place = Path(folder) if folder is not None else local("diabetes130")
+    file = _downloaded("diabetes130", _DIABETES_URL) if place is None else _present(place, _DIABETES_FILE)
+    content = _zipped(file, "diabetic_data.csv")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != _DIABETES_SHA256:
+        message = (
+            f"diabetic_data.csv in {file} has SHA-256 {digest[:16]}…, not that of UCI's. Delete it and load again."
+        )
+        raise InvalidInput(message)
+    head, *lines = csv.reader(io.StringIO(content.decode("ascii")))
+    columns = {name: np.array(column) for name, column in zip(head, zip(*lines, strict=True), strict=True)}
+    coded = [*_PATIENT, *head[head.index(_FIRST_DRUG) : -1]]
+    inputs, names = _one_hot(columns, _COUNTS, coded)
+    return Diabetes(columns, inputs, names, (columns[head[-1]] == "<30").astype(np.uint8))
+
+
 def local(name: str) -> Path | None:
     """The folder of a data set under $UPWEIGHT_DATA, if there is one."""
     root = os.environ.get("UPWEIGHT_DATA")
@@ -256,6 +326,36 @@ def _mail(file: Path) -> tuple[dict[str, bytes], str]:
     for name in sorted(mails):
         digest.update(name.encode() + b"\n" + mails[name] + b"\n")
     return mails, digest.hexdigest()
+
+
+def _zipped(file: Path, name: str) -> bytes:
+    """The content of the first file of this name in a zip archive.
+
+    Raises:
+        InvalidInput: if there is none, or the file is no archive.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            inside = [path for path in archive.namelist() if path.rpartition("/")[2] == name]
+            if inside:
+                return archive.read(inside[0])
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        message = f"{file} is no zip archive, or is damaged ({first_line(error)}). Delete it and load again."
+        raise InvalidInput(message) from error
+    message = f"There is no {name} in {file}. Delete it and load again."
+    raise InvalidInput(message)
+
+
+def _one_hot(
+    columns: dict[str, NDArray[np.str_]], counts: Sequence[str], coded: Sequence[str]
+) -> tuple[NDArray[np.uint8], list[str]]:
+    """Counts as they are, then 0 and 1 for every category in its order (of numbers where a name ends in _id)."""
+    features = {name: columns[name].astype(np.uint8) for name in counts}
+    for name in coded:
+        kinds = sorted(set(columns[name].tolist()), key=int if name.endswith("_id") else None)
+        for kind in kinds[1:] if len(kinds) == 2 else kinds:
+            features[f"{name}_{kind}"] = (columns[name] == kind).astype(np.uint8)
+    return np.stack(list(features.values()), 1), list(features)
 
 
 def _idx(file: Path, name: str, published: str) -> NDArray[np.uint8]:

@@ -6,6 +6,7 @@ import gzip
 import io
 import shutil
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -179,7 +180,51 @@ def test_other_photographs_and_mails_are_refused(tmp_path):
     refuses(lambda: datasets.enron1(tmp_path), ValueError, "is no tar archive|The 0 e-mails")
 
 
-@pytest.mark.parametrize("load", [datasets.dogfish, datasets.enron1])
+@pytest.mark.data
+@pytest.mark.skipif(datasets.local("diabetes130") is None, reason="UPWEIGHT_DATA has no diabetes130 folder")
+def test_the_hospital_stays_are_read():
+    data = datasets.diabetes130()
+    assert data.inputs.shape == (101_766, 127)
+    assert len(data.columns) == 50
+    assert len(set(data.names)) == len(data.names) == 127
+    assert data.readmitted.sum() == 11_357
+    child = data.inputs[:, data.names.index("age_[0-10)")] == 1
+    assert (child.sum(), data.readmitted[child].sum()) == (161, 3)
+    assert data.names[:9] == [*datasets._COUNTS, "gender_Female"]
+    assert data.names[-2:] == ["change_No", "diabetesMed_Yes"]
+    ids = [int(name.rpartition("_")[2]) for name in data.names if name.startswith("discharge_disposition_id_")]
+    assert ids == sorted(ids)
+    assert (data.inputs[:, 0] == data.columns["time_in_hospital"].astype(int)).all()
+    age = [name.startswith("age_") for name in data.names]
+    assert (data.inputs[:, age].sum(1) == 1).all()
+    assert (np.array(data.names)[age][data.inputs[:, age].argmax(1)] == np.char.add("age_", data.columns["age"])).all()
+
+
+def test_two_categories_give_one_feature_and_numbers_are_sorted_as_numbers():
+    columns = {
+        "count": np.array(["3", "0", "200"]),
+        "sex": np.array(["m", "f", "m"]),
+        "place_id": np.array(["10", "9", "1"]),
+        "same": np.array(["?", "?", "?"]),
+    }
+    inputs, names = datasets._one_hot(columns, ["count"], ["sex", "place_id", "same"])
+    assert names == ["count", "sex_m", "place_id_1", "place_id_9", "place_id_10", "same_?"]
+    assert inputs.tolist() == [[3, 1, 0, 0, 1, 1], [0, 0, 0, 1, 0, 1], [200, 1, 1, 0, 0, 1]]
+
+
+def test_another_table_of_hospital_stays_is_refused(tmp_path):
+    file = tmp_path / "dataset_diabetes.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("inside/diabetic_data.csv", "a,b\n1,2\n")
+    refuses(lambda: datasets.diabetes130(tmp_path), ValueError, "diabetic_data.csv in .* SHA-256 .* not that of UCI's")
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("other.csv", "a,b\n1,2\n")
+    refuses(lambda: datasets.diabetes130(tmp_path), ValueError, "There is no diabetic_data.csv in ")
+    file.write_bytes(b"an error page")
+    refuses(lambda: datasets.diabetes130(tmp_path), ValueError, "is no zip archive")
+
+
+@pytest.mark.parametrize("load", [datasets.dogfish, datasets.enron1, datasets.diabetes130])
 def test_a_folder_without_the_archive_is_refused(tmp_path, load):
     refuses(lambda: load(tmp_path), FileNotFoundError, f"There is no .* in {tmp_path}")
 
@@ -188,6 +233,7 @@ def test_a_folder_without_the_archive_is_refused(tmp_path, load):
     ("load", "name", "file", "message"),
     [
         (datasets.enron1, "enron1", "enron1.tar.gz", "is no tar archive"),
+        (datasets.diabetes130, "diabetes130", datasets._DIABETES_URL.rpartition("/")[2], "is no zip archive"),
         (datasets.dogfish, "dogfish_imagenette", "imagenette2-320.tgz", "has md5 .*published 3df6f0d01a2c9592"),
     ],
 )
