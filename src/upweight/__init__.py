@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from upweight.adapters import explain
     from upweight.checks import Report
+    from upweight.counterfactual import edited, retrained
     from upweight.curves import MislabelCurve, RemovalCurve, mislabel_auc, removal_curve
     from upweight.damping import DampingPath
     from upweight.datamodels import LDS, lds
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from upweight.examples import Examples
     from upweight.influence import Influence
     from upweight.objective import L2, Linear, Objective
+    from upweight.predictions import Predictions, classes, features, predict, training_labels
     from upweight.retrain import LBFGS, Newton, Refit, Retrain, RetrainMany
     from upweight.scores import Certificate, Extremes, Scores, SelfScores, TopK, extremes
     from upweight.stacked import StackedTraining
@@ -59,6 +61,7 @@ __all__ = [
     "Newton",
     "Objective",
     "Outcomes",
+    "Predictions",
     "Refit",
     "RemovalCurve",
     "Report",
@@ -77,13 +80,16 @@ __all__ = [
     "baselines",
     "calculus",
     "checkpoints",
+    "classes",
     "datasets",
     "defaults",
     "diagnostics",
+    "edited",
     "ensemble",
     "errors",
     "explain",
     "extremes",
+    "features",
     "lds",
     "leave_one_out",
     "losses",
@@ -91,10 +97,13 @@ __all__ = [
     "mislabel_auc",
     "operators",
     "plots",
+    "predict",
     "random_subsets",
     "removal_curve",
+    "retrained",
     "solvers",
     "subset_retraining",
+    "training_labels",
 ]
 
 _HOMES = {
@@ -113,6 +122,7 @@ _HOMES = {
     "Newton": "retrain",
     "Objective": "objective",
     "Outcomes": "validate",
+    "Predictions": "predictions",
     "Refit": "retrain",
     "RemovalCurve": "curves",
     "Report": "checks",
@@ -127,15 +137,21 @@ _HOMES = {
     "TracIn": "tracin",
     "agreement": "validate",
     "checkpoints": "tracin",
+    "classes": "predictions",
+    "edited": "counterfactual",
     "ensemble": "ensembles",
     "explain": "adapters",
     "extremes": "scores",
+    "features": "predictions",
     "lds": "datamodels",
     "leave_one_out": "validate",
     "mislabel_auc": "curves",
+    "predict": "predictions",
     "random_subsets": "subsets",
     "removal_curve": "curves",
+    "retrained": "counterfactual",
     "subset_retraining": "subsets",
+    "training_labels": "predictions",
 }
 
 

@@ -144,6 +144,14 @@ def flat_outputs(objective: Objective) -> Callable[[Any, Any], Tensor]:
     return lambda params, example: output(params, example).reshape(-1)
 
 
+def outputs(objective: Objective, batch: Any) -> Float[Tensor, "b K"]:
+    """The model's output for every example as one flat vector."""
+    if objective.linear is not None:
+        return linear.predictor(objective, linear.wide(batch[0] if isinstance(batch, tuple | list) else batch))
+    with torch.no_grad():
+        return _outputs(objective, objective.params, ready(objective, batch))
+
+
 def depends(values: Tensor, params: Any, names: Iterable[str]) -> dict[str, bool]:
     """For every block of leaves whether autograd connects the values to it."""
     blocks = _blocks(params)

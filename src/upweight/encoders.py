@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -33,6 +32,18 @@ class Refitting(Protocol):
         ...
 
 
+class Movable:
+    """Small changes of a user's inputs, and derivatives by them; here they are the objective's own inputs."""
+
+    def widened(self, gradients: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(q, r, *inputs) derivatives by the objective's inputs as (q, r, *x) derivatives by the user's."""
+        return gradients
+
+    def narrowed(self, deltas: Tensor) -> Tensor:
+        """(r, *x) small changes of the user's inputs as (r, *inputs) changes of the objective's."""
+        return deltas
+
+
 @runtime_checkable
 class Encoder(Protocol):
     """Turns a user's X and y into what the objective's loss takes.
@@ -55,8 +66,12 @@ class Encoder(Protocol):
         """The encoder for `refit.whole`: with the inputs that the objective leaves out."""
         ...
 
-    def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-        """From (q, r, *x) derivatives by the objective's inputs to derivatives by the user's; raises where none are."""
+    def movable(self, rows: NDArray[np.int64]) -> Movable:
+        """How derivatives by the objective's inputs of training rows become those by the user's; raises without."""
+        ...
+
+    def edited(self, rows: NDArray[np.int64], X: Any, y: Any) -> Encoder:
+        """The encoder of a training set in which these rows have other inputs and labels; None keeps what they have."""
         ...
 
     def examples(self, X: Any, y: Any = None) -> Examples:
@@ -82,9 +97,13 @@ class PlainEncoder:
         """Itself."""
         return self
 
-    def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    def movable(self, rows: NDArray[np.int64]) -> Movable:  # noqa: ARG002
         """The derivatives as they are."""
-        return lambda gradients: gradients
+        return Movable()
+
+    def edited(self, rows: NDArray[np.int64], X: Any, y: Any) -> PlainEncoder:  # noqa: ARG002
+        """Itself."""
+        return self
 
     def examples(self, X: Any, y: Any = None) -> Examples:
         """X and y as examples."""

@@ -73,6 +73,7 @@ class Examples:
             self._check_dataset()
         self.sample_weight = checked_weights(sample_weight, self.length)
         self.weights = self.sample_weight  # an adapter multiplies the weight of each row's class in
+        self._targets: Tensor | None = None  # of a Dataset, once they were read
         self.encoded_by: object = None  # the encoder that made these from a user's X and y; it leaves them as they are
 
     def __len__(self) -> int:
@@ -148,6 +149,42 @@ class Examples:
         one = Examples(_Rows(self.dataset, [row])) if whole else Examples(self.x[[row]], y)  # type: ignore[index]
         one.encoded_by = self.encoded_by
         return one
+
+    def targets(self) -> Tensor | None:
+        """y of every row as a tensor, None where examples are no (x, y) pairs.  Cost: a Dataset is read once."""
+        if self.dataset is None:
+            return None if self.y is None else as_tensor(self.y)
+        if self._targets is None:
+            parts = [self.batch([row]) for row in range(self.length)]
+            if not isinstance(parts[0], tuple | list) or len(parts[0]) != 2 or not isinstance(parts[0][1], Tensor):
+                return None
+            self._targets = torch.cat([part[1] for part in parts])
+        return self._targets
+
+    def edited(self, rows: NDArray[np.int64], x: Any, y: Any, weights: NDArray[np.float64]) -> Examples:
+        """The same rows with other lines in the places of some, and their new weights; rows are named once each.
+
+        Cost: a copy of the inputs, unless x is None.
+
+        Args:
+            rows: where.
+            x: new inputs; None keeps them. For a Dataset whole new Examples.
+            y: new targets; None keeps them.
+            weights: (r,) of these rows.
+
+        Raises:
+            InvalidInput: if the new lines do not have the form of the old ones.
+        """
+        other = copy(self)
+        other._targets = None
+        other.weights = self.weights.copy()
+        other.weights[rows] = weights
+        if self.dataset is not None:
+            other.dataset = _Edited(self, rows, x)
+        else:
+            other.x = with_lines(self.x, rows, x, "X_new")
+            other.y = with_lines(self.y, rows, y, "y_new")
+        return other
 
     def relabelled(self, rows: NDArray[np.int64], targets: Tensor) -> Examples:
         """The examples of these rows with other targets.
@@ -230,6 +267,22 @@ class _Stacked:
         return take(self.stacked, row)
 
 
+class _Edited:
+    """Examples with others in the place of some rows, as a map-style Dataset."""
+
+    def __init__(self, examples: Examples, rows: NDArray[np.int64], new: Examples) -> None:
+        self.examples = examples
+        self.new = new
+        self.places = {int(row): place for place, row in enumerate(rows)}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, row: int) -> Any:
+        place = self.places.get(row)
+        return take(self.examples.batch([row]), 0) if place is None else take(self.new.batch([place]), 0)
+
+
 class _Rows:
     """Some items of a map-style Dataset."""
 
@@ -242,6 +295,31 @@ class _Rows:
 
     def __getitem__(self, row: int) -> Any:
         return self.dataset[int(self.numbers[row])]
+
+
+def with_lines(array: Any, rows: NDArray[np.int64], new: Any, name: str) -> Any:
+    """A copy of the array with other lines; the array itself when its own lines are given.
+
+    Raises:
+        InvalidInput: if the lines have another shape.
+    """
+    if new is None or array is None:
+        return array
+    if scipy.sparse.issparse(array) or scipy.sparse.issparse(new):
+        order = np.arange(array.shape[0])
+        order[rows] = array.shape[0] + np.arange(len(rows))
+        return scipy.sparse.vstack([scipy.sparse.csr_matrix(array), scipy.sparse.csr_matrix(new)]).tocsr()[order]
+    if tuple(new.shape[1:]) != tuple(array.shape[1:]):
+        message = f"{name} has lines of shape {tuple(new.shape[1:])}, and those of the training rows have "
+        raise InvalidInput(message + f"{tuple(array.shape[1:])}. Pass new examples of the same form.")
+    if isinstance(array, Tensor) or isinstance(new, Tensor):
+        old, lines = as_tensor(array), as_tensor(new)
+        out = old.to(torch.promote_types(old.dtype, lines.dtype), copy=True)
+        out[torch.from_numpy(rows)] = lines.to(out)
+        return out
+    out = array.astype(np.result_type(array, new), copy=True)
+    out[rows] = new
+    return out
 
 
 def _is_dataset(X: Any) -> bool:

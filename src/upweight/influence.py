@@ -85,6 +85,8 @@ class Influence:
         encoder: Encoder | None = None,
     ) -> None:
         self.encoder: Encoder = encoder or PlainEncoder()
+        self.settings = {"curvature": curvature, "solver": solver, "damping": damping}
+        self.settings |= {"batch_size": batch_size, "progress": progress}
         check_specification(curvature, "bind", "curvature", "operators.Hessian()")
         check_specification(solver, "prepare", "solver", "solvers.CG()")
         self.examples = training_examples(examples, self.encoder)
@@ -182,9 +184,9 @@ class Influence:
             UnsupportedModel: if the objective's inputs are not the user's, as for kernels.
         """
         rows = self.examples.rows(rows)
-        self.encoder.movable()
+        movable = self.encoder.movable(rows)
         array = as_array(deltas, "deltas")
-        moves = as_tensor(array.toarray() if hasattr(array, "toarray") else array).double()
+        moves = movable.narrowed(as_tensor(array.toarray() if hasattr(array, "toarray") else array).double())
         check_finite(moves, "deltas")
         batch = self.examples.batch(rows)
         x = batch[0] if isinstance(batch, tuple | list) else batch
@@ -333,7 +335,7 @@ class Influence:
             UnsupportedModel: if the objective's inputs are not the user's, as for kernels.
         """
         rows = self.examples.rows(rows)
-        widened = self.encoder.movable()
+        movable = self.encoder.movable(rows)
         S = self._solve(self._query_gradients(self.objective, self.queries(on))).x
 
         def fields(batch: Any, w: Tensor) -> Tensor:
@@ -341,7 +343,7 @@ class Influence:
             return gradient * w.reshape(-1, *[1] * (gradient.ndim - 1))
 
         moved = self.sweep.emit(fields, vectors=len(S), rows=rows, label="perturb")
-        return widened(np.moveaxis(-moved / self.n, 0, 1))
+        return movable.widened(np.moveaxis(-moved / self.n, 0, 1))
 
     def of_adding(self, X_new: Any, y_new: Any = None, *, on: On) -> Scores:
         """The change of each query's loss if a new example joined the training set with weight 1 (ε = +1/n).

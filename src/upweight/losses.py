@@ -68,6 +68,7 @@ class Loss:
     `coupling(eta, y)` is for losses whose outputs interact: a (b, K) and u (b, K) ≥ 0 with curvature = diag(a) − u uᵀ.
     None says that the curvature is diagonal. Fast products and matrices rest on this structure.
     `convex` is False where the curvature may be negative for some predictor and target.
+    `pairs` is True where there is one output for each pair of classes, not one for each class.
     `limit` is the loss with kinks that a smooth one stands for, None for all others.
     """
 
@@ -78,6 +79,7 @@ class Loss:
     curvature: Callable[[Tensor, Tensor], Tensor]
     coupling: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     convex: bool = True
+    pairs: bool = False
     limit: Loss | None = None
 
     def __call__(self, eta: Float[Tensor, " K"], y: Tensor) -> Float[Tensor, ""]:
@@ -260,6 +262,7 @@ def one_vs_one(margin: Loss, n_classes: int) -> Loss:
         lambda eta, y: of_pairs(margin.value, eta, y).sum(1),
         lambda eta, y: of_pairs(margin.slope, eta, y),
         lambda eta, y: torch.diag_embed(of_pairs(margin.curvature, eta, y)),
+        pairs=True,
         limit=None if margin.limit is None else one_vs_one(margin.limit, n_classes),
     )
 

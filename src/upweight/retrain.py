@@ -290,7 +290,7 @@ def _free_intercept(objective: Objective) -> bool:
     structure, penalty = objective.linear, objective.penalty
     if structure is None or not structure.intercept:
         return False
-    return penalty is None or (isinstance(penalty, L2) and "intercept" not in penalty.strengths)
+    return penalty is None or (isinstance(penalty, L2) and list(objective.blocks)[-1] not in penalty.strengths)
 
 
 def reference(objective: Objective) -> Newton | LBFGS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.adapters.estimators.built import Again, Built
-from upweight.adapters.estimators.inputs import AsGiven
+from upweight.adapters.estimators.inputs import AsGiven, Inputs
 from upweight.encoders import whole_examples
 from upweight.errors import InvalidInput
-from upweight.examples import Examples, as_array, as_tensor
+from upweight.examples import Examples, as_array, as_tensor, with_lines
 
 
 class SklearnEncoder:
@@ -46,11 +45,27 @@ class SklearnEncoder:
         assert self.built is not None
         return SklearnEncoder(self.transformers, self.estimator, replace(self.built, inputs=AsGiven()))
 
-    def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
-        """From derivatives by the objective's inputs to derivatives by the columns that the estimator sees."""
+    def movable(self, rows: NDArray[np.int64]) -> Inputs:  # noqa: ARG002
+        """Between the objective's inputs and the columns that the estimator sees."""
         assert self.built is not None
         self.built.inputs.check_movable()
-        return self.built.inputs.widened
+        return self.built.inputs
+
+    def edited(self, rows: NDArray[np.int64], X: Any, y: Any) -> SklearnEncoder:
+        """The same with other rows for fit() to run on."""
+        assert self.built is not None
+        again = self.built.again
+        if again is None:
+            return self
+        columns, labels = again.fit.X, np.asarray(again.fit.y)
+        if X is not None:
+            columns = with_lines(columns, rows, self.rows(X), "X_new")
+        if y is not None:
+            new = np.asarray(y)
+            labels = labels.astype(np.result_type(labels, new), copy=True)
+            labels[rows] = new.reshape(labels[rows].shape)
+        built = replace(self.built, again=replace(again, fit=replace(again.fit, X=columns, y=labels)))
+        return SklearnEncoder(self.transformers, self.estimator, built)
 
     def rows(self, X: Any) -> Any:
         """X as the final estimator sees it: a 2-d array or CSR matrix."""

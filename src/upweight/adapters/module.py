@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight import calculus, defaults, routes
-from upweight.encoders import whole_examples
+from upweight.encoders import Movable, whole_examples
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, first_line
 from upweight.examples import Examples, as_array, as_tensor
 from upweight.influence import Influence
@@ -164,9 +164,13 @@ class ModuleEncoder:
         """Itself."""
         return self
 
-    def movable(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
+    def movable(self, rows: NDArray[np.int64]) -> Movable:  # noqa: ARG002
         """The derivatives as they are."""
-        return lambda gradients: gradients
+        return Movable()
+
+    def edited(self, rows: NDArray[np.int64], X: Any, y: Any) -> ModuleEncoder:  # noqa: ARG002
+        """Itself."""
+        return self
 
     def examples(self, X: Any, y: Any = None) -> Examples:
         """X and y as examples."""

@@ -322,9 +322,10 @@ def _pieces(objective: Objective, plan: layers.Plan | None, batch: Any, cotangen
     assert structure is not None  # every other objective has a plan
     slopes = linear.slopes(objective, batch)[None] if cotangents is None else cotangents
     X = calculus.ready(objective, batch)[0].to(slopes)
-    bias = "intercept" if structure.intercept else None
+    coef, bias = [*objective.blocks, None][:2]  # a linear predictor's blocks, in this order, whatever their names
+    assert coef is not None
     shape = (structure.n_outputs, structure.n_features)
-    return [Product("coef", bias, X[:, None, None], slopes[:, :, None, None], shape)]
+    return [Product(coef, bias, X[:, None, None], slopes[:, :, None, None], shape)]
 
 
 def _reference(pieces: Sequence[Piece]) -> Tensor:

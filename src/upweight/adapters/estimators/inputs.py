@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from upweight.errors import UnsupportedModel
 
@@ -22,6 +23,10 @@ class Inputs(Protocol):
 
     def widened(self, gradients: NDArray[np.float64]) -> NDArray[np.float64]:
         """(q, r, inputs) derivatives by the inputs, as (q, r, d) derivatives by X."""
+        ...
+
+    def narrowed(self, deltas: Tensor) -> Tensor:
+        """(r, d) small changes of X as changes of the inputs."""
         ...
 
     def check_movable(self) -> None:
@@ -40,6 +45,10 @@ class AsGiven:
     def widened(self, gradients: NDArray[np.float64]) -> NDArray[np.float64]:
         """As they are."""
         return gradients
+
+    def narrowed(self, deltas: Tensor) -> Tensor:
+        """As they are."""
+        return deltas
 
     def check_movable(self) -> None:
         """Nothing to say."""
@@ -67,6 +76,10 @@ class Columns:
         out[..., self.active] = gradients
         return out
 
+    def narrowed(self, deltas: Tensor) -> Tensor:
+        """Without those of columns that have no effect."""
+        return deltas[:, self.active] if deltas.shape[1:] == (self.width,) else deltas
+
     def check_movable(self) -> None:
         """Nothing to say."""
 
@@ -92,6 +105,10 @@ class Features:
     def widened(self, gradients: NDArray[np.float64]) -> NDArray[np.float64]:
         """Not defined; `check_movable` has said so."""
         return gradients
+
+    def narrowed(self, deltas: Tensor) -> Tensor:
+        """Not defined; `check_movable` has said so."""
+        return deltas
 
     def check_movable(self) -> None:
         """Raises: moving a training row moves the kernel itself.

@@ -1,0 +1,168 @@
+"""What the model says: its outputs at θ̂, and labels in the user's own names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from jaxtyping import Float, Shaped
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight import calculus
+from upweight.errors import InvalidInput
+from upweight.influence import Influence
+from upweight.objective import Objective
+from upweight.trees import leaves
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the model says about some inputs.
+
+    Args:
+        outputs: (q, K) the model's outputs: logits, decision values or predicted numbers.
+        labels: (q,) the class of each, by the user's own name; None where outputs are no classes.
+    """
+
+    outputs: Float[NDArray[np.float64], "q K"]
+    labels: Shaped[NDArray[Any], " q"] | None
+
+    def accuracy(self, y: Any) -> float:
+        """The share of labels that equal y.
+
+        Raises:
+            InvalidInput: if the outputs are no classes, or y has another length.
+        """
+        if self.labels is None:
+            message = "These outputs are no classes, so they have no accuracy. Use the loss: Scores.query_values."
+            raise InvalidInput(message)
+        truth = np.asarray(y)
+        if truth.shape != self.labels.shape:
+            message = f"y has shape {truth.shape}, and there are {len(self.labels)} labels. Pass one label for each."
+            raise InvalidInput(message)
+        return float((self.labels == truth).mean())
+
+
+def predict(influence: Influence, Xq: Any) -> Predictions:
+    """The model's outputs and labels for inputs, at the parameters of this influence.
+
+    Cost: one forward pass.
+
+    Args:
+        influence: of a model with outputs: an estimator, a module, or an Objective with `outputs`.
+        Xq: the inputs, as the model takes them; or Examples, whose targets do not matter.
+
+    Raises:
+        InvalidInput: if the objective has one loss and no outputs, or the inputs do not fit.
+
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> from upweight import explain
+    >>> X, y = [[0.0], [1.0], [2.0], [3.0]], ["no", "no", "yes", "yes"]
+    >>> influence = explain(LogisticRegression().fit(X, y), X, y)
+    >>> predict(influence, [[0.5], [2.5]]).labels.tolist()
+    ['no', 'yes']
+    """
+    objective = influence.objective
+    if objective.linear is None and objective.outputs is None:
+        message = (
+            f"{objective.name} is a loss without outputs, so there is nothing to predict with. Pass "
+            "Objective(..., outputs=f, output_loss=l) with loss = l(f(params, example), example)."
+        )
+        raise InvalidInput(message)
+    queries = influence.encoder.examples(Xq)
+    if queries.x is not None and queries.y is None:
+        queries = queries.carrying(queries.x, np.zeros(len(queries)))  # outputs look at x only
+    sweep = influence.sweep.over(objective, queries)
+    outputs = sweep.emit(lambda batch, _: calculus.outputs(objective, batch), label="predict")
+    names = classes(influence)
+    return Predictions(outputs, None if names is None else np.asarray(names)[_chosen(objective, outputs, len(names))])
+
+
+def classes(influence: Influence) -> list[Any] | None:
+    """The user's names of the classes, in the order of the model's outputs; None where outputs are no classes.
+
+    For a scikit-learn classifier its `classes_`. For a module the whole numbers 0 … K−1 if it has K > 1 outputs and
+    every training target is one of them; the two targets if it has one output and they are 0 and 1, or −1 and 1.
+    """
+    estimator = getattr(influence.encoder, "estimator", None)
+    if estimator is not None:
+        names = getattr(estimator, "classes_", None)
+        return None if names is None else np.asarray(names).tolist()
+    y = influence.examples.targets()
+    if y is None or y.ndim != 1 or not bool((y == y.round()).all()):
+        return None
+    values = np.unique(y.cpu().numpy())
+    K = _output_count(influence)
+    if K > 1:
+        return list(range(K)) if values[0] >= 0 and values[-1] < K else None
+    numbers = [int(value) for value in values]
+    return next((pair for pair in ([0, 1], [-1, 1]) if set(numbers) <= set(pair)), None)
+
+
+def training_labels(influence: Influence, rows: Any = None) -> Shaped[NDArray[Any], " n"] | None:
+    """The labels of the training rows, by the user's own names; None where targets are no classes."""
+    names = classes(influence)
+    if names is None:
+        return None
+    chosen = influence.examples.rows(rows)
+    y = influence.examples.targets()
+    assert y is not None  # classes are read off it
+    targets = y.cpu().numpy()[chosen]
+    if getattr(influence.encoder, "estimator", None) is None:
+        return np.asarray(targets).astype(np.int64)
+    if targets.ndim == 2:  # least squares on ±1, one column per class or one for two classes
+        codes = targets.argmax(1) if targets.shape[1] > 1 else (targets[:, 0] > 0).astype(np.int64)
+    else:
+        codes = targets.astype(np.int64) if targets.min(initial=0) >= 0 else (targets > 0).astype(np.int64)
+    return np.asarray(names)[codes]
+
+
+def features(influence: Influence, X: Any = None) -> Float[NDArray[np.float64], "n d"]:
+    """What the objective sees of training rows (None) or of new inputs, one flat line each.
+
+    For a frozen extractor with a head the cached features; for an estimator the columns that its coefficients multiply
+    (kernel features for an SVC); for any other module the inputs themselves.
+
+    Args:
+        influence: whose inputs they are.
+        X: new inputs, as the model takes them; None means the training rows.
+
+    Raises:
+        InvalidInput: if an input is not one array of numbers.
+    """
+    examples = influence.examples if X is None else influence.encoder.examples(X)
+    whole = examples.batch(slice(None))
+    x = whole[0] if isinstance(whole, tuple | list) else whole
+    if scipy.sparse.issparse(x):
+        return np.asarray(x.toarray(), dtype=np.float64)
+    if not isinstance(x, Tensor):
+        message = f"An input is a {type(x).__name__} of {len(list(leaves(x)))} parts, which form no line of features."
+        raise InvalidInput(message + " Name the head with explain(..., parameters=[…]) to use the features before it.")
+    return x.reshape(len(x), -1).double().cpu().numpy()
+
+
+def _chosen(objective: Objective, outputs: NDArray[np.float64], K: int) -> NDArray[np.int64]:
+    """The class number of each line of outputs: the largest, the sign of a single one, or the vote of pairs."""
+    if outputs.shape[1] == 1:
+        return (outputs[:, 0] > 0).astype(np.int64)
+    if objective.linear is None or not objective.linear.loss.pairs:
+        return outputs.argmax(1)
+    first, second = np.triu_indices(K, 1)  # one against one: a positive output says the first of its pair
+    votes = np.zeros((len(outputs), K))
+    for pair, (i, j) in enumerate(zip(first, second, strict=True)):
+        wins = outputs[:, pair] > 0
+        votes[wins, i] += 1
+        votes[~wins, j] += 1
+    return votes.argmax(1)
+
+
+def _output_count(influence: Influence) -> int:
+    structure = influence.objective.linear
+    if structure is not None:
+        return structure.n_outputs
+    if influence.objective.outputs is None:
+        return 0
+    return int(calculus.outputs(influence.objective, influence.examples.batch([0])).shape[1])
