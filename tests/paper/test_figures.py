@@ -30,6 +30,7 @@ NAMES = {
     "fig2_right": ["n_removed", "pearson", "slope", "control_drift"],
     "fig3": ["pearson_t0", "pearson_t0.001", "pearson_t0.1"],
     "fig4_rbf": ["distance_correlation"],
+    "hospital": ["harmful_ratio", "helpful_ratio", "gradient_norm", "children_flipped"],
 }
 
 

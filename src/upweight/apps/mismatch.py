@@ -1,0 +1,531 @@
+"""Section 5.3: for errors of a model, the training rows and the features of them that are responsible.
+
+rows       which rows' removal would change the queries' loss most, and by how much more than the next row's
+features   which features of those rows (equation 5), beside the naive reading of the coefficients
+groups     which sources the rows come from: what removing all rows of a source would do
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+import upweight as uw
+from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, checked_count, first_line
+
+
+@dataclass(frozen=True)
+class Side:
+    """The rows that help, or those that harm, strongest first, and how many of them stand out.
+
+    Args:
+        rows: (k,) training rows.
+        values: (k,) mean over the queries of the predicted change of the loss if the row is removed.
+        ratios: (k,) how many times larger a value is than the next one of its sign; infinite where there is none.
+        stand_out: how many rows come before the largest finite ratio.
+    """
+
+    rows: Int[NDArray[np.int64], " k"]
+    values: Float[NDArray[np.float64], " k"]
+    ratios: Float[NDArray[np.float64], " k"]
+    stand_out: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times larger the last row that stands out is than the next; NaN where there are no rows."""
+        return float(self.ratios[self.stand_out - 1]) if self.stand_out else float("nan")
+
+    @property
+    def responsible(self) -> Int[NDArray[np.int64], " m"]:
+        """The rows that stand out."""
+        return self.rows[: self.stand_out]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers and lists."""
+        return {
+            "rows": self.rows.tolist(),
+            "values": self.values.tolist(),
+            "ratios": self.ratios.tolist(),
+            "stand_out": self.stand_out,
+            "ratio": self.ratio,
+        }
+
+
+@dataclass(frozen=True)
+class Places:
+    """A feature's place among all features by four readings; 1 is the first, None where a reading is not defined."""
+
+    rising: int
+    falling: int
+    absolute: int
+    held: int | None
+    coefficient: int | None
+
+
+@dataclass(frozen=True)
+class FeatureEffects:
+    """Equation 5 by feature, for the rows that stand out; the columns of a one-hot group are one feature.
+
+    With g[i, j] the derivative of the queries' mean loss by column j of row i, in nats per unit of the column:
+
+    Args:
+        names: (f,) of the features.
+        columns: the columns of each feature.
+        rows: (r,) the training rows whose features these are, harmful ones first.
+        by_row: (r, f) signed: Σ g over the feature's columns.
+        absolute_by_row: (r, f) Σ |g| over the feature's columns.
+        held_by_row: (r, f) Σ x·g over the feature's columns: of what the row really holds, which leaves out categories
+            it does not have; None where the derivatives are not by what the model's coefficients multiply.
+        coefficient: (f,) the largest |θ| of the feature's columns, the naive reading; None if the model is not linear
+            in these columns.
+        widest: (f,) the column with the largest Σᵢ |g| in each feature.
+    """
+
+    names: list[str]
+    columns: list[NDArray[np.int64]] = field(repr=False)
+    rows: Int[NDArray[np.int64], " r"]
+    by_row: Float[NDArray[np.float64], "r f"] = field(repr=False)
+    absolute_by_row: Float[NDArray[np.float64], "r f"] = field(repr=False)
+    held_by_row: Float[NDArray[np.float64], "r f"] | None = field(repr=False)
+    coefficient: Float[NDArray[np.float64], " f"] | None = field(repr=False)
+    widest: list[str] = field(repr=False)
+
+    @property
+    def signed(self) -> Float[NDArray[np.float64], " f"]:
+        """Σ over the rows of `by_row`; helpful and harmful rows may cancel."""
+        return self.by_row.sum(0)
+
+    @property
+    def absolute(self) -> Float[NDArray[np.float64], " f"]:
+        """Σ over the rows of `absolute_by_row`."""
+        return self.absolute_by_row.sum(0)
+
+    @property
+    def held(self) -> Float[NDArray[np.float64], " f"] | None:
+        """Σ over the rows of |`held_by_row`|."""
+        return None if self.held_by_row is None else np.abs(self.held_by_row).sum(0)
+
+    def of(self, rows: Any) -> FeatureEffects:
+        """The same for some of the rows, such as one child.
+
+        Raises:
+            InvalidInput: if a row is none of them.
+        """
+        wanted = np.atleast_1d(np.asarray(rows))
+        places = [int(np.flatnonzero(self.rows == row)[0]) for row in wanted if row in self.rows]
+        if len(places) < len(wanted) or not places:
+            message = f"rows={wanted.tolist()}, and features were computed for rows {self.rows.tolist()}. Name those."
+            raise InvalidInput(message)
+        held = None if self.held_by_row is None else self.held_by_row[places]
+        return FeatureEffects(
+            self.names,
+            self.columns,
+            self.rows[places],
+            self.by_row[places],
+            self.absolute_by_row[places],
+            held,
+            self.coefficient,
+            self.widest,
+        )
+
+    def places(self, name: str) -> Places:
+        """Where a feature comes among all: by signed effect from either end, in size, held, and by coefficient.
+
+        Raises:
+            InvalidInput: if there is no such feature.
+        """
+        if name not in self.names:
+            message = f"There is no feature '{name}'; the first are {', '.join(self.names[:8])}. See .names."
+            raise InvalidInput(message)
+        j = self.names.index(name)
+
+        def place(values: NDArray[np.float64]) -> int:
+            return int((values > values[j]).sum()) + 1
+
+        return Places(
+            rising=place(self.signed),
+            falling=place(-self.signed),
+            absolute=place(self.absolute),
+            held=None if self.held is None else place(self.held),
+            coefficient=None if self.coefficient is None else place(self.coefficient),
+        )
+
+    def top(self, k: int = 5) -> list[int]:
+        """The numbers of the k features that matter most: by what the rows hold, or in size where that is unknown."""
+        keys = self.absolute if self.held is None else self.held
+        return np.argsort(-keys, kind="stable")[: checked_count(k, "k")].tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry per feature, in the order of `top`."""
+        held, coefficient = self.held, self.coefficient
+        return {
+            "rows": self.rows.tolist(),
+            "features": [
+                {
+                    "name": self.names[j],
+                    "signed": float(self.signed[j]),
+                    "absolute": float(self.absolute[j]),
+                    "held": None if held is None else float(held[j]),
+                    "coefficient": None if coefficient is None else float(coefficient[j]),
+                }
+                for j in self.top(len(self.names))
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class GroupEffects:
+    """What removing all rows of a source would do to the queries' mean loss, the most harmful source first.
+
+    Args:
+        names: of the sources.
+        sizes: (g,) numbers of rows.
+        first_order: (g,) the sum over the rows' values.
+        newton: (g,) by the group's own Newton step, NaN for sources that were left out for being weak; None where the
+            model has no such step.
+        refused: why there is no Newton step, "" where there is one.
+    """
+
+    names: list[Any]
+    sizes: Int[NDArray[np.int64], " g"]
+    first_order: Float[NDArray[np.float64], " g"]
+    newton: Float[NDArray[np.float64], " g"] | None
+    refused: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry per source."""
+        steps = [float("nan")] * len(self.names) if self.newton is None else self.newton.tolist()
+        return {
+            "groups": [
+                {"name": str(name), "size": int(size), "first_order": float(value), "newton": step}
+                for name, size, value, step in zip(self.names, self.sizes, self.first_order, steps, strict=True)
+            ],
+            "refused": self.refused,
+        }
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Which training rows, which features of them and which sources are responsible for some errors.
+
+    Args:
+        harmful: the rows whose removal would lower the queries' mean loss most.
+        helpful: the rows whose removal would raise it most.
+        loss: the queries' mean loss now.
+        scores: the values of all rows on every query; `scores.harmful(5)` are the rows of each query.
+        features: of the rows that stand out; None where equation 5 is not defined, as for kernels.
+        groups: of the metadata column, None if none was given.
+    """
+
+    harmful: Side
+    helpful: Side
+    loss: float
+    scores: uw.Scores = field(repr=False)
+    features: FeatureEffects | None = field(repr=False)
+    groups: GroupEffects | None = field(repr=False)
+
+    @property
+    def responsible(self) -> Int[NDArray[np.int64], " m"]:
+        """The rows that stand out: harmful ones first, then helpful ones."""
+        return np.concatenate([self.harmful.responsible, self.helpful.responsible])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers and lists; of the features and sources all."""
+        return {
+            "queries": len(self.scores.values),
+            "loss": self.loss,
+            "harmful": self.harmful.to_dict(),
+            "helpful": self.helpful.to_dict(),
+            "features": None if self.features is None else self.features.to_dict(),
+            "groups": None if self.groups is None else self.groups.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        q = len(self.scores.values)
+        lines = [f"{'1 query' if q == 1 else f'{q} queries'}, mean {self.scores.measure} {self.loss:.4g}"]
+        for name, verb, side in (("harmful", "fall", self.harmful), ("helpful", "rise", self.helpful)):
+            if side.stand_out:
+                lines += ["", f"most {name}: {_said(side, verb)}"]
+                lines += [f"  row {row:>7}  {value:+.4g}" for row, value in zip(side.rows, side.values, strict=True)]
+        if self.features is not None:
+            lines += ["", *_feature_lines(self.features)]
+        if self.groups is not None:
+            lines += ["", *_group_lines(self.groups)]
+        return "\n".join(lines)
+
+
+def mismatch(
+    influence: uw.Influence,
+    on: Any,
+    *,
+    groups: Any = None,
+    feature_names: Sequence[str] | None = None,
+    feature_groups: Mapping[str, Sequence[Any]] | None = None,
+    k: int = 10,
+) -> Mismatch:
+    """Which training rows, which of their features and which sources are responsible for errors of a model?
+
+    Rows are ranked by the mean over the queries of values[q, i] = (wᵢ/n) ∇L(z_q)ᵀ (C + λI)⁻¹ ∇L(zᵢ), the predicted
+    change of the loss if row i is removed. Those before the largest gap stand out, and their features are read with
+    equation 5: g[i] = −(wᵢ/n) ∇L(z_q)ᵀ (C + λI)⁻¹ ∇ₓ∇L(zᵢ).
+
+    Cost: on_loss of the queries and, with the rows that stand out, of_perturbing; with groups their Newton steps too.
+
+    Args:
+        influence: of the model.
+        on: (Xq, yq), the queries: normally predictions that were wrong.
+        groups: a metadata column, n labels such as the source of each row; or a dict from name to rows.
+        feature_names: one name per column of the input; None takes those of the Pipeline or DataFrame.
+        feature_groups: name → columns (names or numbers) that are one feature; None finds one-hot columns by
+            `one_hot_groups`, and {} keeps every column on its own.
+        k: rows to list on either side, and sources whose Newton step is computed.
+
+    Raises:
+        InvalidInput: if the queries, names, groups or k cannot be used.
+
+    References: Koh & Liang (2017), section 5.3.
+
+    >>> import numpy as np
+    >>> from sklearn.linear_model import Ridge
+    >>> X, y = np.arange(8.0)[:, None], np.array([0, 1, 2, 3, 4, 5, 6, 0.0])
+    >>> found = mismatch(uw.explain(Ridge(alpha=0.1).fit(X, y), X, y), ([[7.0]], [7.0]), k=3)
+    >>> found.harmful.responsible.tolist(), found.features.names
+    ([7], ['column 0'])
+    """
+    checked_count(k, "k")
+    queries = influence.queries(on)
+    scores = influence.on_loss(queries)
+    values = scores.values.mean(0)
+    harmful, helpful = _side(values, -1, k), _side(values, 1, k)
+    rows = np.concatenate([harmful.responsible, helpful.responsible])
+    assert scores.query_values is not None
+    return Mismatch(
+        harmful,
+        helpful,
+        float(scores.query_values.mean()),
+        scores,
+        _features(influence, queries, rows, feature_names, feature_groups),
+        None if groups is None else _groups(influence, queries, _named(groups, influence.n), k),
+    )
+
+
+def one_hot_groups(X: Any, names: Sequence[str]) -> dict[str, list[int]]:
+    """Columns that are the categories of one variable: neighbours of one prefix, 0 or 1, never two of them at once.
+
+    The prefix is the name up to its last "_", as OneHotEncoder and pandas.get_dummies write it; a column that shares it
+    with no neighbour stays on its own.
+
+    Args:
+        X: (n, d) inputs, dense or sparse.
+        names: of the d columns.
+
+    Raises:
+        InvalidInput: if the number of names is not that of the columns.
+
+    >>> one_hot_groups([[3, 1, 0], [4, 0, 1]], ["size", "sex_f", "sex_m"])
+    {'size': [0], 'sex': [1, 2]}
+    """
+    table = X if scipy.sparse.issparse(X) else np.asarray(X)
+    if table.ndim != 2 or table.shape[1] != len(names):
+        message = f"X has shape {tuple(table.shape)} and there are {len(names)} names. Pass one name per column."
+        raise InvalidInput(message)
+    binary = [_binary(table[:, [j]]) for j in range(len(names))]
+    found: dict[str, list[int]] = {}
+    start = 0
+    while start < len(names):
+        prefix, end = names[start].rpartition("_")[0], start + 1
+        while prefix and end < len(names) and names[end].rpartition("_")[0] == prefix:
+            end += 1
+        columns = list(range(start, end))
+        if len(columns) > 1 and all(binary[j] for j in columns) and table[:, columns].sum(1).max() <= 1:
+            found[prefix] = columns
+        else:
+            found.update({names[j]: [j] for j in columns})
+        start = end
+    return found
+
+
+def _binary(column: Any) -> bool:
+    values = column.data if scipy.sparse.issparse(column) else column
+    return bool(np.isin(values, (0, 1)).all())
+
+
+def _side(values: NDArray[np.float64], sign: int, k: int) -> Side:
+    """The k rows whose values have this sign and the largest size."""
+    order = np.argsort(-sign * values, kind="stable")[: k + 1]
+    order = order[sign * values[order] > 0]
+    size = np.abs(values[order])
+    ratios = np.append(size[:-1] / size[1:], np.inf)[:k]
+    finite = np.isfinite(ratios)
+    stand_out = int(np.argmax(np.where(finite, ratios, -1))) + 1 if finite.any() else len(ratios[: len(order)])
+    rows = order[:k]
+    return Side(rows, values[rows], ratios[: len(rows)], min(stand_out, len(rows)))
+
+
+def _features(
+    influence: uw.Influence,
+    queries: uw.Examples,
+    rows: NDArray[np.int64],
+    names: Sequence[str] | None,
+    groups: Mapping[str, Sequence[Any]] | None,
+) -> FeatureEffects | None:
+    """Equation 5 of these rows by feature; None where it is not defined."""
+    if not len(rows):
+        return None
+    try:
+        moved = influence.of_perturbing(rows, on=queries).mean(0)
+    except UnsupportedModel:
+        return None
+    g = moved.reshape(len(rows), -1)
+    d = g.shape[1]
+    named = names if names is not None else influence.feature_names
+    named = [f"column {j}" for j in range(d)] if named is None else [str(name) for name in named]
+    if len(named) != d:
+        message = f"There are {len(named)} feature names, and an input has {d} columns. Pass one name per column."
+        raise InvalidInput(message)
+    x = _inputs(influence, rows, d)
+    if groups is None:
+        everything = _inputs(influence, None, d) if any("_" in name for name in named) else None
+        groups = (
+            {name: [j] for j, name in enumerate(named)} if everything is None else one_hot_groups(everything, named)
+        )
+    columns = _columns(groups, named)
+    total = np.abs(g).sum(0)
+    coefficient = _coefficients(influence, d)
+
+    def summed(table: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.stack([table[:, own].sum(1) for own in columns.values()], 1)
+
+    return FeatureEffects(
+        list(columns),
+        list(columns.values()),
+        rows,
+        summed(g),
+        summed(np.abs(g)),
+        None if x is None else summed(x.multiply(g).toarray() if scipy.sparse.issparse(x) else x * g),
+        None if coefficient is None else np.array([coefficient[own].max() for own in columns.values()]),
+        [named[own[int(np.argmax(total[own]))]] for own in columns.values()],
+    )
+
+
+def _columns(groups: Mapping[str, Sequence[Any]], names: list[str]) -> dict[str, NDArray[np.int64]]:
+    """Feature → column numbers, with the columns of no group on their own.
+
+    Raises:
+        InvalidInput: if a group names a column that does not exist, or two groups one column.
+    """
+    numbers = {name: j for j, name in enumerate(names)}
+    found: dict[str, NDArray[np.int64]] = {}
+    for name, members in groups.items():
+        own = [numbers.get(member, -1) if isinstance(member, str) else int(member) for member in members]
+        if not own or min(own) < 0 or max(own) >= len(names):
+            message = (
+                f"feature_groups['{name}'] names columns that do not exist: {list(members)[:8]}; there are "
+                f"{len(names)} "
+                f"columns, the first {', '.join(names[:5])}. Use their names or their numbers."
+            )
+            raise InvalidInput(message)
+        found[str(name)] = np.array(own, dtype=np.int64)
+    taken = np.concatenate([*found.values(), np.zeros(0, dtype=np.int64)])
+    if len(np.unique(taken)) < len(taken):
+        twice = names[int(np.argmax(np.bincount(taken)))]
+        message = (
+            f"feature_groups holds column '{twice}' twice. A column belongs to one feature; leave one of them out."
+        )
+        raise InvalidInput(message)
+    return found | {name: np.array([j]) for j, name in enumerate(names) if j not in set(taken.tolist())}
+
+
+def _inputs(influence: uw.Influence, rows: NDArray[np.int64] | None, d: int) -> Any:
+    """The inputs of these training rows, (r, d), as equation 5 moves them; None where the objective sees others."""
+    if influence.examples.x is None or influence.examples.x.ndim == 1:
+        return None
+    x = influence.examples.x if rows is None else influence.examples.x[rows]
+    if not scipy.sparse.issparse(x):
+        x = np.asarray(x, dtype=np.float64).reshape(len(x), -1)
+    return x if x.shape[1] == d else None
+
+
+def _coefficients(influence: uw.Influence, d: int) -> NDArray[np.float64] | None:
+    """The largest |θ| over the outputs of each of d columns; None unless the model is linear in just these."""
+    structure = influence.objective.linear
+    if structure is None or structure.n_features != d:
+        return None
+    coef = influence.objective.theta.numpy()[: structure.n_outputs * d]
+    return np.abs(coef).reshape(structure.n_outputs, d).max(0)
+
+
+def _named(groups: Any, n: int) -> dict[Any, NDArray[np.int64]]:
+    """Name → rows, from n labels or from such a dict.
+
+    Raises:
+        InvalidInput: if there are not n labels.
+    """
+    if isinstance(groups, Mapping):
+        return dict(groups)
+    labels = np.asarray(groups)
+    if labels.shape != (n,):
+        message = (
+            f"groups has shape {labels.shape}, and there are {n} training rows. Pass one label for each row (the "
+            "source it comes from), or a dict from name to rows."
+        )
+        raise InvalidInput(message)
+    text = labels.astype(str) if labels.dtype == object else labels
+    names, codes = np.unique(text, return_inverse=True)
+    return {name: np.flatnonzero(codes == number) for number, name in enumerate(names.tolist())}
+
+
+def _groups(influence: uw.Influence, queries: uw.Examples, members: dict[Any, Any], k: int) -> GroupEffects:
+    """First order for every source, and the Newton step of the k largest."""
+    rows = influence.examples.groups(members)
+    sums = influence.of_groups(rows, on=queries).values.mean(0)
+    strongest = np.argsort(-np.abs(sums), kind="stable")[:k]
+    steps, refused = np.full(len(rows), np.nan), ""
+    try:
+        steps[strongest] = influence.of_removing([rows[g] for g in strongest], on=queries).values.mean(0)
+    except UpweightError as error:
+        refused = first_line(error)
+    order = np.argsort(sums, kind="stable")
+    names = list(members)
+    return GroupEffects(
+        [names[g] for g in order],
+        np.array([len(rows[g]) for g in order]),
+        sums[order],
+        None if refused else steps[order],
+        refused,
+    )
+
+
+def _said(side: Side, verb: str) -> str:
+    """How many rows stand out, in words."""
+    number = "1 row stands" if side.stand_out == 1 else f"{side.stand_out} rows stand"
+    gap = f", {side.ratio:.3g} times the next" if np.isfinite(side.ratio) else ""
+    return f"{number} out{gap} (the loss would {verb} without them)"
+
+
+def _feature_lines(effects: FeatureEffects) -> list[str]:
+    held, coefficient = effects.held, effects.coefficient
+    lines = [f"features of rows {', '.join(map(str, effects.rows[:8]))} (equation 5):"]
+    for j in effects.top():
+        own = "" if held is None else f"of what they hold {held[j]:.3g}; "
+        places = effects.places(effects.names[j])
+        naive = "" if coefficient is None else f"; |θ| {coefficient[j]:.3g}, place {places.coefficient}"
+        lines.append(
+            f"  {effects.names[j]}: {own}signed {effects.signed[j]:+.3g}, absolute {effects.absolute[j]:.3g}{naive}"
+        )
+    return lines
+
+
+def _group_lines(groups: GroupEffects, k: int = 3) -> list[str]:
+    lines = ["sources (change of the loss without all their rows):"]
+    shown = sorted({*range(min(k, len(groups.names))), *range(max(0, len(groups.names) - k), len(groups.names))})
+    for g in shown:
+        step = "" if groups.newton is None or np.isnan(groups.newton[g]) else f", Newton step {groups.newton[g]:+.3g}"
+        lines.append(f"  {groups.names[g]} ({groups.sizes[g]} rows): first order {groups.first_order[g]:+.3g}{step}")
+    return lines + ([f"  no Newton steps: {groups.refused}"] if groups.refused else [])
