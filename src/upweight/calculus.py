@@ -242,6 +242,25 @@ def mixed_products(objective: Objective, batch: Any, deltas: Float[Tensor, "b ..
     return torch.stack(rows)
 
 
+def pulled_back(function: Callable[[Tensor], Tensor], x: Float[Tensor, "1 ..."], G: Any) -> Float[Tensor, "q ..."]:
+    """(∂h/∂x)ᵀ g for every line g of G; h = function(x), x a batch of one; float64.  Cost: a backward pass per line."""
+    moved = x.clone().requires_grad_()
+    h = function(moved)[0]
+    lines = [torch.autograd.grad(h, moved, g.to(h).reshape(h.shape), retain_graph=True)[0][0] for g in G]
+    return torch.stack(lines).double().cpu()
+
+
+def pushed_forward(
+    function: Callable[[Tensor], Tensor], x: Float[Tensor, "1 ..."], delta: Float[Tensor, ...]
+) -> Float[Tensor, ...]:
+    """(∂h/∂x) δ, h = function(x), x a batch of one; float64.  Cost: two backward passes."""
+    moved = x.clone().requires_grad_()
+    h = function(moved)[0]
+    cotangent = torch.zeros_like(h, requires_grad=True)
+    back = torch.autograd.grad(h, moved, cotangent, create_graph=True)[0]
+    return torch.autograd.grad(back, cotangent, delta.to(back).reshape(back.shape))[0].double().cpu()
+
+
 def penalty_value(objective: Objective) -> float:
     """r(θ̂)."""
     return 0.0 if objective.penalty is None else float(_penalty(objective)(objective.params))

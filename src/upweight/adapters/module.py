@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight import calculus, defaults, routes
+from upweight.adapters import frozen
+from upweight.checks import rows_from_minimum
 from upweight.encoders import Movable, whole_examples
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, first_line
 from upweight.examples import Examples, as_array, as_tensor
 from upweight.influence import Influence
 from upweight.objective import Objective, forward
+from upweight.operators import GaussNewton
 from upweight.trees import batch_length, leaves, take, tree_map
 
 _SPREAD_ROWS = 8
@@ -59,6 +62,12 @@ def explain(
         )
         raise InvalidInput(message)
 
+    path = frozen.split(model, parameters)
+    parts = None if path is None else frozen.headed(model, path, probe[0])
+    if parts is not None:
+        asked = {"loss": loss, "penalty": penalty, "penalty_per_example": penalty_per_example}
+        return _explain_head(*parts, examples, asked, settings)
+
     def build(reading: Reading) -> Objective:
         return Objective.from_module(
             model,
@@ -82,6 +91,38 @@ def explain(
         encoder=ModuleEncoder(reading),
         **settings,
     )
+
+
+def _explain_head(
+    extractor: frozen.Extractor,
+    head: frozen.Headed,
+    examples: Examples,
+    asked: dict[str, Any],
+    settings: dict[str, Any],
+) -> Influence:
+    """The Influence of a head on the features that a frozen network computes for it."""
+    batch_size, progress = settings.get("batch_size"), settings.get("progress")
+    features, y = frozen.extracted(extractor, examples, batch_size, progress), examples.targets()
+    assert y is not None  # the examples are (x, y) pairs
+    seen = Examples(features, y, sample_weight=examples.sample_weight)
+    inner = explain(head, seen, parameters=lambda _: True, **asked, **settings)
+    count = sum(parameter.numel() for parameter in extractor.model.parameters())
+    name = inner.objective.name.replace(type(head).__name__, type(extractor.model).__name__)
+    objective = replace(
+        frozen.closed_form(inner.objective, head, features, as_tensor(inner.examples.y)),
+        coverage=inner.objective.size / count,
+        name=f"{name}, '{head.path}' on its features",
+    )
+    inner.examples.encoded_by = extractor
+    encoder = frozen.FrozenEncoder(inner.encoder, extractor, examples, batch_size=batch_size, progress=progress)
+    influence = Influence(objective, inner.examples, encoder=encoder, **settings)
+    if settings.get("damping") is None and objective.linear is not None:
+        # the rule for modules, whatever structure was found: training that stopped early has left flat directions
+        spec = settings.get("curvature") or GaussNewton()
+        plain = replace(objective, linear=None)
+        damping = defaults.damping(plain, spec, influence.operator, lambda: rows_from_minimum(influence))
+        influence = Influence(objective, inner.examples, encoder=encoder, **{**settings, "damping": damping})
+    return influence
 
 
 @dataclass(frozen=True)
