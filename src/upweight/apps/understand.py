@@ -1,0 +1,368 @@
+"""Section 5.1: what a model's answer rests on: the rows that help and harm, how near they are, how few carry it.
+
+For a query q and training row i, with v[q, i] the predicted change of the query's loss if the row is removed:
+
+    distance        ‖x_q − x_i‖₂ in the inputs, and ‖h(x_q) − h(x_i)‖₂ in the features that the objective sees
+    locality        Spearman's correlation of |v| and distance: −1 if influence fades with distance, 0 if it does not
+    concentration   the smallest number of rows that hold half of Σᵢ |v[q, i]|
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import scipy.stats
+from jaxtyping import Float, Int, Shaped
+from numpy.typing import NDArray
+
+import upweight as uw
+from upweight.errors import InvalidInput, RowOutOfRange, checked_count
+
+_BLOCK = 2**24  # numbers of the inputs that are turned into floats at once
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The rows that help one query, or those that harm it, strongest first.
+
+    Args:
+        rows: (k,) training rows.
+        values: (k,) predicted change of the query's loss if the row is removed.
+        labels: (k,) their labels, or None where targets are no classes.
+        distances: (k,) from the query, in the inputs.
+        feature_distances: (k,) from the query, in the features.
+    """
+
+    rows: Int[NDArray[np.int64], " k"]
+    values: Float[NDArray[np.float64], " k"]
+    labels: Shaped[NDArray[Any], " k"] | None
+    distances: Float[NDArray[np.float64], " k"]
+    feature_distances: Float[NDArray[np.float64], " k"]
+
+
+@dataclass(frozen=True)
+class Understanding:
+    """What a model's answers to some queries rest on.
+
+    Args:
+        scores: predicted change of each query's loss for every training row.
+        distances: (q, n) Euclidean, between inputs as the user gave them.
+        feature_distances: (q, n) Euclidean, between what the objective sees; the same where nothing lies between.
+        labels: (n,) of the training rows, or None where targets are no classes.
+        targets: (q,) true labels of the queries, or None.
+        predicted: (q,) labels that the model gives them, or None.
+        outputs: (q, K) the model's outputs for the queries.
+        k: how many rows of each kind `__str__` and `to_dict` show.
+    """
+
+    scores: uw.Scores
+    distances: Float[NDArray[np.float64], "q n"] = field(repr=False)
+    feature_distances: Float[NDArray[np.float64], "q n"] = field(repr=False)
+    labels: Shaped[NDArray[Any], " n"] | None = field(repr=False)
+    targets: Shaped[NDArray[Any], " q"] | None
+    predicted: Shaped[NDArray[Any], " q"] | None
+    outputs: Float[NDArray[np.float64], "q K"] = field(repr=False)
+    k: int = 5
+
+    def helpful(self, query: int = 0, k: int | None = None) -> Ranked:
+        """The k rows that help a query most: its loss would rise without them."""
+        return self._ranked(-self.scores.values[self._place(query)], query, k)
+
+    def harmful(self, query: int = 0, k: int | None = None) -> Ranked:
+        """The k rows that harm a query most: its loss would fall without them."""
+        return self._ranked(self.scores.values[self._place(query)], query, k)
+
+    @property
+    def locality(self) -> Float[NDArray[np.float64], " q"]:
+        """Spearman's correlation of |value| and distance in the inputs, for each query; NaN if either is constant."""
+        return _rank_correlations(np.abs(self.scores.values), self.distances)
+
+    @property
+    def feature_locality(self) -> Float[NDArray[np.float64], " q"]:
+        """The same in the features."""
+        return _rank_correlations(np.abs(self.scores.values), self.feature_distances)
+
+    @property
+    def half(self) -> Int[NDArray[np.int64], " q"]:
+        """The smallest number of rows that hold half of Σ|value|, for each query; 0 if all values are 0."""
+        sizes = -np.sort(-np.abs(self.scores.values), 1)
+        total = sizes.sum(1, keepdims=True)
+        return np.where(total[:, 0] > 0, (np.cumsum(sizes, 1) < total / 2).sum(1) + 1, 0)
+
+    def first_of_another_class(self, query: int = 0) -> int | None:
+        """The rank (1 is the most helpful) of the first helpful row whose label is not the query's; None if none helps.
+
+        Raises:
+            InvalidInput: if targets are no classes.
+        """
+        if self.labels is None or self.targets is None:
+            message = "Targets are no classes here, so no row is of another class. Look at helpful() and its values."
+            raise InvalidInput(message)
+        values = self.scores.values[self._place(query)]
+        order = np.argsort(-values, kind="stable")
+        other = np.flatnonzero((self.labels[order] != self.targets[query]) & (values[order] > 0))
+        return int(other[0]) + 1 if other.size else None
+
+    def same_class(self, query: int = 0, k: int = 20) -> tuple[float, float]:
+        """The share of the query's own class among its k most helpful and its k most harmful rows.
+
+        Raises:
+            InvalidInput: if targets are no classes.
+        """
+        helpful, harmful = self.helpful(query, k), self.harmful(query, k)
+        if helpful.labels is None or harmful.labels is None or self.targets is None:
+            message = "Targets are no classes here, so rows have no class. Look at helpful() and its values."
+            raise InvalidInput(message)
+        own = self.targets[query]
+        return float((helpful.labels == own).mean()), float((harmful.labels == own).mean())
+
+    def __str__(self) -> str:
+        return "\n\n".join(self._text(query) for query in range(min(len(self.scores.values), 3))) + (
+            f"\n\n… and {len(self.scores.values) - 3} more queries" if len(self.scores.values) > 3 else ""
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers of every query, ready for JSON."""
+        return {
+            "measure": self.scores.measure,
+            "counterfactual": self.scores.counterfactual,
+            "queries": [self._numbers(query) for query in range(len(self.scores.values))],
+        }
+
+    def _numbers(self, query: int) -> dict[str, Any]:
+        def listed(ranked: Ranked) -> list[dict[str, Any]]:
+            names = ["row", "value", "label", "distance", "feature_distance"]
+            labels = [None] * len(ranked.rows) if ranked.labels is None else ranked.labels.tolist()
+            columns = (ranked.rows.tolist(), ranked.values.tolist(), labels)
+            columns += (ranked.distances.tolist(), ranked.feature_distances.tolist())
+            return [dict(zip(names, line, strict=True)) for line in zip(*columns, strict=True)]
+
+        return {
+            "query": query,
+            "label": None if self.targets is None else self.targets[query].item(),
+            "predicted": None if self.predicted is None else self.predicted[query].item(),
+            "locality": float(self.locality[query]),
+            "feature_locality": float(self.feature_locality[query]),
+            "rows_with_half_of_the_influence": int(self.half[query]),
+            "helpful": listed(self.helpful(query)),
+            "harmful": listed(self.harmful(query)),
+        }
+
+    def _text(self, query: int) -> str:
+        says = ""
+        if self.predicted is not None and self.targets is not None:
+            right = "rightly" if self.predicted[query] == self.targets[query] else "wrongly"
+            says = f": {self.targets[query]}, {right} called {self.predicted[query]}"
+        n = self.scores.values.shape[1]
+        lines = [
+            f"Query {query}{says}",
+            f"half of the influence is in {self.half[query]} of {n} rows; rank correlation of |value| and distance "
+            f"{self.locality[query]:+.3f} in inputs, {self.feature_locality[query]:+.3f} in features",
+        ]
+        for kind, ranked in (("helpful", self.helpful(query)), ("harmful", self.harmful(query))):
+            lines.append(f"  most {kind:<8} {'value':>12} {'label':>12} {'distance':>10} {'in features':>12}")
+            for place, row in enumerate(ranked.rows):
+                label = "" if ranked.labels is None else str(ranked.labels[place])
+                lines.append(
+                    f"  row {row:>8}  {ranked.values[place]:>+12.4g} {label:>12} {ranked.distances[place]:>10.4g} "
+                    f"{ranked.feature_distances[place]:>12.4g}"
+                )
+        return "\n".join(lines)
+
+    def _ranked(self, keys: NDArray[np.float64], query: int, k: int | None) -> Ranked:
+        count = self.k if k is None else k
+        checked_count(count, "k", hint="5 rows of each kind")
+        rows = np.argsort(keys, kind="stable")[: min(count, len(keys))]
+        return Ranked(
+            rows,
+            self.scores.values[query, rows],
+            None if self.labels is None else self.labels[rows],
+            self.distances[query, rows],
+            self.feature_distances[query, rows],
+        )
+
+    def _place(self, query: int) -> int:
+        if not 0 <= query < len(self.scores.values):
+            message = f"Query {query} does not exist: there are {len(self.scores.values)}, numbered from 0."
+            raise RowOutOfRange(message)
+        return query
+
+
+def understand(
+    influence: uw.Influence, on: tuple[Any, Any], *, X: Any = None, Xq: Any = None, k: int = 5
+) -> Understanding:
+    """What a model's answers rest on: helpful and harmful rows, their class and distance, and how few carry it.
+
+    Cost: `on_loss`, and q · n distances: 2·q·n·d flops in the inputs.
+
+    Args:
+        influence: of the model.
+        on: (Xq, yq), the queries.
+        X: the training inputs as the model takes them, for distances between inputs; None takes what the objective sees
+            (`upweight.features`) for both, which is the same unless a network, a kernel or a Pipeline lies between.
+        Xq: the queries' inputs in the form of X; None takes on[0].
+        k: how many rows of each kind are shown.
+
+    Raises:
+        InvalidInput: if X does not have the training rows' number, or the inputs are no arrays.
+
+    References: Koh & Liang (2017), section 5.1 and figure 4.
+
+    >>> from sklearn.datasets import load_iris
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> X, y = load_iris(return_X_y=True)
+    >>> influence = uw.explain(LogisticRegression(tol=1e-8, max_iter=1000).fit(X, y), X, y)
+    >>> found = understand(influence, (X[70:71], y[70:71]))
+    >>> int(found.predicted[0]), int(found.targets[0]), found.helpful().labels.tolist()
+    (2, 1, [1, 1, 1, 1, 1])
+    """
+    checked_count(k, "k", hint="5 rows of each kind")
+    if not isinstance(on, tuple) or len(on) != 2:
+        message = "on is not a pair. Pass on=(Xq, yq): the queries' inputs and their targets."
+        raise InvalidInput(message)
+    queries = influence.queries(on)
+    scores = influence.on_loss(queries)
+    feature_distances = distances(uw.features(influence, queries), uw.features(influence))
+    apart = feature_distances if X is None else distances(on[0] if Xq is None else Xq, X)
+    if apart.shape != scores.values.shape:
+        message = f"X and Xq hold {apart.shape[1]} rows and {apart.shape[0]} queries, and there are {influence.n} and "
+        raise InvalidInput(message + f"{len(queries)}. Pass all training rows, and the queries, in one form.")
+    said = uw.predict(influence, queries)
+    classes = said.labels is not None
+    return Understanding(
+        scores,
+        apart,
+        feature_distances,
+        uw.training_labels(influence),
+        np.asarray(on[1]).reshape(len(scores.values)) if classes else None,
+        said.labels,
+        said.outputs,
+        min(k, influence.n),
+    )
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Two models' answers to the same queries, row by row.
+
+    Args:
+        names: of the two models.
+        first, second: what each rests on.
+    """
+
+    names: tuple[str, str]
+    first: Understanding
+    second: Understanding
+
+    @property
+    def agreement(self) -> Float[NDArray[np.float64], " q"]:
+        """Spearman's correlation of the two models' values over all rows, for each query."""
+        return _rank_correlations(self.first.scores.values, self.second.scores.values)
+
+    def shared(self, k: int = 20) -> Float[NDArray[np.float64], " q"]:
+        """The share of each query's k most helpful rows that both models have in common."""
+        pairs = zip(self.first.scores.helpful(k).rows, self.second.scores.helpful(k).rows, strict=True)
+        return np.array([len(np.intersect1d(a, b)) / k for a, b in pairs])
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.names)
+        k = min(20, self.first.scores.values.shape[1])
+        lines = [
+            f"{name:<{width}}  locality {np.nanmean(found.locality):+.3f} in inputs, "
+            f"{np.nanmean(found.feature_locality):+.3f} in features; half of the influence in "
+            f"{np.median(found.half):.0f} rows"
+            for name, found in zip(self.names, (self.first, self.second), strict=True)
+        ]
+        return "\n".join(
+            [
+                f"{len(self.agreement)} queries; means over them, of the number of rows the median",
+                *lines,
+                f"rank correlation of their values {np.nanmean(self.agreement):+.3f}; of the {k} most helpful rows "
+                f"{self.shared(k).mean():.0%} are the same",
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers, ready for JSON."""
+        return {
+            "agreement": self.agreement.tolist(),
+            self.names[0]: self.first.to_dict(),
+            self.names[1]: self.second.to_dict(),
+        }
+
+
+def side_by_side(found: Mapping[str, Understanding]) -> SideBySide:
+    """Two models on the same queries: does the same data stand behind the same answer?
+
+    Args:
+        found: two understandings of the same queries and training rows, by the models' names.
+
+    Raises:
+        InvalidInput: if there are not two, or their queries or rows differ in number.
+    """
+    if len(found) != 2:
+        message = f"found holds {len(found)} understandings. Pass two: side_by_side({{'SVM': a, 'network': b}})."
+        raise InvalidInput(message)
+    (one, a), (other, b) = found.items()
+    if a.scores.values.shape != b.scores.values.shape:
+        message = (
+            f"{one} has {a.scores.values.shape} values and {other} {b.scores.values.shape}. Ask both models the same "
+            "queries, on the same training rows."
+        )
+        raise InvalidInput(message)
+    return SideBySide((one, other), a, b)
+
+
+def distances(Xq: Any, X: Any) -> Float[NDArray[np.float64], "q n"]:
+    """Euclidean distances between queries and rows, over all numbers of an input.  Cost: 2·q·n·d flops.
+
+    Raises:
+        InvalidInput: if an input is no array, or the two have different numbers of columns.
+    """
+    A, B = _lines(Xq, "Xq"), _lines(X, "X")
+    if A.shape[1] != B.shape[1]:
+        message = f"A query has {A.shape[1]} numbers and a training row {B.shape[1]}. Pass both in the same form."
+        raise InvalidInput(message)
+    gram = np.zeros((A.shape[0], B.shape[0]))
+    width = max(1, _BLOCK // max(A.shape[0], B.shape[0]))
+    own, other = np.zeros(A.shape[0]), np.zeros(B.shape[0])
+    for start in range(0, A.shape[1], width):
+        a, b = _floats(A[:, start : start + width]), _floats(B[:, start : start + width])
+        product = a @ b.T
+        gram += product.toarray() if scipy.sparse.issparse(product) else product
+        own += _squares(a)
+        other += _squares(b)
+    squares = own[:, None] + other - 2 * gram
+    squares[squares < 1e-12 * (own[:, None] + other)] = 0  # rounding of equal inputs
+    return np.sqrt(squares)
+
+
+def _lines(X: Any, name: str) -> Any:
+    if scipy.sparse.issparse(X):
+        return scipy.sparse.csr_matrix(X)
+    array = np.asarray(X.to_numpy() if hasattr(X, "to_numpy") else X)
+    if array.ndim < 2 or array.dtype.kind not in "biuf":
+        message = f"{name} has shape {array.shape} and dtype {array.dtype}. Distances need rows of numbers; without X= "
+        raise InvalidInput(message + "they are measured between what the objective sees.")
+    return array.reshape(len(array), -1)
+
+
+def _floats(X: Any) -> Any:
+    return X.astype(np.float64)
+
+
+def _squares(X: Any) -> NDArray[np.float64]:
+    return np.asarray(X.multiply(X).sum(1)).reshape(-1) if scipy.sparse.issparse(X) else np.einsum("ij,ij->i", X, X)
+
+
+def _rank_correlations(a: NDArray[np.float64], b: NDArray[np.float64]) -> Float[NDArray[np.float64], " q"]:
+    """Spearman's correlation of each pair of lines."""
+    ranks = [scipy.stats.rankdata(values, axis=1) for values in (a, b)]
+    x, y = (values - values.mean(1, keepdims=True) for values in ranks)
+    size = np.sqrt((x * x).sum(1) * (y * y).sum(1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(size > 0, (x * y).sum(1) / size, np.nan)
