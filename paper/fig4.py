@@ -52,41 +52,39 @@ def compute(
     queries, yq = data.test_images[asked], data.test_labels[asked].astype(int)
     squares = squared_distances(np.concatenate([images, queries]).reshape(len(y) + len(yq), -1))
     apart = np.sqrt(squares[len(y) :, : len(y)])
-    machine, rbf_margins = kernel_machine(squares, y)
-    asked_features = rbf_margins[1][len(y) :]
-    found = {"rbf": (uw.apps.understand(machine, (asked_features, yq)), rbf_margins[0][len(y) :])}
+    machine, F, jitter = kernel_machine(squares, y)
+    margins = (2 * y - 1) * uw.predict(machine, F[: len(y)]).outputs[:, 0]
+    found = {"rbf": uw.apps.understand(machine, (F[len(y) :], yq), k=SHOWN)}
     for name in nets.split(","):
-        found[name] = network(name, images, y, queries, yq)
+        found[name] = uw.apps.understand(headed(name, images, y), (np.moveaxis(queries, -1, 1), yq), k=SHOWN)
+    found = {name: replace(each, distances=apart) for name, each in found.items()}  # of pixels, for every model
     first = nets.split(",")[0]
-    signs = 2 * yq - 1
-    right = {name: signs * outputs > 0 for name, (_, outputs) in found.items()}
-    found = {name: (replace(each, distances=apart), outputs) for name, (each, outputs) in found.items()}
+    right = {name: each.predicted == yq for name, each in found.items()}
     both = right["rbf"] & right[first]
     fish = np.flatnonzero((yq == 1) & np.logical_and.reduce(list(right.values())))
-    query = int(fish[np.argmin(np.abs(rbf_margins[0][len(y) :][fish] - MARGIN))])
-    numbers: dict[str, Any] = {"queries": int(both.sum()), "query": query, "query_distance_nearest": apart[query].min()}
-    arrays: dict[str, Any] = {"distance": apart[query], "fish": y == 1}
-    near = apart[query] <= np.quantile(apart[query], 0.1)
-    for name, (understanding, outputs) in found.items():
-        values = understanding.scores.values
-        localities = understanding.locality
-        prefix = "rbf" if name == "rbf" else "network" if name == first else name
-        numbers |= _numbers(prefix, understanding, query, y, near) | {
-            f"{prefix}_distance_correlation": np.mean(localities[both]),
-            f"{prefix}_distance_correlation_of_the_query": localities[query],
-            f"{prefix}_test_right": int(right[name].sum()),
-            f"{prefix}_output_of_the_query": outputs[query],
-        }
-        arrays |= {f"{prefix}_value": values[query], f"{prefix}_locality": localities[both]}
-    pair = uw.apps.side_by_side({"rbf": found["rbf"][0], "network": found[first][0]})
-    numbers |= {
+    query = int(fish[np.argmin(np.abs(found["rbf"].outputs[fish, 0] - MARGIN))])
+    pair = uw.apps.side_by_side({"rbf": found["rbf"], "network": found[first]})
+    numbers: dict[str, Any] = {
+        "queries": int(both.sum()),
+        "query": query,
         "agreement_of_values": float(np.mean(pair.agreement[both])),
         "shared_of_20_most_helpful": float(np.mean(pair.shared(TOP)[both])),
-        "train_rows_with_a_gradient": int(((2 * y - 1) * rbf_margins[0][: len(y)] < 1 + 10 * T).sum()),
+        "train_rows_with_a_gradient": int((margins < 1 + 10 * T).sum()),
         "nearest_distance": apart[query].min(),
         "farthest_distance": apart[query].max(),
-        "jitter": rbf_margins[2],
+        "jitter": jitter,
     }
+    arrays: dict[str, Any] = {"distance": apart[query], "fish": y == 1}
+    near = apart[query] <= np.quantile(apart[query], 0.1)
+    for name, each in found.items():
+        prefix = "rbf" if name == "rbf" else "network" if name == first else name
+        numbers |= _numbers(prefix, each, query, y, near) | {
+            f"{prefix}_distance_correlation": np.mean(each.locality[both]),
+            f"{prefix}_distance_correlation_of_the_query": each.locality[query],
+            f"{prefix}_test_right": int(right[name].sum()),
+            f"{prefix}_output_of_the_query": each.outputs[query, 0],
+        }
+        arrays |= {f"{prefix}_value": each.scores.values[query], f"{prefix}_locality": each.locality[both]}
     settings = {
         "n": len(y),
         "l2": L2,
@@ -135,24 +133,14 @@ def _numbers(
 
 def kernel_machine(
     squares: NDArray[np.float64], y: NDArray[np.int_]
-) -> tuple[uw.Influence, tuple[NDArray[np.float64], NDArray[np.float64], float]]:
-    """The RBF SVM as a linear SVM on Cholesky features; and decision values, features of all photographs, jitter."""
+) -> tuple[uw.Influence, NDArray[np.float64], float]:
+    """The RBF SVM as a linear SVM on Cholesky features; those of all photographs; what the factor's diagonal needed."""
     features, jitter = factor(np.exp(-GAMMA * squares))
     F = features[:, : len(y)]
     model = LinearSVC(
         loss="hinge", C=1 / (len(y) * L2), fit_intercept=False, tol=1e-8, max_iter=1_000_000, random_state=24
     ).fit(F[: len(y)], y)
-    influence = uw.explain(model, F[: len(y)], y, loss=uw.losses.smooth_hinge(T), penalty_per_example=True)
-    return influence, (model.decision_function(F), F, jitter)
-
-
-def network(
-    name: str, images: NDArray[np.uint8], y: NDArray[np.int_], queries: NDArray[np.uint8], yq: NDArray[np.int_]
-) -> tuple[uw.apps.Understanding, NDArray[np.float64]]:
-    """What a frozen network with a logistic head rests on; and its logits for the queries."""
-    influence = headed(name, images, y)
-    found = uw.apps.understand(influence, (np.moveaxis(queries, -1, 1), yq), k=SHOWN)
-    return found, found.outputs[:, 0]
+    return uw.explain(model, F[: len(y)], y, loss=uw.losses.smooth_hinge(T), penalty_per_example=True), F, jitter
 
 
 def headed(name: str, images: NDArray[np.uint8], y: NDArray[np.int_]) -> uw.Influence:

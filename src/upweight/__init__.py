@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from upweight.examples import Examples
     from upweight.influence import Influence
     from upweight.objective import L2, Linear, Objective
-    from upweight.predictions import Predictions, classes, features, predict, training_labels
+    from upweight.predictions import Predictions, classes, features, predict, query_labels, training_labels
     from upweight.retrain import LBFGS, Newton, Refit, Retrain, RetrainMany
     from upweight.scores import Certificate, Extremes, Scores, SelfScores, TopK, extremes
     from upweight.stacked import StackedTraining
@@ -98,6 +98,7 @@ __all__ = [
     "operators",
     "plots",
     "predict",
+    "query_labels",
     "random_subsets",
     "removal_curve",
     "retrained",
@@ -147,6 +148,7 @@ _HOMES = {
     "leave_one_out": "validate",
     "mislabel_auc": "curves",
     "predict": "predictions",
+    "query_labels": "predictions",
     "random_subsets": "subsets",
     "removal_curve": "curves",
     "retrained": "counterfactual",

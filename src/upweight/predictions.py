@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upweight import calculus
 from upweight.errors import InvalidInput
+from upweight.examples import Examples
 from upweight.influence import Influence
 from upweight.objective import Objective
 from upweight.trees import leaves
@@ -104,15 +105,22 @@ def classes(influence: Influence) -> list[Any] | None:
 
 def training_labels(influence: Influence, rows: Any = None) -> Shaped[NDArray[Any], " n"] | None:
     """The labels of the training rows, by the user's own names; None where targets are no classes."""
-    names = classes(influence)
-    if names is None:
+    return _named(influence, influence.examples, influence.examples.rows(rows))
+
+
+def query_labels(influence: Influence, on: Any) -> Shaped[NDArray[Any], " q"] | None:
+    """The true labels of queries, (Xq, yq) or Examples, by the user's own names; None where targets are no classes."""
+    queries = influence.queries(on)
+    return _named(influence, queries, np.arange(len(queries)))
+
+
+def _named(influence: Influence, examples: Examples, rows: NDArray[np.int64]) -> NDArray[Any] | None:
+    names, y = classes(influence), examples.targets()
+    if names is None or y is None:
         return None
-    chosen = influence.examples.rows(rows)
-    y = influence.examples.targets()
-    assert y is not None  # classes are read off it
-    targets = y.cpu().numpy()[chosen]
+    targets = y.cpu().numpy()[rows]
     if getattr(influence.encoder, "estimator", None) is None:
-        return np.asarray(targets).astype(np.int64)
+        return targets.astype(np.int64)
     if targets.ndim == 2:  # least squares on ±1, one column per class or one for two classes
         codes = targets.argmax(1) if targets.shape[1] > 1 else (targets[:, 0] > 0).astype(np.int64)
     else:

@@ -9,7 +9,7 @@ For a query q and training row i, with v[q, i] the predicted change of the query
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,7 @@ class Understanding:
         predicted: (q,) labels that the model gives them, or None.
         outputs: (q, K) the model's outputs for the queries.
         k: how many rows of each kind `__str__` and `to_dict` show.
+        describe: turns a training row into a few words for `__str__`, or None.
     """
 
     scores: uw.Scores
@@ -67,6 +68,7 @@ class Understanding:
     predicted: Shaped[NDArray[Any], " q"] | None
     outputs: Float[NDArray[np.float64], "q K"] = field(repr=False)
     k: int = 5
+    describe: Callable[[int], str] | None = field(default=None, repr=False)
 
     def helpful(self, query: int = 0, k: int | None = None) -> Ranked:
         """The k rows that help a query most: its loss would rise without them."""
@@ -167,9 +169,11 @@ class Understanding:
             lines.append(f"  most {kind:<8} {'value':>12} {'label':>12} {'distance':>10} {'in features':>12}")
             for place, row in enumerate(ranked.rows):
                 label = "" if ranked.labels is None else str(ranked.labels[place])
+                words = "" if self.describe is None else f"  {self.describe(int(row))}"
                 lines.append(
                     f"  row {row:>8}  {ranked.values[place]:>+12.4g} {label:>12} {ranked.distances[place]:>10.4g} "
                     f"{ranked.feature_distances[place]:>12.4g}"
+                    + ("" if self.describe is None else f"  {self.describe(int(row))}")
                 )
         return "\n".join(lines)
 
@@ -193,7 +197,13 @@ class Understanding:
 
 
 def understand(
-    influence: uw.Influence, on: tuple[Any, Any], *, X: Any = None, Xq: Any = None, k: int = 5
+    influence: uw.Influence,
+    on: tuple[Any, ...] | uw.Examples,
+    *,
+    X: Any = None,
+    Xq: Any = None,
+    k: int = 5,
+    describe: Callable[[int], str] | None = None,
 ) -> Understanding:
     """What a model's answers rest on: helpful and harmful rows, their class and distance, and how few carry it.
 
@@ -201,11 +211,12 @@ def understand(
 
     Args:
         influence: of the model.
-        on: (Xq, yq), the queries.
+        on: (Xq, yq) or Examples, the queries.
         X: the training inputs as the model takes them, for distances between inputs; None takes what the objective sees
             (`upweight.features`) for both, which is the same unless a network, a kernel or a Pipeline lies between.
-        Xq: the queries' inputs in the form of X; None takes on[0].
+        Xq: the queries' inputs in the form of X; None takes those of `on`.
         k: how many rows of each kind are shown.
+        describe: turns a training row into a few words.
 
     Raises:
         InvalidInput: if X does not have the training rows' number, or the inputs are no arrays.
@@ -221,27 +232,24 @@ def understand(
     (2, 1, [1, 1, 1, 1, 1])
     """
     checked_count(k, "k", hint="5 rows of each kind")
-    if not isinstance(on, tuple) or len(on) != 2:
-        message = "on is not a pair. Pass on=(Xq, yq): the queries' inputs and their targets."
-        raise InvalidInput(message)
     queries = influence.queries(on)
     scores = influence.on_loss(queries)
     feature_distances = distances(uw.features(influence, queries), uw.features(influence))
-    apart = feature_distances if X is None else distances(on[0] if Xq is None else Xq, X)
+    apart = feature_distances if X is None else distances(_inputs(on) if Xq is None else Xq, X)
     if apart.shape != scores.values.shape:
         message = f"X and Xq hold {apart.shape[1]} rows and {apart.shape[0]} queries, and there are {influence.n} and "
         raise InvalidInput(message + f"{len(queries)}. Pass all training rows, and the queries, in one form.")
     said = uw.predict(influence, queries)
-    classes = said.labels is not None
     return Understanding(
         scores,
         apart,
         feature_distances,
         uw.training_labels(influence),
-        np.asarray(on[1]).reshape(len(scores.values)) if classes else None,
+        uw.query_labels(influence, queries),
         said.labels,
         said.outputs,
         min(k, influence.n),
+        describe,
     )
 
 
@@ -339,6 +347,11 @@ def distances(Xq: Any, X: Any) -> Float[NDArray[np.float64], "q n"]:
     squares = own[:, None] + other - 2 * gram
     squares[squares < 1e-12 * (own[:, None] + other)] = 0  # rounding of equal inputs
     return np.sqrt(squares)
+
+
+def _inputs(on: tuple[Any, ...] | uw.Examples) -> Any:
+    """The queries' inputs as they were given."""
+    return on.x if isinstance(on, uw.Examples) else on[0]
 
 
 def _lines(X: Any, name: str) -> Any:
