@@ -172,7 +172,7 @@ class Understanding:
                 words = "" if self.describe is None else f"  {self.describe(int(row))}"
                 lines.append(
                     f"  row {row:>8}  {ranked.values[place]:>+12.4g} {label:>12} {ranked.distances[place]:>10.4g} "
-                    f"{ranked.feature_distances[place]:>12.4g}"
+                    f"{ranked.feature_distances[place]:>12.4g}{words}"
                     + ("" if self.describe is None else f"  {self.describe(int(row))}")
                 )
         return "\n".join(lines)
