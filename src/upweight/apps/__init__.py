@@ -1,5 +1,6 @@
 """The paper's four uses (section 5) and the question of contrast (section 6), by the public API only."""
 
+from upweight.apps.contrast import Answer, Contrast, contrast, contrast_by_removal
 from upweight.apps.mismatch import FeatureEffects, GroupEffects, Mismatch, Places, Side, mismatch, one_hot_groups
 from upweight.apps.understand import (
     Ranked,
@@ -10,6 +11,8 @@ from upweight.apps.understand import (
 )
 
 __all__ = [
+    "Answer",
+    "Contrast",
     "FeatureEffects",
     "GroupEffects",
     "Mismatch",
@@ -18,6 +21,8 @@ __all__ = [
     "Side",
     "SideBySide",
     "Understanding",
+    "contrast",
+    "contrast_by_removal",
     "mismatch",
     "one_hot_groups",
     "side_by_side",
