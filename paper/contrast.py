@@ -29,7 +29,7 @@ from upweight import datasets
 from upweight.apps import Answer, contrast, contrast_by_removal
 
 DECAY = 0.01
-MOST = 1024  # rows of an order that are tried before it is given up
+MOST = 512  # rows of an order that are tried before it is given up
 ORDERS = ("influence", "loss", "loss_all", "nearest", "random")
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -40,12 +40,19 @@ def pictures(images: NDArray[np.uint8]) -> Array:
     return (images / 255).reshape(-1, 14, 2, 14, 2).mean((2, 4)).reshape(len(images), -1)
 
 
-def fitted(X: Array, y: Labels, tol: float = 1e-8) -> LogisticRegression:
-    """The minimum of the mean loss + 0.01/2 ‖θ‖², intercepts free."""
-    return LogisticRegression(C=1 / (DECAY * len(X)), tol=tol, max_iter=10_000).fit(X, y)
+def fitted(X: Array, y: Labels) -> LogisticRegression:
+    """The minimum of the mean loss + 0.01/2 ‖θ‖², intercepts free, from scratch."""
+    return LogisticRegression(C=1 / (DECAY * len(X)), tol=1e-8, max_iter=10_000).fit(X, y)
 
 
-def compute(rows: int = 5_000, queries: int = 120, seed: int = 0) -> dict[str, Any]:
+def fitted_again(model: LogisticRegression, X: Array, y: Labels) -> LogisticRegression:
+    """The same from the parameters of another fit, to outputs within about 0.003: for the searches along an order."""
+    again = LogisticRegression(C=model.C, tol=1e-5, max_iter=10_000, warm_start=True)
+    again.coef_, again.intercept_, again.classes_ = np.array(model.coef_), np.array(model.intercept_), model.classes_
+    return again.fit(X, y)
+
+
+def compute(rows: int = 5_000, queries: int = 100, seed: int = 0) -> dict[str, Any]:
     """The sets of every query, what they really do, and how many rows other orders need."""
     data = datasets.mnist()
     draw = np.random.default_rng(seed)
@@ -81,10 +88,11 @@ def one(
     labels = contrast(influence, (Xq, yq)).answers[0]
     removal = contrast_by_removal(influence, (Xq, yq)).answers[0]
 
+    def relabelled(rows: Labels) -> Labels:
+        return np.where(np.isin(np.arange(len(y)), rows), yq[0], y)
+
     def corrects(rows: Labels) -> bool:
-        changed = y.copy()
-        changed[rows] = yq[0]
-        return bool(fitted(X, changed, tol=1e-6).predict(Xq)[0] == yq[0])
+        return bool(fitted_again(model, X, relabelled(rows)).predict(Xq)[0] == yq[0])
 
     keep = np.setdiff1d(np.arange(len(y)), removal.rows)
     without = LogisticRegression(C=model.C, tol=1e-8, max_iter=10_000).fit(X[keep], y[keep])
@@ -92,7 +100,7 @@ def one(
     return {
         **_told("", labels),
         **_told("removal_", removal),
-        "corrected_from_scratch": corrects(labels.rows),
+        "corrected_from_scratch": bool(fitted(X, relabelled(labels.rows)).predict(Xq)[0] == yq[0]),
         "removal_corrected_from_scratch": bool(without.predict(Xq)[0] == yq[0]),
         "influence": smallest(corrects, labels.rows),
         **{name: smallest(corrects, order[:MOST]) for name, order in orders.items()},

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from upweight.console import Json, K, StudyName, app, load, one, show
+from upweight.console import Json, K, StudyName, app, line, load, one, show
+
+if TYPE_CHECKING:  # nothing here may import torch before a command runs
+    from upweight.study import Study
 
 
 @app.command
@@ -28,3 +32,115 @@ def understand(study: StudyName, query: int = 0, k: K = 5, plot: Path | None = N
     numbers = found.to_dict()["queries"][0] | {"query": query, "measure": found.scores.measure}
     show(numbers, str(found).replace("Query 0", f"Query {query}", 1), json)
     return 0
+
+
+@app.command
+def mismatch(
+    study: StudyName,
+    query: int | None = None,
+    k: K = 10,
+    groups: Path | None = None,
+    plot: Path | None = None,
+    json: Json = False,
+) -> int:
+    """Which training rows, features and sources are responsible for a model's errors.
+
+    Args:
+        study: module:function that returns an upweight.Study.
+        query: number of the query; all queries that the model gets wrong if it is left out.
+        k: how many rows of each kind.
+        groups: file with one line per training row, the source it comes from.
+        plot: file for a picture of the rows and of their features; its suffix says the format.
+        json: print as JSON.
+    """
+    from upweight import apps
+    from upweight.apps import pictures
+
+    loaded = load(study)
+    labels = None if groups is None else _lines(groups)
+    found = apps.mismatch(loaded.influence, _wrong(loaded, query), groups=labels, k=k)
+    if plot is not None:
+        pictures.save(pictures.responsible(found), plot)
+    show(found.to_dict(), str(found), json)
+    return 0
+
+
+@app.command
+def contrast(
+    study: StudyName, query: int | None = None, most: int | None = None, refits: int = 1, json: Json = False
+) -> int:
+    """The smallest sets of label changes, and of removals, that correct wrong predictions; really made and refitted.
+
+    Args:
+        study: module:function that returns an upweight.Study.
+        query: number of the query; all queries that the model gets wrong if it is left out.
+        most: rows in a set at most; half of the training rows if it is left out.
+        refits: trainings per query and kind of change; those after the first try larger sets.
+        json: print as JSON.
+    """
+    from upweight import apps
+
+    loaded = load(study)
+    X, y = _pair(loaded)
+    if query is not None:
+        place = line(query, len(y))
+        X, y = X[place : place + 1], y[place : place + 1]
+    settings: dict[str, Any] = {"most": most, "refits": refits, "retrain": loaded.retrain}
+    found = [change(loaded.influence, (X, y), **settings) for change in (apps.contrast, apps.contrast_by_removal)]
+    show({one.change: one.to_dict() for one in found}, "\n\n".join(map(str, found)), json)
+    return 0
+
+
+def _wrong(study: Study, query: int | None) -> Any:
+    """One query, or all that the model gets wrong; all where outputs are no classes.
+
+    Raises:
+        InvalidInput: if all are right.
+    """
+    import numpy as np
+
+    import upweight as uw
+    from upweight.errors import InvalidInput
+
+    if query is not None:
+        return one(study, query)[0]
+    examples = study.influence.encoder.examples(*study.queries)
+    labels = uw.query_labels(study.influence, examples)
+    if labels is None:
+        return examples
+    wrong = np.flatnonzero(uw.predict(study.influence, examples).labels != labels)
+    if not len(wrong):
+        message = (
+            f"The model is right about all {len(labels)} queries of the study, so there is no error to explain. Name a "
+            "query with --query, or give the study others."
+        )
+        raise InvalidInput(message)
+    return examples.subset(wrong)
+
+
+def _pair(study: Study) -> tuple[Any, Any]:
+    """The queries as (Xq, yq).
+
+    Raises:
+        InvalidInput: if they are anything else.
+    """
+    from upweight.errors import InvalidInput
+
+    if len(study.queries) != 2 or study.queries[1] is None:
+        message = f"The study's queries are {len(study.queries)} things. Give it the pair (Xq, yq) of arrays."
+        raise InvalidInput(message)
+    return study.queries
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a file.
+
+    Raises:
+        PathNotFound: if there is no such file.
+    """
+    from upweight.errors import PathNotFound
+
+    if not file.is_file():
+        message = f"There is no file at {file}. Write one line per training row into it: the source the row comes from."
+        raise PathNotFound(message)
+    return file.read_text(encoding="utf-8").splitlines()

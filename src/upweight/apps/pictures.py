@@ -13,6 +13,8 @@ from upweight.errors import InvalidInput, first_line
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from upweight.apps.contrast import Contrast
+    from upweight.apps.mismatch import Mismatch
     from upweight.apps.understand import Understanding
 
 
@@ -70,4 +72,99 @@ def influence_against_distance(
     ax.ticklabel_format(axis="y", scilimits=(-2, 3))
     ax.legend(fontsize=8, frameon=False)
     ax.grid(alpha=0.25)
+    return ax
+
+
+def responsible(found: Mismatch, ax: Axes | None = None) -> Axes:
+    """The rows that help and harm most as bars, with the features they hold beside the rows that stand out.
+
+    Args:
+        found: what `mismatch` returns.
+        ax: where to draw; None makes a new figure.
+    """
+    ax = plots.new_axes(6.0, 4.8) if ax is None else ax
+    rows = np.concatenate([found.helpful.rows, found.harmful.rows[::-1]])
+    values = np.concatenate([found.helpful.values, found.harmful.values[::-1]])
+    place = np.arange(len(rows))[::-1]
+    out = np.isin(rows, found.responsible)
+    colors = [
+        (plots.BLUE if value > 0 else plots.ORANGE) if own else plots.GREY
+        for value, own in zip(values, out, strict=True)
+    ]
+    ax.barh(place, values, color=colors, height=0.7)
+    ax.axvline(0, color=plots.GREY, linewidth=0.8)
+    ax.set_yticks(place, [f"row {row}" for row in rows], fontsize=8)
+    ax.set_xlabel(f"change of the queries' mean {found.scores.measure} if the row is removed")
+    ax.grid(alpha=0.25, axis="x")
+    return ax
+
+
+def feature_effects(found: Mismatch, ax: Axes | None = None, *, k: int = 10) -> Axes:
+    """Equation 5 of the k features that matter most, one bar for each row that stands out.
+
+    Bars are of what the rows hold (the derivative times the row's own value) where that is known, else the derivative.
+
+    Args:
+        found: what `mismatch` returns.
+        ax: where to draw; None makes a new figure.
+        k: how many features.
+
+    Raises:
+        InvalidInput: if the model has no equation 5.
+    """
+    effects = found.features
+    if effects is None:
+        message = "These results have no features: equation 5 is not defined for kernels. Use pictures.responsible."
+        raise InvalidInput(message)
+    ax = plots.new_axes(6.0, 4.8) if ax is None else ax
+    chosen = effects.top(min(k, len(effects.names)))[::-1]
+    table = effects.by_row if effects.held_by_row is None else effects.held_by_row
+    place, height = np.arange(len(chosen)), 0.8 / len(effects.rows)
+    harmful = set(found.harmful.responsible.tolist())
+    for at, row in enumerate(effects.rows):
+        color = plots.ORANGE if int(row) in harmful else plots.BLUE
+        shift = height * ((len(effects.rows) - 1) / 2 - at)
+        ax.barh(
+            place + shift,
+            table[at, chosen],
+            height=height,
+            color=color,
+            alpha=1 - 0.5 * at / len(effects.rows),
+            label=f"row {row}",
+        )
+    ax.axvline(0, color=plots.GREY, linewidth=0.8)
+    ax.set_yticks(place, [effects.names[j] for j in chosen], fontsize=8)
+    times = "" if effects.held_by_row is None else " × its value"
+    ax.set_xlabel(f"derivative of the queries' mean {found.scores.measure} by the feature{times}")
+    if len(effects.rows) <= 8:
+        ax.legend(fontsize=8, frameon=False)
+    ax.grid(alpha=0.25, axis="x")
+    return ax
+
+
+def margins(found: Contrast, ax: Axes | None = None) -> Axes:
+    """Every query's margin now, as predicted after its set of changes, and as it really is; below 0 is corrected.
+
+    Args:
+        found: what `contrast` returns.
+        ax: where to draw; None makes a new figure.
+    """
+    ax = plots.new_axes(6.0, 4.2) if ax is None else ax
+    place = np.arange(len(found.answers))
+    now = np.array([answer.margin for answer in found.answers])
+    actual = np.array([answer.actual for answer in found.answers])
+    predicted = np.array([answer.predicted for answer in found.answers])
+    for at, before, after in zip(place, now, actual, strict=True):
+        ax.plot([at, at], [before, after], color=plots.GREY, linewidth=1, zorder=1)
+    ax.scatter(place, now, s=20, color=plots.GREY, label="now", zorder=2)
+    ax.scatter(place, predicted, s=44, facecolor="none", edgecolor="black", linewidth=0.9, label="predicted", zorder=3)
+    ax.scatter(place, actual, s=20, color=plots.BLUE, label="trained again", zorder=4)
+    ax.axhline(0, color=plots.GREY, linewidth=0.8)
+    sizes = [len(answer.rows) or "none" for answer in found.answers]
+    ax.set_xticks(
+        place, [f"{answer.query}\n{size}" for answer, size in zip(found.answers, sizes, strict=True)], fontsize=8
+    )
+    ax.set(xlabel=f"query, and its number of {found.change}", ylabel="margin of the wrong class")
+    ax.legend(fontsize=8, frameon=False)
+    ax.grid(alpha=0.25, axis="y")
     return ax
