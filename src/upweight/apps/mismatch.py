@@ -78,7 +78,8 @@ class FeatureEffects:
         names: (f,) of the features.
         columns: the columns of each feature.
         rows: (r,) the training rows whose features these are, harmful ones first.
-        by_row: (r, f) signed: Σ g over the feature's columns.
+        by_row: (r, f) signed: Σ g over the feature's columns; for a whole one-hot group that moves all its categories at
+            once, so `held_by_row` says more.
         absolute_by_row: (r, f) Σ |g| over the feature's columns.
         held_by_row: (r, f) Σ x·g over the feature's columns: of what the row really holds, which leaves out categories
             it does not have; None where the derivatives are not by what the model's coefficients multiply.
@@ -514,11 +515,10 @@ def _feature_lines(effects: FeatureEffects) -> list[str]:
     lines = [f"features of rows {', '.join(map(str, effects.rows[:8]))} (equation 5):"]
     for j in effects.top():
         own = "" if held is None else f"of what they hold {held[j]:.3g}; "
+        signed = f"signed {effects.signed[j]:+.3g}, " if len(effects.columns[j]) == 1 else ""
         places = effects.places(effects.names[j])
         naive = "" if coefficient is None else f"; |θ| {coefficient[j]:.3g}, place {places.coefficient}"
-        lines.append(
-            f"  {effects.names[j]}: {own}signed {effects.signed[j]:+.3g}, absolute {effects.absolute[j]:.3g}{naive}"
-        )
+        lines.append(f"  {effects.names[j]}: {own}{signed}absolute {effects.absolute[j]:.3g}{naive}")
     return lines
 
 
