@@ -161,7 +161,9 @@ class MislabelCurve:
 
     Args:
         auc: the chance that a mislabelled row scores above a clean one (ties count half); 0.5 is guessing.
-        low, high: its confidence interval (DeLong), cut at 0 and 1.
+        low, high: its confidence interval (DeLong), cut at 0 and 1. Where every wrong label scores above every clean
+            one, DeLong's variance is 0; the interval then ends where m rows in order have a chance of 1 − level, m the
+            smaller of the two counts.
         found: (n,) share of the mislabelled rows among the first 1, 2, … n inspected.
         mislabelled: how many there are.
         level: of the interval.
@@ -236,6 +238,8 @@ def mislabel_auc(scores: Any, flipped: Any, *, level: float = 0.95) -> MislabelC
     auc = float(below.mean())
     variance = sum(float(part.var(ddof=1)) / len(part) for part in (below, above) if len(part) > 1)
     reach = float(scipy.stats.norm.ppf((1 + level) / 2)) * np.sqrt(variance)
+    if variance == 0:  # no row was out of order; as many rows might still hide that many errors
+        reach = 1 - (1 - level) ** (1 / min(bad, good))
     order = np.argsort(-values, kind="stable")
     _, group, size = np.unique(-values, return_inverse=True, return_counts=True)
     chance = np.bincount(group, weights=wrong) / size  # rows that are equally suspicious come in no order of their own

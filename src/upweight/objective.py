@@ -308,10 +308,16 @@ def refuse_training_mode(model: torch.nn.Module) -> None:
     """Raises when a module of `model` would make an example's loss random or dependent on its batch.
 
     Raises:
-        UnsupportedModel: if dropout is active or batch statistics are being used.
+        UnsupportedModel: if dropout is active, batch statistics are being used, or an embedding scales its gradients.
     """
     for name, module in model.named_modules():
         kind = type(module).__name__
+        if getattr(module, "scale_grad_by_freq", False):
+            message = (
+                f"'{name}' ({kind}, scale_grad_by_freq=True) divides gradients by how often a word is in the batch, so "
+                "they are not those of any loss of single examples. Build it with scale_grad_by_freq=False."
+            )
+            raise UnsupportedModel(message)
         if "BatchNorm" in kind and not getattr(module, "track_running_stats", True):
             message = (
                 f"'{name}' ({kind}) keeps no running statistics, so even in eval mode the loss of one example depends "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import scipy.sparse
+import torch
 from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,7 +19,9 @@ from upweight.errors import InvalidInput
 from upweight.examples import Examples
 from upweight.influence import Influence
 from upweight.objective import Objective
-from upweight.trees import leaves
+from upweight.trees import leaves, take
+
+_CUTS = (0.0, 0.5)  # logits and margins change their class at 0, probabilities and least squares on 0 and 1 at ½
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,16 @@ def predict(influence: Influence, Xq: Any) -> Predictions:
     sweep = influence.sweep.over(objective, queries)
     outputs = sweep.emit(lambda batch, _: calculus.outputs(objective, batch), label="predict")
     names = classes(influence)
-    return Predictions(outputs, None if names is None else np.asarray(names)[_chosen(objective, outputs, len(names))])
+    decide = decision(influence)
+    return Predictions(outputs, None if names is None or decide is None else np.asarray(names)[decide(outputs)])
 
 
 def classes(influence: Influence) -> list[Any] | None:
     """The user's names of the classes, in the order of the model's outputs; None where outputs are no classes.
 
     For a scikit-learn classifier its `classes_`. For a module the whole numbers 0 … K−1 if it has K > 1 outputs and
-    every training target is one of them; the two targets if it has one output and they are 0 and 1, or −1 and 1.
+    every training target is one of them; the two targets if it has one output, they are 0 and 1, or −1 and 1, and
+    there is an output, 0 or ½, at which both cost the same: that is where the class changes.
     """
     estimator = getattr(influence.encoder, "estimator", None)
     if estimator is not None:
@@ -99,8 +106,23 @@ def classes(influence: Influence) -> list[Any] | None:
     K = _output_count(influence)
     if K > 1:
         return list(range(K)) if values[0] >= 0 and values[-1] < K else None
-    numbers = [int(value) for value in values]
-    return next((pair for pair in ([0, 1], [-1, 1]) if set(numbers) <= set(pair)), None)
+    pair = _pair(values)
+    return None if pair is None or _cut(influence, pair) is None else pair
+
+
+def decision(influence: Influence) -> Callable[[NDArray[np.float64]], NDArray[np.int64]] | None:
+    """From (q, K) outputs to (q,) class numbers, the places in `classes`; None where outputs are no classes.
+
+    The largest of several outputs, the vote of one-against-one outputs, or whether a single one is above the output at
+    which both classes cost the same.
+    """
+    names = classes(influence)
+    if names is None:
+        return None
+    own = getattr(influence.encoder, "estimator", None) is not None
+    cut = 0.0 if own or _output_count(influence) > 1 else _cut(influence, names)
+    assert cut is not None  # there are no classes without it
+    return partial(_chosen, influence.objective, K=len(names), cut=cut)
 
 
 def training_labels(influence: Influence, rows: Any = None) -> Shaped[NDArray[Any], " n"] | None:
@@ -152,10 +174,9 @@ def features(influence: Influence, X: Any = None) -> Float[NDArray[np.float64], 
     return x.reshape(len(x), -1).double().cpu().numpy()
 
 
-def _chosen(objective: Objective, outputs: NDArray[np.float64], K: int) -> NDArray[np.int64]:
-    """The class number of each line of outputs: the largest, the sign of a single one, or the vote of pairs."""
+def _chosen(objective: Objective, outputs: NDArray[np.float64], *, K: int, cut: float) -> NDArray[np.int64]:
     if outputs.shape[1] == 1:
-        return (outputs[:, 0] > 0).astype(np.int64)
+        return (outputs[:, 0] > cut).astype(np.int64)
     if objective.linear is None or not objective.linear.loss.pairs:
         return outputs.argmax(1)
     first, second = np.triu_indices(K, 1)  # one against one: a positive output says the first of its pair
@@ -165,6 +186,32 @@ def _chosen(objective: Objective, outputs: NDArray[np.float64], K: int) -> NDArr
         votes[wins, i] += 1
         votes[~wins, j] += 1
     return votes.argmax(1)
+
+
+def _pair(values: NDArray[Any]) -> list[Any] | None:
+    """The two classes that these targets are of: 0 and 1, or −1 and 1."""
+    numbers = {int(value) for value in values}
+    return next((pair for pair in ([0, 1], [-1, 1]) if numbers <= set(pair)), None)
+
+
+def _cut(influence: Influence, pair: list[Any]) -> float | None:
+    """The output, 0 or ½, at which both labels cost the same; None if there is none."""
+    objective = influence.objective
+    if objective.outputs is None or objective.output_loss is None:
+        return None
+    example = take(calculus.ready(objective, influence.examples.batch([0])), 0)
+    output = objective.outputs(objective.params, example).detach()
+    for cut in _CUTS:
+        try:
+            low, high = (
+                float(objective.output_loss(torch.full_like(output, cut), (example[0], torch.full_like(example[1], y))))
+                for y in pair
+            )
+        except (RuntimeError, ValueError, TypeError):
+            return None
+        if np.isclose(low, high, rtol=1e-4, atol=1e-9):
+            return cut
+    return None
 
 
 def _output_count(influence: Influence) -> int:

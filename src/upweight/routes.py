@@ -145,10 +145,13 @@ def _answers(objective: Objective, batch: Any) -> tuple[Tensor, ...]:
     except Exception as error:
         if objective.route != Route("loop", "loop"):
             raise
-        message = (
-            f"The loss cannot be differentiated twice ({first_line(error)}). Use operations with a second derivative, "
-            "or a smoothed loss such as losses.smooth_hinge."
+        bag = "embedding_bag" in str(error)
+        instead = (
+            "nn.Embedding and a mean over its positions instead of nn.EmbeddingBag"
+            if bag
+            else ("operations with a second derivative, or a smoothed loss such as losses.smooth_hinge")
         )
+        message = f"The loss cannot be differentiated twice ({first_line(error)}). Use {instead}."
         raise UnsupportedModel(message) from error
 
 

@@ -30,6 +30,8 @@ from upweight.transforms import grad, vmap
 from upweight.trees import like, tree_map
 
 Stack = dict[str, Tensor]
+_PROBED = 4  # examples whose outputs together and alone are compared
+_SAME = 1e-4  # by how much they may differ, in float32
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,7 @@ class BoundStackedTraining:
         Raises:
             UnsupportedModel: if the module has other randomness, or cannot be vectorised over models.
         """
+        self._refuse_mixing()
         recorder = _Masks(None)
         rows = torch.zeros(self.spec.batches.batch_size, dtype=torch.int64)
         batch = tree_map(lambda leaf: leaf[rows], self.data)
@@ -274,6 +277,25 @@ class BoundStackedTraining:
             )
             raise UnsupportedModel(message) from error
         return recorder.seen
+
+    def _refuse_mixing(self) -> None:
+        """An example's output must not change with the examples beside it, or leaving a row out would leave it in.
+
+        Raises:
+            UnsupportedModel: if it does.
+        """
+        few = tree_map(lambda leaf: leaf[:_PROBED], self.data)[0]
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _Masks(None):
+            together, again = (forward(self.module, {}, few) for _ in range(2))  # type: ignore[arg-type]
+            alone = [forward(self.module, {}, tree_map(lambda leaf, b=b: leaf[b : b + 1], few)) for b in range(2)]  # type: ignore[arg-type]
+        gap = float((torch.cat(alone) - together[:2]).abs().max()) if len(together) > 1 else 0.0
+        if torch.equal(together, again) and gap > _SAME * (1 + float(together.abs().max())):
+            message = (
+                f"{type(self.module).__name__} mixes the examples of a batch in training mode: an output moves by "
+                f"{gap:.3g} with the examples beside it. A row of weight 0 would still act on the others. Use a "
+                "GroupNorm, or pass your own retrain=(weights, seed) → θ."
+            )
+            raise UnsupportedModel(message)
 
 
 class _Masks(TorchFunctionMode):

@@ -6,10 +6,12 @@ at once is given as many jobs as it takes together.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from upweight import calculus, linear, routes
+from upweight import calculus, routes
 from upweight.errors import InvalidInput, first_line
 from upweight.influence import Influence
 from upweight.objective import Objective
+from upweight.predictions import decision
 from upweight.retrain import BoundRefit, Retrain, RetrainMany, bound
-from upweight.transforms import vmap
 
 Job = tuple[NDArray[np.float64], int]
 
@@ -40,6 +42,7 @@ class Trials:
         queries: the batch of queries.
         measure: what is measured, in words.
         retrainer: the retrainer, in words.
+        decide: from outputs to class numbers; None where outputs are no classes.
     """
 
     train: Retrain
@@ -48,6 +51,7 @@ class Trials:
     queries: Any
     measure: str
     retrainer: str
+    decide: Callable[[NDArray[np.float64]], NDArray[np.int64]] | None = None
 
     @classmethod
     def of(
@@ -68,7 +72,7 @@ class Trials:
         else:
             measured = routes.probe(objective.measuring(measure), queries)
             name = measured.name
-        return cls(train, objective, measured, queries, name, _in_words(retrain, train))
+        return cls(train, objective, measured, queries, name, _in_words(retrain, train), decision(influence))
 
     def now(self) -> Float[NDArray[np.float64], " q"]:
         """The measure of every query at θ̂, the model as it is."""
@@ -81,24 +85,12 @@ class Trials:
     def labels(self, params: Any = None) -> NDArray[np.int64] | None:
         """The class that the model gives every query, at θ̂ or at other parameters; None where outputs are no classes.
 
-        The largest of several outputs, or the sign of the only one when all targets are 0 and 1.
+        Class numbers are places in `upweight.classes`.
         """
+        if self.decide is None:
+            return None
         objective = self.objective if params is None else self.objective.at(flat(self.objective, params))
-        if objective.linear is not None:
-            f = linear.predictor(objective, self.queries[0] if isinstance(self.queries, tuple) else self.queries)
-        elif objective.outputs is not None and objective.route.examples == "vmap":
-            with torch.no_grad():
-                ready = calculus.ready(objective, self.queries)
-                f = vmap(objective.outputs, in_dims=(None, 0))(objective.params, ready).flatten(1)
-        else:
-            return None
-        y = self.queries[1] if isinstance(self.queries, tuple | list) else None
-        if not isinstance(y, Tensor) or y.ndim != 1:  # several targets, or classes at several positions
-            return None
-        if f.shape[1] > 1:
-            return f.argmax(1).cpu().numpy()
-        binary = isinstance(y, Tensor) and bool(((y == 0) | (y == 1)).all())
-        return (f[:, 0] > 0).long().cpu().numpy() if binary else None
+        return self.decide(calculus.outputs(objective, self.queries).double().cpu().numpy())
 
     def parameters(
         self, jobs: Iterable[Job], total: int, *, progress: bool | None = None, label: str = "retraining"
@@ -184,11 +176,22 @@ def flat(objective: Objective, params: Any) -> Float[Tensor, " p"]:
 
 
 def _in_words(retrain: Any, train: Any) -> str:
-    """A retrainer's settings, or its name; never an address, which another process does not share.
+    """A retrainer's settings, or a function's name and a digest of its code; never an address, which no other process
+    shares.
 
     What was bound adds its `origin`, if it has one.
     """
     retrain = train if retrain is None else retrain
     spec = getattr(retrain, "spec", retrain)
     text = f"{spec!r}{getattr(train, 'origin', '')}"
-    return text if " at 0x" not in text else str(getattr(spec, "__qualname__", type(spec).__qualname__))
+    if " at 0x" not in text:
+        return text
+    code = getattr(spec, "__code__", None)
+    name = str(getattr(spec, "__qualname__", type(spec).__qualname__))
+    return name if code is None else f"{name} #{hashlib.sha256(repr(_steps(code)).encode()).hexdigest()[:12]}"
+
+
+def _steps(code: CodeType) -> list[Any]:
+    """What a function does, without where it was written: its instructions, names and constants, and those inside."""
+    constants = [_steps(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
+    return [code.co_code, code.co_names, code.co_varnames, constants]

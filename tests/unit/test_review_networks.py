@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small import XQ, YQ, classifier
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -172,3 +173,119 @@ def test_a_model_that_vmap_follows_but_not_its_gradient_goes_one_by_one():
     X, y = data()
     influence = uw.explain(OneHot().double(), X, y, loss=cross_entropy, damping=0.1)
     assert np.isfinite(influence.on_loss(X[:2], y[:2]).values).all()
+
+
+# ---- found by reading again ------------------------------------------------------------------------------------------
+
+
+def test_two_functions_of_one_name_are_two_retrainers(tmp_path):
+    influence = classifier()
+
+    def made(factor):
+        if factor > 1:
+
+            def train(weights, seed=0):
+                return influence.objective.theta * 2
+        else:
+
+            def train(weights, seed=0):
+                return influence.objective.theta * 1
+
+        return train
+
+    masks = uw.random_subsets(influence.n, 2)
+    uw.subset_retraining(influence, (XQ, YQ), masks, made(1), store=tmp_path / "run")
+    uw.subset_retraining(influence, (XQ, YQ), masks, made(1), store=tmp_path / "run")
+    with pytest.raises(uw.errors.StoreMismatch, match="retrain"):
+        uw.subset_retraining(influence, (XQ, YQ), masks, made(2), store=tmp_path / "run")
+
+
+def test_recurrent_cells_left_on_a_diagonal_are_said():
+    torch.manual_seed(0)
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.GRU(4, 16, batch_first=True), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.head(self.cell(x)[0][:, -1])
+
+    x, y = torch.randn(20, 5, 4), torch.randint(0, 2, (20,))
+    influence = uw.explain(Recurrent().eval(), x, y, loss=cross_entropy, penalty=0.1, curvature=uw.operators.EKFAC())
+    with pytest.warns(uw.errors.TheoryWarning, match="768 of 1,090 parameters"):
+        assert influence.operator.size == 1090
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_embeddings_that_cannot_be_explained_say_why(kind):
+    class Words(nn.Module):
+        def __init__(self, **settings):
+            super().__init__()
+            self.table, self.head = kind(20, 4, **settings), nn.Linear(4, 2)
+
+        def forward(self, x):
+            f = self.table(x)
+            return self.head(f if f.ndim == 2 else f.mean(1))
+
+    x, y = torch.randint(0, 20, (30, 5)), torch.randint(0, 2, (30,))
+    with pytest.raises(uw.errors.UnsupportedModel, match="scale_grad_by_freq"):
+        uw.explain(Words(scale_grad_by_freq=True).eval(), x, y, loss=cross_entropy)
+    if kind is nn.EmbeddingBag:
+        with pytest.raises(uw.errors.UnsupportedModel, match=r"nn\.Embedding and a mean"):
+            uw.explain(Words().eval(), x, y, loss=cross_entropy)
+
+
+def test_a_module_that_mixes_its_batch_cannot_be_retrained_in_a_stack():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(x - x.mean(0) if self.training else x)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 4), torch.randint(0, 3, (20,))
+    influence = uw.explain(Mixing().eval(), x, y, loss=cross_entropy, damping=0.1)
+    training = uw.StackedTraining(uw.minibatch.SGD(lr=0.1), uw.minibatch.Shuffled(4), epochs=1, factory=Mixing)
+    with pytest.raises(uw.errors.UnsupportedModel, match="mixes the examples"):
+        uw.leave_one_out(influence, (x[:1], y[:1]), [0], training)
+
+
+@pytest.mark.parametrize(
+    ("loss", "cut"),
+    [
+        (lambda f, t: nn.functional.mse_loss(f[:, 0], t), 0.5),
+        (lambda f, t: nn.functional.binary_cross_entropy_with_logits(f[:, 0], t), 0.0),
+        (lambda f, t: nn.functional.binary_cross_entropy(f[:, 0].clamp(0.01, 0.99), t), 0.5),
+        (lambda f, t: (f[:, 0] - 3 * t - 1).square().mean(), None),
+    ],
+    ids=["least squares", "logits", "probabilities", "shifted"],
+)
+def test_a_single_output_changes_its_class_where_both_cost_the_same(loss, cut):
+    class Line(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(0.25, dtype=torch.float64))
+
+        def forward(self, x):
+            return x * self.slope
+
+    x = torch.tensor([[-2.0], [1.0], [1.9], [2.1], [3.0]], dtype=torch.float64)
+    y = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    influence = uw.explain(Line(), x, y, loss=loss, penalty=0.1)
+    expected = None if cut is None else (0.25 * x[:, 0] > cut).long().tolist()
+    said = uw.predict(influence, x).labels
+    assert (None if said is None else said.tolist()) == expected
+    curve = uw.removal_curve(
+        influence, influence.on_loss(x, y), (x, y), counts=[1], retrain=lambda w, seed: influence.objective.theta
+    )
+    assert (curve.flipped is None) == (cut is None)
+
+
+def test_rows_in_perfect_order_leave_an_interval():
+    curve = uw.mislabel_auc(np.arange(20.0), np.arange(10, 20))
+    assert curve.auc == 1
+    assert curve.high == 1
+    assert curve.low == pytest.approx(0.05 ** (1 / 10))

@@ -114,23 +114,20 @@ def test_a_folder_resumes_and_takes_more_seeds(tmp_path):
     influence = ridge()
     whole = uw.subset_retraining(influence, (XQ, ZQ), MASKS, Counting(influence), seeds=3)
 
-    asked = []
+    class Stops(Counting):
+        def __call__(self, weights, seed=0):
+            if len(self.asked) == 4:
+                raise KeyboardInterrupt
+            return Counting.__call__(self, weights, seed)
 
-    def one(weights, seed=0):
-        if len(asked) == 4:
-            raise KeyboardInterrupt
-        asked.append(seed)
-        return Counting(influence)(weights, seed)
+        def many(self, weights, seeds):
+            if len(self.asked) == 4:
+                raise KeyboardInterrupt
+            return Counting.many(self, weights, seeds)
 
-    one.__qualname__ = "Counting()"
     with pytest.raises(KeyboardInterrupt):
-        uw.subset_retraining(influence, (XQ, ZQ), MASKS, one, store=tmp_path / "run")
-    rest = Counting(influence)
-
-    def go_on(weights, seed=0):
-        return rest(weights, seed)
-
-    go_on.__qualname__ = "Counting()"
+        uw.subset_retraining(influence, (XQ, ZQ), MASKS, Stops(influence), store=tmp_path / "run")
+    go_on = rest = Counting(influence)
     found = uw.subset_retraining(influence, (XQ, ZQ), MASKS, go_on, store=tmp_path / "run")
     assert len(rest.asked) == 2
     assert np.array_equal(found.values, whole.values[:, :, :1])

@@ -269,7 +269,7 @@ def _working(
             failures.append(error)
             continue
         return reading, objective
-    raise failures[0]
+    raise next((error for error in failures if isinstance(error, UnsupportedModel)), failures[0])
 
 
 def _readings(probe: Any, precision: torch.dtype) -> Iterable[Reading]:

@@ -18,6 +18,7 @@ References: Martens and Grosse (2015); George et al. (2018); Grosse et al. (2023
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -28,16 +29,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight import calculus, layers, linear
-from upweight.errors import InvalidInput, UnsupportedModel, checked_count
+from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, checked_count
 from upweight.objective import L2, Objective
 from upweight.operators.base import Curvature
 from upweight.operators.cotangents import Exact, Observed, Signs
-from upweight.operators.factors import Basis, Layer, Whole, layers_of
+from upweight.operators.factors import DENSE, Basis, Layer, Whole, layers_of
 from upweight.operators.implicit import EmpiricalFisher, GaussNewton
 from upweight.pieces import Direct, Piece, Product
 from upweight.sweep import Sweep
 
 _PROBE = 2
+_MUCH = 0.1  # of the parameters: what may be left on a mere diagonal without a word
 _BLOCK_NUMBERS = 2**24  # of the vectors that are rotated at once
 
 
@@ -249,6 +251,7 @@ def _factored(sweep: Sweep, source: Source) -> Kronecker:
     sizes = {name: block.numel() for name, block in objective.blocks.items()}
     blocks, rest = layers_of(_pieces(objective, plan, probe, None), sizes)
     read: list[Read] = [(layer.name, layer.sums) for layer in blocks]
+    _warn_of_diagonals(blocks, objective.size)
     factors = _swept(sweep, plan, source, lambda _: read, "Kronecker factors")
     strengths = _penalty_diagonal(objective)
     bases = [layer.basis(sums, sweep.n, strengths) for layer, sums in zip(blocks, factors, strict=True)]
@@ -256,6 +259,20 @@ def _factored(sweep: Sweep, source: Source) -> Kronecker:
         at = rest[None, None]
         bases.append(Basis("unused", at, None, None, torch.zeros(at.shape, dtype=torch.float64), strengths[at]))
     return Kronecker(sweep, plan, blocks, bases)
+
+
+def _warn_of_diagonals(blocks: Sequence[Layer], size: int) -> None:
+    """A TheoryWarning where much of the model has no structure and is too large for a block of its own."""
+    bare = [layer for layer in blocks if isinstance(layer, Whole) and layer.at.numel() > DENSE]
+    count = sum(layer.at.numel() for layer in bare)
+    if count > _MUCH * size:
+        message = (
+            f"{count:,} of {size:,} parameters ({', '.join(layer.name for layer in bare[:3])}"
+            f"{' …' if len(bare) > 3 else ''}) act in no layer that has Kronecker factors, so only the diagonal of "
+            "their curvature is kept (recurrent cells, compiled functions). Use GaussNewton() with CG(), or "
+            "Nystroem(rank)."
+        )
+        warnings.warn(message, TheoryWarning, stacklevel=6)
 
 
 def _corrected(operator: Kronecker, source: Source) -> Kronecker:

@@ -108,7 +108,7 @@ def _refusal(operator: Spectral, damping: float, lowest: float, largest: float) 
         suggestion = rounded_up(1e-3 * largest)
     count = int((operator.eigenvalues + damping <= _ROUNDING * largest).sum())
     message = (
-        f"{type(operator).__name__} has {kind} (damping {damping:g}; {count} of {operator.size} are too small to "
+        f"C has {kind} (damping {damping:g}; {count} of {operator.size} are too small to "
         f"divide by). {why}. Try damping={suggestion:g}{instead}."
     )
     return NotPositiveDefinite(message, None, suggestion)
