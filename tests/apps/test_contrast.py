@@ -182,6 +182,18 @@ def test_weights_pipelines_and_sparse_inputs():
         assert one.actual == pytest.approx(other.actual, abs=1e-4)
 
 
+def test_queries_of_a_frame_go_by_position():
+    pandas = pytest.importorskip("pandas")
+    frame, index = pandas.DataFrame(X, columns=["a", "b"]), np.linspace(5, 6, 8)[::-1]
+    Xq, wanted = wrong(fitted())
+    on = (pandas.DataFrame(Xq, columns=["a", "b"], index=index), pandas.Series(wanted, index=index))
+    framed = contrast(uw.explain(fitted(frame), frame, NAMES), on)
+    plain = contrast(uw.explain(fitted(), X, NAMES), (Xq, wanted))
+    assert [answer.rows.tolist() for answer in framed.answers] == [answer.rows.tolist() for answer in plain.answers]
+    coo = contrast(uw.explain(fitted(), X, NAMES), (scipy.sparse.coo_matrix(Xq), wanted))
+    assert [answer.rows.tolist() for answer in coo.answers] == [answer.rows.tolist() for answer in plain.answers]
+
+
 def test_regressing_classifiers():
     model = RidgeClassifier(alpha=2.0).fit(X, NAMES)
     order = np.argsort(model.decision_function(XQ), axis=1)

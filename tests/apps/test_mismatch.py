@@ -100,6 +100,19 @@ def test_derivatives_by_feature_are_those_of_real_refits():
     np.testing.assert_allclose(effects.held_by_row, effects.by_row * X[effects.rows])
 
 
+def test_blocks_of_queries_change_nothing(monkeypatch):
+    import sys
+
+    whole = found().features
+    monkeypatch.setattr(sys.modules["upweight.apps.mismatch"], "_NUMBERS", 50)
+    blocks = found().features
+    assert whole is not None
+    assert blocks is not None
+    np.testing.assert_allclose(blocks.by_row, whole.by_row, rtol=1e-10)
+    alone = [mismatch(uw.explain(fitted(), X, Y), (XR[[q]], YR[[q]])).scores.values[0] for q in range(5)]
+    np.testing.assert_allclose(found().scores.values, alone)
+
+
 def test_one_hot_columns_are_one_feature():
     alone, together = found(feature_groups={}).features, found().features
     assert alone is not None

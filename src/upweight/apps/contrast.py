@@ -368,7 +368,7 @@ def _contrast(
         target = wanted[number]
         if target not in changes:
             changes[target] = kind(influence, target)
-        X = on[0][number : number + 1]
+        X = _one(on[0], int(number))
         outputs = _outputs(influence, X)[0]
         S = _solved(influence, _jacobian(influence, X, wanted[number : number + 1]))
         effects = _spread(changes[target].effects(S))
@@ -447,6 +447,13 @@ def _read(influence: uw.Influence, on: Any) -> tuple[list[Any], NDArray[Any], ND
         )
         raise InvalidInput(message)
     return names, said.labels, wanted
+
+
+def _one(X: Any, number: int) -> Any:
+    """One query's input, as the model takes it."""
+    if hasattr(X, "tocsr"):
+        X = X.tocsr()
+    return (X.iloc if hasattr(X, "iloc") else X)[number : number + 1]
 
 
 def _outputs(influence: uw.Influence, X: Any) -> NDArray[np.float64]:

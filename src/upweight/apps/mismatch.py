@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 import upweight as uw
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, checked_count, first_line
 
+_NUMBERS = 2**24  # of equation 5 at once: 128 MB
+
 
 @dataclass(frozen=True)
 class Side:
@@ -78,8 +80,8 @@ class FeatureEffects:
         names: (f,) of the features.
         columns: the columns of each feature.
         rows: (r,) the training rows whose features these are, harmful ones first.
-        by_row: (r, f) signed: Σ g over the feature's columns; for a whole one-hot group that moves all its categories at
-            once, so `held_by_row` says more.
+        by_row: (r, f) signed: Σ g over the feature's columns; of a whole one-hot group that moves all categories at once,
+            so `held_by_row` says more.
         absolute_by_row: (r, f) Σ |g| over the feature's columns.
         held_by_row: (r, f) Σ x·g over the feature's columns: of what the row really holds, which leaves out categories
             it does not have; None where the derivatives are not by what the model's coefficients multiply.
@@ -379,11 +381,9 @@ def _features(
     """Equation 5 of these rows by feature; None where it is not defined."""
     if not len(rows):
         return None
-    try:
-        moved = influence.of_perturbing(rows, on=queries).mean(0)
-    except UnsupportedModel:
+    g = _derivatives(influence, queries, rows)
+    if g is None:
         return None
-    g = moved.reshape(len(rows), -1)
     d = g.shape[1]
     named = names if names is not None else influence.feature_names
     named = [f"column {j}" for j in range(d)] if named is None else [str(name) for name in named]
@@ -413,6 +413,21 @@ def _features(
         None if coefficient is None else np.array([coefficient[own].max() for own in columns.values()]),
         [named[own[int(np.argmax(total[own]))]] for own in columns.values()],
     )
+
+
+def _derivatives(
+    influence: uw.Influence, queries: uw.Examples, rows: NDArray[np.int64]
+) -> Float[NDArray[np.float64], "r d"] | None:
+    """Equation 5 of these rows, mean over the queries; None where it is not defined.  Memory: a few queries'."""
+    q = len(queries)
+    try:
+        total = influence.of_perturbing(rows, on=queries.subset(np.arange(1)))[0].reshape(len(rows), -1)
+    except UnsupportedModel:
+        return None
+    if q > 1:
+        for block in queries.subset(np.arange(1, q)).blocks(max(1, _NUMBERS // total.size)):
+            total = total + influence.of_perturbing(rows, on=block).sum(0).reshape(total.shape)
+    return total / q
 
 
 def _columns(groups: Mapping[str, Sequence[Any]], names: list[str]) -> dict[str, NDArray[np.int64]]:
