@@ -155,10 +155,10 @@ class Examples:
         if self.dataset is None:
             return None if self.y is None else as_tensor(self.y)
         if self._targets is None:
-            parts = [self.batch([row]) for row in range(self.length)]
-            if not isinstance(parts[0], tuple | list) or len(parts[0]) != 2 or not isinstance(parts[0][1], Tensor):
+            first = self.batch([0])
+            if not isinstance(first, tuple | list) or len(first) != 2 or not isinstance(first[1], Tensor):
                 return None
-            self._targets = torch.cat([part[1] for part in parts])
+            self._targets = torch.cat([self.batch([row])[1] for row in range(self.length)])
         return self._targets
 
     def edited(self, rows: NDArray[np.int64], x: Any, y: Any, weights: NDArray[np.float64]) -> Examples:

@@ -104,6 +104,12 @@ class BoundStackedTraining:
         self.spec, self.objective = spec, influence.objective
         self.together = spec.together
         self.own = np.asarray(influence.examples.weights)
+        if spec.factory is not None and hasattr(influence.encoder, "extractor"):
+            message = (
+                f"The examples of {self.objective.name} are features, which the factory's module does not take. Leave "
+                "factory out: every model then starts at θ̂, or at start=."
+            )
+            raise UnsupportedModel(message)
         self.module = None if spec.factory is None else _module(spec.factory, self.objective)
         reference = self.objective.reference if self.module is None else next(self.module.parameters()).detach()
         self.reference = reference

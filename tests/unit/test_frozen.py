@@ -239,3 +239,77 @@ def test_batch_statistics_are_refused(pictures):
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 2)).double()
     with pytest.raises(uw.errors.UnsupportedModel, match="eval"):
         uw.explain(net, x, y, loss=F.cross_entropy, parameters=["2.weight", "2.bias"])
+
+
+def test_a_head_tied_to_what_comes_before_it_is_explained_as_a_whole():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 4, bias=False)
+            self.first = nn.Linear(4, 4, bias=False)
+            self.first.weight = self.head.weight
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.first(x)))
+
+    torch.manual_seed(0)
+    net = Tied().double()
+    x, y = torch.randn(20, 4, dtype=torch.float64), torch.randint(0, 4, (20,))
+    net.register_parameter("spare", nn.Parameter(torch.zeros(1, dtype=torch.float64)))
+    settings = {"loss": F.cross_entropy, "penalty": 0.1, "damping": 0.1}
+    ours = uw.explain(net, x, y, parameters=["head.weight"], **settings)
+    assert ours.objective.linear is None
+    params = {"head.weight": net.head.weight.detach()}
+
+    def loss(params, example):
+        w = params["head.weight"]
+        return F.cross_entropy((torch.tanh(example[0] @ w.T) @ w.T)[None], example[1][None])
+
+    hand = uw.Influence(uw.Objective(loss, params, penalty=0.1), (x, y), curvature=uw.operators.Identity(), damping=0.1)
+    same = uw.explain(net, x, y, parameters=["head.weight"], curvature=uw.operators.Identity(), **settings)
+    np.testing.assert_allclose(same.on_loss(x, y).values, hand.on_loss(x, y).values, atol=1e-10)
+
+
+def test_something_behind_the_head_that_shows_on_few_rows(pictures):
+    x, y, xq, yq = pictures
+
+    class Clipped(Net):
+        def forward(self, x):
+            return Net.forward(self, x).clamp(max=self.limit)
+
+    torch.manual_seed(0)
+    net = Clipped(nn.Linear(24, 2)).double().eval()
+    net.limit = float("inf")
+    largest = net(x).detach().max(1).values
+    net.limit = float(largest.sort().values[-2])  # one training row is clipped
+    settings = {"loss": F.cross_entropy, "penalty": 0.1, "parameters": ["head.weight", "head.bias"]}
+    assert uw.explain(net, x, y, **settings).objective.linear is None
+    net.limit = float(largest.max()) + 1e-6
+    influence = uw.explain(net, x, y, **settings)
+    assert influence.objective.linear is not None
+    far = 30 * xq
+    assert float(net(far).detach().max()) >= net.limit
+    with pytest.raises(uw.errors.UnsupportedModel, match="behind 'head'"):
+        influence.on_loss(far, yq)
+
+
+def test_words_cannot_be_moved_and_a_factory_does_not_take_features():
+    torch.manual_seed(0)
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.table(x).mean(1))
+
+    x, y = torch.randint(0, 9, (20, 3)), torch.randint(0, 2, (20,))
+    settings = {"loss": F.cross_entropy, "penalty": 0.1, "parameters": ["head.weight", "head.bias"]}
+    influence = uw.explain(Words(), x, y, **settings)
+    assert influence.objective.linear is not None
+    with pytest.raises(uw.errors.InvalidInput, match="cannot be moved"):
+        influence.of_perturbing([0], on=(x[:1], y[:1]))
+    training = uw.StackedTraining(uw.minibatch.SGD(lr=0.1), uw.minibatch.Shuffled(4), epochs=1, factory=Words)
+    with pytest.raises(uw.errors.UnsupportedModel, match="features"):
+        uw.leave_one_out(influence, (x[:1], y[:1]), [0], training)

@@ -44,11 +44,33 @@ class Extractor:
 
     Args:
         model: the whole module.
-        head: the submodule whose input is taken.
+        path: where its head is, the submodule whose input is taken.
     """
 
     model: torch.nn.Module
-    head: torch.nn.Module
+    path: str
+
+    @property
+    def head(self) -> torch.nn.Module:
+        """The submodule."""
+        return self.model.get_submodule(self.path)
+
+    def checked(self, x: Any) -> Float[Tensor, "b ..."]:
+        """The head's input for a batch, without a graph, after a look whether the head's output is the model's.
+
+        Raises:
+            UnsupportedModel: if it is not.
+        """
+        with torch.no_grad():
+            features, output = self.both(x)
+            again = self.head(features).reshape(output.shape) if len(features) == len(output) else None
+        if again is None or not torch.allclose(again, output, rtol=1e-4, atol=1e-5 * float(output.abs().max())):
+            message = (
+                f"{type(self.model).__name__} does something behind '{self.path}' for some inputs, so it is no head on "
+                "features. Differentiate it as a whole: explain(…, parameters=[…]) with one parameter more."
+            )
+            raise UnsupportedModel(message)
+        return features
 
     def __call__(self, x: Any) -> Float[Tensor, "b ..."]:
         """The head's input for a batch of the model's inputs, and what autograd needs if it is recording."""
@@ -107,7 +129,12 @@ def split(model: torch.nn.Module, parameters: Iterable[str] | Callable[[str], bo
     if not chosen or len(chosen) == len(named) or not chosen <= set(named):
         return None
     places = [name for name, module in model.named_modules() if name and _parameter_names(name, module) == chosen]
-    return max(places, key=len, default=None)
+    place = max(places, key=len, default=None)
+    if place is None:
+        return None
+    own = {id(named[name]) for name in chosen}
+    everywhere = [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in own]
+    return place if len(everywhere) == len(own) else None  # tied to what comes before the head: no frozen features
 
 
 def headed(model: torch.nn.Module, path: str, probe: Any) -> tuple[Extractor, Headed] | None:
@@ -116,19 +143,16 @@ def headed(model: torch.nn.Module, path: str, probe: Any) -> tuple[Extractor, He
     Raises:
         UnsupportedModel: if an example's features depend on the others in its batch.
     """
-    head = model.get_submodule(path)
-    extractor = Extractor(model, head)
+    extractor = Extractor(model, path)
     few = tree_map(lambda leaf: leaf[:_PROBED], probe)
     try:
         with torch.no_grad():
             features, output = extractor.both(few)
             alone = [extractor(tree_map(lambda leaf, b=b: leaf[b : b + 1], few)) for b in range(batch_length(few))]
-            whole = Headed(path, head, tuple(output.shape[1:]))
-            again = whole(features)
+            extractor.checked(few)
+            whole = Headed(path, extractor.head, tuple(output.shape[1:]))
     except (UnsupportedModel, RuntimeError, TypeError, ValueError, IndexError):
         return None  # explained as a whole, where the reason shows
-    if len(features) != len(output) or not torch.allclose(again, output, rtol=1e-5, atol=1e-6):
-        return None
     gap = float((torch.cat(alone) - features).abs().max())
     if gap > 1e-3 * (1 + float(features.abs().max())):
         message = (
@@ -141,16 +165,27 @@ def headed(model: torch.nn.Module, path: str, probe: Any) -> tuple[Extractor, He
 
 
 def extracted(extractor: Extractor, examples: Examples, batch_size: int | None, progress: bool | None) -> Tensor:
-    """(n, …) features of every example, in the module's precision.  Cost: one forward pass of the network."""
+    """(n, …) features of every example, in the module's precision.  Cost: one forward pass of the network.
+
+    Raises:
+        UnsupportedModel: if the head's output is not the model's for one of them.
+    """
     first = [leaf for leaf in leaves(examples.batch([0])) if isinstance(leaf, Tensor)]
     memory = max([_IMAGE_BYTES] + [_BYTES_PER_NUMBER * leaf.numel() for leaf in first])
     sweep = Sweep(_NOTHING, examples, batch_size, progress, example_bytes=memory)
 
     def features(batch: Any, _: Tensor) -> Tensor:
-        with torch.no_grad():
-            return extractor(batch[0] if isinstance(batch, tuple | list) else batch)
+        return extractor.checked(batch[0] if isinstance(batch, tuple | list) else batch)
 
     return torch.from_numpy(sweep.emit(features, label="features"))
+
+
+def features_of(extractor: Extractor, examples: Examples, settings: Mapping[str, Any]) -> Tensor | None:
+    """`extracted` for training rows; None if something behind the head acts on one of them, so that it is no head."""
+    try:
+        return extracted(extractor, examples, settings.get("batch_size"), settings.get("progress"))
+    except UnsupportedModel:
+        return None
 
 
 def closed_form(objective: Objective, headed: Headed, features: Tensor, y: Tensor) -> Objective:
@@ -241,9 +276,10 @@ class FrozenEncoder:
         else:
             batch = self.original.batch([row])
             x = batch[0] if isinstance(batch, tuple | list) else batch
-        if not isinstance(x, Tensor):
-            message = f"The input of row {row} is a {type(x).__name__}, which cannot be moved by a small amount. "
-            raise InvalidInput(message + "Explain a model of the embedded inputs instead.")
+        if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            message = f"The input of row {row} is {kind}, which cannot be moved by a small amount. Explain a model of "
+            raise InvalidInput(message + "the embedded inputs instead.")
         reference = next(self.extractor.model.parameters())
         return x.to(device=reference.device, dtype=reference.dtype)
 

@@ -66,7 +66,9 @@ def explain(
     parts = None if path is None else frozen.headed(model, path, probe[0])
     if parts is not None:
         asked = {"loss": loss, "penalty": penalty, "penalty_per_example": penalty_per_example}
-        return _explain_head(*parts, examples, asked, settings)
+        features = frozen.features_of(parts[0], examples, settings)
+        if features is not None:
+            return _explain_head(*parts, examples, features, asked, settings)
 
     def build(reading: Reading) -> Objective:
         return Objective.from_module(
@@ -97,12 +99,13 @@ def _explain_head(
     extractor: frozen.Extractor,
     head: frozen.Headed,
     examples: Examples,
+    features: Tensor,
     asked: dict[str, Any],
     settings: dict[str, Any],
 ) -> Influence:
     """The Influence of a head on the features that a frozen network computes for it."""
     batch_size, progress = settings.get("batch_size"), settings.get("progress")
-    features, y = frozen.extracted(extractor, examples, batch_size, progress), examples.targets()
+    y = examples.targets()
     assert y is not None  # the examples are (x, y) pairs
     seen = Examples(features, y, sample_weight=examples.sample_weight)
     inner = explain(head, seen, parameters=lambda _: True, **asked, **settings)
