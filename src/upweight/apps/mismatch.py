@@ -80,8 +80,8 @@ class FeatureEffects:
         names: (f,) of the features.
         columns: the columns of each feature.
         rows: (r,) the training rows whose features these are, harmful ones first.
-        by_row: (r, f) signed: Σ g over the feature's columns; of a whole one-hot group that moves all categories at once,
-            so `held_by_row` says more.
+        by_row: (r, f) signed: Σ g over the feature's columns; of a whole one-hot group that moves all its categories;
+            `held_by_row` says more.
         absolute_by_row: (r, f) Σ |g| over the feature's columns.
         held_by_row: (r, f) Σ x·g over the feature's columns: of what the row really holds, which leaves out categories
             it does not have; None where the derivatives are not by what the model's coefficients multiply.
