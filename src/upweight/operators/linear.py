@@ -74,21 +74,37 @@ class LinearHessian:
     @cached_property
     def _derivatives(self) -> Tensor:
         """(n, K + m): first and second derivatives of every row's loss in its outputs, from one predictor."""
-        objective = self.sweep.objective
-        values = self.sweep.emit(
-            lambda batch, weights: linear.derivatives(objective, batch, weights), label="derivatives of the rows"
-        )
-        return torch.from_numpy(values)
+        return self._first_look[0]
 
     def gradient(self) -> Float[Tensor, " p"]:
-        """(1/n) Σᵢ wᵢ ∇Lᵢ, without the penalty.  Cost: one pass."""
-        objective = self.sweep.objective
+        """(1/n) Σᵢ wᵢ ∇Lᵢ, without the penalty.  Cost: nothing once the derivatives of the rows are known."""
+        _, total = self._first_look
+        if total is None:
+            objective = self.sweep.objective
 
-        def total(batch: Any, weights: Tensor) -> Tensor:
-            X, slope = linear.wide(batch[0]), batch[1] * weights[:, None]
-            return linear.transposed(objective, X, slope[:, None])[0]
+            def pulled(batch: Any, weights: Tensor) -> Tensor:
+                slope = batch[1] * weights[:, None]
+                return linear.transposed(objective, linear.wide(batch[0]), slope[:, None])[0]
 
-        return self.sloped.fold(total, label="gradient", chunk=self._chunk) / self.sweep.n
+            total = self.sloped.fold(pulled, label="gradient", chunk=self._chunk)
+        return total / self.sweep.n
+
+    @cached_property
+    def _first_look(self) -> tuple[Tensor, Tensor | None]:
+        """`_derivatives`, and Σᵢ wᵢ ∇Lᵢ from the same reading of X; of a sparse X a pass of its own costs less."""
+        objective, K = self.sweep.objective, self._structure.n_outputs
+        dense = not scipy.sparse.issparse(self._x)
+        total = torch.zeros(self.size if dense else 0, dtype=torch.float64)
+
+        def look(batch: Any, weights: Tensor) -> Tensor:
+            found = linear.derivatives(objective, batch, weights)
+            if dense:
+                slope = found[:, :K] * weights[:, None]
+                total.add_(linear.transposed(objective, linear.wide(batch[0]), slope[:, None])[0])
+            return found
+
+        values = torch.from_numpy(self.sweep.emit(look, label="derivatives of the rows"))
+        return values, total if dense else None
 
     def dots(self, V: Float[Tensor, "k p"]) -> Callable[[Any, Tensor], Tensor]:
         """∇Lᵢᵀ v for every row of `sloped`'s batches and vector, (b, k)."""
