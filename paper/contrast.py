@@ -113,12 +113,13 @@ def other_orders(
     """Rows in the order in which each baseline would give them the right label."""
     loss = -model.predict_log_proba(X)[np.arange(len(y)), y]
     same, other = np.flatnonzero(y == label), np.flatnonzero(y != yq[0])
+    but_one = len(same) - 1  # a class without rows would be another model
     distance = ((X[other] - Xq) ** 2).sum(1)
     return {
-        "loss": same[np.argsort(-loss[same], kind="stable")],
+        "loss": same[np.argsort(-loss[same], kind="stable")][:but_one],
         "loss_all": other[np.argsort(-loss[other], kind="stable")],
         "nearest": other[np.argsort(distance, kind="stable")],
-        "random": draw.permutation(same),
+        "random": draw.permutation(same)[:but_one],
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 import scipy.sparse
 import torch
 from scipy.special import expit
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -72,6 +73,27 @@ def test_three_classes_are_really_corrected(ask):
     check(found, model, X, NAMES, on)
 
 
+def test_no_shorter_start_of_the_order_corrects():
+    on, influence = wrong(fitted(C=3.0)), uw.explain(fitted(C=3.0), X, NAMES)
+    shorter = []
+    for answer in contrast_by_removal(influence, on).answers:
+        keep = np.setdiff1d(np.arange(N), answer.rows[:-1])
+        shorter.append(fitted(X[keep], NAMES[keep], C=3.0).predict(on[0][[answer.query]])[0] == answer.wanted)
+        assert answer.corrected
+        assert answer.predicted < 0
+    assert sum(shorter) <= 1
+
+
+def test_training_that_stopped_early_goes_on_in_prediction_and_refit():
+    with pytest.warns(ConvergenceWarning):
+        early = fitted(max_iter=4)
+    with pytest.warns(uw.errors.TheoryWarning):
+        influence = uw.explain(early, X, NAMES)
+    found = contrast(influence, wrong(early))
+    for answer in found.answers:
+        assert answer.predicted == pytest.approx(answer.actual, abs=0.02)
+
+
 @pytest.mark.parametrize("ask", [contrast, contrast_by_removal])
 def test_two_classes_are_really_corrected(ask):
     y = np.where(CODES == 2, "cat", "other")
@@ -100,7 +122,11 @@ def test_effects_of_new_labels_are_the_closed_form():
     np.testing.assert_array_equal(change.candidates, zeros)
     np.testing.assert_allclose(change.effects(S)[:, 0], wide[zeros] @ s / N, rtol=1e-6)  # −(1/n) s·((p − 1) − p) x
     np.testing.assert_allclose(_Removed(influence, 1).effects(S)[:, 0], (wide * (p - y)[:, None]) @ s / N, rtol=1e-6)
-    rows = np.array([3, 10, 11])
+    folded = uw.explain(model, X, y, penalty_per_example=True)
+    share = np.append(model.coef_[0] / (2.0 * N), 0.0) @ s
+    np.testing.assert_allclose(
+        _Removed(folded, 1).effects(S)[:, 0], ((wide * (p - y)[:, None]) @ s + share) / N, rtol=1e-6
+    )
     moved = influence.objective.at(influence.objective.theta + torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64))
     eta = wide @ moved.theta.numpy()
     rows = zeros[:3]

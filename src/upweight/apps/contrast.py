@@ -305,11 +305,10 @@ class _Query:
         return _outputs(moved, self.X)[0]
 
     def _gradient(self, theta: Float[Tensor, " p"], rows: NDArray[np.int64]) -> Float[Tensor, " p"]:
-        """∇R at θ on the changed data, without what it is at θ̂ on the data as they are."""
-        influence = self.influence
-        there = influence.objective.at(theta)
-        now = uw.Influence(there, influence.examples, encoder=influence.encoder).risk_gradient
-        return now - influence.risk_gradient + self.change.gradient(there, rows)
+        """∇R at θ on the changed data; what is left of it at θ̂, if training stopped early, is there too."""
+        there = self.influence.objective.at(theta)
+        now = uw.Influence(there, self.influence.examples, encoder=self.influence.encoder)
+        return now.risk_gradient + self.change.gradient(there, rows)
 
     def margin(self, outputs: NDArray[np.float64]) -> tuple[int, float]:
         """The strongest other class, and by how much it is ahead."""
