@@ -144,3 +144,83 @@ def _lines(file: Path) -> list[str]:
         message = f"There is no file at {file}. Write one line per training row into it: the source the row comes from."
         raise PathNotFound(message)
     return file.read_text(encoding="utf-8").splitlines()
+
+
+@app.command
+def repair(
+    study: StudyName,
+    inspect: str = "10%",
+    out: Path | None = None,
+    corrections: Path | None = None,
+    patch: Path | None = None,
+    revert: Json = False,
+    overwrite: Json = False,
+    json: Json = False,
+) -> int:
+    """Rank training labels for inspection, write a review to fill in, and make its corrections.
+
+    First `upweight repair STUDY --inspect 10% --out review.csv`: the rows of largest self-influence with a suggestion
+    each. Fill in the column `correction`. Then `upweight repair STUDY --corrections review.csv --out FOLDER`: the model
+    is trained again on the corrected labels, and FOLDER gets labels.csv and patch.csv, which `--patch patch.csv` makes
+    again and `--patch patch.csv --revert` takes back.
+
+    Args:
+        study: module:function that returns an upweight.Study; its queries are the test rows.
+        inspect: how many rows to inspect: 10%, or 0.1, or a number of rows.
+        out: the review to write, or the folder for corrected labels.
+        corrections: a review that was filled in.
+        patch: a patch that was written before.
+        revert: take the patch back, where the study has its new labels.
+        overwrite: replace a review that is there.
+        json: print as JSON.
+    """
+    from upweight import apps
+    from upweight.errors import InvalidInput
+
+    loaded = load(study)
+    if corrections is not None and patch is not None:
+        message = "Both --corrections and --patch were given. Make one of them at a time."
+        raise InvalidInput(message)
+    if corrections is None and patch is None:
+        found = apps.repair(loaded.influence, inspect=_share(inspect))
+        written = None
+        if out is not None:
+            written = str(apps.write_review(found, out, describe=loaded.describe, overwrite=overwrite))
+        more = "" if written is None else f"\nReview written to {written}: fill in the column `correction`."
+        show(found.to_dict() | {"review": written}, f"{found}{more}", json)
+        return 0
+    if corrections is not None:
+        changes = apps.read_review(loaded.influence, corrections)
+    else:
+        assert patch is not None  # one of the two was given
+        changes = apps.read_patch(loaded.influence, patch, revert=revert)
+    made = apps.corrected(loaded.influence, changes, test=loaded.queries, retrain=loaded.retrain)
+    files: dict[str, str] = {}
+    if out is not None:
+        files = {
+            "labels": str(apps.write_labels(made.labels, out / "labels.csv")),
+            "patch": str(apps.write_patch(made.patch, out / "patch.csv")),
+        }
+    told = "".join(f"\n{name} written to {file}" for name, file in files.items())
+    show(made.to_dict() | {"files": files}, f"{made}{told}", json)
+    return 0
+
+
+def _share(inspect: str) -> float:
+    """10% and 0.1 as a share, 50 as a number of rows.
+
+    Raises:
+        InvalidInput: if it is neither.
+    """
+    from upweight.errors import InvalidInput
+
+    text = inspect.strip()
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError as error:
+        message = f"--inspect {inspect} is no number. Write a share such as 10% or 0.1, or a number of rows such as 50."
+        raise InvalidInput(message) from error
+    if text.endswith("%") and not 0 < number < 100:
+        message = f"--inspect {inspect} is no share of the rows. Write a percentage between 0% and 100%, such as 10%."
+        raise InvalidInput(message)
+    return number / 100 if text.endswith("%") else number

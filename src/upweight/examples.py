@@ -208,7 +208,9 @@ class Examples:
             raise InvalidInput(message)
         as_before = targets.to(batch[1].dtype)
         new = as_before if bool((as_before == targets).all()) else targets
-        return Examples(batch[0], new) if self.dataset is None else Examples(_Stacked((batch[0], new)))
+        other = Examples(batch[0], new) if self.dataset is None else Examples(_Stacked((batch[0], new)))
+        other.encoded_by = self.encoded_by  # the inputs are as they were, and the targets are encoded
+        return other
 
     def fingerprint(self) -> str:
         """A short hash of n, the weights, the targets, a weighted sum over all inputs, and a few of their rows."""

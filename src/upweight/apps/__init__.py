@@ -1,7 +1,17 @@
 """The paper's four uses (section 5) and the question of contrast (section 6), by the public API only."""
 
 from upweight.apps.contrast import Answer, Contrast, contrast, contrast_by_removal
+from upweight.apps.corrections import (
+    Corrected,
+    corrected,
+    read_patch,
+    read_review,
+    write_labels,
+    write_patch,
+    write_review,
+)
 from upweight.apps.mismatch import FeatureEffects, GroupEffects, Mismatch, Places, Side, mismatch, one_hot_groups
+from upweight.apps.repair import Found, Repair, repair
 from upweight.apps.understand import (
     Ranked,
     SideBySide,
@@ -13,18 +23,28 @@ from upweight.apps.understand import (
 __all__ = [
     "Answer",
     "Contrast",
+    "Corrected",
     "FeatureEffects",
+    "Found",
     "GroupEffects",
     "Mismatch",
     "Places",
     "Ranked",
+    "Repair",
     "Side",
     "SideBySide",
     "Understanding",
     "contrast",
     "contrast_by_removal",
+    "corrected",
     "mismatch",
     "one_hot_groups",
+    "read_patch",
+    "read_review",
+    "repair",
     "side_by_side",
     "understand",
+    "write_labels",
+    "write_patch",
+    "write_review",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from upweight.apps.contrast import Contrast
     from upweight.apps.mismatch import Mismatch
+    from upweight.apps.repair import Repair
     from upweight.apps.understand import Understanding
 
 
@@ -167,4 +168,26 @@ def margins(found: Contrast, ax: Axes | None = None) -> Axes:
     ax.set(xlabel=f"query, and its number of {found.change}", ylabel="margin of the wrong class")
     ax.legend(fontsize=8, frameon=False)
     ax.grid(alpha=0.25, axis="y")
+    return ax
+
+
+def wrong_labels_found(found: Repair, truth: Any, ax: Axes | None = None) -> Axes:
+    """The share of the wrong labels found against the share of rows inspected, for every score.
+
+    Args:
+        found: what `repair` returns.
+        truth: (n,) true labels.
+        ax: where to draw; None makes a new figure.
+    """
+    ax = plots.new_axes(5.4, 4.2) if ax is None else ax
+    wrong = np.asarray(truth) != found.labels
+    x = 100 * np.arange(1, len(wrong) + 1) / len(wrong)
+    colors = {"self-influence": plots.BLUE, "loss": plots.ORANGE, "margin": "#edae49", "random": plots.GREY}
+    for name, color in colors.items():
+        share = 100 * np.cumsum(wrong[found.order(name)]) / max(1, int(wrong.sum()))
+        ax.plot(x, share, color=color, linewidth=1.7, label=name)
+    ax.axvline(100 * len(found.rows) / len(wrong), color=plots.GREY, linewidth=0.8, linestyle=":")
+    ax.set(xlabel="rows inspected (%)", ylabel="wrong labels found (%)", xlim=(0, 60), ylim=(0, 102))
+    ax.legend(fontsize=8, frameon=False, loc="lower right")
+    ax.grid(alpha=0.25)
     return ax

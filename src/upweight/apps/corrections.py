@@ -1,0 +1,285 @@
+"""Corrected labels: really trained, compared with before, written as a patch that can be taken back.
+
+A review is a CSV file with a line per inspected row and an empty column `correction`; a person fills it in. A patch is
+a CSV file of row, old and new label. Both are checked against the study before anything happens: the old label must be
+the one that the study has.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+from numpy.typing import NDArray
+
+import upweight as uw
+from upweight.apps.repair import Repair
+from upweight.errors import InvalidInput, PathNotFound
+
+COLUMNS = (
+    "row",
+    "description",
+    "label",
+    "suggested",
+    "correction",
+    "self_influence",
+    "loss",
+    "rank_by_loss",
+    "rank_by_margin",
+)
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """What correcting labels really did.
+
+    Args:
+        influence: of the model that was trained on the corrected labels.
+        patch: row → (old label, new label).
+        labels: (n,) all labels, corrected.
+        before, after: accuracy on the training rows (by the labels of the time), and accuracy and mean loss on the test
+            rows, where there are some.
+    """
+
+    influence: uw.Influence = field(repr=False)
+    patch: Mapping[int, tuple[Any, Any]]
+    labels: Shaped[NDArray[Any], " n"] = field(repr=False)
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The patch and the comparison, ready for JSON."""
+        patch = [{"row": row, "old": old, "new": new} for row, (old, new) in self.patch.items()]
+        return {"corrected": len(self.patch), "patch": patch, "before": dict(self.before), "after": dict(self.after)}
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.patch)} labels corrected", f"{'':<16} {'before':>10} {'after':>10}"]
+        lines += [f"{name:<16} {value:>10.4f} {self.after[name]:>10.4f}" for name, value in self.before.items()]
+        return "\n".join(lines)
+
+
+def corrected(
+    influence: uw.Influence, corrections: Mapping[int, Any], *, test: Any = None, retrain: Any = None
+) -> Corrected:
+    """The model trained on corrected labels, beside the one before.
+
+    Cost: one training.
+
+    Args:
+        influence: of the model before.
+        corrections: row → right label; those that have it already are left out of the patch.
+        test: (Xt, yt) with trusted labels, or Examples; None compares training accuracy only.
+        retrain: as for leave_one_out.
+
+    Raises:
+        InvalidInput: if no label would change, or a label or a row is unknown.
+    """
+    labels, names = uw.training_labels(influence), uw.classes(influence)
+    if labels is None or names is None:
+        message = "The targets of this model are no classes, so there is no label to correct."
+        raise InvalidInput(message)
+    rows = influence.examples.rows(list(corrections)) if corrections else np.array([], dtype=np.int64)
+    patch = {}
+    for row, new in zip(rows.tolist(), corrections.values(), strict=True):
+        if new not in names:
+            message = (
+                f"Row {row} is to become {new!r}, which is no class: there are {', '.join(map(repr, names[:10]))}."
+            )
+            raise InvalidInput(message + " Write one of them.")
+        if labels[row] != new:
+            patch[row] = (labels[row].item(), new)
+    if not patch:
+        message = (
+            f"None of the {len(corrections)} corrections changes a label. Fill in the column `correction`, or pass "
+            "repair(…).suggestions()."
+        )
+        raise InvalidInput(message)
+    changed = np.array(list(patch))
+    after = uw.retrained(
+        uw.edited(influence, changed, y_new=np.asarray([new for _, new in patch.values()])), retrain=retrain
+    )
+    new_labels = labels.copy()
+    new_labels[changed] = [new for _, new in patch.values()]
+    return Corrected(after, patch, new_labels, _measured(influence, labels, test), _measured(after, new_labels, test))
+
+
+def write_review(
+    found: Repair, file: str | Path, *, describe: Callable[[int], str] | None = None, overwrite: bool = False
+) -> Path:
+    """A CSV file with a line per row to inspect, for a person to fill in the column `correction`.
+
+    Args:
+        found: what `repair` returns.
+        file: where; its folder is made.
+        describe: turns a row into a few words.
+        overwrite: whether a review that is there may be replaced.
+
+    Raises:
+        InvalidInput: if the file is there already and may not be replaced.
+    """
+    path = Path(file)
+    if path.exists() and not overwrite:
+        message = f"{path} is there already, perhaps with corrections in it. Name another file, or overwrite it."
+        raise InvalidInput(message)
+    by_loss, by_margin = found.ranks("loss"), found.ranks("margin")
+    lines = [
+        [
+            row,
+            "" if describe is None else describe(int(row)),
+            found.labels[row],
+            found.suggested[place],
+            "",
+            f"{found.scores['self-influence'][row]:.8g}",
+            f"{found.scores['loss'][row]:.8g}",
+            by_loss[place],
+            by_margin[place],
+        ]
+        for place, row in enumerate(found.rows)
+    ]
+    return _write(path, COLUMNS, lines)
+
+
+def read_review(influence: uw.Influence, file: str | Path) -> dict[int, Any]:
+    """The corrections of a review: row → right label. Lines without a correction are left alone.
+
+    Args:
+        influence: of the study that the review is of.
+        file: the CSV file, with at least the columns row, label and correction; separated by commas or semicolons.
+
+    Raises:
+        PathNotFound: if there is no such file.
+        InvalidInput: if a line does not belong to these training rows, names a row twice or an unknown class.
+    """
+    lines = _read(Path(file), ("row", "label", "correction"))
+    filled = [(number, line) for number, line in lines if line["correction"].strip()]
+    checked = _checked(influence, Path(file), [(number, line["row"], line["label"]) for number, line in lines])
+    names = _by_text(influence)
+    found: dict[int, Any] = {}
+    for number, line in filled:
+        text = line["correction"].strip()
+        if text not in names:
+            message = (
+                f"{file}, line {number}: '{text}' is no class of this study; there are {', '.join(list(names)[:10])}. "
+                "Write one of them, or leave the cell empty."
+            )
+            raise InvalidInput(message)
+        found[checked[number]] = names[text]
+    return found
+
+
+def write_patch(patch: Mapping[int, tuple[Any, Any]], file: str | Path) -> Path:
+    """A CSV file of row, old and new label."""
+    return _write(Path(file), ("row", "old", "new"), [[row, old, new] for row, (old, new) in patch.items()])
+
+
+def read_patch(influence: uw.Influence, file: str | Path, *, revert: bool = False) -> dict[int, Any]:
+    """A patch as corrections: row → new label, or with `revert` row → old label.
+
+    Args:
+        influence: of the study that the patch is for, or, to revert it, was applied to.
+        file: what `write_patch` wrote.
+        revert: whether to take it back.
+
+    Raises:
+        PathNotFound: if there is no such file.
+        InvalidInput: if the study's labels are not those that the patch starts from.
+    """
+    start, end = ("new", "old") if revert else ("old", "new")
+    lines = _read(Path(file), ("row", "old", "new"))
+    checked = _checked(influence, Path(file), [(number, line["row"], line[start]) for number, line in lines])
+    names = _by_text(influence)
+    unknown = [line[end] for _, line in lines if line[end] not in names]
+    if unknown:
+        message = (
+            f"{file} holds the label '{unknown[0]}', which is no class of this study: {', '.join(list(names)[:10])}."
+        )
+        raise InvalidInput(message + " Was the patch made for another study?")
+    return {checked[number]: names[line[end]] for number, line in lines}
+
+
+def write_labels(labels: Shaped[NDArray[Any], " n"], file: str | Path) -> Path:
+    """A CSV file of row and label for all rows."""
+    return _write(Path(file), ("row", "label"), [[row, label] for row, label in enumerate(labels.tolist())])
+
+
+def _measured(influence: uw.Influence, labels: NDArray[Any], test: Any) -> dict[str, float]:
+    told = {"train accuracy": uw.predict(influence, influence.examples).accuracy(labels)}
+    if test is not None:
+        queries = influence.queries(test)
+        truth = uw.query_labels(influence, queries)
+        told["test accuracy"] = uw.predict(influence, queries).accuracy(truth)
+        batch = queries.batch(slice(None))
+        told["test loss"] = float(uw.calculus.losses(influence.objective.reporting(), batch).double().mean())
+    return told
+
+
+def _by_text(influence: uw.Influence) -> dict[str, Any]:
+    return {str(name): name for name in uw.classes(influence) or []}
+
+
+def _checked(influence: uw.Influence, file: Path, lines: list[tuple[int, str, str]]) -> dict[int, int]:
+    """The row of every line, if its label is the one that the study has.
+
+    Raises:
+        InvalidInput: if it is not, or a row does not exist or comes twice.
+    """
+    labels = uw.training_labels(influence)
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+    for number, row, label in lines:
+        there = row.strip().isdecimal() and int(row) < influence.n
+        if not there or labels is None or int(row) in seen:
+            problem = "comes twice" if there else f"does not exist: there are rows 0 to {influence.n - 1}"
+            message = f"{file}, line {number}: row {row!r} {problem}. Was the file made for another study, or edited?"
+            raise InvalidInput(message)
+        if str(labels[int(row)]) != label.strip():
+            message = (
+                f"{file}, line {number}: row {row} has the label {labels[int(row)]!s} in this study and '{label}' in "
+                "the file. The study's labels changed since, or it is another study: make the file again."
+            )
+            raise InvalidInput(message)
+        found[number] = int(row)
+        seen.add(int(row))
+    return found
+
+
+def _read(file: Path, needed: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
+    """The lines of a CSV file with their numbers.
+
+    Raises:
+        PathNotFound: if there is no such file.
+        InvalidInput: if a column is missing, or a line has too few or too many cells.
+    """
+    if not file.is_file():
+        message = f"There is no file {file}. Write it with `upweight repair STUDY --inspect 10% --out {file}` first."
+        raise PathNotFound(message)
+    text = file.read_text(encoding="utf-8-sig")
+    first = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text), delimiter=";" if first.count(";") > first.count(",") else ",")
+    missing = [name for name in needed if name not in (reader.fieldnames or [])]
+    if missing:
+        message = f"{file} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}. "
+        raise InvalidInput(message + "Keep the first line as it was written.")
+    lines = list(reader)
+    for number, line in enumerate(lines, start=2):
+        if None in line or None in line.values():
+            message = f"{file}, line {number} has another number of cells than the first. Save it as CSV again."
+            raise InvalidInput(message)
+    return list(enumerate(lines, start=2))
+
+
+def _write(file: Path, columns: tuple[str, ...], lines: list[list[Any]]) -> Path:
+    """The file, written to another name and then renamed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    there = file.with_name(f".{file.name}.unfinished")
+    with there.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(columns)
+        writer.writerows(lines)
+    return there.replace(file)

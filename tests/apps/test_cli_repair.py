@@ -1,0 +1,109 @@
+"""`upweight repair`: a review out, corrections back, a patch that can be taken back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import pytest
+
+from upweight import cli
+
+SOURCE = """
+import csv
+from pathlib import Path
+
+import numpy as np
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+
+import upweight as uw
+
+X, y = load_iris(return_X_y=True)
+names = np.array(["setosa", "versicolor", "virginica"])
+
+
+def labels():
+    spoilt = names[y]
+    spoilt[[3, 70, 120]] = ["virginica", "setosa", "setosa"]
+    if Path("new/labels.csv").exists():
+        spoilt = np.array([line["label"] for line in csv.DictReader(Path("new/labels.csv").read_text().splitlines())])
+    return spoilt
+
+
+def flowers():
+    model = LogisticRegression(tol=1e-10, max_iter=5000).fit(X, labels())
+    influence = uw.explain(model, X, labels())
+    return uw.Study(influence, (X, names[y]), describe=lambda row: f"flower {row}")
+"""
+
+
+@pytest.fixture(autouse=True)
+def _studies(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    (tmp_path / "flower_study.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("flower_study", None)
+
+
+@pytest.fixture
+def upweight(capsys):
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["repair", "flower_study:flowers", *map(str, arguments)])
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_from_review_to_corrected_labels_and_back(upweight, tmp_path):
+    code, out, _ = upweight("--inspect", "4%", "--out", "review.csv")
+    assert code == 0
+    assert "6 of 150 rows" in out
+    assert "review.csv" in out
+    lines = list(csv.DictReader((tmp_path / "review.csv").read_text().splitlines()))
+    assert {3, 70, 120} <= {int(line["row"]) for line in lines}
+    assert lines[0]["description"] == f"flower {lines[0]['row']}"
+    for line in lines:
+        line["correction"] = {"3": "setosa", "70": "versicolor", "120": "virginica"}.get(line["row"], "")
+    with (tmp_path / "review.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, lines[0].keys())
+        writer.writeheader()
+        writer.writerows(lines)
+    code, _, err = upweight("--inspect", "4%", "--out", "review.csv")
+    assert code == 3
+    assert "there already" in err
+    code, out, _ = upweight("--corrections", "review.csv", "--out", "new", "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert told["corrected"] == 3
+    assert told["after"]["test loss"] < told["before"]["test loss"]
+    code, out, _ = upweight("--patch", "new/patch.csv", "--revert", "--out", "old")  # the study reads new/labels.csv
+    assert code == 0
+    assert "3 labels corrected" in out
+    back = [line["label"] for line in csv.DictReader((tmp_path / "old" / "labels.csv").read_text().splitlines())]
+    assert (back[3], back[70], back[120]) == ("virginica", "setosa", "setosa")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--inspect", "many"), "no number"),
+        (("--inspect", "120%"), "no share"),
+        (("--corrections", "none.csv"), "no file"),
+        (("--corrections", "a.csv", "--patch", "b.csv"), "one of them"),
+    ],
+)
+def test_what_is_refused(upweight, arguments, text):
+    code, _, err = upweight(*arguments)
+    assert code == 3
+    assert text in err
+
+
+def test_shares_and_numbers(upweight):
+    for inspect in ("10%", "0.1", "15"):
+        code, out, _ = upweight("--inspect", inspect, "--json")
+        assert code == 0
+        assert json.loads(out)["inspected"] == 15
