@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import scipy.stats
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ NAMES = {
 def compute(
     per_class: int = 900,
     per_class_test: int = 300,
-    nets: str = "squeezenet,efficientnet_lite0,inception_v3_nsfwjs",
+    nets: str = "efficientnet_lite0,squeezenet,inception_v3_nsfwjs",
 ) -> dict[str, Any]:
     """Figure 4: values of all training photographs against their pixel distance from the query, by model."""
     data = uw.datasets.dogfish()
@@ -67,24 +68,31 @@ def compute(
     numbers: dict[str, Any] = {
         "queries": int(both.sum()),
         "query": query,
-        "agreement_of_values": float(np.mean(pair.agreement[both])),
+        "agreement_of_values": float(np.nanmean(pair.agreement[both])),
         "shared_of_20_most_helpful": float(np.mean(pair.shared(TOP)[both])),
-        "train_rows_with_a_gradient": int((margins < 1 + 10 * T).sum()),
         "nearest_distance": apart[query].min(),
         "farthest_distance": apart[query].max(),
         "jitter": jitter,
     }
+    active = margins < 1 + 10 * T  # the other rows have no gradient but the penalty's share
+    numbers["train_rows_with_a_gradient"] = int(active.sum())
+    numbers["rbf_distance_correlation_of_rows_with_a_gradient"] = scipy.stats.spearmanr(
+        np.abs(found["rbf"].scores.values[query, active]), apart[query, active]
+    )[0]
     arrays: dict[str, Any] = {"distance": apart[query], "fish": y == 1}
     near = apart[query] <= np.quantile(apart[query], 0.1)
     for name, each in found.items():
         prefix = "rbf" if name == "rbf" else "network" if name == first else name
+        known = each.locality[both]
+        known = known[np.isfinite(known)]  # a hinge far inside its margin has no gradient, and all its values are 0
         numbers |= _numbers(prefix, each, query, y, near) | {
-            f"{prefix}_distance_correlation": np.mean(each.locality[both]),
+            f"{prefix}_distance_correlation": known.mean(),
+            f"{prefix}_queries_with_values": len(known),
             f"{prefix}_distance_correlation_of_the_query": each.locality[query],
             f"{prefix}_test_right": int(right[name].sum()),
             f"{prefix}_output_of_the_query": each.outputs[query, 0],
         }
-        arrays |= {f"{prefix}_value": each.scores.values[query], f"{prefix}_locality": each.locality[both]}
+        arrays |= {f"{prefix}_value": each.scores.values[query], f"{prefix}_locality": known}
     settings = {
         "n": len(y),
         "l2": L2,
@@ -101,7 +109,8 @@ def compute(
         "penalty_per_example": True,
         "near": "the tenth of all training rows that is nearest to the query",
         "distance": "Euclidean, unsquared, in pixels of [−1, 1]",
-        "distance_correlation": "Spearman of |value| and distance, mean over the queries",
+        "distance_correlation": "Spearman of |value| and distance, mean over the queries that have any value ≠ 0",
+        "features": "as the network gives them; heads' decisions are therefore surer with SqueezeNet's large features",
     }
     return {"settings": settings, "numbers": numbers, "arrays": arrays}
 
@@ -196,7 +205,7 @@ def draw(result: dict[str, Any]) -> Figure:
     fish, x = np.array(arrays["fish"], dtype=bool), np.array(arrays["distance"])
     figure, (left, middle, right) = report.canvas(3, 14.4, 4.4, width_ratios=(1.0, 1.0, 0.8))
     for ax, prefix, title in ((left, "rbf", "RBF SVM"), (middle, "network", NAMES[settings["network"]])):
-        y = 1e3 * np.array(arrays[f"{prefix}_value"])
+        y = np.array(arrays[f"{prefix}_value"])
         ax.axhline(0, color=report.GREY, linewidth=0.8, zorder=1)
         for who, color, label in ((fish, report.BLUE, "fish, as the query"), (~fish, report.ORANGE, "dog")):
             ax.scatter(x[who], y[who], s=14, alpha=0.6, color=color, linewidth=0, label=label, zorder=2)
@@ -219,7 +228,9 @@ def draw(result: dict[str, Any]) -> Figure:
             f"{numbers[f'{prefix}_share_of_fish_that_harm']:.0%}",
             x=0.3,
         )
-        ax.set(xlabel="Euclidean distance in pixels of [−1, 1]", ylabel="change of the query's loss if removed (10⁻³)")
+        ax.set(xlabel="Euclidean distance in pixels of [−1, 1]", ylabel="change of the query's loss if removed")
+        ax.ticklabel_format(axis="y", scilimits=(0, 0), useMathText=True)
+        ax.set_ylim(top=1.25 * y.max())
     left.legend(frameon=False, fontsize=9, loc="lower right", handletextpad=0.2, labelcolor=report.INK)
     shown = [("rbf", "RBF SVM"), ("network", NAMES[settings["network"]])]
     shown += [(name, NAMES[name]) for name in settings["networks"].split(",")[1:]]
@@ -229,6 +240,7 @@ def draw(result: dict[str, Any]) -> Figure:
     parts["cmedians"].set(color=report.INK)
     right.axhline(0, color=report.GREY, linewidth=0.8)
     right.set_xticks(range(1, len(shown) + 1), [title.replace(" ", "\n", 1) for _, title in shown])
+    right.tick_params(axis="x", labelsize=8)
     right.set(ylabel="Spearman of |value| and distance")
     report.style(right, title=f"{numbers['queries']} test photographs")
     return figure

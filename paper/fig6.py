@@ -18,7 +18,6 @@ model is fitted again. With σᵢ = σ(−yᵢθᵀxᵢ), H the Hessian of the m
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -29,7 +29,18 @@ NAMES = {
     "fig2_mid": ["pearson", "repeats", "max_z"],
     "fig2_right": ["n_removed", "pearson", "slope", "control_drift"],
     "fig3": ["pearson_t0", "pearson_t0.001", "pearson_t0.1"],
-    "fig4_rbf": ["distance_correlation"],
+    "fig4": ["queries", "rbf_distance_correlation", "network_distance_correlation"],
+    "fig6": [
+        "repeats",
+        "found_influence_0.10",
+        "found_loss_0.10",
+        "found_gap_0.10",
+        "accuracy_influence_0.10",
+        "accuracy_loss_0.10",
+        "accuracy_clean",
+        "found_influence_published_0.10",
+        "accuracy_influence_published_0.10",
+    ],
     "hospital": ["harmful_ratio", "helpful_ratio", "gradient_norm", "children_flipped"],
 }
 
@@ -139,16 +150,32 @@ def test_the_smooth_hinge_predicts_what_the_hinge_cannot():
     assert fig3["slope_t0"] < 0.1 < 0.8 < fig3["slope_t0.001"] < 1.2
 
 
-def test_values_of_the_kernel_machine_fade_with_distance():
-    fig4 = numbers("fig4_rbf")
-    assert fig4["distance_correlation"] < -0.1
-    assert fig4["distance_correlation_of_rows_with_a_gradient"] < -0.3
-    assert fig4["share_of_fish_among_20_most_helpful"] > 0.8
-    assert fig4["share_of_fish_among_20_most_harmful"] < 0.2
-    assert fig4["mean_value_of_near_fish"] > 5 * abs(fig4["mean_value_of_far_fish"])
-    assert fig4["mean_value_of_near_dogs"] < -5 * abs(fig4["mean_value_of_far_dogs"])
-    assert fig4["query_margin"] == pytest.approx(0.99, abs=0.01)
-    assert fig4["median_distance_of_20_most_helpful"] < fig4["median_distance"]
+def test_values_of_the_kernel_machine_fade_with_distance_and_those_of_networks_do_not():
+    fig4 = numbers("fig4")
+    assert fig4["queries"] > 400
+    assert fig4["rbf_distance_correlation"] < -0.15
+    assert fig4["rbf_distance_correlation_of_rows_with_a_gradient"] < -0.3
+    assert fig4["rbf_share_of_fish_among_20_most_helpful"] > 0.8
+    assert fig4["rbf_share_of_fish_among_20_most_harmful"] < 0.2
+    assert fig4["rbf_mean_value_of_near_fish"] > 5 * abs(fig4["rbf_mean_value_of_far_fish"])
+    assert fig4["rbf_mean_value_of_near_dogs"] < -5 * abs(fig4["rbf_mean_value_of_far_dogs"])
+    assert fig4["rbf_output_of_the_query"] == pytest.approx(0.99, abs=0.01)
+    for name in ("network", "squeezenet", "inception_v3_nsfwjs"):
+        assert abs(fig4[f"{name}_distance_correlation"]) < 0.1
+        assert fig4[f"{name}_test_right"] > 540
+        assert fig4[f"{name}_share_of_dogs_that_help"] > 0.02
+    assert fig4["shared_of_20_most_helpful"] < 0.2
+
+
+def test_wrong_labels_are_found_by_self_influence_before_loss():
+    fig6 = numbers("fig6")
+    assert fig6["repeats"] == 40
+    assert fig6["found_gap_0.10"] >= 0.08
+    assert fig6["found_gap_0.10"] == pytest.approx(fig6["found_influence_0.10"] - fig6["found_loss_0.10"])
+    assert fig6["accuracy_influence_0.10"] >= max(0.915, fig6["accuracy_loss_0.10"])
+    assert fig6["found_random_0.10"] == pytest.approx(0.1, abs=0.01)
+    paper = {"found_influence_published": 0.62, "found_loss": 0.52, "accuracy_loss": 0.932, "accuracy_random": 0.898}
+    assert all(fig6[f"{name}_0.10"] == pytest.approx(value, abs=0.03) for name, value in paper.items())
 
 
 def test_the_readme_says_what_was_measured():
@@ -221,11 +248,25 @@ def test_retraining_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     np.testing.assert_allclose(again, [*whole[:2], 1.5, *whole[3:]], atol=1e-12)
 
 
+@pytest.mark.data
+@pytest.mark.skipif(datasets.local("enron1") is None, reason="UPWEIGHT_DATA has no enron1 folder")
+def test_figure_six_is_computed(monkeypatch, tmp_path):
+    from paper import fig6
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = fig6.compute(repeats=2, mails=1000)
+    again = fig6.compute(repeats=2, mails=1000)  # what is kept is not computed again
+    assert found["numbers"] == again["numbers"]
+    assert found["numbers"]["found_influence_0.10"] > 3 * found["numbers"]["found_random_0.10"]
+    assert found["numbers"]["self_influence_error"] < 1e-6
+    fig6.draw({key: {k: np.asarray(v).tolist() for k, v in part.items()} for key, part in found.items()})
+
+
 def test_distances_are_those_of_enlarged_photographs():
-    from paper import fig4_rbf
+    from paper import fig4
 
     images = np.random.default_rng(0).integers(0, 256, size=(3, 224, 224, 3), dtype=np.uint8)
     place = ((np.arange(299) + 0.5) * 224 / 299).astype(int)
     large = (images[:, place][:, :, place] / 127.5 - 1).reshape(3, -1)
     expected = ((large[:, None] - large[None]) ** 2).sum(2)
-    np.testing.assert_allclose(fig4_rbf.squared_distances(images.reshape(3, -1)), expected, rtol=1e-10)
+    np.testing.assert_allclose(fig4.squared_distances(images.reshape(3, -1)), expected, rtol=1e-10)
