@@ -176,6 +176,8 @@ def draw(result: dict[str, Any]) -> Figure:
         axes[0],
         f"corrected {numbers['corrected']} of {numbers['queries']} by new labels,\n"
         f"{numbers['removal_corrected']} by removals",
+        x=0.42,
+        y=0.32,
     )
     return figure
 
@@ -196,7 +198,7 @@ def _changes(ax: Axes, arrays: dict[str, NDArray[Any]]) -> None:
 
 def _sizes(ax: Axes, arrays: dict[str, NDArray[Any]]) -> None:
     told = {
-        "influence (predicted set)": (arrays["size"], report.BLUE, "-"),
+        "influence (predicted set)": (arrays["size"] * arrays["corrected"], report.BLUE, "-"),
         "nearest images": (arrays["nearest"], "#2f9e6e", "-"),
         "highest loss in the class": (arrays["loss"], report.ORANGE, "-"),
         "highest loss of all": (arrays["loss_all"], report.ORANGE, ":"),

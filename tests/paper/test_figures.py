@@ -41,6 +41,7 @@ NAMES = {
         "found_influence_published_0.10",
         "accuracy_influence_published_0.10",
     ],
+    "contrast": ["queries", "corrected", "corrected_rate", "median_set_size", "median_set_size_loss"],
     "hospital": ["harmful_ratio", "helpful_ratio", "gradient_norm", "children_flipped"],
 }
 
