@@ -105,7 +105,8 @@ def test_two_classes_are_really_corrected(ask):
 
 
 def test_effects_of_new_labels_are_the_closed_form():
-    from upweight.apps.contrast import _jacobian, _Relabelled, _Removed, _solved
+    from upweight.apps.changes import Relabelled, Removed
+    from upweight.apps.contrast import _jacobian, _solved
 
     y = (CODES == 2).astype(int)
     model = fitted(y=y, C=2.0)
@@ -117,31 +118,31 @@ def test_effects_of_new_labels_are_the_closed_form():
     s = np.linalg.solve(hessian, query)
     S = _solved(influence, _jacobian(influence, XQ[:1], np.array([1])))
     np.testing.assert_allclose(S.numpy()[0], s, rtol=1e-6)
-    change = _Relabelled(influence, 1)
+    change = Relabelled(influence, 1)
     zeros = np.flatnonzero(y == 0)
     np.testing.assert_array_equal(change.candidates, zeros)
     np.testing.assert_allclose(change.effects(S)[:, 0], wide[zeros] @ s / N, rtol=1e-6)  # −(1/n) s·((p − 1) − p) x
-    np.testing.assert_allclose(_Removed(influence, 1).effects(S)[:, 0], (wide * (p - y)[:, None]) @ s / N, rtol=1e-6)
+    np.testing.assert_allclose(Removed(influence, 1).effects(S)[:, 0], (wide * (p - y)[:, None]) @ s / N, rtol=1e-6)
     folded = uw.explain(model, X, y, penalty_per_example=True)
     share = np.append(model.coef_[0] / (2.0 * N), 0.0) @ s
     np.testing.assert_allclose(
-        _Removed(folded, 1).effects(S)[:, 0], ((wide * (p - y)[:, None]) @ s + share) / N, rtol=1e-6
+        Removed(folded, 1).effects(S)[:, 0], ((wide * (p - y)[:, None]) @ s + share) / N, rtol=1e-6
     )
     moved = influence.objective.at(influence.objective.theta + torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64))
     eta = wide @ moved.theta.numpy()
     rows = zeros[:3]
     np.testing.assert_allclose(change.gradient(moved, rows).numpy(), -wide[rows].sum(0) / N, rtol=1e-9)
     expected = -((expit(eta) - y)[rows, None] * wide[rows]).sum(0) / N
-    np.testing.assert_allclose(_Removed(influence, 1).gradient(moved, rows).numpy(), expected, rtol=1e-9)
+    np.testing.assert_allclose(Removed(influence, 1).gradient(moved, rows).numpy(), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("folded", [True, False])
 def test_the_gradient_of_changed_data_is_that_of_the_changed_objective(folded):
-    from upweight.apps.contrast import _Relabelled, _Removed
+    from upweight.apps.changes import Relabelled, Removed
 
     influence = uw.explain(fitted(class_weight="balanced"), X, NAMES, sample_weight=None, penalty_per_example=folded)
     rows = np.flatnonzero(NAMES != "bee")[[0, 4, 9]]
-    for change in (_Relabelled(influence, "bee"), _Removed(influence, "bee")):
+    for change in (Relabelled(influence, "bee"), Removed(influence, "bee")):
         after = change.made(rows, None)
         there = uw.Influence(after.objective.at(after.objective.theta), influence.examples, encoder=influence.encoder)
         back = (

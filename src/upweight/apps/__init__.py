@@ -1,6 +1,8 @@
 """The paper's four uses (section 5) and the question of contrast (section 6), by the public API only."""
 
-from upweight.apps.contrast import Answer, Contrast, contrast, contrast_by_removal
+from upweight.apps.answers import Answer, Contrast
+from upweight.apps.columns import one_hot_groups
+from upweight.apps.contrast import contrast, contrast_by_removal
 from upweight.apps.corrections import (
     Corrected,
     corrected,
@@ -10,7 +12,8 @@ from upweight.apps.corrections import (
     write_patch,
     write_review,
 )
-from upweight.apps.mismatch import FeatureEffects, GroupEffects, Mismatch, Places, Side, mismatch, one_hot_groups
+from upweight.apps.effects import FeatureEffects, GroupEffects, Places
+from upweight.apps.mismatch import Mismatch, Side, mismatch
 from upweight.apps.repair import Found, Repair, repair
 from upweight.apps.understand import (
     Ranked,

@@ -8,134 +8,22 @@ confirm  the smallest such k really made, and the model really trained again
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 import upweight as uw
+from upweight.apps.answers import Answer, Contrast
+from upweight.apps.changes import Change, Relabelled, Removed
 from upweight.errors import InvalidInput, NotConverged, UnsupportedModel, UpweightError, checked_count, first_line
 
-_CHUNK = 4096
 _ROUNDS = 40
 _STEPS = 2
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The set for one query. Margins are the largest output of another class minus that of the right one: < 0 is right.
-
-    Args:
-        query: its number among the queries.
-        label: what the model says now.
-        wanted: the label that was asked for.
-        rows: (k,) training rows, the strongest first; none if no set within the limit is predicted to be enough.
-        labels: (k,) their labels before.
-        margin: now.
-        predicted: predicted margin after the change; with no rows, after the largest set that was tried.
-        actual: the margin after training again; NaN if that was not done.
-        after: what the retrained model says, None if it was not trained.
-        grown: a larger set that really corrects, found with further refits; None if it was not asked for or found.
-        refused: why training again failed, "" if it did not.
-    """
-
-    query: int
-    label: Any
-    wanted: Any
-    rows: Int[NDArray[np.int64], " k"]
-    labels: list[Any] = field(repr=False)
-    margin: float
-    predicted: float
-    actual: float
-    after: Any
-    grown: Int[NDArray[np.int64], " m"] | None = None
-    refused: str = ""
-
-    @property
-    def corrected(self) -> bool:
-        """Whether the predicted set really corrects the prediction."""
-        return bool(self.after is not None and self.after == self.wanted)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers, lists and text."""
-        return {
-            "query": self.query,
-            "label": str(self.label),
-            "wanted": str(self.wanted),
-            "rows": self.rows.tolist(),
-            "labels": [str(label) for label in self.labels],
-            "margin": self.margin,
-            "predicted": self.predicted,
-            "actual": self.actual,
-            "after": None if self.after is None else str(self.after),
-            "corrected": self.corrected,
-            "grown": None if self.grown is None else self.grown.tolist(),
-            "refused": self.refused,
-        }
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """For every wrong prediction the smallest set of changes predicted to correct it, and what they really did.
-
-    Args:
-        change: what is done to a row, in words.
-        answers: one for every query that is wrong; queries that are right have none.
-    """
-
-    change: str
-    answers: tuple[Answer, ...]
-
-    @property
-    def corrected(self) -> int:
-        """How many predictions their sets really correct."""
-        return sum(answer.corrected for answer in self.answers)
-
-    @property
-    def corrected_rate(self) -> float:
-        """That as a share of all wrong predictions."""
-        return self.corrected / len(self.answers)
-
-    @property
-    def sizes(self) -> Int[NDArray[np.int64], " q"]:
-        """How many rows each set has; 0 where none is enough."""
-        return np.array([len(answer.rows) for answer in self.answers])
-
-    @property
-    def median_set_size(self) -> float:
-        """The median size of the sets, where there is one; NaN where there is none."""
-        found = self.sizes[self.sizes > 0]
-        return float(np.median(found)) if len(found) else float("nan")
-
-    @property
-    def calibration(self) -> float:
-        """The median of actual over predicted change of the margin: 1 is right; NaN where nothing was trained."""
-        ratios = [(a.actual - a.margin) / (a.predicted - a.margin) for a in self.answers if np.isfinite(a.actual)]
-        return float(np.median(ratios)) if ratios else float("nan")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers, lists and text."""
-        return {
-            "change": self.change,
-            "queries": len(self.answers),
-            "corrected": self.corrected,
-            "corrected_rate": self.corrected_rate,
-            "median_set_size": self.median_set_size,
-            "calibration": self.calibration,
-            "answers": [answer.to_dict() for answer in self.answers],
-        }
-
-    def __str__(self) -> str:
-        lines = [
-            f"{len(self.answers)} wrong predictions, {self.change}: {self.corrected} ({self.corrected_rate:.0%}) are "
-            f"really corrected after training again; median set {self.median_set_size:g} rows; actual over predicted "
-            f"change of the margin {self.calibration:.2f}"
-        ]
-        return "\n".join([*lines, *(_said(answer) for answer in self.answers)])
 
 
 def contrast(
@@ -173,7 +61,7 @@ def contrast(
     >>> contrast(influence, ([[2.0]], [1])).answers[0].rows.tolist()
     [3]
     """
-    return _contrast(influence, on, _Relabelled, "labels changed", most, refits, retrain)
+    return _contrast(influence, on, Relabelled, "labels changed", most, refits, retrain)
 
 
 def contrast_by_removal(
@@ -194,88 +82,7 @@ def contrast_by_removal(
         InvalidInput: if no query is wrong, or the settings cannot be used.
         UnsupportedModel: if the model's outputs are not one per class.
     """
-    return _contrast(influence, on, _Removed, "rows removed", most, refits, retrain)
-
-
-class _Change(Protocol):
-    """What may be done to training rows for one wanted label."""
-
-    candidates: NDArray[np.int64]
-
-    def effects(self, S: Float[Tensor, "K p"]) -> Float[NDArray[np.float64], "c K"]:
-        """The first-order change of the K outputs by changing each candidate."""
-        ...
-
-    def gradient(self, objective: uw.Objective, rows: NDArray[np.int64]) -> Float[Tensor, " p"]:
-        """By how much ∇R changes, at the parameters of this objective."""
-        ...
-
-    def made(self, rows: NDArray[np.int64], retrain: Any) -> uw.Influence:
-        """The model that is trained on the changed data."""
-        ...
-
-
-class _Relabelled:
-    """Rows of other classes get the wanted label."""
-
-    def __init__(self, influence: uw.Influence, wanted: Any) -> None:
-        self.influence, self.wanted = influence, wanted
-        self.candidates = np.flatnonzero(uw.training_labels(influence) != wanted)
-
-    def effects(self, S: Float[Tensor, "K p"]) -> Float[NDArray[np.float64], "c K"]:
-        """−(1/n) S · (w′∇L(x, y′) − w∇L(x, y))."""
-        parts = []
-        for start in range(0, len(self.candidates), _CHUNK):
-            rows = self.candidates[start : start + _CHUNK]
-            batch, weights = self._new(rows)
-            new = weights[:, None] * uw.calculus.dots(self.influence.objective, batch, S).double()
-            parts.append(_dots(self.influence, rows, S) - new)
-        return torch.cat(parts).numpy() / self.influence.n
-
-    def gradient(self, objective: uw.Objective, rows: NDArray[np.int64]) -> Float[Tensor, " p"]:
-        """(1/n) Σ (w′∇L(x, y′) − w∇L(x, y))."""
-        batch, weights = self._new(rows)
-        new = uw.calculus.pull(objective, batch, weights[None])[0].double()
-        return new / self.influence.n - _pulled(self.influence, objective, rows)
-
-    def made(self, rows: NDArray[np.int64], retrain: Any) -> uw.Influence:
-        """Trained with the new labels."""
-        return uw.retrained(uw.edited(self.influence, rows, y_new=np.full(len(rows), self.wanted)), retrain=retrain)
-
-    def _new(self, rows: NDArray[np.int64]) -> tuple[Any, Tensor]:
-        targets = self.influence.encoder.targets(np.full(len(rows), self.wanted))
-        new = self.influence.examples.relabelled(rows, targets)
-        weights = self.influence.examples.sample_weight[rows] * self.influence.class_weights(new)
-        return new.batch(slice(None)), torch.from_numpy(weights)
-
-
-class _Removed:
-    """Rows are left out."""
-
-    def __init__(self, influence: uw.Influence, wanted: Any) -> None:  # noqa: ARG002
-        self.influence = influence
-        self.candidates = np.flatnonzero(influence.examples.weights > 0)
-
-    def effects(self, S: Float[Tensor, "K p"]) -> Float[NDArray[np.float64], "c K"]:
-        """(w/n) S · (∇L + the row's share of the penalty)."""
-        influence = self.influence
-        weights = torch.from_numpy(influence.examples.weights[self.candidates])
-        parts = [
-            _dots(influence, self.candidates[start : start + _CHUNK], S)
-            for start in range(0, len(self.candidates), _CHUNK)
-        ]
-        return (torch.cat(parts) + weights[:, None] * (S @ influence.penalty_share)).numpy() / influence.n
-
-    def gradient(self, objective: uw.Objective, rows: NDArray[np.int64]) -> Float[Tensor, " p"]:
-        """−(1/n) Σ w (∇L + share)."""
-        influence = self.influence
-        at = uw.Influence(objective, influence.examples, encoder=influence.encoder)
-        share = at.penalty_share * float(influence.examples.weights[rows].sum()) / influence.n
-        return -_pulled(influence, objective, rows) - share
-
-    def made(self, rows: NDArray[np.int64], retrain: Any) -> uw.Influence:
-        """Trained without them."""
-        return uw.retrained(self.influence, without=rows, retrain=retrain)
+    return _contrast(influence, on, Removed, "rows removed", most, refits, retrain)
 
 
 @dataclass(frozen=True)
@@ -284,7 +91,7 @@ class _Query:
 
     influence: uw.Influence
     X: Any  # its input, as the model takes it
-    change: _Change
+    change: Change
     wanted: int
     outputs: NDArray[np.float64]  # (K,)
     effects: NDArray[np.float64]  # (c, K)
@@ -352,7 +159,7 @@ class _Query:
 def _contrast(
     influence: uw.Influence,
     on: Any,
-    kind: Callable[[uw.Influence, Any], _Change],
+    kind: Callable[[uw.Influence, Any], Change],
     words: str,
     most: int | None,
     refits: int,
@@ -361,7 +168,7 @@ def _contrast(
     limit = max(1, influence.n // 2) if most is None else checked_count(most, "most")
     checked_count(refits, "refits", hint="1 confirms the predicted set")
     names, labels, wanted = _read(influence, on)
-    changes: dict[Any, _Change] = {}
+    changes: dict[Any, Change] = {}
     answers = []
     for number in np.flatnonzero(labels != wanted):
         target = wanted[number]
@@ -497,29 +304,3 @@ def _solved(influence: uw.Influence, V: Float[Tensor, "k p"]) -> Float[Tensor, "
         )
         raise NotConverged(message, solution)
     return solution.x
-
-
-def _dots(influence: uw.Influence, rows: NDArray[np.int64], S: Float[Tensor, "K p"]) -> Float[Tensor, "r K"]:
-    """w S · ∇L of training rows."""
-    weights = torch.from_numpy(influence.examples.weights[rows])
-    return weights[:, None] * uw.calculus.dots(influence.objective, influence.examples.batch(rows), S).double()
-
-
-def _pulled(influence: uw.Influence, objective: uw.Objective, rows: NDArray[np.int64]) -> Float[Tensor, " p"]:
-    """(1/n) Σ w ∇L of training rows, at the parameters of this objective."""
-    weights = torch.from_numpy(influence.examples.weights[rows])
-    return uw.calculus.pull(objective, influence.examples.batch(rows), weights[None])[0].double() / influence.n
-
-
-def _said(answer: Answer) -> str:
-    """One query's answer, in words."""
-    head = f"  query {answer.query}, {answer.label} instead of {answer.wanted}: "
-    if not len(answer.rows):
-        return head + "no set within the limit is predicted to be enough"
-    shown = ", ".join(map(str, answer.rows[:6])) + ("" if len(answer.rows) <= 6 else ", …")
-    outcome = "really corrected" if answer.corrected else f"NOT confirmed: {answer.refused or answer.after}"
-    more = "" if answer.grown is None else f"; {len(answer.grown)} rows do"
-    return head + (
-        f"{len(answer.rows)} rows ({shown}); margin {answer.margin:+.3g}, predicted {answer.predicted:+.3g}, actual "
-        f"{answer.actual:+.3g}; {outcome}{more}"
-    )

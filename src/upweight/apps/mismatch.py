@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 import upweight as uw
+from upweight.apps.columns import grouped_columns, one_hot_groups
+from upweight.apps.effects import FeatureEffects, GroupEffects, feature_lines, group_lines
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, checked_count, first_line
 
 _NUMBERS = 2**24  # of equation 5 at once: 128 MB
@@ -56,160 +58,6 @@ class Side:
             "ratios": self.ratios.tolist(),
             "stand_out": self.stand_out,
             "ratio": self.ratio,
-        }
-
-
-@dataclass(frozen=True)
-class Places:
-    """A feature's place among all features by four readings; 1 is the first, None where a reading is not defined."""
-
-    rising: int
-    falling: int
-    absolute: int
-    held: int | None
-    coefficient: int | None
-
-
-@dataclass(frozen=True)
-class FeatureEffects:
-    """Equation 5 by feature, for the rows that stand out; the columns of a one-hot group are one feature.
-
-    With g[i, j] the derivative of the queries' mean loss by column j of row i, in nats per unit of the column:
-
-    Args:
-        names: (f,) of the features.
-        columns: the columns of each feature.
-        rows: (r,) the training rows whose features these are, harmful ones first.
-        by_row: (r, f) signed: Σ g over the feature's columns; of a whole one-hot group that moves all its categories;
-            `held_by_row` says more.
-        absolute_by_row: (r, f) Σ |g| over the feature's columns.
-        held_by_row: (r, f) Σ x·g over the feature's columns: of what the row really holds, which leaves out categories
-            it does not have; None where the derivatives are not by what the model's coefficients multiply.
-        coefficient: (f,) the largest |θ| of the feature's columns, the naive reading; None if the model is not linear
-            in these columns.
-        widest: (f,) the column with the largest Σᵢ |g| in each feature.
-    """
-
-    names: list[str]
-    columns: list[NDArray[np.int64]] = field(repr=False)
-    rows: Int[NDArray[np.int64], " r"]
-    by_row: Float[NDArray[np.float64], "r f"] = field(repr=False)
-    absolute_by_row: Float[NDArray[np.float64], "r f"] = field(repr=False)
-    held_by_row: Float[NDArray[np.float64], "r f"] | None = field(repr=False)
-    coefficient: Float[NDArray[np.float64], " f"] | None = field(repr=False)
-    widest: list[str] = field(repr=False)
-
-    @property
-    def signed(self) -> Float[NDArray[np.float64], " f"]:
-        """Σ over the rows of `by_row`; helpful and harmful rows may cancel."""
-        return self.by_row.sum(0)
-
-    @property
-    def absolute(self) -> Float[NDArray[np.float64], " f"]:
-        """Σ over the rows of `absolute_by_row`."""
-        return self.absolute_by_row.sum(0)
-
-    @property
-    def held(self) -> Float[NDArray[np.float64], " f"] | None:
-        """Σ over the rows of |`held_by_row`|."""
-        return None if self.held_by_row is None else np.abs(self.held_by_row).sum(0)
-
-    def of(self, rows: Any) -> FeatureEffects:
-        """The same for some of the rows, such as one child.
-
-        Raises:
-            InvalidInput: if a row is none of them.
-        """
-        wanted = np.atleast_1d(np.asarray(rows))
-        places = [int(np.flatnonzero(self.rows == row)[0]) for row in wanted if row in self.rows]
-        if len(places) < len(wanted) or not places:
-            message = f"rows={wanted.tolist()}, and features were computed for rows {self.rows.tolist()}. Name those."
-            raise InvalidInput(message)
-        held = None if self.held_by_row is None else self.held_by_row[places]
-        return FeatureEffects(
-            self.names,
-            self.columns,
-            self.rows[places],
-            self.by_row[places],
-            self.absolute_by_row[places],
-            held,
-            self.coefficient,
-            self.widest,
-        )
-
-    def places(self, name: str) -> Places:
-        """Where a feature comes among all: by signed effect from either end, in size, held, and by coefficient.
-
-        Raises:
-            InvalidInput: if there is no such feature.
-        """
-        if name not in self.names:
-            message = f"There is no feature '{name}'; the first are {', '.join(self.names[:8])}. See .names."
-            raise InvalidInput(message)
-        j = self.names.index(name)
-
-        def place(values: NDArray[np.float64]) -> int:
-            return int((values > values[j]).sum()) + 1
-
-        return Places(
-            rising=place(self.signed),
-            falling=place(-self.signed),
-            absolute=place(self.absolute),
-            held=None if self.held is None else place(self.held),
-            coefficient=None if self.coefficient is None else place(self.coefficient),
-        )
-
-    def top(self, k: int = 5) -> list[int]:
-        """The numbers of the k features that matter most: by what the rows hold, or in size where that is unknown."""
-        keys = self.absolute if self.held is None else self.held
-        return np.argsort(-keys, kind="stable")[: checked_count(k, "k")].tolist()
-
-    def to_dict(self) -> dict[str, Any]:
-        """One entry per feature, in the order of `top`."""
-        held, coefficient = self.held, self.coefficient
-        return {
-            "rows": self.rows.tolist(),
-            "features": [
-                {
-                    "name": self.names[j],
-                    "signed": float(self.signed[j]),
-                    "absolute": float(self.absolute[j]),
-                    "held": None if held is None else float(held[j]),
-                    "coefficient": None if coefficient is None else float(coefficient[j]),
-                }
-                for j in self.top(len(self.names))
-            ],
-        }
-
-
-@dataclass(frozen=True)
-class GroupEffects:
-    """What removing all rows of a source would do to the queries' mean loss, the most harmful source first.
-
-    Args:
-        names: of the sources.
-        sizes: (g,) numbers of rows.
-        first_order: (g,) the sum over the rows' values.
-        newton: (g,) by the group's own Newton step, NaN for sources that were left out for being weak; None where the
-            model has no such step.
-        refused: why there is no Newton step, "" where there is one.
-    """
-
-    names: list[Any]
-    sizes: Int[NDArray[np.int64], " g"]
-    first_order: Float[NDArray[np.float64], " g"]
-    newton: Float[NDArray[np.float64], " g"] | None
-    refused: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """One entry per source."""
-        steps = [float("nan")] * len(self.names) if self.newton is None else self.newton.tolist()
-        return {
-            "groups": [
-                {"name": str(name), "size": int(size), "first_order": float(value), "newton": step}
-                for name, size, value, step in zip(self.names, self.sizes, self.first_order, steps, strict=True)
-            ],
-            "refused": self.refused,
         }
 
 
@@ -257,9 +105,9 @@ class Mismatch:
                 lines += ["", f"most {name}: {_said(side, verb)}"]
                 lines += [f"  row {row:>7}  {value:+.4g}" for row, value in zip(side.rows, side.values, strict=True)]
         if self.features is not None:
-            lines += ["", *_feature_lines(self.features)]
+            lines += ["", *feature_lines(self.features)]
         if self.groups is not None:
-            lines += ["", *_group_lines(self.groups)]
+            lines += ["", *group_lines(self.groups)]
         return "\n".join(lines)
 
 
@@ -318,47 +166,6 @@ def mismatch(
     )
 
 
-def one_hot_groups(X: Any, names: Sequence[str]) -> dict[str, list[int]]:
-    """Columns that are the categories of one variable: neighbours of one prefix, 0 or 1, never two of them at once.
-
-    The prefix is the name up to its last "_", as OneHotEncoder and pandas.get_dummies write it; a column that shares it
-    with no neighbour stays on its own.
-
-    Args:
-        X: (n, d) inputs, dense or sparse.
-        names: of the d columns.
-
-    Raises:
-        InvalidInput: if the number of names is not that of the columns.
-
-    >>> one_hot_groups([[3, 1, 0], [4, 0, 1]], ["size", "sex_f", "sex_m"])
-    {'size': [0], 'sex': [1, 2]}
-    """
-    table = X if scipy.sparse.issparse(X) else np.asarray(X)
-    if table.ndim != 2 or table.shape[1] != len(names):
-        message = f"X has shape {tuple(table.shape)} and there are {len(names)} names. Pass one name per column."
-        raise InvalidInput(message)
-    binary = [_binary(table[:, [j]]) for j in range(len(names))]
-    found: dict[str, list[int]] = {}
-    start = 0
-    while start < len(names):
-        prefix, end = names[start].rpartition("_")[0], start + 1
-        while prefix and end < len(names) and names[end].rpartition("_")[0] == prefix:
-            end += 1
-        columns = list(range(start, end))
-        if len(columns) > 1 and all(binary[j] for j in columns) and table[:, columns].sum(1).max() <= 1:
-            found[prefix] = columns
-        else:
-            found.update({names[j]: [j] for j in columns})
-        start = end
-    return found
-
-
-def _binary(column: Any) -> bool:
-    values = column.data if scipy.sparse.issparse(column) else column
-    return bool(np.isin(values, (0, 1)).all())
-
-
 def _side(values: NDArray[np.float64], sign: int, k: int) -> Side:
     """The k rows whose values have this sign and the largest size."""
     order = np.argsort(-sign * values, kind="stable")[: k + 1]
@@ -396,7 +203,7 @@ def _features(
         groups = (
             {name: [j] for j, name in enumerate(named)} if everything is None else one_hot_groups(everything, named)
         )
-    columns = _columns(groups, named)
+    columns = grouped_columns(groups, named)
     total = np.abs(g).sum(0)
     coefficient = _coefficients(influence, d)
 
@@ -428,34 +235,6 @@ def _derivatives(
         for block in queries.subset(np.arange(1, q)).blocks(max(1, _NUMBERS // total.size)):
             total = total + influence.of_perturbing(rows, on=block).sum(0).reshape(total.shape)
     return total / q
-
-
-def _columns(groups: Mapping[str, Sequence[Any]], names: list[str]) -> dict[str, NDArray[np.int64]]:
-    """Feature → column numbers, with the columns of no group on their own.
-
-    Raises:
-        InvalidInput: if a group names a column that does not exist, or two groups one column.
-    """
-    numbers = {name: j for j, name in enumerate(names)}
-    found: dict[str, NDArray[np.int64]] = {}
-    for name, members in groups.items():
-        own = [numbers.get(member, -1) if isinstance(member, str) else int(member) for member in members]
-        if not own or min(own) < 0 or max(own) >= len(names):
-            message = (
-                f"feature_groups['{name}'] names columns that do not exist: {list(members)[:8]}; there are "
-                f"{len(names)} "
-                f"columns, the first {', '.join(names[:5])}. Use their names or their numbers."
-            )
-            raise InvalidInput(message)
-        found[str(name)] = np.array(own, dtype=np.int64)
-    taken = np.concatenate([*found.values(), np.zeros(0, dtype=np.int64)])
-    if len(np.unique(taken)) < len(taken):
-        twice = names[int(np.argmax(np.bincount(taken)))]
-        message = (
-            f"feature_groups holds column '{twice}' twice. A column belongs to one feature; leave one of them out."
-        )
-        raise InvalidInput(message)
-    return found | {name: np.array([j]) for j, name in enumerate(names) if j not in set(taken.tolist())}
 
 
 def _inputs(influence: uw.Influence, rows: NDArray[np.int64] | None, d: int) -> Any:
@@ -523,24 +302,3 @@ def _said(side: Side, verb: str) -> str:
     number = "1 row stands" if side.stand_out == 1 else f"{side.stand_out} rows stand"
     gap = f", {side.ratio:.3g} times the next" if np.isfinite(side.ratio) else ""
     return f"{number} out{gap} (the loss would {verb} without them)"
-
-
-def _feature_lines(effects: FeatureEffects) -> list[str]:
-    held, coefficient = effects.held, effects.coefficient
-    lines = [f"features of rows {', '.join(map(str, effects.rows[:8]))} (equation 5):"]
-    for j in effects.top():
-        own = "" if held is None else f"of what they hold {held[j]:.3g}; "
-        signed = f"signed {effects.signed[j]:+.3g}, " if len(effects.columns[j]) == 1 else ""
-        places = effects.places(effects.names[j])
-        naive = "" if coefficient is None else f"; |θ| {coefficient[j]:.3g}, place {places.coefficient}"
-        lines.append(f"  {effects.names[j]}: {own}{signed}absolute {effects.absolute[j]:.3g}{naive}")
-    return lines
-
-
-def _group_lines(groups: GroupEffects, k: int = 3) -> list[str]:
-    lines = ["sources (change of the loss without all their rows):"]
-    shown = sorted({*range(min(k, len(groups.names))), *range(max(0, len(groups.names) - k), len(groups.names))})
-    for g in shown:
-        step = "" if groups.newton is None or np.isnan(groups.newton[g]) else f", Newton step {groups.newton[g]:+.3g}"
-        lines.append(f"  {groups.names[g]} ({groups.sizes[g]} rows): first order {groups.first_order[g]:+.3g}{step}")
-    return lines + ([f"  no Newton steps: {groups.refused}"] if groups.refused else [])

@@ -1,0 +1,137 @@
+"""What `contrast` says about each wrong prediction, and about all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The set for one query. Margins are the largest output of another class minus that of the right one: < 0 is right.
+
+    Args:
+        query: its number among the queries.
+        label: what the model says now.
+        wanted: the label that was asked for.
+        rows: (k,) training rows, the strongest first; none if no set within the limit is predicted to be enough.
+        labels: (k,) their labels before.
+        margin: now.
+        predicted: predicted margin after the change; with no rows, after the largest set that was tried.
+        actual: the margin after training again; NaN if that was not done.
+        after: what the retrained model says, None if it was not trained.
+        grown: a larger set that really corrects, found with further refits; None if it was not asked for or found.
+        refused: why training again failed, "" if it did not.
+    """
+
+    query: int
+    label: Any
+    wanted: Any
+    rows: Int[NDArray[np.int64], " k"]
+    labels: list[Any] = field(repr=False)
+    margin: float
+    predicted: float
+    actual: float
+    after: Any
+    grown: Int[NDArray[np.int64], " m"] | None = None
+    refused: str = ""
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the predicted set really corrects the prediction."""
+        return bool(self.after is not None and self.after == self.wanted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, lists and text."""
+        return {
+            "query": self.query,
+            "label": str(self.label),
+            "wanted": str(self.wanted),
+            "rows": self.rows.tolist(),
+            "labels": [str(label) for label in self.labels],
+            "margin": self.margin,
+            "predicted": self.predicted,
+            "actual": self.actual,
+            "after": None if self.after is None else str(self.after),
+            "corrected": self.corrected,
+            "grown": None if self.grown is None else self.grown.tolist(),
+            "refused": self.refused,
+        }
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """For every wrong prediction the smallest set of changes predicted to correct it, and what they really did.
+
+    Args:
+        change: what is done to a row, in words.
+        answers: one for every query that is wrong; queries that are right have none.
+    """
+
+    change: str
+    answers: tuple[Answer, ...]
+
+    @property
+    def corrected(self) -> int:
+        """How many predictions their sets really correct."""
+        return sum(answer.corrected for answer in self.answers)
+
+    @property
+    def corrected_rate(self) -> float:
+        """That as a share of all wrong predictions."""
+        return self.corrected / len(self.answers)
+
+    @property
+    def sizes(self) -> Int[NDArray[np.int64], " q"]:
+        """How many rows each set has; 0 where none is enough."""
+        return np.array([len(answer.rows) for answer in self.answers])
+
+    @property
+    def median_set_size(self) -> float:
+        """The median size of the sets, where there is one; NaN where there is none."""
+        found = self.sizes[self.sizes > 0]
+        return float(np.median(found)) if len(found) else float("nan")
+
+    @property
+    def calibration(self) -> float:
+        """The median of actual over predicted change of the margin: 1 is right; NaN where nothing was trained."""
+        ratios = [(a.actual - a.margin) / (a.predicted - a.margin) for a in self.answers if np.isfinite(a.actual)]
+        return float(np.median(ratios)) if ratios else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, lists and text."""
+        return {
+            "change": self.change,
+            "queries": len(self.answers),
+            "corrected": self.corrected,
+            "corrected_rate": self.corrected_rate,
+            "median_set_size": self.median_set_size,
+            "calibration": self.calibration,
+            "answers": [answer.to_dict() for answer in self.answers],
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.answers)} wrong predictions, {self.change}: {self.corrected} ({self.corrected_rate:.0%}) are "
+            f"really corrected after training again; median set {self.median_set_size:g} rows; actual over predicted "
+            f"change of the margin {self.calibration:.2f}"
+        ]
+        return "\n".join([*lines, *(_said(answer) for answer in self.answers)])
+
+
+def _said(answer: Answer) -> str:
+    """One query's answer, in words."""
+    head = f"  query {answer.query}, {answer.label} instead of {answer.wanted}: "
+    if not len(answer.rows):
+        return head + "no set within the limit is predicted to be enough"
+    shown = ", ".join(map(str, answer.rows[:6])) + ("" if len(answer.rows) <= 6 else ", …")
+    outcome = "really corrected" if answer.corrected else f"NOT confirmed: {answer.refused or answer.after}"
+    more = "" if answer.grown is None else f"; {len(answer.grown)} rows do"
+    return head + (
+        f"{len(answer.rows)} rows ({shown}); margin {answer.margin:+.3g}, predicted {answer.predicted:+.3g}, actual "
+        f"{answer.actual:+.3g}; {outcome}{more}"
+    )

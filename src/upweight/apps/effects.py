@@ -1,0 +1,189 @@
+"""What `mismatch` says about the features of rows, and about the sources rows come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from upweight.errors import InvalidInput, checked_count
+
+
+@dataclass(frozen=True)
+class Places:
+    """A feature's place among all features by four readings; 1 is the first, None where a reading is not defined."""
+
+    rising: int
+    falling: int
+    absolute: int
+    held: int | None
+    coefficient: int | None
+
+
+@dataclass(frozen=True)
+class FeatureEffects:
+    """Equation 5 by feature, for the rows that stand out; the columns of a one-hot group are one feature.
+
+    With g[i, j] the derivative of the queries' mean loss by column j of row i, in nats per unit of the column:
+
+    Args:
+        names: (f,) of the features.
+        columns: the columns of each feature.
+        rows: (r,) the training rows whose features these are, harmful ones first.
+        by_row: (r, f) signed: Σ g over the feature's columns; of a whole one-hot group that moves all its categories;
+            `held_by_row` says more.
+        absolute_by_row: (r, f) Σ |g| over the feature's columns.
+        held_by_row: (r, f) Σ x·g over the feature's columns: of what the row really holds, which leaves out categories
+            it does not have; None where the derivatives are not by what the model's coefficients multiply.
+        coefficient: (f,) the largest |θ| of the feature's columns, the naive reading; None if the model is not linear
+            in these columns.
+        widest: (f,) the column with the largest Σᵢ |g| in each feature.
+    """
+
+    names: list[str]
+    columns: list[NDArray[np.int64]] = field(repr=False)
+    rows: Int[NDArray[np.int64], " r"]
+    by_row: Float[NDArray[np.float64], "r f"] = field(repr=False)
+    absolute_by_row: Float[NDArray[np.float64], "r f"] = field(repr=False)
+    held_by_row: Float[NDArray[np.float64], "r f"] | None = field(repr=False)
+    coefficient: Float[NDArray[np.float64], " f"] | None = field(repr=False)
+    widest: list[str] = field(repr=False)
+
+    @property
+    def signed(self) -> Float[NDArray[np.float64], " f"]:
+        """Σ over the rows of `by_row`; helpful and harmful rows may cancel."""
+        return self.by_row.sum(0)
+
+    @property
+    def absolute(self) -> Float[NDArray[np.float64], " f"]:
+        """Σ over the rows of `absolute_by_row`."""
+        return self.absolute_by_row.sum(0)
+
+    @property
+    def held(self) -> Float[NDArray[np.float64], " f"] | None:
+        """Σ over the rows of |`held_by_row`|."""
+        return None if self.held_by_row is None else np.abs(self.held_by_row).sum(0)
+
+    def of(self, rows: Any) -> FeatureEffects:
+        """The same for some of the rows, such as one child.
+
+        Raises:
+            InvalidInput: if a row is none of them.
+        """
+        wanted = np.atleast_1d(np.asarray(rows))
+        places = [int(np.flatnonzero(self.rows == row)[0]) for row in wanted if row in self.rows]
+        if len(places) < len(wanted) or not places:
+            message = f"rows={wanted.tolist()}, and features were computed for rows {self.rows.tolist()}. Name those."
+            raise InvalidInput(message)
+        held = None if self.held_by_row is None else self.held_by_row[places]
+        return FeatureEffects(
+            self.names,
+            self.columns,
+            self.rows[places],
+            self.by_row[places],
+            self.absolute_by_row[places],
+            held,
+            self.coefficient,
+            self.widest,
+        )
+
+    def places(self, name: str) -> Places:
+        """Where a feature comes among all: by signed effect from either end, in size, held, and by coefficient.
+
+        Raises:
+            InvalidInput: if there is no such feature.
+        """
+        if name not in self.names:
+            message = f"There is no feature '{name}'; the first are {', '.join(self.names[:8])}. See .names."
+            raise InvalidInput(message)
+        j = self.names.index(name)
+
+        def place(values: NDArray[np.float64]) -> int:
+            return int((values > values[j]).sum()) + 1
+
+        return Places(
+            rising=place(self.signed),
+            falling=place(-self.signed),
+            absolute=place(self.absolute),
+            held=None if self.held is None else place(self.held),
+            coefficient=None if self.coefficient is None else place(self.coefficient),
+        )
+
+    def top(self, k: int = 5) -> list[int]:
+        """The numbers of the k features that matter most: by what the rows hold, or in size where that is unknown."""
+        keys = self.absolute if self.held is None else self.held
+        return np.argsort(-keys, kind="stable")[: checked_count(k, "k")].tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry per feature, in the order of `top`."""
+        held, coefficient = self.held, self.coefficient
+        return {
+            "rows": self.rows.tolist(),
+            "features": [
+                {
+                    "name": self.names[j],
+                    "signed": float(self.signed[j]),
+                    "absolute": float(self.absolute[j]),
+                    "held": None if held is None else float(held[j]),
+                    "coefficient": None if coefficient is None else float(coefficient[j]),
+                }
+                for j in self.top(len(self.names))
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class GroupEffects:
+    """What removing all rows of a source would do to the queries' mean loss, the most harmful source first.
+
+    Args:
+        names: of the sources.
+        sizes: (g,) numbers of rows.
+        first_order: (g,) the sum over the rows' values.
+        newton: (g,) by the group's own Newton step, NaN for sources that were left out for being weak; None where the
+            model has no such step.
+        refused: why there is no Newton step, "" where there is one.
+    """
+
+    names: list[Any]
+    sizes: Int[NDArray[np.int64], " g"]
+    first_order: Float[NDArray[np.float64], " g"]
+    newton: Float[NDArray[np.float64], " g"] | None
+    refused: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """One entry per source."""
+        steps = [float("nan")] * len(self.names) if self.newton is None else self.newton.tolist()
+        return {
+            "groups": [
+                {"name": str(name), "size": int(size), "first_order": float(value), "newton": step}
+                for name, size, value, step in zip(self.names, self.sizes, self.first_order, steps, strict=True)
+            ],
+            "refused": self.refused,
+        }
+
+
+def feature_lines(effects: FeatureEffects) -> list[str]:
+    """The features that matter most, in words."""
+    held, coefficient = effects.held, effects.coefficient
+    lines = [f"features of rows {', '.join(map(str, effects.rows[:8]))} (equation 5):"]
+    for j in effects.top():
+        own = "" if held is None else f"of what they hold {held[j]:.3g}; "
+        signed = f"signed {effects.signed[j]:+.3g}, " if len(effects.columns[j]) == 1 else ""
+        places = effects.places(effects.names[j])
+        naive = "" if coefficient is None else f"; |θ| {coefficient[j]:.3g}, place {places.coefficient}"
+        lines.append(f"  {effects.names[j]}: {own}{signed}absolute {effects.absolute[j]:.3g}{naive}")
+    return lines
+
+
+def group_lines(groups: GroupEffects, k: int = 3) -> list[str]:
+    """The k most harmful and the k most helpful sources, in words."""
+    lines = ["sources (change of the loss without all their rows):"]
+    shown = sorted({*range(min(k, len(groups.names))), *range(max(0, len(groups.names) - k), len(groups.names))})
+    for g in shown:
+        step = "" if groups.newton is None or np.isnan(groups.newton[g]) else f", Newton step {groups.newton[g]:+.3g}"
+        lines.append(f"  {groups.names[g]} ({groups.sizes[g]} rows): first order {groups.first_order[g]:+.3g}{step}")
+    return lines + ([f"  no Newton steps: {groups.refused}"] if groups.refused else [])
