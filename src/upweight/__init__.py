@@ -34,7 +34,15 @@ if TYPE_CHECKING:
     from upweight.examples import Examples
     from upweight.influence import Influence
     from upweight.objective import L2, Linear, Objective
-    from upweight.predictions import Predictions, classes, features, predict, query_labels, training_labels
+    from upweight.predictions import (
+        Predictions,
+        classes,
+        features,
+        predict,
+        query_labels,
+        training_inputs,
+        training_labels,
+    )
     from upweight.retrain import LBFGS, Newton, Refit, Retrain, RetrainMany
     from upweight.scores import Certificate, Extremes, Scores, SelfScores, TopK, extremes
     from upweight.stacked import StackedTraining
@@ -104,6 +112,7 @@ __all__ = [
     "retrained",
     "solvers",
     "subset_retraining",
+    "training_inputs",
     "training_labels",
 ]
 
@@ -153,6 +162,7 @@ _HOMES = {
     "removal_curve": "curves",
     "retrained": "counterfactual",
     "subset_retraining": "subsets",
+    "training_inputs": "predictions",
     "training_labels": "predictions",
 }
 

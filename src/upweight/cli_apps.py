@@ -224,3 +224,57 @@ def _share(inspect: str) -> float:
         message = f"--inspect {inspect} is no share of the rows. Write a percentage between 0% and 100%, such as 10%."
         raise InvalidInput(message)
     return number / 100 if text.endswith("%") else number
+
+
+@app.command
+def attack(
+    study: StudyName,
+    query: int = 0,
+    rows: int = 1,
+    level: float = 1 / 255,
+    step: float = 0.02,
+    iterations: int = 100,
+    flip: int = 0,
+    k: K = 5,
+    seed: int = 0,
+    json: Json = False,
+) -> int:
+    """How far changes of training rows that nobody sees can move the answer to one query; a robustness audit.
+
+    Says which rows could move it most (equation 5), changes the first of them by less than half a level, trains again
+    after every step, and says what the retrained model answers. With --flip N label changes are tried instead.
+
+    Args:
+        study: module:function that returns an upweight.Study; its training inputs must be one dense array.
+        query: number of the query.
+        rows: how many of the most vulnerable rows are changed.
+        level: the size of one level in the inputs' units: 1 for pixels 0 … 255, 1/255 for pixels 0 … 1.
+        step: in levels.
+        iterations: at most so many steps, each with a training.
+        flip: change up to so many labels, instead of inputs.
+        k: how many rows the table of vulnerable rows has.
+        seed: of the random change that the result is compared with.
+        json: print as JSON.
+    """
+    from upweight import apps
+
+    loaded = load(study)
+    on = one(loaded, query)[0]
+    if flip:
+        edits = apps.flip_labels(loaded.influence, on, flip, retrain=loaded.retrain, seed=seed)
+        show({"query": query} | edits.to_dict(), f"Query {query}: {edits}", json)
+        return 0
+    ranked = apps.vulnerability(loaded.influence, on, level=level, k=k)
+    made = apps.attack(
+        loaded.influence,
+        on,
+        rows=ranked.top(rows),
+        level=level,
+        step=step,
+        iterations=iterations,
+        retrain=loaded.retrain,
+        seed=seed,
+    )
+    numbers = {"query": query, "vulnerability": ranked.to_dict(), "attack": made.to_dict()}
+    show(numbers, f"Query {query}\n{ranked}\n\n{made}", json)
+    return 0

@@ -56,8 +56,6 @@ def edited(influence: Influence, rows: Rows, X_new: Any = None, y_new: Any = Non
         message = "A row is named twice, so it would become two things at once. Name each row once."
         raise InvalidInput(message)
     examples, encoder = _edited(influence, rows, X_new, y_new), influence.encoder.edited(rows, X_new, y_new)
-    if examples.encoded_by is influence.encoder:
-        examples.encoded_by = encoder
     return Influence(influence.objective, examples, encoder=encoder, **influence.settings)
 
 

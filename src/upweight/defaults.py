@@ -63,7 +63,13 @@ _DOUBLE_UP_TO = 50_000
 
 def curvature(objective: Objective) -> Curvature:
     """The curvature for an objective when none is named."""
-    return GaussNewton() if objective.linear is None and objective.outputs is not None else Hessian()
+    closed = objective.linear is not None and not _is_head(objective)
+    return GaussNewton() if not closed and objective.outputs is not None else Hessian()
+
+
+def _is_head(objective: Objective) -> bool:
+    """Whether it is the head of a larger module: whatever structure was found, training may have stopped early."""
+    return objective.coverage < 1
 
 
 @dataclass(frozen=True)
@@ -162,11 +168,12 @@ def damping(objective: Objective, spec: Curvature, operator: Operator, missed: C
     while hasattr(stands_for, "of"):  # KFAC(of=…), Nystroem(…, of=…), Dense(EKFAC())
         stands_for = stands_for.of
     low_rank = isinstance(spec, Arnoldi | Nystroem)
-    linear = objective.linear is not None or isinstance(spec, Identity)
+    closed = objective.linear is not None and not _is_head(objective)
+    linear = closed or isinstance(spec, Identity)
     if not low_rank and (linear or not isinstance(stands_for, GaussNewton | EmpiricalFisher)):
         return 0.0
     covered = isinstance(objective.penalty, L2) and float(calculus.penalty_diagonal(objective).min()) > 0
-    if covered and (objective.linear is not None or missed() < AT_MINIMUM):
+    if covered and (closed or missed() < AT_MINIMUM):
         return 0.0
     return max(mean_eigenvalue(operator), 1e-12)
 

@@ -150,6 +150,25 @@ def _named(influence: Influence, examples: Examples, rows: NDArray[np.int64]) ->
     return np.asarray(names)[codes]
 
 
+def training_inputs(influence: Influence) -> Any:
+    """The training inputs as the model takes them: an array, a tensor or a CSR matrix of n rows.
+
+    For a frozen extractor with a head what goes into the network, edits included; for a Pipeline what its last step
+    sees, for the rows before it are not kept.  Cost: nothing for arrays; a Dataset, and edited inputs, are stacked.
+    """
+    whole = getattr(influence.encoder, "original", influence.examples)
+    changed = getattr(influence.encoder, "changed", {})
+    if whole.x is not None and not changed:
+        return whole.x
+    batch = whole.batch(slice(None))
+    x = batch[0] if isinstance(batch, tuple | list) else batch
+    if changed:
+        new = torch.stack(list(changed.values()))
+        x = x.to(torch.promote_types(x.dtype, new.dtype), copy=True)
+        x[list(changed)] = new.to(x)
+    return x
+
+
 def features(influence: Influence, X: Any = None) -> Float[NDArray[np.float64], "n d"]:
     """What the objective sees of training rows (None) or of new inputs, one flat line each.
 

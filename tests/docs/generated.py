@@ -12,7 +12,7 @@ from pathlib import Path
 from upweight.losses import Loss
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("demo", "check", "score", "top", "validate", "understand", "repair", "mismatch", "contrast")
+COMMANDS = ("demo", "check", "score", "top", "validate", "understand", "repair", "attack", "mismatch", "contrast")
 BEGIN, END = "<!-- upweight demo -->", "<!-- end -->"
 MODULES = (
     "upweight",

@@ -19,10 +19,11 @@ from upweight.examples import Examples, as_array, as_tensor, with_lines
 class SklearnEncoder:
     """Queries go through the Pipeline's transformers, and labels through the estimator's classes."""
 
-    def __init__(self, transformers: Any, estimator: Any, built: Built | None = None) -> None:
+    def __init__(self, transformers: Any, estimator: Any, built: Built | None = None, mark: object = None) -> None:
         self.transformers = transformers
         self.estimator = estimator
         self.built = built
+        self.mark = object() if mark is None else mark  # what Examples carry that were encoded in this way
 
     @property
     def refit(self) -> Again | None:
@@ -65,7 +66,7 @@ class SklearnEncoder:
             labels = labels.astype(np.result_type(labels, new), copy=True)
             labels[rows] = new.reshape(labels[rows].shape)
         built = replace(self.built, again=replace(again, fit=replace(again.fit, X=columns, y=labels)))
-        return SklearnEncoder(self.transformers, self.estimator, built)
+        return SklearnEncoder(self.transformers, self.estimator, built, self.mark)
 
     def rows(self, X: Any) -> Any:
         """X as the final estimator sees it: a 2-d array or CSR matrix."""
@@ -97,7 +98,7 @@ class SklearnEncoder:
     def examples(self, X: Any, y: Any = None) -> Examples:
         """Queries or new rows as examples."""
         whole = whole_examples(X, y)
-        if whole is not None and whole.encoded_by is self:
+        if whole is not None and whole.encoded_by is self.mark:
             return whole
         if whole is not None:
             refuse_encoded(whole)
@@ -109,7 +110,7 @@ class SklearnEncoder:
         assert self.built is not None
         inputs = self.built.inputs(self.rows(X))
         made = Examples(inputs, None if y is None else self.built.targets(y), sample_weight=weights)
-        made.encoded_by = self
+        made.encoded_by = self.mark
         return made
 
     def targets(self, y: Any) -> Tensor:

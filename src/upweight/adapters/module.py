@@ -14,13 +14,11 @@ from torch import Tensor
 
 from upweight import calculus, defaults, routes
 from upweight.adapters import frozen
-from upweight.checks import rows_from_minimum
 from upweight.encoders import Movable, whole_examples
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, first_line
 from upweight.examples import Examples, as_array, as_tensor
 from upweight.influence import Influence
 from upweight.objective import Objective, forward
-from upweight.operators import GaussNewton
 from upweight.trees import batch_length, leaves, take, tree_map
 
 _SPREAD_ROWS = 8
@@ -118,14 +116,7 @@ def _explain_head(
     )
     inner.examples.encoded_by = extractor
     encoder = frozen.FrozenEncoder(inner.encoder, extractor, examples, batch_size=batch_size, progress=progress)
-    influence = Influence(objective, inner.examples, encoder=encoder, **settings)
-    if settings.get("damping") is None and objective.linear is not None:
-        # the rule for modules, whatever structure was found: training that stopped early has left flat directions
-        spec = settings.get("curvature") or GaussNewton()
-        plain = replace(objective, linear=None)
-        damping = defaults.damping(plain, spec, influence.operator, lambda: rows_from_minimum(influence))
-        influence = Influence(objective, inner.examples, encoder=encoder, **{**settings, "damping": damping})
-    return influence
+    return Influence(objective, inner.examples, encoder=encoder, **settings)
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def explain(
         raise InvalidInput(message)
     examples = _examples(fit, built, weights)
     encoder = SklearnEncoder(transformers, estimator, built)
-    examples.encoded_by = encoder
+    examples.encoded_by = encoder.mark
     _compare_predictors(fit, built)
     influence = Influence(built.objective, examples, encoder=encoder, **settings)
     _warn(influence, fit, built, transformers)

@@ -1,6 +1,7 @@
 """The paper's four uses (section 5) and the question of contrast (section 6), by the public API only."""
 
 from upweight.apps.answers import Answer, Contrast
+from upweight.apps.attack import Attack, Vulnerability, attack, vulnerability
 from upweight.apps.columns import one_hot_groups
 from upweight.apps.contrast import contrast, contrast_by_removal
 from upweight.apps.corrections import (
@@ -13,6 +14,7 @@ from upweight.apps.corrections import (
     write_review,
 )
 from upweight.apps.effects import FeatureEffects, GroupEffects, Places
+from upweight.apps.label_attacks import Edits, flip_labels, replace_rows
 from upweight.apps.mismatch import Mismatch, Side, mismatch
 from upweight.apps.repair import Found, Repair, repair
 from upweight.apps.understand import (
@@ -25,8 +27,10 @@ from upweight.apps.understand import (
 
 __all__ = [
     "Answer",
+    "Attack",
     "Contrast",
     "Corrected",
+    "Edits",
     "FeatureEffects",
     "Found",
     "GroupEffects",
@@ -37,16 +41,21 @@ __all__ = [
     "Side",
     "SideBySide",
     "Understanding",
+    "Vulnerability",
+    "attack",
     "contrast",
     "contrast_by_removal",
     "corrected",
+    "flip_labels",
     "mismatch",
     "one_hot_groups",
     "read_patch",
     "read_review",
     "repair",
+    "replace_rows",
     "side_by_side",
     "understand",
+    "vulnerability",
     "write_labels",
     "write_patch",
     "write_review",

@@ -1,0 +1,67 @@
+"""`upweight attack`: the table of vulnerable rows, a crafted change, label flips."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from upweight import cli
+
+SOURCE = """
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+
+import upweight as uw
+
+
+def flowers():
+    X, y = load_iris(return_X_y=True)
+    influence = uw.explain(LogisticRegression(tol=1e-10, max_iter=5000).fit(X, y), X, y)
+    return uw.Study(influence, (X[[70, 3]], y[[70, 3]]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _studies(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    (tmp_path / "attacked_study.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    yield
+    sys.modules.pop("attacked_study", None)
+
+
+@pytest.fixture
+def upweight(capsys):
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["attack", "attacked_study:flowers", *map(str, arguments)])
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_rows_are_ranked_and_changed(upweight):
+    code, out, _ = upweight("--query", 1, "--rows", 2, "--level", 0.5, "--step", 0.2, "--iterations", 3, "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert told["query"] == 1
+    assert told["attack"]["rows"] == [line["row"] for line in told["vulnerability"]["rows"][:2]]
+    assert told["attack"]["loss_after"] > told["attack"]["loss_before"]
+    code, out, _ = upweight("--query", 1, "--iterations", 2)
+    assert code == 0
+    assert "Query 1" in out
+    assert "levels" in out
+
+
+def test_labels_are_flipped(upweight):
+    code, out, _ = upweight("--query", 1, "--flip", 2, "--json")
+    assert code == 0
+    assert len(json.loads(out)["rows"]) == 2
+
+
+def test_a_query_that_does_not_exist(upweight):
+    code, _, err = upweight("--query", 9)
+    assert code == 3
+    assert "9" in err
