@@ -30,6 +30,7 @@ NAMES = {
     "fig2_right": ["n_removed", "pearson", "slope", "control_drift"],
     "fig3": ["pearson_t0", "pearson_t0.001", "pearson_t0.1"],
     "fig4": ["queries", "rbf_distance_correlation", "network_distance_correlation"],
+    "attack": ["targets", "rate_1", "rate_2", "rate_10", "multi_flipped", "raw_rate_1"],
     "fig6": [
         "repeats",
         "found_influence_0.10",
@@ -177,6 +178,19 @@ def test_wrong_labels_are_found_by_self_influence_before_loss():
     assert fig6["found_random_0.10"] == pytest.approx(0.1, abs=0.01)
     paper = {"found_influence_published": 0.62, "found_loss": 0.52, "accuracy_loss": 0.932, "accuracy_random": 0.898}
     assert all(fig6[f"{name}_0.10"] == pytest.approx(value, abs=0.03) for name, value in paper.items())
+
+
+def test_changed_photographs_flip_test_photographs():
+    attack = numbers("attack")
+    assert attack["targets"] >= 300
+    assert attack["rate_1"] >= 0.5
+    assert attack["rate_2"] >= 0.7
+    assert attack["rate_10"] >= 0.95
+    assert attack["flipped_1"] == round(attack["rate_1"] * attack["targets"])
+    assert attack["pixel_linf_max"] < 0.5
+    assert attack["same_8_bit_min"] == 1
+    assert 0 <= attack["raw_rate_1"] <= attack["raw_rate_2"] <= attack["raw_rate_10"] <= 1
+    assert attack["test_accuracy_median"] > 0.97
 
 
 def test_the_readme_says_what_was_measured():

@@ -94,7 +94,7 @@ def test_an_example_does_not_see_its_batch_and_pixels_have_a_gradient(name):
     step = 0.02 * x.grad.sign()  # along which the sum rises by the L1 norm, far above rounding
     with torch.no_grad():
         rise = float((network(x + step).double() - network(x - step).double()).sum()) / 0.04
-    assert rise == pytest.approx(float(x.grad.abs().sum()), rel=0.02)
+    assert rise == pytest.approx(float(x.grad.abs().sum()), rel=0.05)
 
 
 @pytest.mark.data
