@@ -379,13 +379,18 @@ def draw(result: dict[str, Any]) -> Figure:
     for place, paper in ((0, 57), (1, 77), (4, 100 * 590 / 591)):
         left.plot([place - 0.4, place + 0.4], [paper, paper], color=report.ORANGE, linewidth=2, zorder=3,
                   label="the paper, Inception v3" if place == 0 else None)  # fmt: skip
-    report.style(left, title=f"Test photographs flipped, of {told['targets']}")
+    raw = [100 * told[f"raw_rate_{name}"] for name in ("1", "2", "10")]
+    left.scatter(
+        (0, 1, 4), raw, s=42, facecolor="white", edgecolor=report.INK, zorder=4,
+        label=f"features not whitened ({told['raw_targets']} photographs)",
+    )  # fmt: skip
+    report.style(left, title=f"Test photographs flipped, of {told['targets']} (whitened features)")
     left.set(
         xticks=range(len(names)),
         xticklabels=names,
         xlabel="training photographs changed (at most)",
         ylabel="%",
-        ylim=(0, 112),
+        ylim=(0, 128),
     )
     left.legend(frameon=False, fontsize=9, loc="upper left", labelcolor=report.INK)
     share = data["flip_feature_l2"] / data["flip_feature_to_centroid"]
