@@ -59,7 +59,7 @@ def contrast(
     >>> X, y = [[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]], [0, 0, 1, 0, 1, 1]
     >>> influence = uw.explain(LogisticRegression(tol=1e-8).fit(X, y), X, y)
     >>> contrast(influence, ([[2.0]], [1])).answers[0].rows.tolist()
-    [3]
+    [0]
     """
     return _contrast(influence, on, Relabelled, "labels changed", most, refits, retrain)
 

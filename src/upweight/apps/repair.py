@@ -193,7 +193,7 @@ def repair(influence: uw.Influence, *, inspect: float = 0.1, candidates: int = 3
     >>> spoilt[[10, 60, 110]] = [1, 2, 0]
     >>> found = repair(uw.explain(LogisticRegression(tol=1e-8, max_iter=1000).fit(X, spoilt), X, spoilt), inspect=3)
     >>> found.suggestions()
-    {10: 0, 110: 2}
+    {110: 2, 60: 1, 10: 0}
     """
     labels, names = uw.training_labels(influence), uw.classes(influence)
     if labels is None or names is None:
