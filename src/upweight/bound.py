@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
 
 from jaxtyping import Float
 from torch import Tensor
 
 from upweight import calculus, defaults, scoring
-from upweight.errors import InvalidInput, NotPositiveDefinite
-from upweight.operators import Curvature, Dense, Operator
+from upweight.errors import InvalidInput, NotPositiveDefinite, TheoryWarning
+from upweight.operators import Curvature, Dense, Hessian, Operator
 from upweight.operators.linear import LinearHessian
 from upweight.solvers import Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping
@@ -24,7 +24,6 @@ class Bound:
         curvature: a specification, or None.
         solver: a specification, or None.
         damping: λ, or None.
-        first: called once, when the solver has been prepared.
 
     Raises:
         InvalidInput: if a setting is not what it should be.
@@ -36,14 +35,12 @@ class Bound:
         curvature: Curvature | None,
         solver: Solver | None,
         damping: float | None,
-        first: Callable[[], None],
     ) -> None:
         self.sweep = sweep
         self.curvature = curvature or defaults.curvature(sweep.objective)
         self.solver = defaults.completed(solver, sweep.objective, sweep.examples, self.curvature)
         self.chosen_damping = None if damping is None else checked_damping(damping)
         self._solver_given = solver is not None
-        self._first = first
         self._operator: Operator | None = None
         self._prepared: Prepared | None = None
         self._prepared_for_many: Prepared | None = None
@@ -71,7 +68,7 @@ class Bound:
         """The solver, ready for right-hand sides."""
         if self._prepared is None:
             self._prepared = self.solver.prepare(self.operator, self.damping)
-            self._first()
+            self._look_at_the_minimum()
         return self._prepared
 
     @property
@@ -108,6 +105,21 @@ class Bound:
     def solve(self, V: Float[Tensor, "k p"]) -> Solution:
         """(C + λI)⁻¹ v for every row v, refused if the solver did not keep its promise."""
         return scoring.solved(self.prepared, V, repr(self.solver))
+
+    def _look_at_the_minimum(self) -> None:
+        """A TheoryWarning when a network's Hessian is used further from a minimum than one row's effect."""
+        objective = self.sweep.objective
+        if not isinstance(self.exact_curvature, Hessian) or objective.linear is not None:
+            return  # the scikit-learn adapter has looked already
+        missed = scoring.rows_from_minimum(self.sweep, self.risk_gradient)
+        if missed < 1:
+            return
+        message = (
+            f"{objective.name} is not at a minimum: ‖∇R‖ = {float(self.risk_gradient.norm()):.3g}, as much as "
+            f"{missed:.3g} rows. Train further, check that the penalty is the one it was trained with, or use "
+            "curvature=GaussNewton(); see influence.check()."
+        )
+        warnings.warn(message, TheoryWarning, stacklevel=4)
 
 
 def check_specification(value: object, method: str, name: str, example: str) -> None:

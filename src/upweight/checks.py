@@ -206,20 +206,6 @@ def _rows_in_the_curvature(influence: Influence) -> float:
     return float(forms[0].sqrt() / forms[1:].mean().sqrt().clamp(min=1e-300))
 
 
-def warn_if_not_at_minimum(influence: Influence) -> None:
-    """A TheoryWarning with the number when the exact Hessian is used further from a minimum than one row's effect."""
-    missed = rows_from_minimum(influence)
-    if missed < 1:
-        return
-    size = float(influence.risk_gradient.norm())
-    message = (
-        f"{influence.objective.name} is not at a minimum: ‖∇R‖ = {size:.3g}, as much as {missed:.3g} rows. Train "
-        "further, check that the penalty is the one it was trained with, or use curvature=GaussNewton(); see "
-        "influence.check()."
-    )
-    warnings.warn(message, TheoryWarning, stacklevel=5)
-
-
 def _batch_drift(influence: Influence) -> float:
     if influence.objective.linear is not None:
         return 0.0

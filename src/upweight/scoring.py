@@ -120,11 +120,12 @@ def with_rows(
     """
     operator, objective = influence.operator, influence.objective
     known = operator if isinstance(operator, LinearHessian) else None  # it has the rows' slopes already
-    sweep = influence.sweep if known is None else known.sloped
 
     def run(S: Tensor, store: Store | None) -> NDArray[np.float64]:
         shift = S @ constant
-        dots = (lambda batch, _: layers.dots(objective, batch, S)) if known is None else known.dots(S)
+        sweep, dots = (
+            known.dots(S) if known is not None else (influence.sweep, lambda batch, _: layers.dots(objective, batch, S))
+        )
         return sweep.emit(
             lambda batch, weights: dots(batch, weights).double().cpu() + shift,
             vectors=len(S) + layers.vectors(objective, sweep.example_bytes),

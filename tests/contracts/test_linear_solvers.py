@@ -12,6 +12,7 @@ from jaxtyping import config
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, RidgeClassifier, TweedieRegressor
 
 import upweight as uw
+from upweight import linear
 from upweight.errors import NotPositiveDefinite, UnsupportedModel
 from upweight.operators import DenseOperator
 from upweight.operators.leading import leading_inverse
@@ -101,6 +102,35 @@ def test_the_matrix_and_the_products_are_the_hessian_by_autograd(influence):
     torch.testing.assert_close(operator.apply_rows(V, rows), few, rtol=1e-10, atol=1e-12)
     every = operator.of_rows(np.arange(influence.n))
     torch.testing.assert_close(every.apply(V), V @ expected, rtol=1e-10, atol=1e-12)
+
+
+def dots(operator, V, rows=None):
+    sweep, function = operator.dots(V)
+    return torch.from_numpy(sweep.emit(function, rows=rows))
+
+
+def test_dots_of_rows_are_those_by_autograd_whether_or_not_their_product_was_just_made(influence):
+    operator, objective, V = influence.operator, influence.objective, sides(influence)
+    dense = influence.examples.x.toarray() if scipy.sparse.issparse(influence.examples.x) else influence.examples.x
+    rows = zip(torch.from_numpy(np.array(dense)), torch.as_tensor(np.array(influence.examples.y)), strict=True)
+    G = torch.stack(
+        [torch.func.grad(lambda t, r=r: objective.loss(objective.unravel(t), r))(objective.theta) for r in rows]
+    )
+    torch.testing.assert_close(dots(operator, V), G @ V.T, rtol=1e-10, atol=1e-12)
+    operator.apply(V)
+    some = np.array([7, 3, 3])
+    torch.testing.assert_close(dots(operator, V), G @ V.T, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(dots(operator, V, some), G[some] @ V.T, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(dots(operator, 2 * V), 2 * G @ V.T, rtol=1e-10, atol=1e-12)
+    operator.apply(V[:1])
+    torch.testing.assert_close(dots(operator, V), G @ V.T, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 10, 64, 65])
+def test_products_with_few_columns_are_products(columns):
+    draw = torch.Generator().manual_seed(0)
+    X, A = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((7, 300), (300, columns)))
+    torch.testing.assert_close(linear.times(X, A), torch.einsum("bd,dk->bk", X, A), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.2])

@@ -28,9 +28,10 @@ from upweight.examples import as_tensor
 from upweight.objective import Linear
 from upweight.sweep import Sweep
 
-_CHUNK_NUMBERS = 2**20  # of X in one chunk: 8 MB in float64, a few times the cache of a core
+_CHUNK_BYTES = 2**23  # of X in one chunk, a few times the cache of a core
 _PADDED = 16  # columns: with fewer, X V in float32 runs at half the speed; float64 and RᵀX do not
 _CHUNK_ROWS = (1024, 16_384)
+_KEPT_BYTES = 2**26  # of V x̃ᵢ for every row, which the scores can use again
 _COPY_BYTES = 2**31  # a float32 copy of X is kept if it is smaller; else chunks are cast as they are read
 (_syrk,) = scipy.linalg.get_blas_funcs(("syrk",), dtype=np.float64)
 _KRONECKER_FEATURES = 1024  # eigenvectors of a larger XᵀX cost more than they save
@@ -52,6 +53,7 @@ class LinearHessian:
         self.sweep = sweep
         self.precision = precision
         self._curvatures = curvatures
+        self._moved: tuple[Tensor, Tensor] | None = None  # the V of the last float64 product, and V x̃ᵢ of every row
         self._structure: Linear = sweep.objective.linear  # type: ignore[assignment]
 
     @property
@@ -106,14 +108,20 @@ class LinearHessian:
         values = torch.from_numpy(self.sweep.emit(look, label="derivatives of the rows"))
         return values, total if dense else None
 
-    def dots(self, V: Float[Tensor, "k p"]) -> Callable[[Any, Tensor], Tensor]:
-        """∇Lᵢᵀ v for every row of `sloped`'s batches and vector, (b, k)."""
-        objective = self.sweep.objective
-        return lambda batch, _: linear.sloped_dots(objective, linear.wide(batch[0]), batch[1], V)
+    def dots(self, V: Float[Tensor, "k p"]) -> tuple[Sweep, Callable[[Any, Tensor], Tensor]]:
+        """A sweep, and what gives ∇Lᵢᵀ v for every row of its batches and vector, (b, k).
+
+        Cost: one pass over X; none when C v has just been computed in float64, as CG does to be sure of its answer.
+        """
+        objective, K = self.sweep.objective, self._structure.n_outputs
+        if self._moved is None or not torch.equal(self._moved[0], V):
+            return self.sloped, lambda batch, _: linear.sloped_dots(objective, linear.wide(batch[0]), batch[1], V)
+        moved = self.sweep.over(objective, self.sweep.examples.carrying(self._moved[1], self.slopes))
+        return moved, lambda batch, _: torch.einsum("bkj,bj->bk", batch[0].reshape(-1, len(V), K), batch[1])
 
     @cached_property
     def sloped(self) -> Sweep:
-        """The sweep over (x, slopes), instead of (x, y), that `dots` works on."""
+        """The sweep over (x, slopes), instead of (x, y)."""
         examples = self.sweep.examples
         return self.sweep.over(self.sweep.objective, examples.carrying(examples.x, self.slopes))
 
@@ -126,9 +134,12 @@ class LinearHessian:
 
     def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """C v for every row v."""
+        few = 8 * self.sweep.n * len(V) * self._structure.n_outputs <= _KEPT_BYTES
+        kept: list[Tensor] | None = [] if few and self.precision == torch.float64 else None
         total = self.rows_with_curvatures.fold(
-            self._product(V), vectors=len(V), label="curvature product", chunk=self._chunk
+            self._product(V, kept), vectors=len(V), label="curvature product", chunk=self._chunk
         )
+        self._moved = None if kept is None else (V.clone(), torch.cat(kept))
         return total / self.sweep.n + calculus.penalty_hvp(self.sweep.objective, V)
 
     def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:
@@ -241,10 +252,10 @@ class LinearHessian:
         if scipy.sparse.issparse(self._x):
             return high
         width = 1 + self._structure.n_features
-        return int(min(high, max(low, 2 ** int(np.log2(max(1, _CHUNK_NUMBERS // width))))))
+        return int(min(high, max(low, 2 ** int(np.log2(max(1, _CHUNK_BYTES // (self.precision.itemsize * width)))))))
 
-    def _product(self, V: Tensor) -> Callable[[Any, Tensor], Tensor]:
-        """Σ_b wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ V of a batch (x, h), with what depends on V only prepared once."""
+    def _product(self, V: Tensor, kept: list[Tensor] | None = None) -> Callable[[Any, Tensor], Tensor]:
+        """Σ_b wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ V of a batch (x, h), with what depends on V only prepared once; `kept` gathers V x̃ᵢ."""
         structure, k = self._structure, len(V)
         K, d = structure.n_outputs, structure.n_features
         single = k * K == 1  # a matrix times a vector runs at the speed of memory, as a product of matrices it does not
@@ -253,13 +264,16 @@ class LinearHessian:
         across[:, : k * K] = V[:, : K * d].reshape(k * K, d).T
         shift = V[:, K * d :].reshape(k, K).to(self.precision) if structure.intercept else None
         if scipy.sparse.issparse(self._x):
-            return _sparse_product(across[:, : k * K].numpy(), shift, k, K)
+            return _sparse_product(across[:, : k * K].numpy(), shift, (k, K), kept)
 
         def product(batch: Any, _: Tensor) -> Tensor:
             X, h = batch
             X = X.to(self.precision)
-            Z = (X.mv(across[:, 0]) if single else (X @ across)[:, : k * K]).reshape(len(X), k, K)
-            R = linear.curved(h, Z if shift is None else Z + shift)
+            Z = (X.mv(across[:, 0]) if single else linear.times(X, across)[:, : k * K]).reshape(len(X), k, K)
+            Z = Z if shift is None else Z + shift
+            if kept is not None:
+                kept.append(Z.flatten(1))
+            R = linear.curved(h, Z)
             coef = (X.T.mv(R.reshape(-1)) if single else R.reshape(len(R), -1).T @ X).reshape(k, -1)
             return torch.cat([coef, R.sum(0)], 1) if shift is not None else coef
 
@@ -412,16 +426,19 @@ class Shift:
 
 
 def _sparse_product(
-    across: NDArray[np.float64], shift: Tensor | None, k: int, K: int
+    across: NDArray[np.float64], shift: Tensor | None, shape: tuple[int, int], kept: list[Tensor] | None
 ) -> Callable[[Any, Tensor], Tensor]:
     """The product for a sparse X, with V as a (d, kK) array in memory order, which SciPy reads without a copy."""
     across = np.ascontiguousarray(across)
 
     def product(batch: Any, _: Tensor) -> Tensor:
         X, h = batch
-        Z = torch.from_numpy(X @ across).reshape(-1, k, K)
-        R = linear.curved(h, Z if shift is None else Z + shift)
-        coef = torch.from_numpy(X.T @ R.reshape(len(R), -1).numpy()).T.reshape(k, -1)
+        Z = torch.from_numpy(X @ across).reshape(-1, *shape)
+        Z = Z if shift is None else Z + shift
+        if kept is not None:
+            kept.append(Z.flatten(1))
+        R = linear.curved(h, Z)
+        coef = torch.from_numpy(X.T @ R.reshape(len(R), -1).numpy()).T.reshape(shape[0], -1)
         return torch.cat([coef, R.sum(0)], 1) if shift is not None else coef
 
     return product
