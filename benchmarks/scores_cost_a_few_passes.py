@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ import upweight as uw
 from upweight import scoring
 from upweight.solvers import Solution
 
+HERE = Path(__file__).parent
 QUERIES, BATCH = (1, 10, 100), 250
 
 
@@ -76,7 +78,7 @@ def peak(n: int) -> float:
         "b.scores(i, b.at_hand(10, i.objective.size)); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=HERE).stdout
     return int(out) / 2**20
 
 

@@ -256,10 +256,8 @@ def _convolution_factors(use: Use, x: Tensor, slope: Tensor) -> tuple[Tensor, Te
     axes, groups = len(use.settings["kernel"]), use.settings["groups"]
     b, m = len(x), len(slope)
     images = x.reshape(-1, *x.shape[-axes - 1 :])
-    windows = _windows(images, use.settings, slope.shape[-axes:])  # (b·N, C, positions, kernel)
-    N, C = len(images) // b, images.shape[1]
-    windows = windows.reshape(b, N, groups, C // groups, windows.shape[2], windows.shape[3])
-    inputs = windows.permute(0, 2, 1, 4, 3, 5).reshape(b, groups, N * windows.shape[4], -1)
+    N = len(images) // b
+    inputs = _unrolled(_windows(images, use.settings, slope.shape[-axes:]), N, groups)
     outputs = slope.reshape(m, b, N, groups, slope.shape[-axes - 1] // groups, -1)
     slopes = outputs.permute(0, 1, 3, 2, 5, 4).reshape(m, b, groups, -1, outputs.shape[4])
     return inputs, slopes
@@ -272,11 +270,8 @@ def _transposed_factors(use: Use, x: Tensor, slope: Tensor) -> tuple[Tensor, Ten
     inputs = x.reshape(b, N, groups, x.shape[-axes - 1] // groups, positions)
     inputs = inputs.permute(0, 2, 1, 4, 3).reshape(b, groups, N * positions, -1)
     images = slope.reshape(-1, *slope.shape[-axes - 1 :])
-    windows = _windows(images, use.settings, x.shape[-axes:])
-    O = images.shape[1]  # noqa: E741
-    windows = windows.reshape(m, b, N, groups, O // groups, positions, -1)
-    slopes = windows.permute(0, 1, 3, 2, 5, 4, 6).reshape(m, b, groups, N * positions, -1)
-    return inputs, slopes
+    slopes = _unrolled(_windows(images, use.settings, x.shape[-axes:]), N, groups)
+    return inputs, slopes.unflatten(0, (m, b))
 
 
 def _over_positions(use: Use, slope: Tensor) -> Tensor:
@@ -287,7 +282,7 @@ def _over_positions(use: Use, slope: Tensor) -> Tensor:
 
 
 def _windows(images: Tensor, settings: dict[str, Any], count: Any) -> Tensor:
-    """(images, C, positions, kernel): what a convolution's kernel sees at each of `count` positions along the axes."""
+    """(images, C, *count, *kernel): what a convolution's kernel sees at each of `count` positions along the axes."""
     kernel, dilation, stride = settings["kernel"], settings["dilation"], settings["stride"]
     spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     padding = settings["padding"]
@@ -298,7 +293,16 @@ def _windows(images: Tensor, settings: dict[str, Any], count: Any) -> Tensor:
     out = functional.pad(images, [side for pair in reversed(sides) for side in pair])
     for axis, (span, step, every, positions) in enumerate(zip(spans, stride, dilation, count, strict=True)):
         out = out.unfold(2 + axis, span + 1, step)[..., ::every].narrow(2 + axis, 0, positions)
-    return out.reshape(*images.shape[:2], math.prod(count), math.prod(kernel))
+    return out
+
+
+def _unrolled(windows: Tensor, N: int, groups: int) -> Tensor:
+    """Windows of b·N images as (b, groups, N·positions, C/groups·kernel), copied once; positions lie last in memory."""
+    axes = (windows.ndim - 2) // 2
+    apart = windows.unflatten(1, (groups, -1)).unflatten(0, (-1, N))  # (b, N, groups, C/groups, *count, *kernel)
+    order = (0, 2, 3, *range(4 + axes, 4 + 2 * axes), 1, *range(4, 4 + axes))
+    b, inner = len(apart), math.prod(windows.shape[2 + axes :]) * apart.shape[3]
+    return apart.permute(order).reshape(b, groups, inner, -1).transpose(-1, -2)
 
 
 def _by_autograd(objective: Objective, found: Plan, batch: Any, cotangents: Tensor | None) -> list[Piece]:

@@ -21,6 +21,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+_TILE_BYTES = (
+    2**25
+)  # of gradients written out at once; beyond it malloc fetches fresh pages, which cost more than the sum
+
 
 @dataclass(frozen=True)
 class Product:
@@ -76,8 +80,7 @@ class Product:
         W = self.matrices(V[self.block])  # (k, g, o, i)
         k, o, m = len(W), W.shape[2], len(self.slopes)
         if t > 1 and k > 1 and m == 1:
-            written = (self.slopes[0].transpose(-1, -2) @ self.inputs).reshape(b, -1)
-            out = (W.reshape(k, -1) @ written.T)[:, :, None]
+            out = self._written_along(W)[:, :, None]
         else:
             across = W.permute(1, 3, 0, 2).reshape(g, i, k * o)
             Z = (self.inputs @ across).reshape(b, g, t, k, o).permute(0, 3, 1, 2, 4).reshape(b, k, g * t * o)
@@ -85,6 +88,19 @@ class Product:
         if self.bias is not None:
             summed = self.slopes.sum(3).flatten(2)  # (m, b, g·o)
             out = out + torch.einsum("kc,mbc->kbm", V[self.bias], summed)
+        return out
+
+    def _written_along(self, W: Float[Tensor, "k g o i"]) -> Float[Tensor, "k b"]:
+        """J w by writing the matrices out, a few of their lines at a time."""
+        g, o, i = self.sizes
+        b, left, out = len(self.inputs), self.slopes[0].transpose(-1, -2), W.new_zeros(len(W), len(self.inputs))
+        lines = max(1, _TILE_BYTES // (b * i * self.inputs.element_size()))
+        groups = max(1, lines // o)
+        for group in range(0, g, groups):
+            inputs = self.inputs[:, group : group + groups]
+            for line in range(0, o, min(lines, o)):
+                at = (slice(None), slice(group, group + groups), slice(line, line + lines))
+                out += W[at].reshape(len(W), -1) @ (left[at] @ inputs).reshape(b, -1).T
         return out
 
     def onto(self, U: Float[Tensor, "k b m"]) -> dict[str, Tensor]:

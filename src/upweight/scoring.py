@@ -123,9 +123,11 @@ def with_rows(
 
     def run(S: Tensor, store: Store | None) -> NDArray[np.float64]:
         shift = S @ constant
-        sweep, dots = (
-            known.dots(S) if known is not None else (influence.sweep, lambda batch, _: layers.dots(objective, batch, S))
-        )
+        if known is not None:
+            sweep, dots = known.dots(S)
+        else:
+            sweep, V = influence.sweep, S.to(objective.reference)  # cast once, not in every batch
+            dots = lambda batch, _: layers.dots(objective, batch, V)  # noqa: E731
         return sweep.emit(
             lambda batch, weights: dots(batch, weights).double().cpu() + shift,
             vectors=len(S) + layers.vectors(objective, sweep.example_bytes),

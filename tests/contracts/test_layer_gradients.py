@@ -284,9 +284,11 @@ def test_gradients(case):
     close(layers.gradients(objective, batch), by_hand(model, batch)[:, 0])
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_dots(case, k):
+@pytest.mark.parametrize(("k", "tile"), [(1, None), (4, None), (4, 1), (4, 1024)])
+def test_dots(case, k, tile, monkeypatch):
     model, objective, batch, _ = case
+    if tile:  # bytes of gradients that are written out at once
+        monkeypatch.setattr(pieces, "_TILE_BYTES", tile)
     V = draw(k, objective.size)
     close(layers.dots(objective, batch, V), by_hand(model, batch)[:, 0] @ V.T)
 
