@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight import calculus
-from upweight.errors import InvalidInput
+from upweight.errors import InvalidInput, UnsupportedModel
 from upweight.examples import Examples
 from upweight.influence import Influence
-from upweight.objective import Objective
 from upweight.trees import leaves, take
 
+_PAIR = 2  # classes: their one pair is a single output
 _CUTS = (0.0, 0.5)  # logits and margins change their class at 0, probabilities and least squares on 0 and 1 at ½
 
 
@@ -31,10 +31,60 @@ class Predictions:
     Args:
         outputs: (q, K) the model's outputs: logits, decision values or predicted numbers.
         labels: (q,) the class of each, by the user's own name; None where outputs are no classes.
+        names: of the classes, in the order of the outputs; None where outputs are no classes.
+        cut: of a single output, where its class changes: 0, or ½ for probabilities and least squares on 0 and 1.
+        paired: whether the outputs are those of pairs of classes, one against one.
     """
 
     outputs: Float[NDArray[np.float64], "q K"]
     labels: Shaped[NDArray[Any], " q"] | None
+    names: tuple[Any, ...] | None = field(default=None, repr=False)
+    cut: float = field(default=0.0, repr=False)
+    paired: bool = field(default=False, repr=False)
+
+    def per_class(self) -> Float[NDArray[np.float64], "q C"]:
+        """One output for each class, the largest of which decides.
+
+        A single output stands for the second class, less its cut, beside 0 for the first.
+
+        Raises:
+            UnsupportedModel: if the outputs are no classes, or those of pairs of classes.
+        """
+        if self.names is None:
+            message = "These outputs are no classes, so there is none per class. Pass the influence of a classifier."
+            raise UnsupportedModel(message)
+        if self.paired and len(self.names) > _PAIR:
+            message = (
+                f"{self.outputs.shape[1]} outputs are those of pairs of {len(self.names)} classes, one against one, "
+                "and give no output per class. Use LinearSVC or LogisticRegression."
+            )
+            raise UnsupportedModel(message)
+        if self.outputs.shape[1] > 1:
+            return self.outputs
+        second = self.outputs - self.cut
+        return np.concatenate([np.zeros_like(second), second], 1)
+
+    def margins(self, y: Any) -> Float[NDArray[np.float64], " q"]:
+        """By how much each one's class y is ahead of the strongest other: > 0 where the label is y.
+
+        Raises:
+            InvalidInput: if y is not one known class for each.
+            UnsupportedModel: if there is no output per class.
+        """
+        outputs, wanted = self.per_class(), np.asarray(y)
+        places = {name: place for place, name in enumerate(self.names or ())}
+        unknown = sorted({str(label) for label in wanted.tolist() if label not in places}) if wanted.ndim == 1 else []
+        if wanted.shape != (len(outputs),) or unknown:
+            message = (
+                f"y has shape {wanted.shape}, and there are {len(outputs)} predictions"
+                + (f"; {', '.join(unknown[:5])} is no class of the model" if unknown else "")
+                + f". Pass one of the classes for each: {', '.join(map(str, list(places)[:10]))}."
+            )
+            raise InvalidInput(message)
+        codes = np.array([places[label] for label in wanted.tolist()], dtype=np.int64)
+        own = outputs[np.arange(len(codes)), codes]
+        others = np.where(np.arange(outputs.shape[1]) == codes[:, None], -np.inf, outputs)
+        return own - others.max(1)
 
     def accuracy(self, y: Any) -> float:
         """The share of labels that equal y.
@@ -84,8 +134,11 @@ def predict(influence: Influence, Xq: Any) -> Predictions:
     sweep = influence.sweep.over(objective, queries)
     outputs = sweep.emit(lambda batch, _: calculus.outputs(objective, batch), label="predict")
     names = classes(influence)
-    decide = decision(influence)
-    return Predictions(outputs, None if names is None or decide is None else np.asarray(names)[decide(outputs)])
+    if names is None:
+        return Predictions(outputs, None)
+    cut, paired = _class_cut(influence, names), objective.linear is not None and objective.linear.loss.pairs
+    labels = np.asarray(names)[_chosen(outputs, K=len(names), cut=cut, paired=paired)]
+    return Predictions(outputs, labels, tuple(names), cut, paired)
 
 
 def classes(influence: Influence) -> list[Any] | None:
@@ -119,10 +172,9 @@ def decision(influence: Influence) -> Callable[[NDArray[np.float64]], NDArray[np
     names = classes(influence)
     if names is None:
         return None
-    own = getattr(influence.encoder, "estimator", None) is not None
-    cut = 0.0 if own or _output_count(influence) > 1 else _cut(influence, names)
-    assert cut is not None  # there are no classes without it
-    return partial(_chosen, influence.objective, K=len(names), cut=cut)
+    objective = influence.objective
+    paired = objective.linear is not None and objective.linear.loss.pairs
+    return partial(_chosen, K=len(names), cut=_class_cut(influence, names), paired=paired)
 
 
 def training_labels(influence: Influence, rows: Any = None) -> Shaped[NDArray[Any], " n"] | None:
@@ -193,10 +245,10 @@ def features(influence: Influence, X: Any = None) -> Float[NDArray[np.float64], 
     return x.reshape(len(x), -1).double().cpu().numpy()
 
 
-def _chosen(objective: Objective, outputs: NDArray[np.float64], *, K: int, cut: float) -> NDArray[np.int64]:
+def _chosen(outputs: NDArray[np.float64], *, K: int, cut: float, paired: bool) -> NDArray[np.int64]:
     if outputs.shape[1] == 1:
         return (outputs[:, 0] > cut).astype(np.int64)
-    if objective.linear is None or not objective.linear.loss.pairs:
+    if not paired:
         return outputs.argmax(1)
     first, second = np.triu_indices(K, 1)  # one against one: a positive output says the first of its pair
     votes = np.zeros((len(outputs), K))
@@ -211,6 +263,15 @@ def _pair(values: NDArray[Any]) -> list[Any] | None:
     """The two classes that these targets are of: 0 and 1, or −1 and 1."""
     numbers = {int(value) for value in values}
     return next((pair for pair in ([0, 1], [-1, 1]) if numbers <= set(pair)), None)
+
+
+def _class_cut(influence: Influence, names: list[Any]) -> float:
+    """Where the class of a single output changes; 0 of several, and of an estimator."""
+    if getattr(influence.encoder, "estimator", None) is not None or _output_count(influence) > 1:
+        return 0.0
+    cut = _cut(influence, names)
+    assert cut is not None  # there are no classes without it
+    return cut
 
 
 def _cut(influence: Influence, pair: list[Any]) -> float | None:

@@ -15,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 
 import upweight as uw
+from upweight.errors import InvalidInput, UnsupportedModel
 
 X, Y = load_iris(return_X_y=True)
 X = StandardScaler().fit_transform(X)
@@ -51,6 +52,29 @@ def test_labels_are_those_of_the_estimator(model, count):
     assert uw.classes(influence) == sorted(set(labels))
     assert uw.training_labels(influence).tolist() == labels.tolist()
     assert uw.training_labels(influence, [5, 2]).tolist() == labels[[5, 2]].tolist()
+    if isinstance(model, SVC) and count == 3:
+        with pytest.raises(UnsupportedModel, match="pairs of 3 classes.*LinearSVC"):
+            said.margins(labels)
+        return
+    assert (said.per_class().argmax(1) == [sorted(set(labels)).index(label) for label in said.labels]).all()
+    np.testing.assert_array_equal(said.margins(labels) > 0, said.labels == labels)
+    assert (said.margins(said.labels) > 0).all()
+
+
+@pytest.mark.parametrize("loss", [torch.nn.BCELoss(), torch.nn.MSELoss()], ids=["cross-entropy", "squares"])
+def test_margins_of_a_single_output_count_from_where_its_class_changes(loss):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Sigmoid(), torch.nn.Flatten(0)).double()
+    y = torch.tensor((NAMES == "setosa").astype(float))
+    influence = uw.explain(module, torch.tensor(X), y, loss=loss, damping=1.0)
+    said = uw.predict(influence, torch.tensor(X))
+    probability = module(torch.tensor(X)).detach().numpy()
+    np.testing.assert_allclose(said.margins(np.ones(len(X), int)), probability - 0.5)
+    np.testing.assert_allclose(said.margins(np.zeros(len(X), int)), 0.5 - probability)
+    with pytest.raises(InvalidInput, match="2 is no class"):
+        said.margins(np.full(len(X), 2))
+    with pytest.raises(InvalidInput, match="150 predictions"):
+        said.margins([1])
 
 
 def test_outputs_are_decision_values_and_regressions_have_no_labels():
