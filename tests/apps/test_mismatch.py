@@ -10,10 +10,11 @@ import scipy.sparse
 import torch
 from sklearn.compose import ColumnTransformer
 from sklearn.kernel_ridge import KernelRidge
-from sklearn.linear_model import Lasso, LogisticRegression, Ridge
+from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from small import XQ, YQ, classifier, refuses
+from small import Items as items_of
 
 import upweight as uw
 from upweight.apps import Mismatch, mismatch, one_hot_groups
@@ -176,6 +177,36 @@ def test_groups_add_and_their_newton_step_is_a_real_removal(k):
     assert by_rows.first_order[0] == pytest.approx(values[:4].sum())
 
 
+def test_a_source_that_cannot_be_removed_leaves_the_others_their_steps():
+    line = X[:, :2] @ [1.0, -1.0] + DRAW.normal(size=N)
+    columns = np.column_stack([X[:, :2], X[:, 5]])  # without the rare rows the last column is 0
+    influence = uw.explain(LinearRegression(fit_intercept=False).fit(columns, line), columns, line)
+    source = np.where(KIND == 3, "rare", np.where(np.arange(N) < 120, "first", "second"))
+    on = (columns[4:9], line[4:9] + 1)
+    told = mismatch(influence, on, groups=source)
+    assert told.groups is not None
+    assert told.groups.newton is not None
+    assert told.groups.refused == ""
+    assert list(told.groups.without) == ["rare"]
+    assert "leverage" in told.groups.without["rare"]
+    assert f"no Newton step of rare: {told.groups.without['rare']}" in str(told)
+    assert told.groups.to_dict()["without"] == dict(told.groups.without)
+
+    def mean_loss(keep):
+        model = LinearRegression(fit_intercept=False).fit(columns[keep], line[keep])
+        return ((model.predict(on[0]) - on[1]) ** 2).mean()
+
+    for name, step in zip(told.groups.names, told.groups.newton, strict=True):
+        if name == "rare":
+            assert np.isnan(step)
+        else:
+            assert step == pytest.approx(mean_loss(source != name) - mean_loss(np.ones(N, dtype=bool)), rel=1e-6)
+    alone = mismatch(influence, on, groups={"rare": np.flatnonzero(KIND == 3)}).groups
+    assert alone is not None
+    assert alone.newton is None
+    assert alone.refused == told.groups.without["rare"]
+
+
 def test_what_a_model_does_not_have_is_left_out():
     network = mismatch(classifier(), (XQ, YQ), groups=np.arange(40) % 3)
     assert network.groups is not None
@@ -190,6 +221,55 @@ def test_what_a_model_does_not_have_is_left_out():
     assert machine.features is None
     assert machine.harmful.stand_out >= 1
     assert "equation 5" not in str(machine)
+
+
+@pytest.mark.parametrize("width", [6, 7])
+def test_a_frozen_head_holds_what_goes_into_the_network(width):
+    """Also where there are as many features as inputs: features times derivatives by inputs would mean nothing."""
+    torch.manual_seed(0)
+    inputs = torch.randn(60, 6, dtype=torch.float64)
+    inputs[:, 5] = 0
+    labels = (inputs[:, 0] > 0).long()
+    labels[:4] = 1 - labels[:4]
+    network = torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.Tanh(), torch.nn.Linear(width, 2)).double().eval()
+    settings = {"penalty": 0.01, "parameters": ["2.weight", "2.bias"], "loss": torch.nn.functional.cross_entropy}
+    influence = uw.retrained(uw.explain(network, inputs, labels, **settings))
+    on = (torch.randn(5, 6, dtype=torch.float64), torch.arange(5) % 2)
+    effects = mismatch(influence, on).features
+    assert effects is not None
+    assert effects.coefficient is None
+    g = influence.of_perturbing(effects.rows, on=on).mean(0)
+    np.testing.assert_allclose(effects.held_by_row, inputs.numpy()[effects.rows] * g)
+    assert effects.held[5] == 0
+    assert effects.absolute[5] > 0
+    row = int(effects.rows[0])
+    moved = uw.edited(influence, [row], X_new=inputs[[row]] + torch.eye(6, dtype=torch.float64)[[5]])
+    after = mismatch(moved, on, k=60).features
+    assert after is not None
+    g = moved.of_perturbing(after.rows, on=on).mean(0)
+    now = inputs.numpy().copy()
+    now[row, 5] += 1
+    np.testing.assert_allclose(after.held_by_row, now[after.rows] * g)
+    items = list(zip(inputs, labels, strict=True))
+    unread = mismatch(uw.retrained(uw.explain(network, items_of(items), **settings)), on).features
+    assert unread is not None
+    np.testing.assert_allclose(unread.by_row, effects.by_row, rtol=1e-6, atol=1e-12)
+    assert unread.held is None
+
+
+def test_rows_of_a_dataset_hold_what_its_items_hold():
+    items = items_of([(torch.from_numpy(x), torch.tensor(label)) for x, label in zip(X, Y, strict=True)])
+    network = torch.nn.Linear(6, 2).double().eval()
+    settings = {"loss": torch.nn.functional.cross_entropy, "penalty": 0.1}
+    told = mismatch(uw.explain(network, items, **settings), (torch.from_numpy(XR), torch.from_numpy(YR)))
+    plain = mismatch(
+        uw.explain(network, torch.from_numpy(X), torch.from_numpy(Y), **settings),
+        (torch.from_numpy(XR), torch.from_numpy(YR)),
+    )
+    assert told.features is not None
+    assert plain.features is not None
+    np.testing.assert_array_equal(told.features.rows, plain.features.rows)
+    np.testing.assert_allclose(told.features.held_by_row, plain.features.held_by_row, rtol=1e-6)
 
 
 def test_names_come_from_the_frame_and_the_pipeline():

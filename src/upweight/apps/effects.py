@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,9 +38,10 @@ class FeatureEffects:
             `held_by_row` says more.
         absolute_by_row: (r, f) Σ |g| over the feature's columns.
         held_by_row: (r, f) Σ x·g over the feature's columns: of what the row really holds, which leaves out categories
-            it does not have; None where the derivatives are not by what the model's coefficients multiply.
+            it does not have; x are the inputs that the derivatives are by, also before a frozen network; None where
+            they are not at hand, as for some Datasets.
         coefficient: (f,) the largest |θ| of the feature's columns, the naive reading; None if the model is not linear
-            in these columns.
+            in just these columns.
         widest: (f,) the column with the largest Σᵢ |g| in each feature.
     """
 
@@ -143,9 +145,10 @@ class GroupEffects:
         names: of the sources.
         sizes: (g,) numbers of rows.
         first_order: (g,) the sum over the rows' values.
-        newton: (g,) by the group's own Newton step, NaN for sources that were left out for being weak; None where the
-            model has no such step.
-        refused: why there is no Newton step, "" where there is one.
+        newton: (g,) by the group's own Newton step, NaN for sources that were left out for being weak and for those in
+            `without`; None where no source has such a step.
+        refused: why no source has a Newton step, "" where one has.
+        without: source → why it has no Newton step while others have, such as that the rest does not determine the fit.
     """
 
     names: list[Any]
@@ -153,6 +156,7 @@ class GroupEffects:
     first_order: Float[NDArray[np.float64], " g"]
     newton: Float[NDArray[np.float64], " g"] | None
     refused: str = ""
+    without: Mapping[Any, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """One entry per source."""
@@ -163,6 +167,7 @@ class GroupEffects:
                 for name, size, value, step in zip(self.names, self.sizes, self.first_order, steps, strict=True)
             ],
             "refused": self.refused,
+            "without": {str(name): why for name, why in self.without.items()},
         }
 
 
@@ -186,4 +191,5 @@ def group_lines(groups: GroupEffects, k: int = 3) -> list[str]:
     for g in shown:
         step = "" if groups.newton is None or np.isnan(groups.newton[g]) else f", Newton step {groups.newton[g]:+.3g}"
         lines.append(f"  {groups.names[g]} ({groups.sizes[g]} rows): first order {groups.first_order[g]:+.3g}{step}")
+    lines += [f"  no Newton step of {name}: {why}" for name, why in groups.without.items()]
     return lines + ([f"  no Newton steps: {groups.refused}"] if groups.refused else [])

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 import upweight as uw
-from upweight.apps.columns import grouped_columns, one_hot_groups
+from upweight.apps.columns import grouped_columns, one_hot_groups, unique
 from upweight.apps.effects import FeatureEffects, GroupEffects, feature_lines, group_lines
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, checked_count, first_line
 
@@ -200,9 +200,7 @@ def _features(
     x = _inputs(influence, rows, d)
     if groups is None:
         everything = _inputs(influence, None, d) if any("_" in name for name in named) else None
-        groups = (
-            {name: [j] for j, name in enumerate(named)} if everything is None else one_hot_groups(everything, named)
-        )
+        groups = {} if everything is None else one_hot_groups(everything, named)
     columns = grouped_columns(groups, named)
     total = np.abs(g).sum(0)
     coefficient = _coefficients(influence, d)
@@ -218,7 +216,7 @@ def _features(
         summed(np.abs(g)),
         None if x is None else summed(x.multiply(g).toarray() if scipy.sparse.issparse(x) else x * g),
         None if coefficient is None else np.array([coefficient[own].max() for own in columns.values()]),
-        [named[own[int(np.argmax(total[own]))]] for own in columns.values()],
+        [unique(named)[own[int(np.argmax(total[own]))]] for own in columns.values()],
     )
 
 
@@ -238,22 +236,40 @@ def _derivatives(
 
 
 def _inputs(influence: uw.Influence, rows: NDArray[np.int64] | None, d: int) -> Any:
-    """The inputs of these training rows, (r, d), as equation 5 moves them; None where the objective sees others."""
-    if influence.examples.x is None or influence.examples.x.ndim == 1:
+    """The inputs of these training rows, (r, d), as equation 5 moves them; None where they are not at hand.
+
+    Those of a frozen network are what goes into the network. A Dataset is read for a few rows, not as a whole.
+    """
+    own, whole = _moves_own_inputs(influence), getattr(influence.encoder, "original", influence.examples)
+    if whole.x is not None:
+        x = influence.examples.x if own else uw.training_inputs(influence)
+        x = x if rows is None else x[rows]
+    elif own and rows is not None:
+        batch = influence.examples.batch(rows)
+        x = batch[0] if isinstance(batch, tuple | list) else batch
+    else:
         return None
-    x = influence.examples.x if rows is None else influence.examples.x[rows]
-    if not scipy.sparse.issparse(x):
-        x = np.asarray(x, dtype=np.float64).reshape(len(x), -1)
-    return x if x.shape[1] == d else None
+    if scipy.sparse.issparse(x):
+        return x if x.shape[1] == d else None
+    if not hasattr(x, "ndim") or x.ndim == 1:  # parts, or one number each
+        return None
+    x = x.detach().double().cpu().numpy() if hasattr(x, "detach") else np.asarray(x, dtype=np.float64)
+    x = x.reshape(len(x), -1)
+    return x if x.shape[1] == d else None  # a lasso's objective sees some of the columns
 
 
 def _coefficients(influence: uw.Influence, d: int) -> NDArray[np.float64] | None:
-    """The largest |θ| over the outputs of each of d columns; None unless the model is linear in just these."""
+    """The largest |θ| over the outputs of each of d columns; None unless they multiply just what equation 5 moves."""
     structure = influence.objective.linear
-    if structure is None or structure.n_features != d:
+    if structure is None or structure.n_features != d or not _moves_own_inputs(influence):
         return None
     coef = influence.objective.theta.numpy()[: structure.n_outputs * d]
     return np.abs(coef).reshape(structure.n_outputs, d).max(0)
+
+
+def _moves_own_inputs(influence: uw.Influence) -> bool:
+    """Whether equation 5 moves what the objective sees, and not what a frozen network makes features of."""
+    return getattr(influence.encoder, "original", None) is None
 
 
 def _named(groups: Any, n: int) -> dict[Any, NDArray[np.int64]]:
@@ -281,20 +297,42 @@ def _groups(influence: uw.Influence, queries: uw.Examples, members: dict[Any, An
     rows = influence.examples.groups(members)
     sums = influence.of_groups(rows, on=queries).values.mean(0)
     strongest = np.argsort(-np.abs(sums), kind="stable")[:k]
-    steps, refused = np.full(len(rows), np.nan), ""
-    try:
-        steps[strongest] = influence.of_removing([rows[g] for g in strongest], on=queries).values.mean(0)
-    except UpweightError as error:
-        refused = first_line(error)
-    order = np.argsort(sums, kind="stable")
-    names = list(members)
+    steps, refused, without = _newton_steps(influence, queries, rows, strongest.tolist())
+    order, names = np.argsort(sums, kind="stable"), list(members)
     return GroupEffects(
         [names[g] for g in order],
         np.array([len(rows[g]) for g in order]),
         sums[order],
         None if refused else steps[order],
         refused,
+        {names[g]: why for g, why in without.items()},
     )
+
+
+def _newton_steps(
+    influence: uw.Influence, queries: uw.Examples, groups: list[NDArray[np.int64]], chosen: list[int]
+) -> tuple[NDArray[np.float64], str, dict[int, str]]:
+    """The Newton steps of the chosen groups, why there is none, and the groups that cannot be removed, with the reason.
+
+    All at once, which is faster; one by one if one of them cannot be removed.
+    """
+    steps = np.full(len(groups), np.nan)
+    try:
+        steps[chosen] = influence.of_removing([groups[g] for g in chosen], on=queries).values.mean(0)
+    except UnsupportedModel as error:  # of the model: no group has a step
+        return steps, first_line(error), {}
+    except UpweightError as error:
+        if len(chosen) == 1:
+            return steps, first_line(error), {}
+    else:
+        return steps, "", {}
+    without = {}
+    for g in chosen:
+        try:
+            steps[g] = influence.of_removing([groups[g]], on=queries).values.mean()
+        except UpweightError as error:
+            without[g] = first_line(error)
+    return (steps, "", without) if len(without) < len(chosen) else (steps, without[chosen[0]], without)
 
 
 def _said(side: Side, verb: str) -> str:
