@@ -8,6 +8,7 @@ Each returns an Influence, so every question can be asked again there, and `pred
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from upweight.errors import InvalidInput, UnsupportedModel
 from upweight.examples import Examples
 from upweight.influence import Influence, Rows
-from upweight.retrain import BoundRefit, bound, reweighted
+from upweight.retrain import BoundRefit, bound, reweighted, shared
 from upweight.trials import flat
 
 
@@ -26,7 +27,8 @@ def edited(influence: Influence, rows: Rows, X_new: Any = None, y_new: Any = Non
 
     θ̂ does not move, so it is no longer at a minimum; `retrained(edited(…))` is the model that fits the edited data. A
     row keeps its sample weight; with class weights a new label brings the weight of its own class, and the weights of
-    the classes stay those of the fit. `predict` works as before. Transformers of a Pipeline stay as they were fitted.
+    the classes stay those of the fit; with `penalty_per_example` the penalty follows the sum of the weights. `predict`
+    works as before. Transformers of a Pipeline stay as they were fitted.
 
     Cost: a copy of the inputs if they change; nothing is computed.
 
@@ -39,6 +41,7 @@ def edited(influence: Influence, rows: Rows, X_new: Any = None, y_new: Any = Non
     Raises:
         InvalidInput: if nothing changes, a row is named twice, or the new examples do not fit the old.
         RowOutOfRange: if a row does not exist.
+        UnsupportedModel: if the features of a kernel do not hold the new inputs.
 
     >>> from sklearn.linear_model import Ridge
     >>> from upweight import explain
@@ -55,8 +58,12 @@ def edited(influence: Influence, rows: Rows, X_new: Any = None, y_new: Any = Non
     if len(np.unique(rows)) < len(rows):
         message = "A row is named twice, so it would become two things at once. Name each row once."
         raise InvalidInput(message)
-    examples, encoder = _edited(influence, rows, X_new, y_new), influence.encoder.edited(rows, X_new, y_new)
-    return Influence(influence.objective, examples, encoder=encoder, **influence.settings)
+    if X_new is not None:
+        influence.encoder.check_new(X_new)
+    examples = _edited(influence, rows, X_new, y_new)
+    share = float(examples.weights.sum() / influence.examples.weights.sum())
+    encoder = influence.encoder.edited(rows, X_new, y_new).reweighted(share)
+    return Influence(shared(influence.objective, share), examples, encoder=encoder, **influence.settings)
 
 
 def retrained(
@@ -105,9 +112,15 @@ def retrained(
             "leave_one_out(influence, (Xq, yq), rows), which measures the queries after each fit."
         )
         raise UnsupportedModel(message)
-    theta = flat(influence.objective, train(factors, seed))
+    params, penalty = (
+        train.with_penalty(factors, seed) if isinstance(train, BoundRefit) else (train(factors, seed), None)
+    )
     after = reweighted(influence.sweep, factors)
-    return Influence(after.objective.at(theta), after.examples, encoder=influence.encoder, **influence.settings)
+    objective = after.objective.at(flat(influence.objective, params))
+    if penalty is not None:
+        objective = replace(objective, penalty=penalty)
+    encoder = influence.encoder.reweighted(float(after.examples.weights.sum() / influence.examples.weights.sum()))
+    return Influence(objective, after.examples, encoder=encoder, **influence.settings)
 
 
 def _edited(influence: Influence, rows: NDArray[np.int64], X_new: Any, y_new: Any) -> Examples:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from upweight.errors import InvalidInput
 from upweight.examples import Examples, as_array, as_tensor
-from upweight.objective import Objective
+from upweight.objective import L2, Objective
 
 
 @runtime_checkable
@@ -27,8 +27,11 @@ class Refitting(Protocol):
         """The objective whose parameters it returns, when θ̂'s own leaves some out (the zeros of a lasso)."""
         ...
 
-    def __call__(self, weights: NDArray[np.float64], share: float, *, folded: bool, seed: int) -> Any:
-        """The parameters for these total weights wᵢ, whose sum is `share` of what it was; `folded` scales r by it."""
+    def __call__(self, weights: NDArray[np.float64], share: float, *, folded: bool, seed: int) -> tuple[Any, L2 | None]:
+        """The parameters for these total weights wᵢ, whose sum is `share` of what it was; `folded` scales r by it.
+
+        Beside them the penalty, where it depends on what training found.
+        """
         ...
 
 
@@ -74,6 +77,14 @@ class Encoder(Protocol):
         """The encoder of a training set in which these rows have other inputs and labels; None keeps what they have."""
         ...
 
+    def reweighted(self, share: float) -> Encoder:
+        """The encoder of a training set whose weights sum to `share` of what they did."""
+        ...
+
+    def check_new(self, X: Any) -> None:
+        """Raises for inputs that can be queries, but no training rows."""
+        ...
+
     def examples(self, X: Any, y: Any = None) -> Examples:
         """X and y as the training examples were made."""
         ...
@@ -104,6 +115,13 @@ class PlainEncoder:
     def edited(self, rows: NDArray[np.int64], X: Any, y: Any) -> PlainEncoder:  # noqa: ARG002
         """Itself."""
         return self
+
+    def reweighted(self, share: float) -> PlainEncoder:  # noqa: ARG002
+        """Itself."""
+        return self
+
+    def check_new(self, X: Any) -> None:
+        """Nothing to say."""
 
     def examples(self, X: Any, y: Any = None) -> Examples:
         """X and y as examples."""

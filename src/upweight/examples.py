@@ -178,6 +178,8 @@ class Examples:
         """
         other = copy(self)
         other._targets = None
+        if self._targets is not None and isinstance(x, Examples):
+            other._targets = with_lines(self._targets, rows, x.targets(), "y_new")
         other.weights = self.weights.copy()
         other.weights[rows] = weights
         if self.dataset is not None:
@@ -200,6 +202,8 @@ class Examples:
                 "examples."
             )
             raise InvalidInput(message)
+        if batch[1].shape == (len(targets), 1) and targets.ndim == 1:
+            targets = targets[:, None]
         if targets.shape != batch[1].shape:
             message = (
                 f"y_new has shape {tuple(targets.shape)}, and the labels of {len(rows)} rows have "

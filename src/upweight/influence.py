@@ -356,6 +356,7 @@ class Influence:
             y_new: new targets.
             on: (Xq, yq), the queries.
         """
+        self.encoder.check_new(X_new)
         new = self._with_targets(self.encoder.examples(X_new, y_new))
         queries = self.queries(on)
         solution = self._solve(self._query_gradients(self.objective, queries))
@@ -483,6 +484,7 @@ class Influence:
         return np.ones(len(examples)) if examples.y is None else self.encoder.class_weights(as_tensor(examples.y))
 
     def _new(self, rows: NDArray[np.int64], X: Any, y: Any) -> Examples:
+        self.encoder.check_new(X)
         new = self._with_targets(self.encoder.examples(X, y))
         if len(new) != len(rows):
             message = (

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from upweight.examples import Examples
 from upweight.influence import Influence
 from upweight.trees import leaves, take
 
-_PAIR = 2  # classes: their one pair is a single output
 _CUTS = (0.0, 0.5)  # logits and margins change their class at 0, probabilities and least squares on 0 and 1 at ½
 
 
@@ -53,7 +52,7 @@ class Predictions:
         if self.names is None:
             message = "These outputs are no classes, so there is none per class. Pass the influence of a classifier."
             raise UnsupportedModel(message)
-        if self.paired and len(self.names) > _PAIR:
+        if self.paired and len(self.names) > 2:
             message = (
                 f"{self.outputs.shape[1]} outputs are those of pairs of {len(self.names)} classes, one against one, "
                 "and give no output per class. Use LinearSVC or LogisticRegression."
@@ -99,6 +98,12 @@ class Predictions:
         if truth.shape != self.labels.shape:
             message = f"y has shape {truth.shape}, and there are {len(self.labels)} labels. Pass one label for each."
             raise InvalidInput(message)
+        if self.names is not None and not set(truth.tolist()) & set(self.names):
+            message = (
+                f"None of the {len(truth)} labels in y, such as {truth[0]!r}, is a class of the model: "
+                f"{', '.join(map(repr, self.names[:10]))}. Pass labels of the type that fit() was given."
+            )
+            raise InvalidInput(message)
         return float((self.labels == truth).mean())
 
 
@@ -136,9 +141,8 @@ def predict(influence: Influence, Xq: Any) -> Predictions:
     names = classes(influence)
     if names is None:
         return Predictions(outputs, None)
-    cut, paired = _class_cut(influence, names), objective.linear is not None and objective.linear.loss.pairs
-    labels = np.asarray(names)[_chosen(outputs, K=len(names), cut=cut, paired=paired)]
-    return Predictions(outputs, labels, tuple(names), cut, paired)
+    rule = _Rule.of(influence, names)
+    return Predictions(outputs, np.asarray(names)[rule(outputs)], tuple(names), rule.cut, rule.paired)
 
 
 def classes(influence: Influence) -> list[Any] | None:
@@ -152,7 +156,7 @@ def classes(influence: Influence) -> list[Any] | None:
     if estimator is not None:
         names = getattr(estimator, "classes_", None)
         return None if names is None else np.asarray(names).tolist()
-    y = influence.examples.targets()
+    y = _column(influence.examples.targets())
     if y is None or y.ndim != 1 or not bool((y == y.round()).all()):
         return None
     values = np.unique(y.cpu().numpy())
@@ -170,11 +174,7 @@ def decision(influence: Influence) -> Callable[[NDArray[np.float64]], NDArray[np
     which both classes cost the same.
     """
     names = classes(influence)
-    if names is None:
-        return None
-    objective = influence.objective
-    paired = objective.linear is not None and objective.linear.loss.pairs
-    return partial(_chosen, K=len(names), cut=_class_cut(influence, names), paired=paired)
+    return None if names is None else _Rule.of(influence, names)
 
 
 def training_labels(influence: Influence, rows: Any = None) -> Shaped[NDArray[Any], " n"] | None:
@@ -194,7 +194,7 @@ def _named(influence: Influence, examples: Examples, rows: NDArray[np.int64]) ->
         return None
     targets = y.cpu().numpy()[rows]
     if getattr(influence.encoder, "estimator", None) is None:
-        return targets.astype(np.int64)
+        return targets.reshape(len(targets)).astype(np.int64)
     if targets.ndim == 2:  # least squares on ±1, one column per class or one for two classes
         codes = targets.argmax(1) if targets.shape[1] > 1 else (targets[:, 0] > 0).astype(np.int64)
     else:
@@ -245,33 +245,56 @@ def features(influence: Influence, X: Any = None) -> Float[NDArray[np.float64], 
     return x.reshape(len(x), -1).double().cpu().numpy()
 
 
-def _chosen(outputs: NDArray[np.float64], *, K: int, cut: float, paired: bool) -> NDArray[np.int64]:
-    if outputs.shape[1] == 1:
-        return (outputs[:, 0] > cut).astype(np.int64)
-    if not paired:
-        return outputs.argmax(1)
-    first, second = np.triu_indices(K, 1)  # one against one: a positive output says the first of its pair
-    votes = np.zeros((len(outputs), K))
-    for pair, (i, j) in enumerate(zip(first, second, strict=True)):
-        wins = outputs[:, pair] > 0
-        votes[wins, i] += 1
-        votes[~wins, j] += 1
-    return votes.argmax(1)
+@dataclass(frozen=True)
+class _Rule:
+    """From outputs to class numbers.
+
+    Args:
+        K: classes.
+        cut: of a single output.
+        paired: whether outputs are those of pairs of classes.
+        broken: whether ties of their votes go by the sums of outputs, as with SVC(break_ties=True), not by the order.
+    """
+
+    K: int
+    cut: float
+    paired: bool
+    broken: bool
+
+    @classmethod
+    def of(cls, influence: Influence, names: list[Any]) -> _Rule:
+        estimator, structure = getattr(influence.encoder, "estimator", None), influence.objective.linear
+        own = estimator is not None or _output_count(influence) > 1
+        cut = 0.0 if own else _cut(influence, names)
+        assert cut is not None  # there are no classes without it
+        shape = getattr(estimator, "decision_function_shape", "ovo")
+        broken = bool(getattr(estimator, "break_ties", False)) and shape == "ovr"
+        return cls(len(names), cut, structure is not None and structure.loss.pairs, broken)
+
+    def __call__(self, outputs: NDArray[np.float64]) -> NDArray[np.int64]:
+        if outputs.shape[1] == 1:
+            return (outputs[:, 0] > self.cut).astype(np.int64)
+        if not self.paired:
+            return outputs.argmax(1)
+        votes, sums = np.zeros((2, len(outputs), self.K))
+        for output, (i, j) in zip(outputs.T, itertools.combinations(range(self.K), 2), strict=True):
+            wins = output > 0  # a positive output says the first of its pair
+            votes[wins, i] += 1
+            votes[~wins, j] += 1
+            sums[:, i] += output
+            sums[:, j] -= output
+        return (votes + sums / (3 * (np.abs(sums) + 1)) if self.broken else votes).argmax(1)
+
+
+def _column(y: Tensor | None) -> Tensor | None:
+    """Targets of shape (n, 1), as the losses of single outputs ask for, as (n,)."""
+    return y[:, 0] if y is not None and y.ndim == 2 and y.shape[1] == 1 else y
 
 
 def _pair(values: NDArray[Any]) -> list[Any] | None:
     """The two classes that these targets are of: 0 and 1, or −1 and 1."""
     numbers = {int(value) for value in values}
     return next((pair for pair in ([0, 1], [-1, 1]) if numbers <= set(pair)), None)
-
-
-def _class_cut(influence: Influence, names: list[Any]) -> float:
-    """Where the class of a single output changes; 0 of several, and of an estimator."""
-    if getattr(influence.encoder, "estimator", None) is not None or _output_count(influence) > 1:
-        return 0.0
-    cut = _cut(influence, names)
-    assert cut is not None  # there are no classes without it
-    return cut
 
 
 def _cut(influence: Influence, pair: list[Any]) -> float | None:

@@ -234,6 +234,10 @@ class BoundRefit:
         Raises:
             InvalidInput: if no row of a class is left.
         """
+        return self.with_penalty(weights, seed)[0]
+
+    def with_penalty(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> tuple[Any, L2 | None]:
+        """The same, and the penalty where it depends on what fit() found."""
         old = self.influence.examples.weights
         new = old * weights
         classes = _Classes.of(self.influence)
@@ -273,15 +277,17 @@ class _Classes:
         """What to say about the classes that have no weight left, and their rows; "" if there are none."""
         before = self.weights > 0
         left = before & (np.asarray(weights) > 0)
-        lost = np.setdiff1d(self.numbers[before], self.numbers[left])
+        present = np.unique(self.numbers[left])
+        lost = np.setdiff1d(np.arange(len(self.names)), present)
         if not len(lost):
             return ""
         gone = np.flatnonzero(before & ~left & np.isin(self.numbers, lost)).tolist()
         rows = ", ".join(map(str, gone[:5])) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
+        start = f"Without row(s) {rows} no" if gone else "With the labels as they are now, no"
         return (
-            f"Without row(s) {rows} no row of class {', '.join(repr(self.names[k]) for k in lost)} is left, so fit() "
-            f"solves another problem, of {len(np.unique(self.numbers[left]))} instead of {len(self.names)} classes. "
-            "Leave out other rows, or merge the class with another and fit again."
+            f"{start} row of class {', '.join(repr(self.names[k]) for k in lost)} is left, so fit() "
+            f"solves another problem, of {len(present)} instead of {len(self.names)} classes. "
+            "Leave out or change other rows, or merge the class with another and fit again."
         )
 
 
@@ -321,18 +327,20 @@ def bound(retrain: Any, influence: Influence) -> Retrain:
 def reweighted(sweep: Sweep, weights: Float[NDArray[np.float64], " n"]) -> Sweep:
     """The same work with the examples' weights multiplied, and the penalty's share of them."""
     examples = copy(sweep.examples)
-    examples.weights = sweep.examples.weights * weights
-    objective = sweep.objective
-    share = float(examples.weights.sum() / sweep.examples.weights.sum()) if objective.folded else 1.0
-    if share != 1.0:
-        objective = replace(objective, penalty=_scaled(objective.penalty, share))
+    examples.weights, examples.sample_weight = (
+        before * weights for before in (sweep.examples.weights, sweep.examples.sample_weight)
+    )
+    objective = shared(sweep.objective, float(examples.weights.sum() / sweep.examples.weights.sum()))
     return replace(sweep, examples=examples, objective=objective, progress=False)
 
 
-def _scaled(penalty: Any, share: float) -> Any:
-    if isinstance(penalty, L2):
-        return penalty.scaled(share)
-    return lambda params: share * penalty(params)
+def shared(objective: Objective, share: float) -> Objective:
+    """The objective of a training set whose weights sum to `share` of what they did: a folded penalty follows."""
+    penalty: Any = objective.penalty
+    if not objective.folded or share == 1:
+        return objective
+    scaled = penalty.scaled(share) if isinstance(penalty, L2) else lambda params: share * penalty(params)
+    return replace(objective, penalty=scaled)
 
 
 def _value_and_gradient(sweep: Sweep, theta: Tensor) -> tuple[float, Tensor]:

@@ -146,7 +146,7 @@ def test_moving_an_input_is_the_limit_of_replacing_the_row(fit):
     """Equation 5, in the columns that the user has; kernels have none."""
     influence = fit.influence()
     if type(fit.model).__name__ == "KernelRidge":
-        with pytest.raises(uw.errors.UnsupportedModel, match="of_replacing"):
+        with pytest.raises(uw.errors.UnsupportedModel, match="Fit on the moved rows"):
             influence.of_perturbing([0], on=fit.on)
         return
     moved = influence.of_perturbing(ROWS, on=fit.on)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.adapters.estimators.built import Again, Built
-from upweight.adapters.estimators.inputs import AsGiven, Inputs
+from upweight.adapters.estimators.inputs import AsGiven, Features, Inputs
 from upweight.encoders import whole_examples
 from upweight.errors import InvalidInput
 from upweight.examples import Examples, as_array, as_tensor, with_lines
@@ -60,13 +60,35 @@ class SklearnEncoder:
             return self
         columns, labels = again.fit.X, np.asarray(again.fit.y)
         if X is not None:
-            columns = with_lines(columns, rows, self.rows(X), "X_new")
+            new_rows = self.built.inputs(self.rows(X)) if again.encoded else self.rows(X)
+            columns = with_lines(columns, rows, new_rows, "X_new")
         if y is not None:
             new = np.asarray(y)
             labels = labels.astype(np.result_type(labels, new), copy=True)
             labels[rows] = new.reshape(labels[rows].shape)
         built = replace(self.built, again=replace(again, fit=replace(again.fit, X=columns, y=labels)))
         return SklearnEncoder(self.transformers, self.estimator, built, self.mark)
+
+    def reweighted(self, share: float) -> SklearnEncoder:
+        """The same with a fit() that knows what its rows' weights sum to now."""
+        assert self.built is not None
+        again = self.built.again
+        if again is None or share == 1:
+            return self
+        built = replace(self.built, again=replace(again, before=again.before * share))
+        return SklearnEncoder(self.transformers, self.estimator, built, self.mark)
+
+    def check_new(self, X: Any) -> None:
+        """Kernel features hold training rows only."""
+        assert self.built is not None
+        if not isinstance(self.built.inputs, Features):
+            return
+        if isinstance(X, Examples) and X.encoded_by is self.mark:
+            message = (
+                "These Examples are kernel features already, and a new training row needs its inputs. Pass arrays."
+            )
+            raise InvalidInput(message)
+        self.built.inputs.check_new(self.rows(X.x if isinstance(X, Examples) else X))
 
     def rows(self, X: Any) -> Any:
         """X as the final estimator sees it: a 2-d array or CSR matrix."""

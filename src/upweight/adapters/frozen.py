@@ -42,13 +42,29 @@ _BYTES_PER_NUMBER = 400  # and per number of the input
 class Extractor:
     """The part of a module before one of its submodules, as a function; the module is never changed.
 
+    Its parameters and buffers are those of the day it was made: features that are kept stay those of new queries when
+    the module is trained further.
+
     Args:
         model: the whole module.
         path: where its head is, the submodule whose input is taken.
+        state: its parameters and buffers.
     """
 
     model: torch.nn.Module
     path: str
+    state: Mapping[str, Tensor] = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, path: str) -> Extractor:
+        """The extractor of the module as it is now.  Memory: a copy of its parameters and buffers."""
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return cls(model, path, {name: tensor.detach().clone() for name, tensor in named.items()})
+
+    @property
+    def reference(self) -> Tensor:
+        """A parameter, for its dtype and device."""
+        return self.state[next(name for name, _ in self.model.named_parameters())]
 
     @property
     def head(self) -> torch.nn.Module:
@@ -63,7 +79,9 @@ class Extractor:
         """
         with torch.no_grad():
             features, output = self.both(x)
-            again = self.head(features).reshape(output.shape) if len(features) == len(output) else None
+            own = {name[len(self.path) + 1 :]: t for name, t in self.state.items() if name.startswith(f"{self.path}.")}
+            again = forward(self.head, own, features) if len(features) == len(output) else None
+            again = None if again is None else again.reshape(output.shape)
         if again is None or not torch.allclose(again, output, rtol=1e-4, atol=1e-5 * float(output.abs().max())):
             message = (
                 f"{type(self.model).__name__} does something behind '{self.path}' for some inputs, so it is no head on "
@@ -83,9 +101,9 @@ class Extractor:
             UnsupportedModel: if the head is not called once with one tensor.
         """
         refuse_training_mode(self.model)
-        reference = next(self.model.parameters())
+        reference = self.reference
         with _inputs_of(self.head) as seen:
-            output = forward(self.model, {}, like(tree_map(_as_floats(x, reference), x), reference))
+            output = forward(self.model, self.state, like(tree_map(_as_floats(x, reference), x), reference))
         if len(seen) != 1 or len(seen[0]) != 1 or not isinstance(seen[0][0], Tensor):
             message = f"The head ({type(self.head).__name__}) is called {len(seen)} times in one pass of the model."
             raise UnsupportedModel(message)
@@ -143,7 +161,7 @@ def headed(model: torch.nn.Module, path: str, probe: Any) -> tuple[Extractor, He
     Raises:
         UnsupportedModel: if an example's features depend on the others in its batch.
     """
-    extractor = Extractor(model, path)
+    extractor = Extractor.of(model, path)
     few = tree_map(lambda leaf: leaf[:_PROBED], probe)
     try:
         with torch.no_grad():
@@ -258,6 +276,13 @@ class FrozenEncoder:
         """Through the network at these rows' inputs."""
         return _Through(self, rows)
 
+    def reweighted(self, share: float) -> FrozenEncoder:  # noqa: ARG002
+        """Itself."""
+        return self
+
+    def check_new(self, X: Any) -> None:
+        """Nothing to say."""
+
     def edited(self, rows: NDArray[np.int64], X: Any, y: Any) -> FrozenEncoder:  # noqa: ARG002
         """The same with other inputs for these rows."""
         if X is None:
@@ -280,7 +305,7 @@ class FrozenEncoder:
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             message = f"The input of row {row} is {kind}, which cannot be moved by a small amount. Explain a model of "
             raise InvalidInput(message + "the embedded inputs instead.")
-        reference = next(self.extractor.model.parameters())
+        reference = self.extractor.reference
         return x.to(device=reference.device, dtype=reference.dtype)
 
 

@@ -203,6 +203,13 @@ class ModuleEncoder:
         """The derivatives as they are."""
         return Movable()
 
+    def reweighted(self, share: float) -> ModuleEncoder:  # noqa: ARG002
+        """Itself."""
+        return self
+
+    def check_new(self, X: Any) -> None:
+        """Nothing to say."""
+
     def edited(self, rows: NDArray[np.int64], X: Any, y: Any) -> ModuleEncoder:  # noqa: ARG002
         """Itself."""
         return self

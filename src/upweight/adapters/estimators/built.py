@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,9 @@ class Again:
         shares: whether scaling all weights leaves fit() as it is, so that a removed row takes its share of r along.
         strength: the setting that scales r, or None; C divides.
         whole: the objective of what `read` gives, when the explained one leaves columns of X out.
+        held: r for the refitted estimator on its rows, where r holds intercepts at what fit() found; else None.
+        encoded: whether the rows are inputs of the objective already, not columns of X.
+        before: what the rows' weights sum to, as a share of what they did when the estimator was explained.
     """
 
     estimator: Any
@@ -82,22 +85,21 @@ class Again:
     shares: bool = False
     strength: str | None = "alpha"
     whole: Objective | None = None
+    held: Callable[[Fit], L2] | None = None
+    encoded: bool = False
+    before: float = 1.0
 
     def __call__(
-        self,
-        weights: NDArray[np.float64],
-        share: float,
-        *,
-        folded: bool,
-        seed: int,
-    ) -> Mapping[str, Any]:
-        """The parameters that fit() finds with these total weights.
+        self, weights: NDArray[np.float64], share: float, *, folded: bool, seed: int
+    ) -> tuple[Mapping[str, Any], L2 | None]:
+        """The parameters that fit() finds with these total weights, and the penalty that `held` asks for.
 
         Raises:
             InvalidInput: if fit() refuses them.
         """
         model = require("sklearn.base", "sklearn").clone(self.estimator)
-        factor = (share if folded else 1.0) / (share if self.shares else 1.0)
+        left = self.before * share
+        factor = (left if folded else 1.0) / (left if self.shares else 1.0)
         if self.strength is not None and abs(factor - 1) > 1e-14:
             value = getattr(model, self.strength)
             model.set_params(**{self.strength: value / factor if self.strength == "C" else value * factor})
@@ -114,7 +116,8 @@ class Again:
                 "rows, or pass your own retrain=."
             )
             raise InvalidInput(message) from error
-        return self.read(model)
+        rows = replace(self.fit, estimator=model, sample_weight=weights)
+        return self.read(model), None if self.held is None else self.held(rows)
 
     def _rows(self, model: Any, weights: NDArray[np.float64]) -> tuple[Any, Any, dict[str, Any]]:
         """What fit() takes: with weights where it can, else without the rows that have none."""

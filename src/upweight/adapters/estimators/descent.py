@@ -19,6 +19,7 @@ from upweight.adapters.estimators.labels import by_class, class_weight_vector, o
 from upweight.adapters.estimators.smoothing import held_intercepts, smooth_hinge, smooth_tube
 from upweight.errors import UnsupportedModel, require
 from upweight.losses import Loss
+from upweight.objective import L2
 
 _EXACT: dict[str, Callable[[float], Loss]] = {
     "huber": losses.huber,
@@ -71,11 +72,16 @@ def _descended(fit: Fit) -> Built:
     strength = 0.0 if model.penalty is None else model.alpha * (2 if model.loss == "squared_error" else 1)
     classes = hasattr(model, "classes_")
     targets, own = (of_classes(model), model.decision_function) if classes else (of_outputs(1), model.predict)
-    penalty = l2(strength)
-    if stretched and model.fit_intercept:
-        eta = np.asarray(own(fit.X), dtype=np.float64).reshape(fit.n, 1)
-        penalty, held = held_intercepts(fit, loss, strength, eta, targets(fit.y), np.array([True]))
-        stretched += held
+    loose = bool(stretched) and model.fit_intercept
+
+    def penalised(fit: Fit) -> tuple[L2, str]:
+        model = fit.estimator
+        eta = np.asarray((model.decision_function if classes else model.predict)(fit.X), dtype=np.float64)
+        strength = 0.0 if model.penalty is None else model.alpha
+        return held_intercepts(fit, loss, strength, eta.reshape(fit.n, 1), targets(fit.y), np.array([True]))
+
+    penalty, held = penalised(fit) if loose else (l2(strength), "")
+    stretched += held
     objective = linear_objective(
         fit, loss, model.coef_, model.intercept_ if model.fit_intercept else None, penalty, folded=True
     )
@@ -92,6 +98,7 @@ def _descended(fit: Fit) -> Built:
             read_linear(intercept=model.fit_intercept),
             preferred=True,
             strength=None if model.penalty is None else "alpha",
+            held=(lambda fit: penalised(fit)[0]) if loose else None,
         ),
     )
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from upweight.errors import UnsupportedModel
 
+_OUTSIDE = 1e-6  # of ‖φ(x)‖², beyond rounding
+
 
 @runtime_checkable
 class Inputs(Protocol):
@@ -33,6 +35,10 @@ class Inputs(Protocol):
         """Raises where there are no derivatives by X."""
         ...
 
+    def check_new(self, X: Any) -> None:
+        """Raises where the inputs of these rows would not be those of training rows."""
+        ...
+
 
 @dataclass(frozen=True)
 class AsGiven:
@@ -51,6 +57,9 @@ class AsGiven:
         return deltas
 
     def check_movable(self) -> None:
+        """Nothing to say."""
+
+    def check_new(self, X: Any) -> None:
         """Nothing to say."""
 
 
@@ -83,6 +92,9 @@ class Columns:
     def check_movable(self) -> None:
         """Nothing to say."""
 
+    def check_new(self, X: Any) -> None:
+        """Nothing to say."""
+
 
 @dataclass(frozen=True)
 class Features:
@@ -92,11 +104,13 @@ class Features:
         kernel: rows → their kernel with every training row, (b, n).
         transform: T (n, rank).
         name: of the estimator, for its refusals.
+        itself: one row → k(x, x); None where the kernel of other rows with themselves is not known.
     """
 
     kernel: Callable[[Any], NDArray[np.float64]]
     transform: NDArray[np.float64]
     name: str
+    itself: Callable[[Any], float] | None = None
 
     def __call__(self, X: Any) -> NDArray[np.float64]:
         """(b, rank) features."""
@@ -118,7 +132,31 @@ class Features:
         """
         message = (
             f"{self.name} is explained through {self.transform.shape[1]} features of its kernel, which themselves move "
-            "with the training rows, so equation 5 is not defined in them. Use of_replacing(rows, X_new, y_new, "
-            "on=…) for a moved row, or explain a model of the columns themselves: Ridge, SVC(kernel='linear')."
+            "with the training rows, so equation 5 is not defined in them. Fit on the moved rows and compare, or "
+            "explain a model of the columns themselves: Ridge, SVC(kernel='linear')."
         )
         raise UnsupportedModel(message)
+
+    def check_new(self, X: Any) -> None:
+        """Raises unless the features hold these rows: ‖φ(x)‖² = k(x, x), as for training rows and their mixtures.
+
+        Raises:
+            UnsupportedModel: if a row reaches out of what the training rows span.
+        """
+        if self.itself is None:
+            message = (
+                f"{self.name}(kernel='precomputed') knows no kernel of a new row with itself, so none can join it. "
+            )
+            raise UnsupportedModel(message + "Fit on the changed rows and explain that model.")
+        held = (self(X) ** 2).sum(1)
+        whole = np.array([self.itself(X[row : row + 1]) for row in range(len(held))])
+        outside = 1 - held / np.maximum(whole, np.finfo(np.float64).tiny)
+        worst = int(outside.argmax())
+        if outside[worst] > _OUTSIDE:
+            message = (
+                f"{self.name} is explained through {self.transform.shape[1]} features of its kernel, which span its "
+                f"training rows. New row {worst} lies outside of them with {outside[worst]:.2g} of its ‖φ‖², so what "
+                "it would do as a training row cannot be seen there. Fit on the changed rows and explain that model, "
+                "or use features that stay: make_pipeline(Nystroem(…), Ridge(…))."
+            )
+            raise UnsupportedModel(message)

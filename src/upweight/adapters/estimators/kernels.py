@@ -34,6 +34,7 @@ from upweight.adapters.estimators.margins import (
     vector_weights,
 )
 from upweight.errors import UnsupportedModel, require
+from upweight.objective import L2
 
 _LARGEST = 12_000  # rows; their Gram matrix takes 1.2 GB, its eigenvectors as much again
 _INDEFINITE = 1e-8
@@ -43,7 +44,7 @@ def kernel_ridge(fit: Fit) -> Built:
     """KernelRidge, with one output or several."""
     model = fit.estimator
     known = model.X_fit_
-    features = _features(fit, lambda X: _ridge_kernel(model, X, fit.X))
+    features = _features(fit, lambda X, rows: _ridge_kernel(model, X, rows))
 
     def coef(fitted: Any) -> NDArray[np.float64]:
         dual = fitted.dual_coef_.reshape(known.shape[0], -1)
@@ -65,7 +66,7 @@ def support_vectors(fit: Fit) -> Built:
     model = fit.estimator
     if model.kernel == "linear":
         return linear_kernel(fit)
-    features = _features(fit, lambda X: _vector_kernel(model, X, fit.X))
+    features = _features(fit, lambda X, rows: _vector_kernel(model, X, rows))
 
     def read(fitted: Any) -> dict[str, Any]:
         given = callable(fitted.kernel) or fitted.kernel == "precomputed"  # libsvm then keeps row numbers only
@@ -73,15 +74,25 @@ def support_vectors(fit: Fit) -> Built:
         coef = np.stack([dual @ at[place] for place, dual in pair_coefficients(fitted)])
         return {"coef": coef, "intercept": np.asarray(fitted.intercept_, dtype=np.float64)}
 
-    again = Again(_fixed_width(model), fit, read, preferred=True, strength="C")
+    loss, stretched = vector_loss(fit)
+
+    def penalised(fit: Fit) -> tuple[L2, str]:
+        fitted = read(fit.estimator)
+        return vector_penalty(fit, loss, features(fit.X) @ fitted["coef"].T + fitted["intercept"])
+
+    def penalised_linear(fit: Fit) -> L2:
+        return vector_penalty(fit, loss, fit.X @ fit.estimator.coef_.T + fit.estimator.intercept_)[0]
+
+    held_again = lambda fit: penalised(fit)[0]  # noqa: E731
+    again = Again(_fixed_width(model), fit, read, preferred=True, strength="C", held=held_again)
     if (
         callable(model.kernel) or model.kernel == "precomputed"
     ):  # these lose count of their rows when one weighs nothing
         linear = unweighted(model).set_params(kernel="linear")
-        again = replace(again, estimator=linear, fit=replace(fit, X=features(fit.X)), read=read_linear())
-    loss, stretched = vector_loss(fit)
+        inside = replace(fit, X=features(fit.X))
+        again = replace(again, estimator=linear, fit=inside, read=read_linear(), held=penalised_linear, encoded=True)
     start = read(model)
-    penalty, held = vector_penalty(fit, loss, features(fit.X) @ start["coef"].T + start["intercept"])
+    penalty, held = penalised(fit)
     return Built(
         linear_objective(fit, loss, start["coef"], start["intercept"], penalty),
         vector_targets(fit),
@@ -99,8 +110,8 @@ def _fixed_width(model: Any) -> Any:
     return again.set_params(gamma=model._gamma) if isinstance(model.gamma, str) else again
 
 
-def _features(fit: Fit, kernel: Callable[[Any], Any]) -> Features:
-    """φ, from the eigenvectors of the Gram matrix.
+def _features(fit: Fit, kernel: Callable[[Any, Any], Any]) -> Features:
+    """φ, from the eigenvectors of the Gram matrix of `kernel`, a function of two sets of rows.
 
     Raises:
         UnsupportedModel: if there are too many rows, or the kernel is not positive.
@@ -111,7 +122,7 @@ def _features(fit: Fit, kernel: Callable[[Any], Any]) -> Features:
             f"{_LARGEST} rows. Fit on fewer rows, or use a linear model on Nystroem features in a Pipeline."
         )
         raise UnsupportedModel(message)
-    gram = np.asarray(kernel(fit.X), dtype=np.float64)
+    gram = np.asarray(kernel(fit.X, fit.X), dtype=np.float64)
     if gram.shape != (fit.n, fit.n):
         message = (
             f"The kernel of {fit.name} gives a {gram.shape} matrix for {fit.n} rows. Pass the X that fit() was given."
@@ -125,7 +136,9 @@ def _features(fit: Fit, kernel: Callable[[Any], Any]) -> Features:
         )
         raise UnsupportedModel(message)
     kept = values > fit.n * np.finfo(np.float64).eps * values[-1]
-    return Features(kernel, vectors[:, kept] / np.sqrt(values[kept]), fit.name)
+    itself = None if fit.estimator.kernel == "precomputed" else lambda x: float(np.asarray(kernel(x, x))[0, 0])
+    transform = vectors[:, kept] / np.sqrt(values[kept])
+    return Features(lambda X: kernel(X, fit.X), transform, fit.name, itself)
 
 
 def _ridge_kernel(model: Any, X: Any, rows: Any) -> Any:

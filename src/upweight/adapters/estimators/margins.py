@@ -58,16 +58,21 @@ def linear_kernel(fit: Fit) -> Built:
     """SVC or SVR with kernel="linear": the features are X itself."""
     model = fit.estimator
     loss, stretched = vector_loss(fit)
-    coef = matrix(model.coef_)
-    penalty, held = vector_penalty(fit, loss, fit.X @ coef.T + model.intercept_)
-    objective = linear_objective(fit, loss, coef, model.intercept_, penalty)
+
+    def penalised(fit: Fit) -> tuple[L2, str]:
+        return vector_penalty(fit, loss, fit.X @ matrix(fit.estimator.coef_).T + fit.estimator.intercept_)
+
+    penalty, held = penalised(fit)
+    objective = linear_objective(fit, loss, model.coef_, model.intercept_, penalty)
     return Built(
         objective,
         vector_targets(fit),
         own_decision(model),
         vector_weights(fit),
         stretched=stretched + held,
-        again=Again(unweighted(model), fit, read_linear(), preferred=True, strength="C"),
+        again=Again(
+            unweighted(model), fit, read_linear(), preferred=True, strength="C", held=lambda fit: penalised(fit)[0]
+        ),
     )
 
 
