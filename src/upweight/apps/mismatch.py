@@ -242,7 +242,7 @@ def _inputs(influence: uw.Influence, rows: NDArray[np.int64] | None, d: int) -> 
     """
     own, whole = _moves_own_inputs(influence), getattr(influence.encoder, "original", influence.examples)
     if whole.x is not None:
-        x = influence.examples.x if own else uw.training_inputs(influence)
+        x: Any = influence.examples.x if own else uw.training_inputs(influence)
         x = x if rows is None else x[rows]
     elif own and rows is not None:
         batch = influence.examples.batch(rows)

@@ -56,16 +56,9 @@ def influence_against_distance(
     for who, color, label in parts:
         ax.scatter(distance[who], values[who], s=14, alpha=0.6, color=color, linewidth=0, label=label, zorder=2)
     top = found.helpful(query)
-    ax.scatter(
-        distance[top.rows],
-        top.values,
-        s=48,
-        facecolor="none",
-        edgecolor="black",
-        linewidth=0.9,
-        zorder=3,
-        label=f"{len(top.rows)} most helpful",
-    )
+    if len(top.rows):
+        ring: dict[str, Any] = {"facecolor": "none", "edgecolor": "black", "linewidth": 0.9, "s": 48}
+        ax.scatter(distance[top.rows], top.values, zorder=3, label=f"{len(top.rows)} most helpful", **ring)
     place = "features" if in_features else "inputs"
     ax.set(
         xlabel=f"distance from the query, in {place}", ylabel=f"change of the query's {found.scores.measure} if removed"

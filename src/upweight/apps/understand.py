@@ -9,7 +9,7 @@ For a query q and training row i, with v[q, i] the predicted change of the query
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,12 @@ import upweight as uw
 from upweight.errors import InvalidInput, RowOutOfRange, checked_count
 
 _BLOCK = 2**24  # numbers of the inputs that are turned into floats at once
+_NEAR = 1e-4  # of ‖a‖² + ‖b‖²: pairs nearer than that lose digits in ‖a‖² + ‖b‖² − 2ab
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """The rows that help one query, or those that harm it, strongest first.
+    """The rows that help one query, or those that harm it, strongest first; rows whose value is 0 do neither.
 
     Args:
         rows: (k,) training rows.
@@ -71,12 +72,12 @@ class Understanding:
     describe: Callable[[int], str] | None = field(default=None, repr=False)
 
     def helpful(self, query: int = 0, k: int | None = None) -> Ranked:
-        """The k rows that help a query most: its loss would rise without them."""
-        return self._ranked(-self.scores.values[self._place(query)], query, k)
+        """The k rows that help a query most: its loss would rise without them. Fewer, if fewer have a value > 0."""
+        return self._ranked(1, query, k)
 
     def harmful(self, query: int = 0, k: int | None = None) -> Ranked:
-        """The k rows that harm a query most: its loss would fall without them."""
-        return self._ranked(self.scores.values[self._place(query)], query, k)
+        """The k rows that harm a query most: its loss would fall without them. Fewer, if fewer have a value < 0."""
+        return self._ranked(-1, query, k)
 
     @property
     def locality(self) -> Float[NDArray[np.float64], " q"]:
@@ -110,7 +111,8 @@ class Understanding:
         return int(other[0]) + 1 if other.size else None
 
     def same_class(self, query: int = 0, k: int = 20) -> tuple[float, float]:
-        """The share of the query's own class among its k most helpful and its k most harmful rows.
+        """The share of the query's own class among its k most helpful and its k most harmful rows, or as many as there
+        are; NaN where there is none.
 
         Raises:
             InvalidInput: if targets are no classes.
@@ -119,8 +121,9 @@ class Understanding:
         if helpful.labels is None or harmful.labels is None or self.targets is None:
             message = "Targets are no classes here, so rows have no class. Look at helpful() and its values."
             raise InvalidInput(message)
-        own = self.targets[query]
-        return float((helpful.labels == own).mean()), float((harmful.labels == own).mean())
+        own = [ranked.labels == self.targets[query] for ranked in (helpful, harmful)]
+        first, second = (float(same.mean()) if same.size else float("nan") for same in own)
+        return first, second
 
     def __str__(self) -> str:
         return "\n\n".join(self._text(query) for query in range(min(len(self.scores.values), 3))) + (
@@ -166,6 +169,9 @@ class Understanding:
             f"{self.locality[query]:+.3f} in inputs, {self.feature_locality[query]:+.3f} in features",
         ]
         for kind, ranked in (("helpful", self.helpful(query)), ("harmful", self.harmful(query))):
+            if not len(ranked.rows):
+                lines.append(f"  most {kind}: no row has a value {'> 0' if kind == 'helpful' else '< 0'}")
+                continue
             lines.append(f"  most {kind:<8} {'value':>12} {'label':>12} {'distance':>10} {'in features':>12}")
             for place, row in enumerate(ranked.rows):
                 label = "" if ranked.labels is None else str(ranked.labels[place])
@@ -173,14 +179,15 @@ class Understanding:
                 lines.append(
                     f"  row {row:>8}  {ranked.values[place]:>+12.4g} {label:>12} {ranked.distances[place]:>10.4g} "
                     f"{ranked.feature_distances[place]:>12.4g}{words}"
-                    + ("" if self.describe is None else f"  {self.describe(int(row))}")
                 )
         return "\n".join(lines)
 
-    def _ranked(self, keys: NDArray[np.float64], query: int, k: int | None) -> Ranked:
-        count = self.k if k is None else k
-        checked_count(count, "k", hint="5 rows of each kind")
-        rows = np.argsort(keys, kind="stable")[: min(count, len(keys))]
+    def _ranked(self, sign: int, query: int, k: int | None) -> Ranked:
+        """At most k rows whose values have this sign, largest in size first."""
+        count = checked_count(self.k if k is None else k, "k", hint="5 rows of each kind")
+        keys = sign * self.scores.values[self._place(query)]
+        rows = np.argsort(-keys, kind="stable")[:count]
+        rows = rows[keys[rows] > 0]
         return Ranked(
             rows,
             self.scores.values[query, rows],
@@ -272,16 +279,25 @@ class SideBySide:
         return _rank_correlations(self.first.scores.values, self.second.scores.values)
 
     def shared(self, k: int = 20) -> Float[NDArray[np.float64], " q"]:
-        """The share of each query's k most helpful rows that both models have in common."""
-        pairs = zip(self.first.scores.helpful(k).rows, self.second.scores.helpful(k).rows, strict=True)
-        return np.array([len(np.intersect1d(a, b)) / k for a, b in pairs])
+        """The share of each query's k most helpful rows that both models have in common.
+
+        Where fewer rows help, of as many as help with the model for which more do; NaN where none does with either.
+        """
+        shares = np.full(len(self.first.scores.values), np.nan)
+        for query in range(len(shares)):
+            a, b = (found.helpful(query, k).rows for found in (self.first, self.second))
+            if len(a) + len(b):
+                shares[query] = len(np.intersect1d(a, b)) / max(len(a), len(b))
+        return shares
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.names)
         k = min(20, self.first.scores.values.shape[1])
+        shared = self.shared(k)
+        common = "nothing helps" if np.isnan(shared).all() else f"{_mean(shared):.0%} are the same"
         lines = [
-            f"{name:<{width}}  locality {np.nanmean(found.locality):+.3f} in inputs, "
-            f"{np.nanmean(found.feature_locality):+.3f} in features; half of the influence in "
+            f"{name:<{width}}  locality {_mean(found.locality):+.3f} in inputs, "
+            f"{_mean(found.feature_locality):+.3f} in features; half of the influence in "
             f"{np.median(found.half):.0f} rows"
             for name, found in zip(self.names, (self.first, self.second), strict=True)
         ]
@@ -289,8 +305,7 @@ class SideBySide:
             [
                 f"{len(self.agreement)} queries; means over them, of the number of rows the median",
                 *lines,
-                f"rank correlation of their values {np.nanmean(self.agreement):+.3f}; of the {k} most helpful rows "
-                f"{self.shared(k).mean():.0%} are the same",
+                f"rank correlation of their values {_mean(self.agreement):+.3f}; of the {k} most helpful rows {common}",
             ]
         )
 
@@ -326,7 +341,12 @@ def side_by_side(found: Mapping[str, Understanding]) -> SideBySide:
 
 
 def distances(Xq: Any, X: Any) -> Float[NDArray[np.float64], "q n"]:
-    """Euclidean distances between queries and rows, over all numbers of an input.  Cost: 2·q·n·d flops.
+    """Euclidean distances between queries and rows, over all numbers of an input.
+
+    By ‖a‖² + ‖b‖² − 2ab around the mean of X, and by the differences themselves for pairs so near that rounding would
+    show; equal inputs are at distance 0.
+
+    Cost: 2·q·n·d flops.
 
     Raises:
         InvalidInput: if an input is no array, or the two have different numbers of columns.
@@ -335,18 +355,37 @@ def distances(Xq: Any, X: Any) -> Float[NDArray[np.float64], "q n"]:
     if A.shape[1] != B.shape[1]:
         message = f"A query has {A.shape[1]} numbers and a training row {B.shape[1]}. Pass both in the same form."
         raise InvalidInput(message)
+    if scipy.sparse.issparse(A) or scipy.sparse.issparse(B):
+        A, B = scipy.sparse.csr_matrix(A), scipy.sparse.csr_matrix(B)
     gram = np.zeros((A.shape[0], B.shape[0]))
-    width = max(1, _BLOCK // max(A.shape[0], B.shape[0]))
     own, other = np.zeros(A.shape[0]), np.zeros(B.shape[0])
-    for start in range(0, A.shape[1], width):
-        a, b = _floats(A[:, start : start + width]), _floats(B[:, start : start + width])
+    for a, b in _column_blocks(A, B):
         product = a @ b.T
         gram += product.toarray() if scipy.sparse.issparse(product) else product
         own += _squares(a)
         other += _squares(b)
-    squares = own[:, None] + other - 2 * gram
-    squares[squares < 1e-12 * (own[:, None] + other)] = 0  # rounding of equal inputs
-    return np.sqrt(squares)
+    both = own[:, None] + other
+    squares = both - 2 * gram
+    near = np.nonzero(squares < _NEAR * both)
+    each = (A.nnz + B.nnz) // sum(gram.shape) + 1 if scipy.sparse.issparse(A) else A.shape[1]
+    size = max(1, _BLOCK // each)
+    for start in range(0, len(near[0]), size):
+        queries, rows = (place[start : start + size] for place in near)
+        squares[queries, rows] = _squares(_floats(A[queries]) - _floats(B[rows]))
+    return np.sqrt(np.maximum(squares, 0))
+
+
+def _column_blocks(A: Any, B: Any) -> Iterator[tuple[Any, Any]]:
+    """Some columns at a time, as floats; dense ones, and the full ones of sparse inputs, around the mean of B."""
+    if scipy.sparse.issparse(B):
+        full = B.getnnz(0) > B.shape[0] / 2
+        yield _floats(A[:, ~full]), _floats(B[:, ~full])
+        A, B = A[:, full].toarray(), B[:, full].toarray()
+    width = max(1, _BLOCK // max(A.shape[0], B.shape[0]))
+    for start in range(0, A.shape[1], width):
+        a, b = _floats(A[:, start : start + width]), _floats(B[:, start : start + width])
+        centre = b.mean(0)
+        yield a - centre, b - centre
 
 
 def _inputs(on: tuple[Any, ...] | uw.Examples) -> Any:
@@ -370,6 +409,12 @@ def _floats(X: Any) -> Any:
 
 def _squares(X: Any) -> NDArray[np.float64]:
     return np.asarray(X.multiply(X).sum(1)).reshape(-1) if scipy.sparse.issparse(X) else np.einsum("ij,ij->i", X, X)
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """The mean of those that are defined; NaN if none is."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _rank_correlations(a: NDArray[np.float64], b: NDArray[np.float64]) -> Float[NDArray[np.float64], " q"]:
