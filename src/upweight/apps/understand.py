@@ -356,7 +356,7 @@ def distances(Xq: Any, X: Any) -> Float[NDArray[np.float64], "q n"]:
         message = f"A query has {A.shape[1]} numbers and a training row {B.shape[1]}. Pass both in the same form."
         raise InvalidInput(message)
     if scipy.sparse.issparse(A) or scipy.sparse.issparse(B):
-        A, B = scipy.sparse.csr_matrix(A), scipy.sparse.csr_matrix(B)
+        A, B = _csr(A), _csr(B)
     gram = np.zeros((A.shape[0], B.shape[0]))
     own, other = np.zeros(A.shape[0]), np.zeros(B.shape[0])
     for a, b in _column_blocks(A, B):
@@ -368,7 +368,7 @@ def distances(Xq: Any, X: Any) -> Float[NDArray[np.float64], "q n"]:
     squares = both - 2 * gram
     near = np.nonzero(squares < _NEAR * both)
     each = (A.nnz + B.nnz) // sum(gram.shape) + 1 if scipy.sparse.issparse(A) else A.shape[1]
-    size = max(1, _BLOCK // each)
+    size = max(1, _BLOCK // max(1, each))
     for start in range(0, len(near[0]), size):
         queries, rows = (place[start : start + size] for place in near)
         squares[queries, rows] = _squares(_floats(A[queries]) - _floats(B[rows]))
@@ -395,12 +395,16 @@ def _inputs(on: tuple[Any, ...] | uw.Examples) -> Any:
 
 def _lines(X: Any, name: str) -> Any:
     if scipy.sparse.issparse(X):
-        return scipy.sparse.csr_matrix(X)
+        return _csr(X)
     array = np.asarray(X.to_numpy() if hasattr(X, "to_numpy") else X)
     if array.ndim < 2 or array.dtype.kind not in "biuf":
         message = f"{name} has shape {array.shape} and dtype {array.dtype}. Distances need rows of numbers; without X= "
         raise InvalidInput(message + "they are measured between what the objective sees.")
     return array.reshape(len(array), -1)
+
+
+def _csr(X: Any) -> Any:
+    return scipy.sparse.csr_matrix(X)
 
 
 def _floats(X: Any) -> Any:
