@@ -207,7 +207,7 @@ def repair(
 
 
 def _share(inspect: str) -> float:
-    """10% and 0.1 as a share, 50 as a number of rows.
+    """10%, 0.1 and 1.0 as a share, 50 as a number of rows.
 
     Raises:
         InvalidInput: if it is neither.
@@ -215,15 +215,18 @@ def _share(inspect: str) -> float:
     from upweight.errors import InvalidInput
 
     text = inspect.strip()
+    if text.isdecimal():
+        return int(text)
     try:
         number = float(text.removesuffix("%"))
     except ValueError as error:
         message = f"--inspect {inspect} is no number. Write a share such as 10% or 0.1, or a number of rows such as 50."
         raise InvalidInput(message) from error
-    if text.endswith("%") and not 0 < number < 100:
-        message = f"--inspect {inspect} is no share of the rows. Write a percentage between 0% and 100%, such as 10%."
-        raise InvalidInput(message)
-    return number / 100 if text.endswith("%") else number
+    share = number / 100 if text.endswith("%") else number
+    if not 0 < share <= 1:
+        message = f"--inspect {inspect} is no share of the rows. Write 10% or 0.1, up to 100% for all rows, or a "
+        raise InvalidInput(message + "whole number of rows such as 50.")
+    return share
 
 
 @app.command

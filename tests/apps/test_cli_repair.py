@@ -92,6 +92,8 @@ def test_from_review_to_corrected_labels_and_back(upweight, tmp_path):
     [
         (("--inspect", "many"), "no number"),
         (("--inspect", "120%"), "no share"),
+        (("--inspect", "0%"), "no share"),
+        (("--inspect", "2.0"), "whole number of rows"),
         (("--corrections", "none.csv"), "no file"),
         (("--corrections", "a.csv", "--patch", "b.csv"), "one of them"),
     ],
@@ -107,3 +109,7 @@ def test_shares_and_numbers(upweight):
         code, out, _ = upweight("--inspect", inspect, "--json")
         assert code == 0
         assert json.loads(out)["inspected"] == 15
+    for inspect, count in (("100%", 150), ("1.0", 150), ("1", 1)):
+        code, out, _ = upweight("--inspect", inspect, "--json")
+        assert code == 0
+        assert json.loads(out)["inspected"] == count

@@ -3,8 +3,9 @@
 A row whose label is wrong has been paid for: its loss would be much larger without it. Rows are ranked by that number,
 their self-influence (1/n) ∇LᵢᵀH⁻¹∇Lᵢ; loss, margin and chance stand beside it, for they are what it has to beat.
 
-For an inspected row the suggestion is the label c with the smallest loss of the row after training with c: L(xᵢ, c) now
-plus what relabelling i to c does to it, −(1/n) ∇L(xᵢ, c)ᵀ(C + λI)⁻¹ (∇L(xᵢ, c) − ∇L(xᵢ, yᵢ)).
+For an inspected row the suggestion is the label with the smallest loss of the row after training with it, as worked out
+in `suggestions`. A row of large self-influence is one that the model would call otherwise without it, so most of those
+inspected are told to change, the right ones too: a suggestion is a question to a person, not a correction.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 
 import upweight as uw
+from upweight.apps.suggestions import losses, suggested
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 
 BASELINES = ("loss", "margin", "random")
-_BLOCK = 128  # rows whose relabelling is measured on one another, of which only the diagonal is needed
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Repair:
 
     Args:
         rows: (k,) the rows to inspect, the largest self-influence first.
-        suggested: (k,) the label suggested for each; the present one where no other is better.
+        suggested: (k,) the label suggested for each; the present one where no other saves a hundredth of its loss.
         gain: (k,) by how much the row's own loss would fall with the suggested label, after training, in nats for log
-            losses; 0 where the label stays.
+            losses, so at most the loss now where losses are ≥ 0; 0 where the label stays.
         labels: (n,) present labels of all rows.
         scores: for "self-influence", "loss", "margin" and "random" (n,) numbers, larger is more suspicious.
         certificate: of the self-influence.
@@ -63,9 +63,24 @@ class Repair:
         places[self.order(score)] = np.arange(1, len(self.labels) + 1)
         return places[self.rows]
 
-    def suggestions(self) -> dict[int, Any]:
-        """The suggested labels that differ from the present ones, by row."""
-        changed = self.suggested != self.labels[self.rows]
+    def suggestions(self, least: float = 0.0) -> dict[int, Any]:
+        """The suggested labels that differ from the present ones, by row: candidates for a person to look at.
+
+        Rows are inspected because the model would call them otherwise without their labels, so most are told to change,
+        right or wrong. `least` keeps those that gain much, and far fewer right ones (`Found.right_told` counts them).
+
+        Args:
+            least: the smallest gain that counts, in units of the loss.
+
+        Raises:
+            InvalidInput: if it is no number ≥ 0.
+        """
+        if isinstance(least, bool) or not isinstance(least, int | float | np.number) or not least >= 0:
+            message = (
+                f"least={least!r}. It is the smallest gain that counts, a number ≥ 0 in units of the loss, like 1."
+            )
+            raise InvalidInput(message)
+        changed = (self.suggested != self.labels[self.rows]) & (self.gain >= least)
         return dict(zip(self.rows[changed].tolist(), self.suggested[changed].tolist(), strict=True))
 
     def found(self, truth: Any) -> Found:
@@ -99,12 +114,13 @@ class Repair:
             {name: int(curve[inspected - 1]) for name, curve in curves.items()},
             needed,
             float(right.mean()) if len(right) else float("nan"),
+            int((self.suggested != self.labels[self.rows])[~hit].sum()),
         )
 
     def __str__(self) -> str:
+        told = len(self.suggestions())
         lines = [
-            f"{len(self.rows)} of {len(self.labels)} rows to inspect, {len(self.suggestions())} with another label "
-            "suggested",
+            f"{len(self.rows)} of {len(self.labels)} rows to inspect, {told} with another label suggested",
             f"{'row':>8} {'self-influence':>15} {'rank by loss':>13} {'by margin':>10}  label -> suggested",
         ]
         by_loss, by_margin = self.ranks("loss"), self.ranks("margin")
@@ -115,7 +131,14 @@ class Repair:
                 f"{row:>8} {self.scores['self-influence'][row]:>15.4g} {by_loss[place]:>13} {by_margin[place]:>10}  "
                 f"{self.labels[row]} {arrow}"
             )
-        return "\n".join([*lines, *([f"… and {len(self.rows) - 20} more"] if len(self.rows) > 20 else [])])
+        if len(self.rows) > 20:
+            lines.append(f"… and {len(self.rows) - 20} more")
+        if told == len(self.rows):
+            lines.append(
+                "Every one is told to change. That says that the model would call each otherwise without it, not that "
+                "its label is wrong: look at each, or at suggestions(least=1) first."
+            )
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """The rows to inspect as plain numbers and lists."""
@@ -141,6 +164,7 @@ class Found:
         by: for every score, how many of them are among its first `inspected` rows.
         needed: for every score, how many rows it has to inspect to find as many as self-influence did.
         suggested_right: the share of the wrong labels found whose suggestion is the true label.
+        right_told: how many inspected rows are told to change though their label is right.
     """
 
     inspected: int
@@ -148,6 +172,7 @@ class Found:
     by: Mapping[str, int]
     needed: Mapping[str, int]
     suggested_right: float
+    right_told: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -157,6 +182,7 @@ class Found:
             "found": dict(self.by),
             "needed": dict(self.needed),
             "suggested_right": self.suggested_right,
+            "right_told": self.right_told,
         }
 
     def __str__(self) -> str:
@@ -164,25 +190,32 @@ class Found:
         for name, count in self.by.items():
             more = "" if name == "self-influence" else f"; as many as self-influence after {self.needed[name]} rows"
             lines.append(f"  {name:<15} finds {count} ({count / self.wrong:.0%}){more}")
-        return "\n".join(
-            [*lines, f"  the suggested label is the true one for {self.suggested_right:.0%} of those found"]
-        )
+        lines.append(f"  the suggested label is the true one for {self.suggested_right:.0%} of those found")
+        right = self.inspected - self.by["self-influence"]
+        lines.append(f"  {self.right_told} right labels of the {right} inspected are told to change too")
+        return "\n".join(lines)
 
 
-def repair(influence: uw.Influence, *, inspect: float = 0.1, candidates: int = 3, seed: int = 0) -> Repair:
+def repair(influence: uw.Influence, *, inspect: float = 0.1, candidates: int = 10, seed: int = 0) -> Repair:
     """Which rows' labels to look at first, and the label that each should have.
 
-    Cost: `of_self()` of all rows, and `candidates` linear systems for every row to inspect.
+    For a linear predictor the loss of a row after training with another label is that of the outputs that minimise this
+    loss and the rest of the objective, to second order around the fit without the row: within a few hundredths of a
+    nat of a refit, and exact for squared loss. Other models, and curvatures or solvers that are no more than estimates,
+    are taken to first order, which chooses nothing: the label is the one that costs least now, if that is less than the
+    present label would cost without the row, and the loss after training is at least 0.
+
+    Cost: `of_self()` of all rows, and for every row to inspect K linear systems, K the outputs; two for other models.
 
     Args:
         influence: of a classifier, of any number of classes.
-        inspect: the share of the rows to inspect, or their number if it is a whole number ≥ 1.
-        candidates: the labels considered for each row, those with the smallest loss.
+        inspect: the share of the rows to inspect, a float up to 1.0 for all; or their number, a whole number.
+        candidates: the labels that a linear predictor tries for each row, those that cost least without it.
         seed: of the random order.
 
     Raises:
         InvalidInput: if `inspect` is no share and no number of rows.
-        UnsupportedModel: if the model's targets are no classes.
+        UnsupportedModel: if the model's targets are no classes, or its outputs not one per class.
 
     References: Koh & Liang (2017), section 5.4.
 
@@ -205,76 +238,30 @@ def repair(influence: uw.Influence, *, inspect: float = 0.1, candidates: int = 3
     checked_count(candidates, "candidates", hint="3 labels for each row")
     count = checked_share(inspect, influence.n)
     own = influence.of_self()
-    outputs = uw.predict(influence, influence.examples).outputs
     scores = {
         "self-influence": own.values,
-        "loss": _losses(influence, influence.examples),
-        "margin": -_margins(outputs, np.array([names.index(label) for label in labels.tolist()])),
+        "loss": losses(influence, influence.examples),
+        "margin": -uw.predict(influence, influence.examples).margins(labels),
         "random": np.random.default_rng(seed).random(influence.n),
     }
     rows = np.argsort(-own.values, kind="stable")[:count]
-    suggested, gain = _suggested(influence, rows, names, labels, min(candidates, len(names)))
-    return Repair(rows, suggested, gain, labels, scores, own.certificate)
+    present = np.array([names.index(label) for label in labels[rows].tolist()])
+    best, gain = suggested(influence, rows, names, present, candidates)
+    return Repair(rows, np.asarray(names)[best], gain, labels, scores, own.certificate)
 
 
 def checked_share(inspect: Any, n: int) -> int:
-    """How many of n rows: a share such as 0.1, or a whole number.
+    """How many of n rows: a share such as 0.1, up to 1.0 for all of them, or a whole number such as 50.
 
     Raises:
         InvalidInput: if it is neither.
     """
-    number = isinstance(inspect, int | float | np.integer | np.floating) and not isinstance(inspect, bool)
-    if number and float(inspect) >= 1 and float(inspect) == int(inspect) and inspect <= n:
+    if isinstance(inspect, int | np.integer) and not isinstance(inspect, bool) and 1 <= inspect <= n:
         return int(inspect)
-    if number and 0 < inspect < 1:
+    if isinstance(inspect, float | np.floating) and 0 < inspect <= 1:
         return max(1, round(float(inspect) * n))
-    message = f"inspect={inspect!r}. It is a share of the rows, such as 0.1, or a number of rows from 1 to {n}."
+    message = (
+        f"inspect={inspect!r}. It is a share of the rows, a float such as 0.1 and at most 1.0, or a number of rows, "
+        f"a whole number from 1 to {n} such as {min(50, n)}."
+    )
     raise InvalidInput(message)
-
-
-def _suggested(
-    influence: uw.Influence, rows: NDArray[np.int64], names: list[Any], labels: NDArray[Any], count: int
-) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """For every row the label with the smallest loss after training with it, and how much smaller that is."""
-    present = np.array([names.index(label) for label in labels[rows].tolist()])
-    now = np.stack([_losses(influence, _relabelled(influence, rows, [name] * len(rows))) for name in names], 1)
-    held = now[np.arange(len(rows)), present]
-    after = np.full(now.shape, np.inf)
-    after[np.arange(len(rows)), present] = held
-    for start in range(0, len(rows), _BLOCK):
-        block = np.arange(start, min(start + _BLOCK, len(rows)))
-        tried = np.argsort(now[block], 1, kind="stable")[:, :count]
-        for column in tried.T:
-            new = [names[c] for c in column]
-            asked = _relabelled(influence, rows[block], new)
-            change = np.diag(influence.of_relabeling(rows[block], new, on=asked).values)
-            own = column == present[block]
-            after[block, column] = np.where(own, held[block], now[block, column] + change)
-    best = after.argmin(1)
-    return np.asarray(names)[best], held - after[np.arange(len(rows)), best]
-
-
-def _relabelled(influence: uw.Influence, rows: NDArray[np.int64], names: list[Any]) -> uw.Examples:
-    """These training rows with other labels, as queries."""
-    return influence.examples.relabelled(rows, influence.encoder.targets(np.asarray(names)))
-
-
-def _losses(influence: uw.Influence, examples: uw.Examples) -> NDArray[np.float64]:
-    """The loss of every example now."""
-    objective = influence.objective.reporting()
-    parts = [uw.calculus.losses(objective, block.batch(slice(None))).double() for block in examples.blocks(4096)]
-    return torch.cat(parts).cpu().numpy()
-
-
-def _margins(outputs: NDArray[np.float64], codes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The output of the label minus the largest other one; of a single output ± itself."""
-    if outputs.shape[1] == 1:
-        return np.where(codes == 1, 1.0, -1.0) * outputs[:, 0]
-    if outputs.shape[1] <= codes.max():
-        message = (
-            f"{outputs.shape[1]} outputs for {codes.max() + 1} classes, as one-vs-one machines have, give no margin. "
-        )
-        raise UnsupportedModel(message + "Use LogisticRegression or LinearSVC.")
-    own = outputs[np.arange(len(codes)), codes]
-    others = np.where(np.arange(outputs.shape[1]) == codes[:, None], -np.inf, outputs)
-    return own - others.max(1)
