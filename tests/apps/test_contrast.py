@@ -116,7 +116,7 @@ def test_effects_of_new_labels_are_the_closed_form():
     hessian = (wide * (p * (1 - p))[:, None]).T @ wide / N + np.diag([1, 1, 0]) / (2.0 * N)
     query = np.append(XQ[0], 1.0)
     s = np.linalg.solve(hessian, query)
-    S = _solved(influence, _jacobian(influence, XQ[:1], np.array([1])))
+    S = _solved(influence, _jacobian(influence, influence.encoder.examples(XQ[:1])))
     np.testing.assert_allclose(S.numpy()[0], s, rtol=1e-6)
     change = Relabelled(influence, 1)
     zeros = np.flatnonzero(y == 0)
@@ -360,4 +360,4 @@ def test_what_cannot_be_answered_is_refused():
             np.vstack([X, X + 9]),
             np.r_[CODES, CODES + 3],
         )
-    refuses(lambda: contrast(pairs, (XQ[:1], [5])), TypeError, "15 outputs for 6 classes")
+    refuses(lambda: contrast(pairs, (XQ[:1], [5])), TypeError, "15 outputs are those of pairs of 6 classes")

@@ -18,12 +18,15 @@ class Answer:
         query: its number among the queries.
         label: what the model says now.
         wanted: the label that was asked for.
-        rows: (k,) training rows, the strongest first; none if no set within the limit is predicted to be enough.
+        rows: (k,) training rows, the strongest first; none if no set within the limit is predicted to be enough, or
+            training again with nothing changed is.
         labels: (k,) their labels before.
         margin: now.
+        control: the margin after training again with nothing changed; NaN if that failed.
+        alone: what the model says that was trained again with nothing changed; None if that failed.
         predicted: predicted margin after the change; with no rows, after the largest set that was tried.
-        actual: the margin after training again; NaN if that was not done.
-        after: what the retrained model says, None if it was not trained.
+        actual: the margin after training again with the change; NaN if that was not done.
+        after: what that model says, None if it was not trained.
         grown: a larger set that really corrects, found with further refits; None if it was not asked for or found.
         refused: why training again failed, "" if it did not.
     """
@@ -34,6 +37,8 @@ class Answer:
     rows: Int[NDArray[np.int64], " k"]
     labels: list[Any] = field(repr=False)
     margin: float
+    control: float
+    alone: Any
     predicted: float
     actual: float
     after: Any
@@ -41,9 +46,14 @@ class Answer:
     refused: str = ""
 
     @property
+    def corrected_alone(self) -> bool:
+        """Whether training again with nothing changed corrects the prediction."""
+        return bool(self.alone is not None and self.alone == self.wanted)
+
+    @property
     def corrected(self) -> bool:
-        """Whether the predicted set really corrects the prediction."""
-        return bool(self.after is not None and self.after == self.wanted)
+        """Whether the predicted set really corrects the prediction, and training again alone does not."""
+        return bool(self.after is not None and self.after == self.wanted) and not self.corrected_alone
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, lists and text."""
@@ -54,6 +64,9 @@ class Answer:
             "rows": self.rows.tolist(),
             "labels": [str(label) for label in self.labels],
             "margin": self.margin,
+            "control": self.control,
+            "alone": None if self.alone is None else str(self.alone),
+            "corrected_alone": self.corrected_alone,
             "predicted": self.predicted,
             "actual": self.actual,
             "after": None if self.after is None else str(self.after),
@@ -77,13 +90,19 @@ class Contrast:
 
     @property
     def corrected(self) -> int:
-        """How many predictions their sets really correct."""
+        """How many predictions their sets really correct, where training again with nothing changed does not."""
         return sum(answer.corrected for answer in self.answers)
 
     @property
+    def corrected_alone(self) -> int:
+        """How many predictions training again with nothing changed corrects: the control."""
+        return sum(answer.corrected_alone for answer in self.answers)
+
+    @property
     def corrected_rate(self) -> float:
-        """That as a share of all wrong predictions."""
-        return self.corrected / len(self.answers)
+        """`corrected` as a share of the wrong predictions that the control leaves wrong; NaN if it leaves none."""
+        left = len(self.answers) - self.corrected_alone
+        return self.corrected / left if left else float("nan")
 
     @property
     def sizes(self) -> Int[NDArray[np.int64], " q"]:
@@ -98,8 +117,11 @@ class Contrast:
 
     @property
     def calibration(self) -> float:
-        """The median of actual over predicted change of the margin: 1 is right; NaN where nothing was trained."""
-        ratios = [(a.actual - a.margin) / (a.predicted - a.margin) for a in self.answers if np.isfinite(a.actual)]
+        """The median of actual over predicted change of the margin, both from the control's.
+
+        1 is right; NaN where nothing was trained.
+        """
+        ratios = [(a.actual - a.control) / (a.predicted - a.control) for a in self.answers if np.isfinite(a.actual)]
         return float(np.median(ratios)) if ratios else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +130,7 @@ class Contrast:
             "change": self.change,
             "queries": len(self.answers),
             "corrected": self.corrected,
+            "corrected_alone": self.corrected_alone,
             "corrected_rate": self.corrected_rate,
             "median_set_size": self.median_set_size,
             "calibration": self.calibration,
@@ -115,23 +138,36 @@ class Contrast:
         }
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.answers)} wrong predictions, {self.change}: {self.corrected} ({self.corrected_rate:.0%}) are "
-            f"really corrected after training again; median set {self.median_set_size:g} rows; actual over predicted "
-            f"change of the margin {self.calibration:.2f}"
-        ]
-        return "\n".join([*lines, *(_said(answer) for answer in self.answers)])
+        left = len(self.answers) - self.corrected_alone
+        rate = f" ({self.corrected_rate:.0%})" if left else ""
+        failed = any(answer.alone is None for answer in self.answers)
+        control = (
+            "there is no control, for training again with nothing changed failed"
+            if failed
+            else f"control: training again with nothing changed corrects {self.corrected_alone} of {len(self.answers)}"
+        )
+        head = (
+            f"{len(self.answers)} wrong predictions, {self.change}: {self.corrected} of {left}{rate} are really "
+            f"corrected after training again ({control}); median set {self.median_set_size:g} rows; actual over "
+            f"predicted change of the margin {self.calibration:.2f}"
+        )
+        return "\n".join([head, *(_said(answer) for answer in self.answers)])
 
 
 def _said(answer: Answer) -> str:
     """One query's answer, in words."""
     head = f"  query {answer.query}, {answer.label} instead of {answer.wanted}: "
+    if answer.corrected_alone:
+        return head + (
+            f"0 rows; training again with nothing changed corrects it, margin {answer.margin:+.3g}, then "
+            f"{answer.control:+.3g}"
+        )
     if not len(answer.rows):
         return head + "no set within the limit is predicted to be enough"
     shown = ", ".join(map(str, answer.rows[:6])) + ("" if len(answer.rows) <= 6 else ", …")
     outcome = "really corrected" if answer.corrected else f"NOT confirmed: {answer.refused or answer.after}"
     more = "" if answer.grown is None else f"; {len(answer.grown)} rows do"
     return head + (
-        f"{len(answer.rows)} rows ({shown}); margin {answer.margin:+.3g}, predicted {answer.predicted:+.3g}, actual "
-        f"{answer.actual:+.3g}; {outcome}{more}"
+        f"{len(answer.rows)} rows ({shown}); margin {answer.margin:+.3g}, with nothing changed {answer.control:+.3g}, "
+        f"predicted {answer.predicted:+.3g}, actual {answer.actual:+.3g}; {outcome}{more}"
     )

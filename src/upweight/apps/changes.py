@@ -34,27 +34,39 @@ class Change(Protocol):
 
 
 class Relabelled:
-    """Rows of other classes get the wanted label."""
+    """Rows of other classes get the wanted label; rows of weight 0 are no candidates, for they would stay unseen.
 
-    def __init__(self, influence: uw.Influence, wanted: Any) -> None:
-        self.influence, self.wanted = influence, wanted
-        self.candidates = np.flatnonzero(uw.training_labels(influence) != wanted)
+    A row's sample weight stays, the new label brings the weight w′ of its own class, and with `penalty_per_example` the
+    penalty follows the sum of the weights.
+
+    Args:
+        influence: of the model and the data, whose training is done again in `made`.
+        wanted: the label.
+        at: the model at whose parameters effects are measured; None takes the influence itself.
+    """
+
+    def __init__(self, influence: uw.Influence, wanted: Any, at: uw.Influence | None = None) -> None:
+        self.influence, self.wanted, self.at = influence, wanted, influence if at is None else at
+        seen = influence.examples.sample_weight > 0
+        self.candidates = np.flatnonzero((uw.training_labels(influence) != wanted) & seen)
 
     def effects(self, S: Float[Tensor, "K p"]) -> Float[NDArray[np.float64], "c K"]:
-        """−(1/n) S · (w′∇L(x, y′) − w∇L(x, y))."""
-        parts = []
+        """−(1/n) S · (w′∇L(x, y′) − w∇L(x, y) + (w′ − w)(n/Σw)∇r), the last part only if the penalty is folded."""
+        share, parts = S @ self.at.penalty_share, [torch.zeros(0, len(S), dtype=torch.float64)]
         for start in range(0, len(self.candidates), _CHUNK):
             rows = self.candidates[start : start + _CHUNK]
             batch, weights = self._new(rows)
-            new = weights[:, None] * uw.calculus.dots(self.influence.objective, batch, S).double()
-            parts.append(_dots(self.influence, rows, S) - new)
-        return torch.cat(parts).numpy() / self.influence.n
+            new = weights[:, None] * uw.calculus.dots(self.at.objective, batch, S).double()
+            more = weights - torch.from_numpy(self.at.examples.weights[rows])
+            parts.append(_dots(self.at, rows, S) - new - more[:, None] * share)
+        return torch.cat(parts).numpy() / self.at.n
 
     def gradient(self, objective: uw.Objective, rows: NDArray[np.int64]) -> Float[Tensor, " p"]:
-        """(1/n) Σ (w′∇L(x, y′) − w∇L(x, y))."""
+        """(1/n) Σ (w′∇L(x, y′) − w∇L(x, y) + (w′ − w)(n/Σw)∇r)."""
         batch, weights = self._new(rows)
         new = uw.calculus.pull(objective, batch, weights[None])[0].double()
-        return new / self.influence.n - _pulled(self.influence, objective, rows)
+        more = float(weights.sum() - self.at.examples.weights[rows].sum())
+        return (new + more * _share(self.at, objective)) / self.at.n - _pulled(self.at, objective, rows)
 
     def made(self, rows: NDArray[np.int64], retrain: Any) -> uw.Influence:
         """Trained with the new labels."""
@@ -68,32 +80,40 @@ class Relabelled:
 
 
 class Removed:
-    """Rows are left out."""
+    """Rows are left out.
 
-    def __init__(self, influence: uw.Influence, wanted: Any) -> None:  # noqa: ARG002
-        self.influence = influence
+    Args:
+        influence: of the model and the data, whose training is done again in `made`.
+        wanted: the label that this is for.
+        at: the model at whose parameters effects are measured; None takes the influence itself.
+    """
+
+    def __init__(self, influence: uw.Influence, wanted: Any, at: uw.Influence | None = None) -> None:  # noqa: ARG002
+        self.influence, self.at = influence, influence if at is None else at
         self.candidates = np.flatnonzero(influence.examples.weights > 0)
 
     def effects(self, S: Float[Tensor, "K p"]) -> Float[NDArray[np.float64], "c K"]:
         """(w/n) S · (∇L + the row's share of the penalty)."""
-        influence = self.influence
-        weights = torch.from_numpy(influence.examples.weights[self.candidates])
+        weights = torch.from_numpy(self.at.examples.weights[self.candidates])
         parts = [
-            _dots(influence, self.candidates[start : start + _CHUNK], S)
+            _dots(self.at, self.candidates[start : start + _CHUNK], S)
             for start in range(0, len(self.candidates), _CHUNK)
         ]
-        return (torch.cat(parts) + weights[:, None] * (S @ influence.penalty_share)).numpy() / influence.n
+        return (torch.cat(parts) + weights[:, None] * (S @ self.at.penalty_share)).numpy() / self.at.n
 
     def gradient(self, objective: uw.Objective, rows: NDArray[np.int64]) -> Float[Tensor, " p"]:
         """−(1/n) Σ w (∇L + share)."""
-        influence = self.influence
-        at = uw.Influence(objective, influence.examples, encoder=influence.encoder)
-        share = at.penalty_share * float(influence.examples.weights[rows].sum()) / influence.n
-        return -_pulled(influence, objective, rows) - share
+        share = _share(self.at, objective) * float(self.at.examples.weights[rows].sum()) / self.at.n
+        return -_pulled(self.at, objective, rows) - share
 
     def made(self, rows: NDArray[np.int64], retrain: Any) -> uw.Influence:
         """Trained without them."""
         return uw.retrained(self.influence, without=rows, retrain=retrain)
+
+
+def _share(influence: uw.Influence, objective: uw.Objective) -> Float[Tensor, " p"]:
+    """What a row's gradient carries of the penalty's, at the parameters of this objective; 0 if it carries nothing."""
+    return uw.Influence(objective, influence.examples, encoder=influence.encoder).penalty_share
 
 
 def _dots(influence: uw.Influence, rows: NDArray[np.int64], S: Float[Tensor, "K p"]) -> Float[Tensor, "r K"]:

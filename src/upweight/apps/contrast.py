@@ -1,5 +1,6 @@
 """The question of Cadamuro, Gilad-Bachrach and Zhu (2016): for a wrong prediction, which few labels would correct it?
 
+control  the model trained again with nothing changed: what that does alone is credited to no change
 order    rows by their first-order effect on the margin between the predicted and the right class
 predict  outputs after the first k of them, corrected for what first order leaves out
 confirm  the smallest such k really made, and the model really trained again
@@ -24,6 +25,7 @@ from upweight.errors import InvalidInput, NotConverged, UnsupportedModel, Upweig
 
 _ROUNDS = 40
 _STEPS = 2
+_SAME = 1e-3  # of ‖θ̂‖: as long as training again moves θ̂ by less, the curvature at θ̂ serves
 
 
 def contrast(
@@ -38,8 +40,12 @@ def contrast(
     models by first order alone. The set is the shortest start of that order that is judged to be enough: the smallest
     set there is, where effects add up. If the refit does not correct the prediction, `corrected` says so.
 
-    Cost: per query K linear systems and a sweep; about log₂ k judgements of four gradients and two systems; `refits`
-    trainings.
+    The control: the model is first trained again with nothing changed, which does next to nothing where training had
+    ended at a minimum. Effects and predictions start from there. A query that this alone makes right gets an answer
+    without rows, and does not count as corrected.
+
+    Cost: the control's training; per query K linear systems and a sweep; about log₂ k judgements of four gradients and
+    two systems; `refits` trainings.
 
     Args:
         influence: of a classifier.
@@ -51,7 +57,7 @@ def contrast(
 
     Raises:
         InvalidInput: if no query is wrong, or the settings cannot be used.
-        UnsupportedModel: if the model's outputs are not one per class.
+        UnsupportedModel: if the outputs are no classes, or those of pairs of classes (one against one).
 
     References: Cadamuro, Gilad-Bachrach and Zhu (2016); Koh & Liang (2017), section 6.
 
@@ -80,42 +86,86 @@ def contrast_by_removal(
 
     Raises:
         InvalidInput: if no query is wrong, or the settings cannot be used.
-        UnsupportedModel: if the model's outputs are not one per class.
+        UnsupportedModel: if the outputs are no classes, or those of pairs of classes (one against one).
     """
     return _contrast(influence, on, Removed, "rows removed", most, refits, retrain)
 
 
 @dataclass(frozen=True)
-class _Query:
-    """One wrong prediction: its outputs now, and what changing each candidate does to them."""
+class _Control:
+    """The model trained again with nothing changed, from which changes are judged.
+
+    Args:
+        influence: of that model; of the model as it is where it could not be trained again.
+        curvature: the influence whose prepared solver serves.
+        refused: why it could not be trained again, "" if it was.
+    """
 
     influence: uw.Influence
-    X: Any  # its input, as the model takes it
+    curvature: uw.Influence
+    refused: str = ""
+
+    @classmethod
+    def of(cls, influence: uw.Influence, retrain: Any) -> _Control:
+        """Trained.
+
+        Raises:
+            InvalidInput: if `retrain` is no retrainer.
+        """
+        try:
+            again = uw.retrained(influence, retrain=retrain)
+        except InvalidInput:
+            raise
+        except UpweightError as error:
+            return cls(influence, influence, first_line(error))
+        theta, now = again.objective.theta, influence.objective.theta
+        same = float((theta - now).norm()) <= _SAME * float(now.norm())
+        return cls(again, influence if same else again)
+
+
+@dataclass(frozen=True)
+class _Query:
+    """One wrong prediction: what is said about it with nothing changed, and what changing each candidate does to that.
+
+    Args:
+        control: the model with nothing changed.
+        x: the query.
+        change: what may be done to the training rows.
+        wanted: the number of its right class.
+        outputs: (C,) one output per class, of the control.
+        effects: (c, C) their first-order changes.
+    """
+
+    control: _Control
+    x: uw.Examples
     change: Change
     wanted: int
-    outputs: NDArray[np.float64]  # (K,)
-    effects: NDArray[np.float64]  # (c, K)
+    outputs: NDArray[np.float64]
+    effects: NDArray[np.float64]
 
     def predicted(self, places: list[int]) -> NDArray[np.float64]:
         """The outputs after changing these candidates."""
-        if self.influence.objective.linear is None:
+        start = self.control.influence
+        if start.objective.linear is None:
             return self.outputs + self.effects[places].sum(0)
-        influence, rows = self.influence, self.change.candidates[places]
-        theta = influence.objective.theta
-        for _ in range(_STEPS):
-            gradient = self._gradient(theta, rows)
-            step = -_solved(influence, gradient[None])[0]
+        rows, theta = self.change.candidates[places], start.objective.theta
+        gradient = self.change.gradient(start.objective, rows)
+        for step_number in range(_STEPS):
+            if step_number:
+                gradient = self._gradient(theta, rows)
+            step = -_solved(self.control.curvature, gradient[None])[0]
             before, behind = float(gradient @ step), float(self._gradient(theta + step, rows) @ step)
             length = before / (before - behind) if behind > 2 * before / 3 else 3.0  # where the slope along it is 0
             theta = theta + min(length, 3.0) * step
-        moved = uw.Influence(influence.objective.at(theta), influence.examples, encoder=influence.encoder)
-        return _outputs(moved, self.X)[0]
+        moved = uw.Influence(start.objective.at(theta), start.examples, encoder=start.encoder)
+        return uw.predict(moved, self.x).per_class()[0]
 
     def _gradient(self, theta: Float[Tensor, " p"], rows: NDArray[np.int64]) -> Float[Tensor, " p"]:
-        """∇R at θ on the changed data; what is left of it at θ̂, if training stopped early, is there too."""
-        there = self.influence.objective.at(theta)
-        now = uw.Influence(there, self.influence.examples, encoder=self.influence.encoder)
-        return now.risk_gradient + self.change.gradient(there, rows)
+        """∇R at θ on the changed data, less what training leaves of ∇R where nothing is changed."""
+        start = self.control.influence
+        there = start.objective.at(theta)
+        now = uw.Influence(there, start.examples, encoder=start.encoder)
+        return now.risk_gradient - start.risk_gradient + self.change.gradient(there, rows)
 
     def margin(self, outputs: NDArray[np.float64]) -> tuple[int, float]:
         """The strongest other class, and by how much it is ahead."""
@@ -159,7 +209,7 @@ class _Query:
 def _contrast(
     influence: uw.Influence,
     on: Any,
-    kind: Callable[[uw.Influence, Any], Change],
+    kind: Callable[[uw.Influence, Any, uw.Influence], Change],
     words: str,
     most: int | None,
     refits: int,
@@ -167,44 +217,62 @@ def _contrast(
 ) -> Contrast:
     limit = max(1, influence.n // 2) if most is None else checked_count(most, "most")
     checked_count(refits, "refits", hint="1 confirms the predicted set")
-    names, labels, wanted = _read(influence, on)
+    queries, said, wanted = _read(influence, on)
+    names, control = list(said.names or ()), _Control.of(influence, retrain)
+    alone = uw.predict(control.influence, queries)
+    before = _unchanged(control, said, alone, wanted)
+    outputs = alone.per_class()
     changes: dict[Any, Change] = {}
     answers = []
-    for number in np.flatnonzero(labels != wanted):
-        target = wanted[number]
-        if target not in changes:
-            changes[target] = kind(influence, target)
-        X = _one(on[0], int(number))
-        outputs = _outputs(influence, X)[0]
-        S = _solved(influence, _jacobian(influence, X, wanted[number : number + 1]))
-        effects = _spread(changes[target].effects(S))
-        query = _Query(influence, X, changes[target], names.index(target), outputs, effects)
-        answers.append(_answer(query, int(number), labels[number], target, limit, refits, retrain))
+    for answer in before:
+        number, target = answer.query, answer.wanted
+        if not answer.corrected_alone:
+            if target not in changes:
+                changes[target] = kind(influence, target, control.influence)
+            x = queries.subset(np.array([number]))
+            S = _solved(control.curvature, _jacobian(control.influence, x))
+            effects = _spread(changes[target].effects(S))
+            query = _Query(control, x, changes[target], names.index(target), outputs[number], effects)
+            answer = _answer(query, answer, limit, refits, retrain)
+        answers.append(answer)
     return Contrast(words, tuple(answers))
 
 
-def _answer(query: _Query, number: int, label: Any, wanted: Any, most: int, refits: int, retrain: Any) -> Answer:
-    """The predicted set for one query, really made."""
+def _unchanged(control: _Control, said: uw.Predictions, alone: uw.Predictions, wanted: NDArray[Any]) -> list[Answer]:
+    """The answers before any change, one for every wrong prediction."""
+    assert said.labels is not None  # outputs are classes
+    assert alone.labels is not None
+    now, then, nan = -said.margins(wanted), -alone.margins(wanted), float("nan")
+    found = []
+    for number in np.flatnonzero(said.labels != wanted):
+        label, margin, ahead = alone.labels[number], float(now[number]), float(then[number])
+        if control.refused:
+            label, ahead = None, nan
+        head = (int(number), said.labels[number], wanted[number], np.zeros(0, dtype=np.int64), [])
+        found.append(Answer(*head, margin, ahead, label, ahead, nan, None, refused=control.refused))
+    return found
+
+
+def _answer(query: _Query, answer: Answer, most: int, refits: int, retrain: Any) -> Answer:
+    """With the predicted set for one query, really made."""
     places, predicted = query.smallest(most)
     rows = query.change.candidates[places]
-    before = np.asarray(uw.training_labels(query.influence))[rows].tolist()
-    now = query.margin(query.outputs)[1]
-    answer = Answer(number, label, wanted, rows, before, now, predicted, float("nan"), None)
-    for attempt in range(refits if places else 0):
+    before = np.asarray(uw.training_labels(query.control.influence))[rows].tolist()
+    answer = replace(answer, rows=rows, labels=before, predicted=predicted)
+    for attempt in range(refits if places and not answer.refused else 0):
         rows = query.change.candidates[places]
         try:
             after = query.change.made(rows, retrain)
         except UpweightError as error:
             return replace(answer, refused=first_line(error))
-        outputs = _outputs(after, query.X)[0]
-        ahead = query.margin(outputs)[1]
-        said = uw.predict(after, query.X).labels
-        assert said is not None  # outputs are classes
+        said = uw.predict(after, query.x)
+        assert said.labels is not None  # outputs are classes
+        outputs = said.per_class()[0]
         if attempt == 0:
-            answer = replace(answer, actual=ahead, after=said[0])
-        elif said[0] == wanted:
+            answer = replace(answer, actual=query.margin(outputs)[1], after=said.labels[0])
+        elif said.labels[0] == answer.wanted:
             answer = replace(answer, grown=rows)
-        if said[0] == wanted:
+        if said.labels[0] == answer.wanted:
             break
         longer = query.extended(places, outputs)[:most]
         if len(longer) == len(places):
@@ -213,37 +281,33 @@ def _answer(query: _Query, number: int, label: Any, wanted: Any, most: int, refi
     return answer
 
 
-def _read(influence: uw.Influence, on: Any) -> tuple[list[Any], NDArray[Any], NDArray[Any]]:
-    """The classes, what the model says about them, and the labels that are wanted.
+def _read(influence: uw.Influence, on: Any) -> tuple[uw.Examples, uw.Predictions, NDArray[Any]]:
+    """The queries, what the model says about them, and the labels that are wanted.
 
     Raises:
         InvalidInput: if labels are no classes, or all are right.
         UnsupportedModel: if outputs are not one per class.
     """
-    names = uw.classes(influence)
     if not isinstance(on, tuple) or len(on) != 2:
         message = f"on is a {type(on).__name__}. Pass the pair (Xq, yq) with the labels that are wanted."
         raise InvalidInput(message)
-    said = uw.predict(influence, on[0])
-    if names is None or said.labels is None:
+    queries = influence.encoder.examples(on[0])
+    said = uw.predict(influence, queries)
+    if said.labels is None or said.names is None:
         message = (
             f"The outputs of {influence.objective.name} are no classes, so no prediction is wrong or right. Pass the "
             "influence of a classifier."
         )
         raise UnsupportedModel(message)
-    if said.outputs.shape[1] not in (1, len(names)):
-        message = (
-            f"{influence.objective.name} has {said.outputs.shape[1]} outputs for {len(names)} classes, as one-vs-one "
-            "machines do, and a margin needs one per class. Use LinearSVC or LogisticRegression."
-        )
-        raise UnsupportedModel(message)
+    said.per_class()  # refuses pairs of classes
     wanted = np.asarray(on[1])
-    unknown = sorted({str(label) for label in wanted.tolist() if label not in names})
+    wanted = wanted[:, 0] if wanted.shape == (len(queries), 1) else wanted
+    unknown = sorted({str(label) for label in wanted.tolist() if label not in said.names}) if wanted.ndim == 1 else []
     if wanted.shape != said.labels.shape or unknown:
         message = (
             f"yq has shape {wanted.shape} and {len(said.labels)} labels are needed"
             + (f"; {', '.join(unknown[:5])} is no class of the model" if unknown else "")
-            + f". The classes are {', '.join(map(str, names[:10]))}."
+            + f". The classes are {', '.join(map(str, said.names[:10]))}."
         )
         raise InvalidInput(message)
     if (said.labels == wanted).all():
@@ -252,42 +316,30 @@ def _read(influence: uw.Influence, on: Any) -> tuple[list[Any], NDArray[Any], ND
             "Pass queries that the model gets wrong: uw.predict(influence, Xq).labels != yq."
         )
         raise InvalidInput(message)
-    return names, said.labels, wanted
+    return queries, said, wanted
 
 
-def _one(X: Any, number: int) -> Any:
-    """One query's input, as the model takes it."""
-    if hasattr(X, "tocsr"):
-        X = X.tocsr()
-    return (X.iloc if hasattr(X, "iloc") else X)[number : number + 1]
-
-
-def _outputs(influence: uw.Influence, X: Any) -> NDArray[np.float64]:
-    """One output per class."""
-    return _spread(uw.predict(influence, X).outputs)
-
-
-def _spread(outputs: NDArray[np.float64]) -> NDArray[np.float64]:
+def _spread(effects: NDArray[np.float64]) -> NDArray[np.float64]:
     """A single output stands for the second class, beside 0 for the first."""
-    return np.concatenate([np.zeros_like(outputs), outputs], 1) if outputs.shape[1] == 1 else outputs
+    return np.concatenate([np.zeros_like(effects), effects], 1) if effects.shape[1] == 1 else effects
 
 
-def _jacobian(influence: uw.Influence, X: Any, y: Any) -> Float[Tensor, "K p"]:
+def _jacobian(influence: uw.Influence, x: uw.Examples) -> Float[Tensor, "K p"]:
     """The gradient of each output of one query."""
     objective, structure = influence.objective, influence.objective.linear
     if structure is not None:
-        x = torch.from_numpy(uw.features(influence, X))
-        coef = torch.block_diag(*[x] * structure.n_outputs)
-        return torch.cat([coef, torch.eye(structure.n_outputs, dtype=x.dtype)], 1) if structure.intercept else coef
+        line = torch.from_numpy(uw.features(influence, x))
+        coef = torch.block_diag(*[line] * structure.n_outputs)
+        return torch.cat([coef, torch.eye(structure.n_outputs, dtype=line.dtype)], 1) if structure.intercept else coef
     outputs = objective.outputs
     assert outputs is not None  # the model has made predictions
-    batch = influence.encoder.examples(X, y).batch(slice(None))
+    batch = (x if x.x is None else x.carrying(x.x, np.zeros(1))).batch(slice(None))  # outputs look at x only
 
     def gradient(k: int) -> Tensor:
         one = objective.measuring(lambda params, example: outputs(params, example).reshape(-1)[k])
         return uw.calculus.gradients(replace(one, route=objective.route), batch)
 
-    return torch.cat([gradient(k) for k in range(uw.predict(influence, X).outputs.shape[1])]).double()
+    return torch.cat([gradient(k) for k in range(uw.predict(influence, x).outputs.shape[1])]).double()
 
 
 def _solved(influence: uw.Influence, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:

@@ -139,6 +139,8 @@ def feature_effects(found: Mismatch, ax: Axes | None = None, *, k: int = 10) -> 
 def margins(found: Contrast, ax: Axes | None = None) -> Axes:
     """Every query's margin now, as predicted after its set of changes, and as it really is; below 0 is corrected.
 
+    Beside them the control: the margin after training again with nothing changed.
+
     Args:
         found: what `contrast` returns.
         ax: where to draw; None makes a new figure.
@@ -153,6 +155,8 @@ def margins(found: Contrast, ax: Axes | None = None) -> Axes:
     ax.scatter(place, now, s=20, color=plots.GREY, label="now", zorder=2)
     ax.scatter(place, predicted, s=44, facecolor="none", edgecolor="black", linewidth=0.9, label="predicted", zorder=3)
     ax.scatter(place, actual, s=20, color=plots.BLUE, label="trained again", zorder=4)
+    control = np.array([answer.control for answer in found.answers])
+    ax.scatter(place, control, s=36, marker="_", color=plots.ORANGE, label="nothing changed", zorder=2)
     ax.axhline(0, color=plots.GREY, linewidth=0.8)
     sizes = [len(answer.rows) or "none" for answer in found.answers]
     ax.set_xticks(
