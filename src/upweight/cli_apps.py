@@ -260,7 +260,9 @@ def attack(
         json: print as JSON.
     """
     from upweight import apps
+    from upweight.errors import checked_count
 
+    checked_count(rows, "--rows", hint="1 changes the most vulnerable row")
     loaded = load(study)
     on = one(loaded, query)[0]
     if flip:

@@ -215,7 +215,7 @@ def _contrast(
     refits: int,
     retrain: Any,
 ) -> Contrast:
-    limit = max(1, influence.n // 2) if most is None else checked_count(most, "most")
+    limit = max(1, influence.n // 2) if most is None else checked_count(most, "most", hint="1 is a single row")
     checked_count(refits, "refits", hint="1 confirms the predicted set")
     queries, said, wanted = _read(influence, on)
     names, control = list(said.names or ()), _Control.of(influence, retrain)

@@ -149,7 +149,7 @@ def mismatch(
     >>> found.harmful.responsible.tolist(), found.features.names
     ([7], ['column 0'])
     """
-    checked_count(k, "k")
+    checked_count(k, "k", hint="10 rows on either side")
     queries = influence.queries(on)
     scores = influence.on_loss(queries)
     values = scores.values.mean(0)
