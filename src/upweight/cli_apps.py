@@ -161,27 +161,35 @@ def repair(
 
     First `upweight repair STUDY --inspect 10% --out review.csv`: the rows of largest self-influence with a suggestion
     each. Fill in the column `correction`. Then `upweight repair STUDY --corrections review.csv --out FOLDER`: the model
-    is trained again on the corrected labels, and FOLDER gets labels.csv and patch.csv, which `--patch patch.csv` makes
-    again and `--patch patch.csv --revert` takes back.
+    is trained again on the corrected labels, and once with nothing changed, and FOLDER gets labels.csv and patch.csv,
+    which `--patch patch.csv` makes again and `--patch patch.csv --revert` takes back.
 
     Args:
         study: module:function that returns an upweight.Study; its queries are the test rows.
-        inspect: how many rows to inspect: 10%, or 0.1, or a number of rows.
+        inspect: how many rows to inspect: 10%, or 0.1, or a number of rows; 100% or 1.0 for all.
         out: the review to write, or the folder for corrected labels.
         corrections: a review that was filled in.
         patch: a patch that was written before.
         revert: take the patch back, where the study has its new labels.
-        overwrite: replace a review that is there.
+        overwrite: replace a review, labels or a patch that are there.
         json: print as JSON.
     """
     from upweight import apps
+    from upweight.apps.corrections import check_free
     from upweight.errors import InvalidInput
 
-    loaded = load(study)
     if corrections is not None and patch is not None:
         message = "Both --corrections and --patch were given. Make one of them at a time."
         raise InvalidInput(message)
-    if corrections is None and patch is None:
+    if revert and patch is None:
+        message = "--revert takes a patch back, and none was given. Name it: --patch FOLDER/patch.csv --revert."
+        raise InvalidInput(message)
+    making = corrections is not None or patch is not None
+    files = {} if out is None else {"labels": out / "labels.csv", "patch": out / "patch.csv"}
+    if out is not None:
+        check_free(*(files.values() if making else [out]), overwrite=overwrite)
+    loaded = load(study)
+    if not making:
         found = apps.repair(loaded.influence, inspect=_share(inspect))
         written = None
         if out is not None:
@@ -195,14 +203,11 @@ def repair(
         assert patch is not None  # one of the two was given
         changes = apps.read_patch(loaded.influence, patch, revert=revert)
     made = apps.corrected(loaded.influence, changes, test=loaded.queries, retrain=loaded.retrain)
-    files: dict[str, str] = {}
     if out is not None:
-        files = {
-            "labels": str(apps.write_labels(made.labels, out / "labels.csv")),
-            "patch": str(apps.write_patch(made.patch, out / "patch.csv")),
-        }
+        apps.write_labels(made.labels, files["labels"], overwrite=overwrite)
+        apps.write_patch(made.patch, files["patch"], overwrite=overwrite)
     told = "".join(f"\n{name} written to {file}" for name, file in files.items())
-    show(made.to_dict() | {"files": files}, f"{made}{told}", json)
+    show(made.to_dict() | {"files": {name: str(file) for name, file in files.items()}}, f"{made}{told}", json)
     return 0
 
 
@@ -263,6 +268,8 @@ def attack(
     from upweight.errors import checked_count
 
     checked_count(rows, "--rows", hint="1 changes the most vulnerable row")
+    checked_count(iterations, "--iterations", hint="each is a step with a training")
+    checked_count(flip, "--flip", least=0, hint="0 changes inputs instead of labels")
     loaded = load(study)
     on = one(loaded, query)[0]
     if flip:

@@ -80,6 +80,15 @@ def test_from_review_to_corrected_labels_and_back(upweight, tmp_path):
     told = json.loads(out)
     assert told["corrected"] == 3
     assert told["after"]["test loss"] < told["before"]["test loss"]
+    assert told["control"] == pytest.approx(told["before"], rel=1e-5)
+    first = (tmp_path / "new" / "patch.csv").read_text()
+    (tmp_path / "new" / "labels.csv").rename(tmp_path / "labels.csv")  # the study reads new/labels.csv
+    code, _, err = upweight("--corrections", "review.csv", "--out", "new")
+    assert code == 3
+    assert "patch.csv is there already" in err
+    assert (tmp_path / "new" / "patch.csv").read_text() == first
+    assert not (tmp_path / "new" / "labels.csv").exists()
+    assert upweight("--corrections", "review.csv", "--out", "new", "--overwrite")[0] == 0
     code, out, _ = upweight("--patch", "new/patch.csv", "--revert", "--out", "old")  # the study reads new/labels.csv
     assert code == 0
     assert "3 labels corrected" in out
@@ -96,6 +105,9 @@ def test_from_review_to_corrected_labels_and_back(upweight, tmp_path):
         (("--inspect", "2.0"), "whole number of rows"),
         (("--corrections", "none.csv"), "no file"),
         (("--corrections", "a.csv", "--patch", "b.csv"), "one of them"),
+        (("--inspect", "3", "--revert"), "none was given"),
+        (("--inspect", "3", "--out", "."), "is a folder"),
+        (("--corrections", "a.csv", "--out", "flower_study.py"), "no folder"),
     ],
 )
 def test_what_is_refused(upweight, arguments, text):

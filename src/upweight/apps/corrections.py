@@ -1,4 +1,4 @@
-"""Corrected labels: really trained, compared with before, written as a patch that can be taken back.
+"""Corrected labels: really trained, compared with training again on the old ones, written as a patch to take back.
 
 A review is a CSV file with a line per inspected row and an empty column `correction`; a person fills it in. A patch is
 a CSV file of row, old and new label. Both are checked against the study before anything happens: the old label must be
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import upweight as uw
 from upweight.apps.repair import Repair
-from upweight.errors import InvalidInput, PathNotFound
+from upweight.errors import InvalidInput, PathNotFound, UnsupportedModel
 
 COLUMNS = (
     "row",
@@ -39,51 +39,108 @@ COLUMNS = (
 class Corrected:
     """What correcting labels really did.
 
+    Training again may do much by itself, where training had stopped early. So it was done with nothing changed as well:
+    that is the control, and what the corrections did is `effect`, the difference from it, not from `before`.
+
     Args:
         influence: of the model that was trained on the corrected labels.
         patch: row → (old label, new label).
         labels: (n,) all labels, corrected.
-        before, after: accuracy on the training rows (by the labels of the time), and accuracy and mean loss on the test
-            rows, where there are some.
+        before, control, after: accuracy on the training rows (by the labels of the time), and accuracy and mean loss on
+            the test rows, where there are some: as the model was, trained again with nothing changed, and trained on
+            the corrected labels.
     """
 
     influence: uw.Influence = field(repr=False)
     patch: Mapping[int, tuple[Any, Any]]
     labels: Shaped[NDArray[Any], " n"] = field(repr=False)
     before: Mapping[str, float]
+    control: Mapping[str, float]
     after: Mapping[str, float]
+
+    @property
+    def effect(self) -> dict[str, float]:
+        """What the corrections did: after, less the control."""
+        return {name: self.after[name] - value for name, value in self.control.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """The patch and the comparison, ready for JSON."""
-        patch = [{"row": row, "old": old, "new": new} for row, (old, new) in self.patch.items()]
-        return {"corrected": len(self.patch), "patch": patch, "before": dict(self.before), "after": dict(self.after)}
+        measured = {"before": self.before, "control": self.control, "after": self.after, "effect": self.effect}
+        return {
+            "corrected": len(self.patch),
+            "patch": [{"row": row, "old": old, "new": new} for row, (old, new) in self.patch.items()],
+            **{name: dict(values) for name, values in measured.items()},
+        }
 
     def __str__(self) -> str:
-        lines = [f"{len(self.patch)} labels corrected", f"{'':<16} {'before':>10} {'after':>10}"]
-        lines += [f"{name:<16} {value:>10.4f} {self.after[name]:>10.4f}" for name, value in self.before.items()]
+        lines = [
+            f"{len(self.patch)} labels corrected",
+            f"{'':<16} {'before':>10} {'control':>10} {'corrected':>10}",
+        ]
+        lines += [
+            f"{name:<16} {value:>10.4f} {self.control[name]:>10.4f} {self.after[name]:>10.4f}"
+            for name, value in self.before.items()
+        ]
+        lines.append("control: trained again with nothing changed; compare the corrected model with it")
         return "\n".join(lines)
 
 
 def corrected(
     influence: uw.Influence, corrections: Mapping[int, Any], *, test: Any = None, retrain: Any = None
 ) -> Corrected:
-    """The model trained on corrected labels, beside the one before.
+    """The model trained on corrected labels, beside the one before and the one trained again with nothing changed.
 
-    Cost: one training.
+    Cost: two trainings; the first, the control, ends at once where θ̂ is at a minimum.
 
     Args:
         influence: of the model before.
-        corrections: row → right label; those that have it already are left out of the patch.
+        corrections: row → right label, as somebody found it to be; those that have it already are left out of the
+            patch. `Repair.suggestions` are questions to that somebody: among the rows inspected, right ones are told to
+            change as well.
         test: (Xt, yt) with trusted labels, or Examples; None compares training accuracy only.
         retrain: as for leave_one_out.
 
     Raises:
-        InvalidInput: if no label would change, or a label or a row is unknown.
+        InvalidInput: if no label would change, or a label is unknown.
+        RowOutOfRange: if a row does not exist.
+        UnsupportedModel: if the model's targets are no classes.
+        NotConverged: if training does not reach a minimum.
     """
     labels, names = uw.training_labels(influence), uw.classes(influence)
     if labels is None or names is None:
-        message = "The targets of this model are no classes, so there is no label to correct."
-        raise InvalidInput(message)
+        message = (
+            f"The targets of {influence.objective.name} are no classes, so there is no label to correct. Pass the "
+            "influence of a classifier; other targets are changed by uw.retrained(uw.edited(influence, rows, y_new=…))."
+        )
+        raise UnsupportedModel(message)
+    patch = _patch(influence, corrections, labels, names)
+    changed = np.array(list(patch))
+    control = uw.retrained(influence, retrain=retrain)
+    edited = uw.edited(influence, changed, y_new=np.asarray([new for _, new in patch.values()]))
+    after = uw.retrained(edited, retrain=retrain)
+    new_labels = labels.copy()
+    new_labels[changed] = [new for _, new in patch.values()]
+    return Corrected(
+        after,
+        patch,
+        new_labels,
+        _measured(influence, labels, test),
+        _measured(control, labels, test),
+        _measured(after, new_labels, test),
+    )
+
+
+def _patch(
+    influence: uw.Influence, corrections: Mapping[int, Any], labels: NDArray[Any], names: list[Any]
+) -> dict[int, tuple[Any, Any]]:
+    """Row → (old, new) for the labels that change, both as `classes` has them.
+
+    Raises:
+        InvalidInput: if there are none, or a label is unknown.
+    """
+    if not isinstance(corrections, Mapping):
+        message = f"corrections is a {type(corrections).__name__}. Pass a dict of row → right label, such as {{3: "
+        raise InvalidInput(message + f"{names[0]!r}}}.")
     rows = influence.examples.rows(list(corrections)) if corrections else np.array([], dtype=np.int64)
     patch = {}
     for row, new in zip(rows.tolist(), corrections.values(), strict=True):
@@ -93,20 +150,14 @@ def corrected(
             )
             raise InvalidInput(message + " Write one of them.")
         if labels[row] != new:
-            patch[row] = (labels[row].item(), new)
+            patch[row] = (names[names.index(labels[row])], names[names.index(new)])
     if not patch:
         message = (
-            f"None of the {len(corrections)} corrections changes a label. Fill in the column `correction`, or pass "
-            "repair(…).suggestions()."
+            f"None of the {len(corrections)} corrections changes a label. Fill in the column `correction` of a review, "
+            "or pass a dict of row → right label."
         )
         raise InvalidInput(message)
-    changed = np.array(list(patch))
-    after = uw.retrained(
-        uw.edited(influence, changed, y_new=np.asarray([new for _, new in patch.values()])), retrain=retrain
-    )
-    new_labels = labels.copy()
-    new_labels[changed] = [new for _, new in patch.values()]
-    return Corrected(after, patch, new_labels, _measured(influence, labels, test), _measured(after, new_labels, test))
+    return patch
 
 
 def write_review(
@@ -121,12 +172,10 @@ def write_review(
         overwrite: whether a review that is there may be replaced.
 
     Raises:
-        InvalidInput: if the file is there already and may not be replaced.
+        InvalidInput: if the file is there already and may not be replaced, or is a folder.
     """
     path = Path(file)
-    if path.exists() and not overwrite:
-        message = f"{path} is there already, perhaps with corrections in it. Name another file, or overwrite it."
-        raise InvalidInput(message)
+    check_free(path, overwrite=overwrite)
     by_loss, by_margin = found.ranks("loss"), found.ranks("margin")
     lines = [
         [
@@ -159,22 +208,32 @@ def read_review(influence: uw.Influence, file: str | Path) -> dict[int, Any]:
     lines = _read(Path(file), ("row", "label", "correction"))
     filled = [(number, line) for number, line in lines if line["correction"].strip()]
     checked = _checked(influence, Path(file), [(number, line["row"], line["label"]) for number, line in lines])
-    names = _by_text(influence)
+    meant = _meant(influence)
     found: dict[int, Any] = {}
     for number, line in filled:
-        text = line["correction"].strip()
-        if text not in names:
+        known = meant(line["correction"])
+        if not known:
             message = (
-                f"{file}, line {number}: '{text}' is no class of this study; there are {', '.join(list(names)[:10])}. "
-                "Write one of them, or leave the cell empty."
+                f"{file}, line {number}: '{line['correction']}' is no class of this study; there are "
+                f"{_some(influence)}. Write one of them, or leave the cell empty."
             )
             raise InvalidInput(message)
-        found[checked[number]] = names[text]
+        found[checked[number]] = known[0]
     return found
 
 
-def write_patch(patch: Mapping[int, tuple[Any, Any]], file: str | Path) -> Path:
-    """A CSV file of row, old and new label."""
+def write_patch(patch: Mapping[int, tuple[Any, Any]], file: str | Path, *, overwrite: bool = False) -> Path:
+    """A CSV file of row, old and new label: what is needed to take the corrections back.
+
+    Args:
+        patch: of `Corrected`.
+        file: where; its folder is made.
+        overwrite: whether a patch that is there may be replaced, after which its corrections cannot be taken back.
+
+    Raises:
+        InvalidInput: if the file is there already and may not be replaced, or is a folder.
+    """
+    check_free(Path(file), overwrite=overwrite)
     return _write(Path(file), ("row", "old", "new"), [[row, old, new] for row, (old, new) in patch.items()])
 
 
@@ -193,19 +252,45 @@ def read_patch(influence: uw.Influence, file: str | Path, *, revert: bool = Fals
     start, end = ("new", "old") if revert else ("old", "new")
     lines = _read(Path(file), ("row", "old", "new"))
     checked = _checked(influence, Path(file), [(number, line["row"], line[start]) for number, line in lines])
-    names = _by_text(influence)
-    unknown = [line[end] for _, line in lines if line[end] not in names]
+    meant = _meant(influence)
+    unknown = [line[end] for _, line in lines if not meant(line[end])]
     if unknown:
-        message = (
-            f"{file} holds the label '{unknown[0]}', which is no class of this study: {', '.join(list(names)[:10])}."
-        )
+        message = f"{file} holds the label '{unknown[0]}', which is no class of this study: {_some(influence)}."
         raise InvalidInput(message + " Was the patch made for another study?")
-    return {checked[number]: names[line[end]] for number, line in lines}
+    return {checked[number]: meant(line[end])[0] for number, line in lines}
 
 
-def write_labels(labels: Shaped[NDArray[Any], " n"], file: str | Path) -> Path:
-    """A CSV file of row and label for all rows."""
+def write_labels(labels: Shaped[NDArray[Any], " n"], file: str | Path, *, overwrite: bool = False) -> Path:
+    """A CSV file of row and label for all rows.
+
+    Args:
+        labels: of `Corrected`.
+        file: where; its folder is made.
+        overwrite: whether a file that is there may be replaced.
+
+    Raises:
+        InvalidInput: if the file is there already and may not be replaced, or is a folder.
+    """
+    check_free(Path(file), overwrite=overwrite)
     return _write(Path(file), ("row", "label"), [[row, label] for row, label in enumerate(labels.tolist())])
+
+
+def check_free(*files: Path, overwrite: bool) -> None:
+    """Raises for files that must not be written, before the work that fills them is done.
+
+    Raises:
+        InvalidInput: if a file is there already and may not be replaced, is a folder, or its folder is a file.
+    """
+    for file in files:
+        if file.is_dir():
+            message = f"{file} is a folder. Name a file, such as {file / 'review.csv'}."
+            raise InvalidInput(message)
+        if any(above.exists() and not above.is_dir() for above in file.parents):
+            message = f"{file} cannot be written: {file.parent} is no folder. Name another folder."
+            raise InvalidInput(message)
+        if file.exists() and not overwrite:
+            message = f"{file} is there already, perhaps with corrections in it. Name another place, or overwrite it: "
+            raise InvalidInput(message + "overwrite=True, or --overwrite.")
 
 
 def _measured(influence: uw.Influence, labels: NDArray[Any], test: Any) -> dict[str, float]:
@@ -219,8 +304,24 @@ def _measured(influence: uw.Influence, labels: NDArray[Any], test: Any) -> dict[
     return told
 
 
-def _by_text(influence: uw.Influence) -> dict[str, Any]:
-    return {str(name): name for name in uw.classes(influence) or []}
+def _meant(influence: uw.Influence) -> Callable[[str], list[Any]]:
+    """The class that a cell names, as a list of one; empty if none. Blanks at the ends count only where they must."""
+    names = uw.classes(influence) or []
+    exact = {str(name): [name] for name in names}
+    bare: dict[str, list[Any]] = {}
+    for name in names:
+        bare.setdefault(str(name).strip(), []).append(name)
+
+    def meant(text: str) -> list[Any]:
+        near = bare.get(text.strip(), [])
+        return exact.get(text, near if len(near) == 1 else [])
+
+    return meant
+
+
+def _some(influence: uw.Influence) -> str:
+    """The first classes, for messages."""
+    return ", ".join(repr(str(name)) for name in (uw.classes(influence) or [])[:10])
 
 
 def _checked(influence: uw.Influence, file: Path, lines: list[tuple[int, str, str]]) -> dict[int, int]:
@@ -229,7 +330,7 @@ def _checked(influence: uw.Influence, file: Path, lines: list[tuple[int, str, st
     Raises:
         InvalidInput: if it is not, or a row does not exist or comes twice.
     """
-    labels = uw.training_labels(influence)
+    labels, meant = uw.training_labels(influence), _meant(influence)
     found: dict[int, int] = {}
     seen: set[int] = set()
     for number, row, label in lines:
@@ -238,9 +339,9 @@ def _checked(influence: uw.Influence, file: Path, lines: list[tuple[int, str, st
             problem = "comes twice" if there else f"does not exist: there are rows 0 to {influence.n - 1}"
             message = f"{file}, line {number}: row {row!r} {problem}. Was the file made for another study, or edited?"
             raise InvalidInput(message)
-        if str(labels[int(row)]) != label.strip():
+        if meant(label) != [labels[int(row)]]:
             message = (
-                f"{file}, line {number}: row {row} has the label {labels[int(row)]!s} in this study and '{label}' in "
+                f"{file}, line {number}: row {row} has the label '{labels[int(row)]}' in this study and '{label}' in "
                 "the file. The study's labels changed since, or it is another study: make the file again."
             )
             raise InvalidInput(message)
