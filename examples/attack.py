@@ -25,7 +25,7 @@ weakest = int(np.argmax(ranked.by_query / ranked.query_losses.clip(1e-3)))
 on = (test[0][[weakest]], test[1][[weakest]])
 print(ranked)
 
-made = uw.apps.attack(influence, on, rows=10, level=level, step=0.1, iterations=20, test=test)
+made = uw.apps.attack(influence, on, count=10, level=level, step=0.1, iterations=20, test=test)
 print(made)
 assert made.rounds_back
 assert made.loss[1] > made.loss[0]

@@ -1,11 +1,16 @@
-"""Training-set attacks: the ranking against finite differences of real refits, the box, and what refits really say."""
+"""Training-set attacks on inputs: the box, the control, and what refits really say."""
 
 from __future__ import annotations
+
+import importlib
+import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -30,32 +35,10 @@ def loss_of(model, X, names):
     return -np.log(model.predict_proba(X)[np.arange(len(X)), place])
 
 
-def test_the_ranking_is_what_a_small_move_really_does(digits):
-    influence, X, names = digits
-    on = (X[200:203], names[200:203])
-    found = uw.apps.vulnerability(influence, on, level=1 / 255)
-    assert found.values.shape == (3, 200)
-    gradient = influence.of_perturbing([int(found.top(1)[0])], on=on)[:, 0]
-    for row in found.top(2):
-        for query in range(3):
-            g = influence.of_perturbing([row], on=on)[query, 0]
-            moved, size = X[:200].copy(), 1e-3
-            moved[row] += size * np.sign(g)
-            again = LogisticRegression(C=10.0, **TIGHT).fit(moved, names[:200])
-            rise = (loss_of(again, *on) - loss_of(influence.encoder.estimator, *on))[query]
-            assert found.values[query, row] == pytest.approx(rise / size * 0.5 / 255, rel=0.05)
-    assert gradient.shape == (3, 64)
-    assert found.by_row[found.top(1)[0]] == found.by_row.max()
-    assert found.by_query.tolist() == found.values.max(1).tolist()
-    some = uw.apps.vulnerability(influence, on, rows=[7, 3], level=1 / 255)
-    np.testing.assert_allclose(some.values, found.values[:, [3, 7]], rtol=1e-12)
-    assert found.top(2, query=1).tolist() == np.argsort(-found.values[1])[:2].tolist()
-
-
 def test_an_attack_raises_the_loss_of_a_model_that_is_really_trained(digits):
     influence, X, names = digits
     on = (X[200:202], names[200:202])
-    made = uw.apps.attack(influence, on, rows=3, level=1 / 16, step=0.1, iterations=12, test=(X[200:], names[200:]))
+    made = uw.apps.attack(influence, on, count=3, level=1 / 16, step=0.1, iterations=12, test=(X[200:], names[200:]))
     assert np.abs(made.after - made.before).max() < 0.5 / 16
     assert made.after.min() >= 0
     assert made.after.max() <= 1
@@ -81,7 +64,7 @@ def test_an_attack_ends_when_the_queries_are_wrong(digits):
     margins = uw.predict(influence, X[200:]).outputs[:, 0] * np.where(names[200:] == "nine", 1, -1)
     weakest = 200 + int(np.argmin(np.where(margins > 0, margins, np.inf)))
     on = (X[[weakest]], names[[weakest]])
-    made = uw.apps.attack(influence, on, rows=10, level=1 / 4, step=0.2, iterations=40)
+    made = uw.apps.attack(influence, on, count=10, level=1 / 4, step=0.2, iterations=40)
     assert made.flipped.all()
     assert len(made.losses) < 40
     assert "Flipped 1 of 1" in str(made)
@@ -97,7 +80,7 @@ def test_a_frozen_network_is_attacked_through_its_pixels():
     settings = {"loss": nn.functional.cross_entropy, "penalty": 0.01, "parameters": ["1.weight", "1.bias"]}
     influence = uw.retrained(uw.explain(net, pixels[:36], labels[:36], **settings))
     on = (pixels[36:38], labels[36:38])
-    made = uw.apps.attack(influence, on, rows=2, level=1.0, step=0.25, iterations=4)
+    made = uw.apps.attack(influence, on, count=2, level=1.0, step=0.25, iterations=4)
     assert made.before.shape == (2, 1, 8, 8)
     assert np.array_equal(np.rint(made.after), made.before)
     assert made.loss[1] > made.loss[0]
@@ -107,42 +90,6 @@ def test_a_frozen_network_is_attacked_through_its_pixels():
     assert made.loss[1] == pytest.approx(fresh.on_loss(on[0].float(), on[1]).query_values.mean(), rel=1e-4)
     inputs = uw.training_inputs(made.model)
     np.testing.assert_allclose(inputs, changed, atol=1e-4)
-
-
-def test_label_flips_are_the_best_first_and_really_trained(digits):
-    influence, X, names = digits
-    on = (X[200:201], names[200:201])
-    found = uw.apps.flip_labels(influence, on, 3, test=(X[200:], names[200:]))
-    other = np.where(names[:200] == "four", "nine", "four")
-    values = influence.of_relabeling(np.arange(200), other, on=on).values[0]
-    assert found.rows[0] == np.argmax(values)
-    assert found.predicted[0] == pytest.approx(values.max())
-    labels = names[:200].copy()
-    labels[found.rows] = found.new
-    again = LogisticRegression(C=10.0, **TIGHT).fit(X[:200], labels)
-    assert found.losses[-1] == pytest.approx(loss_of(again, *on).mean(), rel=1e-5)
-    assert found.losses[-1] > found.losses[0]
-    assert len(set(found.rows.tolist())) == len(found.rows)
-    assert found.accuracy[1] == again.score(X[200:], names[200:])
-    assert "label changed" in str(found)
-
-
-def test_replacements_come_from_the_pool_and_are_really_trained(digits):
-    influence, X, names = digits
-    on, pool = (X[200:201], names[200:201]), (X[220:260], names[220:260])
-    found = uw.apps.replace_rows(influence, pool, on, 2)
-    rows, labels = X[:200].copy(), names[:200].copy()
-    for row, j in zip(found.rows, found.pool_rows, strict=True):
-        rows[row], labels[row] = pool[0][j], pool[1][j]
-    again = LogisticRegression(C=10.0, **TIGHT).fit(rows, labels)
-    assert found.losses[-1] == pytest.approx(loss_of(again, *on).mean(), rel=1e-5)
-    every = max(
-        float(influence.of_replacing([row], pool[0][j : j + 1], pool[1][j : j + 1], on=on).values[0, 0])
-        for row in range(200)
-        for j in (int(found.pool_rows[0]),)
-    )
-    assert found.predicted[0] == pytest.approx(every)
-    assert len(set(found.pool_rows.tolist())) == 2
 
 
 def test_what_is_refused(digits):
@@ -158,21 +105,184 @@ def test_what_is_refused(digits):
     pipe = make_pipeline(StandardScaler(), LogisticRegression(**TIGHT)).fit(X[:200], names[:200])
     with pytest.raises(uw.errors.UnsupportedModel, match="Pipeline"):
         uw.apps.attack(uw.explain(pipe, X[:200], names[:200]), on)
+    with pytest.raises(uw.errors.InvalidInput, match="both given"):
+        uw.apps.attack(influence, on, rows=[3], count=2)
+    with pytest.raises(uw.errors.InvalidInput, match="count=0"):
+        uw.apps.attack(influence, on, count=0)
+    with pytest.raises(uw.errors.InvalidInput, match="test is"):
+        uw.apps.attack(influence, on, test=X)
+    kernel = uw.explain(KernelRidge(kernel="rbf").fit(X[:50], X[:50, 20]), X[:50], X[:50, 20])
+    with pytest.raises(uw.errors.UnsupportedModel, match="kernel"):
+        uw.apps.attack(kernel, (X[:1], X[:1, 20]), rows=[3])
     line = uw.explain(Ridge().fit(X, X[:, 20]), X, X[:, 20])
-    with pytest.raises(uw.errors.UnsupportedModel, match="no classes"):
-        uw.apps.flip_labels(line, (X[:1], X[:1, 20]))
-    with pytest.raises(uw.errors.InvalidInput, match="pool"):
-        uw.apps.replace_rows(influence, X, on)
-    with pytest.raises(uw.errors.InvalidInput, match="one label for each"):
-        uw.apps.replace_rows(influence, (X[:3], names[:2]), on)
+    with pytest.raises(uw.errors.InvalidInput, match="no classes"):
+        uw.apps.attack(line, (X[:1], X[:1, 20]), test=(X[:2], X[:2, 20]))
 
 
 def test_a_regression_can_be_attacked_too():
     X = np.random.default_rng(0).normal(size=(40, 3))
     y = X @ [1.0, -2.0, 0.5]
     influence = uw.explain(Ridge(alpha=1.0).fit(X, y), X, y)
-    made = uw.apps.attack(influence, (X[:2], y[:2] + 1), rows=2, level=0.1, iterations=5, step=0.1)
+    made = uw.apps.attack(influence, (X[:2], y[:2] + 1), count=2, level=0.1, iterations=5, step=0.1)
     assert made.loss[1] > made.loss[0]
     assert made.targets is None
     assert not len(made.flipped)
     assert "Mean loss" in str(made)
+
+
+def three_classes(seed, count, C):
+    draw = np.random.default_rng(seed)
+    X = draw.normal(size=(count, 3))
+    y = np.argmax(X + draw.normal(size=(count, 3)), 1)
+    return draw, X, y, LogisticRegression(C=C, tol=1e-8, max_iter=3000).fit(X, y)
+
+
+def test_the_point_at_which_all_queries_are_wrong_is_given_back():
+    """Its mean loss may be smaller than one that was met before, where one of the queries was still right."""
+    draw, X, y, model = three_classes(21, 25, 3.0)
+    influence = uw.explain(model, X, y)
+    Q = draw.normal(size=(80, 3))
+    sure = np.sort(model.predict_proba(Q), 1)
+    chosen = np.r_[np.argsort(sure[:, -1] - sure[:, -2])[draw.integers(0, 6, 1)], draw.integers(0, 80, 1)]
+    settings = {"level": 3.0, "step": 0.25, "iterations": 12, "patience": 12, "bounds": (-30, 30)}
+    made = uw.apps.attack(influence, (Q[chosen], model.predict(Q[chosen])), rows=list(range(12)), **settings)
+    assert np.argmax(made.losses) != len(made.losses) - 1  # else this says nothing
+    assert made.flipped.all()
+    assert made.step == len(made.losses) - 1
+    assert made.loss[1] == made.losses[-1]
+    moved = X.copy()
+    moved[made.rows] = made.after
+    again = LogisticRegression(C=3.0, tol=1e-8, max_iter=3000).fit(moved, y)
+    assert (again.predict(Q[chosen]) != model.predict(Q[chosen])).all()
+
+
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0), (-0.03, 1.03), (-0.1, 1.1)])
+def test_levels_are_those_of_the_data_whatever_the_bounds(digits, bounds):
+    influence, X, names = digits
+    on = (X[200:203], names[200:203])
+    made = uw.apps.attack(influence, on, rows=[3, 5], level=1 / 16, step=0.2, iterations=4, bounds=bounds)
+    assert made.rounds_back
+    assert np.array_equal(np.rint(made.after * 16), np.rint(made.before * 16))
+    wide = uw.apps.attack(influence, on, rows=[3, 5], level=1 / 16, half=1.5, step=0.5, iterations=4, bounds=bounds)
+    assert not np.array_equal(np.rint(wide.after * 16), np.rint(wide.before * 16))
+    assert not wide.rounds_back
+
+
+def test_levels_of_inputs_that_do_not_start_at_0(digits):
+    _, X, names = digits
+    Z = 2 * X - 1 + 1 / 16  # no level is 0
+    influence = uw.explain(LogisticRegression(**TIGHT).fit(Z[:200], names[:200]), Z[:200], names[:200])
+    made = uw.apps.attack(influence, (Z[200:202], names[200:202]), rows=[3], level=1 / 8, step=0.2, iterations=4)
+    assert made.largest > 0.4
+    assert made.rounds_back
+
+
+def test_rows_are_named_as_everywhere(digits):
+    influence, X, names = digits
+    on, few = (X[200:201], names[200:201]), {"level": 1 / 16, "iterations": 1}
+    mask = np.zeros(200, dtype=bool)
+    mask[[4, 9]] = True
+    assert uw.apps.attack(influence, on, rows=5, **few).rows.tolist() == [5]
+    assert uw.apps.attack(influence, on, rows=np.int64(5), **few).rows.tolist() == [5]
+    assert uw.apps.attack(influence, on, rows=mask, **few).rows.tolist() == [4, 9]
+    ranked = uw.apps.vulnerability(influence, on, level=1 / 16)
+    assert uw.apps.attack(influence, on, **few).rows.tolist() == ranked.top(1).tolist()
+    assert uw.apps.attack(influence, on, count=3, **few).rows.tolist() == ranked.top(3).tolist()
+
+
+@pytest.fixture(scope="module")
+def stopped_early():
+    """A model far from its minimum, the one that training on gives, and test rows that the two disagree on."""
+    X, y = load_digits(return_X_y=True)
+    X = X / 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = LogisticRegression(max_iter=8).fit(X[:600], y[:600])
+        influence = uw.explain(model, X[:600], y[:600])
+    whole = LogisticRegression(**TIGHT).fit(X[:600], y[:600])
+    given, trained = model.predict(X), whole.predict(X)
+    return influence, whole, X, y, np.flatnonzero((given == y) & (trained != y) & (np.arange(len(y)) >= 600))
+
+
+def test_what_training_again_alone_flips_is_not_the_attacks_doing(stopped_early):
+    influence, whole, X, y, spoilt = stopped_early
+    on = (X[spoilt[:1]], y[spoilt[:1]])
+    made = uw.apps.attack(influence, on, rows=[3], level=1 / 16, iterations=3, test=(X[600:], y[600:]))
+    assert made.said_before.tolist() == on[1].tolist()
+    assert made.said_control.tolist() == whole.predict(on[0]).tolist() != on[1].tolist()
+    assert not made.flipped.any()
+    assert made.flipped_by_control.all()
+    assert made.losses == [pytest.approx(loss_of(whole, *on).mean(), rel=1e-6)]
+    assert made.loss_given == pytest.approx(loss_of(influence.encoder.estimator, *on).mean(), rel=1e-9)
+    assert np.array_equal(made.after, made.before)
+    assert made.accuracy_control == whole.score(X[600:], y[600:])
+    assert made.accuracy[1] == made.accuracy_control
+    assert not len(made.newly_wrong)
+    told, said = made.to_dict(), str(made)
+    assert told["flipped"] == []
+    assert told["flipped_by_control"] == [0]
+    assert told["accuracy_control"] == made.accuracy_control
+    assert "Flipped 0 of 1 queries, after training again; training again with nothing changed flips 1." in said
+    assert "wrong before any is changed" in said
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_an_attack_starts_where_training_again_ends(stopped_early):
+    """A model that stopped early has a larger loss than any retrained one, so no step would ever beat it."""
+    influence, whole, X, y, _ = stopped_early
+    on = (X[600:603], y[600:603])
+    made = uw.apps.attack(influence, on, rows=[3, 40], level=1 / 4, step=0.25, iterations=3)
+    assert made.loss_given > made.losses[0]
+    assert made.losses[0] == pytest.approx(loss_of(whole, *on).mean(), rel=1e-6)
+    assert made.step > 0
+    assert made.loss[1] > made.loss[0]
+    moved = X[:600].copy()
+    moved[made.rows] = made.after
+    again = LogisticRegression(**TIGHT).fit(moved, y[:600])
+    assert made.loss[1] == pytest.approx(loss_of(again, *on).mean(), rel=1e-6)
+
+
+class Counting(nn.Module):
+    """A body and a head; counts the examples that went through."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Tanh())
+        self.head = nn.Linear(20, 3)
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += len(x)
+        return self.head(self.body(x))
+
+
+def counted():
+    net = Counting().eval()
+    X = torch.rand(60, 1, 8, 8)
+    y = torch.arange(60) % 3
+    settings = {"loss": nn.functional.cross_entropy, "penalty": 0.01, "parameters": ["head.weight", "head.bias"]}
+    return net, X, y, uw.retrained(uw.explain(net, X, y, **settings))
+
+
+def test_a_network_sees_the_queries_once_and_only_changed_rows_again():
+    net, X, y, influence = counted()
+    net.passes = 0
+    settings = {"level": 1 / 16, "step": 0.1, "iterations": 10, "test": (X[:7] * 0.8, y[:7].numpy())}
+    made = uw.apps.attack(influence, (X[:10] * 0.9, y[:10]), rows=[3], **settings)
+    steps = len(made.losses) - 1
+    assert steps == 10
+    directions, by_chance = 2, 1  # equation 5 and equation 3 of the row, to compare; the random corner
+    assert net.passes == 10 + 7 + directions + 2 * steps + by_chance
+
+
+def test_features_of_all_rows_are_read_in_blocks(digits, monkeypatch):
+    influence, X, names = digits
+    monkeypatch.setattr(importlib.import_module("upweight.apps.attack"), "_NUMBERS", 64 * 30)
+    sizes, plain = [], uw.features
+    monkeypatch.setattr(uw, "features", lambda *asked: sizes.append(len(found := plain(*asked))) or found)
+    made = uw.apps.attack(influence, (X[200:202], names[200:202]), rows=[7, 3, 12], level=1 / 16, iterations=1)
+    assert max(sizes) == 30
+    for place, row in enumerate([7, 3, 12]):
+        mean = X[:200][names[:200] == names[row]].mean(0)
+        assert made.feature_scale[place] == pytest.approx(np.linalg.norm(X[row] - mean), rel=1e-12)

@@ -61,6 +61,22 @@ def test_labels_are_flipped(upweight):
     assert len(json.loads(out)["rows"]) == 2
 
 
+@pytest.mark.parametrize("setting", ["--rows=0", "--iterations=0", "--flip=-1"])
+def test_a_count_of_none_is_named_by_its_own_name(upweight, setting):
+    code, _, err = upweight("--query", 1, setting)
+    assert code == 3
+    assert f"{setting}." in err
+
+
+def test_the_control_is_told(upweight):
+    code, out, _ = upweight("--query", 1, "--level", 0.5, "--iterations", 2)
+    assert code == 0
+    assert "training again with nothing changed flips 0" in out
+    code, out, _ = upweight("--query", 1, "--flip", 1, "--json")
+    assert code == 0
+    assert json.loads(out)["loss_given"] == pytest.approx(json.loads(out)["losses"][0], rel=1e-4)
+
+
 def test_a_query_that_does_not_exist(upweight):
     code, _, err = upweight("--query", 9)
     assert code == 3

@@ -1,10 +1,8 @@
 """Section 5.2, a robustness audit: how far can changes of training rows that nobody sees move an answer?
 
-    vulnerability   equation 5 over all rows: the predicted rise of a query's loss if a row moves by half a level
-    attack          the paper's iteration: a step along the sign of equation 5, projection to the box, and a model
-                    that is really trained again, until the queries flip
-
-For audits of your own models: it says which answers hang on few rows, and which rows deserve a second look.
+The paper's iteration: a step along the sign of equation 5, projection to the box, and a model that is really trained
+again, until the queries flip. For audits of your own models: it says which answers hang on few rows, and which rows
+deserve a second look. `vulnerability` ranks the rows.
 """
 
 from __future__ import annotations
@@ -18,95 +16,48 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import upweight as uw
+from upweight.apps.mean_loss import MeanLoss, losses_of
+from upweight.apps.vulnerability import Vulnerability, check_positive, vulnerability
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 
+__all__ = ["Attack", "Vulnerability", "attack", "vulnerability"]
+
 _HAIR = 1e-3  # of the box is left out, so that a changed pixel rounds to what it was
-_NUMBERS = 2**24  # of equation 5 at once: 128 MB
+_NUMBERS = 2**22  # of features at once: 32 MB
 _RISE = 0.01  # a loss that has not risen by this share for `patience` steps has stopped rising
 _PROBE = 1e-3  # levels by which equation 5 is tried out
 _AGREE = 0.5  # share of the larger by which equation 3 and equation 5 may differ there
 
 
 @dataclass(frozen=True)
-class Vulnerability:
-    """How far a change that nobody sees could move each query's loss, to first order.
-
-    values[q, i] = half · level · ‖∂L(query q)/∂xᵢ‖₁: the largest predicted rise of the loss if every number of row i's
-    input may move by half a level (equation 5; bounds of the inputs are left out).
-
-    Args:
-        rows: (r,) training rows.
-        values: (q, r) predicted rises of the losses, in nats.
-        query_losses: (q,) losses now.
-        labels: (r,) of the rows, or None where targets are no classes.
-        k: how many rows `__str__` and `to_dict` show.
-    """
-
-    rows: Int[NDArray[np.int64], " r"]
-    values: Float[NDArray[np.float64], "q r"] = field(repr=False)
-    query_losses: Float[NDArray[np.float64], " q"]
-    labels: Shaped[NDArray[Any], " r"] | None = field(default=None, repr=False)
-    k: int = 5
-
-    @property
-    def by_row(self) -> Float[NDArray[np.float64], " r"]:
-        """Each row's score: the mean over the queries of how far it could move their losses."""
-        return self.values.mean(0)
-
-    @property
-    def by_query(self) -> Float[NDArray[np.float64], " q"]:
-        """Each query's score: how far the one row that can move it most could."""
-        return self.values.max(1)
-
-    def top(self, k: int | None = None, query: int | None = None) -> Int[NDArray[np.int64], " k"]:
-        """The k rows that could move a query most, or all queries on average."""
-        k = self.k if k is None else checked_count(k, "k")
-        values = self.by_row if query is None else self.values[query]
-        return self.rows[np.argsort(-values, kind="stable")[:k]]
-
-    def __str__(self) -> str:
-        place = {int(row): j for j, row in enumerate(self.rows)}
-        lines = [
-            f"{len(self.rows)} rows and {len(self.query_losses)} queries. A row could raise a query's loss by at most "
-            f"{self.values.max():.3g} (mean over rows {self.values.mean():.3g}; mean loss now "
-            f"{self.query_losses.mean():.3g}).",
-            "row     label     could raise the mean loss by",
-        ]
-        for row in self.top():
-            label = "" if self.labels is None else str(self.labels[place[int(row)]])
-            lines.append(f"{row:<7} {label:<9} {self.by_row[place[int(row)]]:.3g}")
-        return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The k most vulnerable rows, and every query's score."""
-        place = {int(row): j for j, row in enumerate(self.rows)}
-        return {
-            "rows": [{"row": int(row), "score": float(self.by_row[place[int(row)]])} for row in self.top()],
-            "queries": self.by_query.tolist(),
-            "query_losses": self.query_losses.tolist(),
-        }
-
-
-@dataclass(frozen=True)
 class Attack:
     """What a crafted change of some training inputs really does, after training again.
+
+    The control is the model that training again gives with nothing changed: where θ̂ was not at a minimum it says
+    something else than the model as given. The attack starts there, and what the control does is not its doing.
 
     Args:
         rows: (r,) the changed training rows.
         before: (r, *x) their inputs.
-        after: (r, *x) their changed inputs, those with the largest mean loss of the queries that was met.
-        losses: mean loss of the queries at the start and after every step, each of a really trained model.
+        after: (r, *x) their changed inputs: those with which every query is called wrong, or else those with the
+            largest mean loss of the queries that was met.
+        losses: mean loss of the queries by the control and after every step, each of a really trained model.
         predicted: what equation 5 predicted for every step's rise of the loss.
+        step: the place in `losses` of what is returned; 0 if no step raised the loss.
+        loss_given: mean loss of the queries by the model as given.
         targets: (q,) true labels of the queries, or None where targets are no classes.
-        said_before: (q,) labels that the model gave them.
+        said_before: (q,) labels that the model as given gave them.
+        said_control: (q,) labels that the control gives them.
         said_after: (q,) labels that the retrained model gives them.
         level: the size of one level in the inputs' units.
         random_loss: mean loss after a change of the same rows to random corners of the same box.
         feature_change: (r,) ‖h(after) − h(before)‖₂ in the features that the objective sees.
         feature_scale: (r,) distance of each row's features from the mean of its class before.
-        accuracy: of the test rows, before and after; None if there were none.
-        newly_wrong: training rows that the model called right before, and calls wrong after.
-        rounds_back: whether every changed number rounds to the level that it had before.
+        accuracy: of the test rows, by the model as given and after; None if there were none.
+        accuracy_control: of the test rows by the control; None if there were none.
+        newly_wrong: training rows that the model as given and the control call right, and the retrained model wrong.
+        rounds_back: whether every changed number rounds to the level that it had before; levels are counted from the
+            smallest training input.
         model: the influence of the retrained model, on the changed data.
     """
 
@@ -115,29 +66,41 @@ class Attack:
     after: Float[NDArray[np.float64], "r ..."] = field(repr=False)
     losses: list[float] = field(repr=False)
     predicted: list[float] = field(repr=False)
+    step: int
+    loss_given: float
     targets: Shaped[NDArray[Any], " q"] | None
     said_before: Shaped[NDArray[Any], " q"] | None
+    said_control: Shaped[NDArray[Any], " q"] | None
     said_after: Shaped[NDArray[Any], " q"] | None
     level: float
     random_loss: float
     feature_change: Float[NDArray[np.float64], " r"]
     feature_scale: Float[NDArray[np.float64], " r"]
     accuracy: tuple[float, float] | None
+    accuracy_control: float | None
     newly_wrong: Int[NDArray[np.int64], " m"]
     rounds_back: bool
     model: uw.Influence = field(repr=False)
 
     @property
     def flipped(self) -> Bool[NDArray[np.bool_], " q"]:
-        """Which queries the model called right before, and the retrained model calls wrong."""
+        """Which queries the model as given and the control call right, and the retrained model calls wrong."""
         if self.targets is None:
             return np.zeros(0, dtype=bool)
-        return (self.said_before == self.targets) & (self.said_after != self.targets)
+        right = (self.said_before == self.targets) & (self.said_control == self.targets)
+        return right & (self.said_after != self.targets)
+
+    @property
+    def flipped_by_control(self) -> Bool[NDArray[np.bool_], " q"]:
+        """Which queries the model as given calls right, and the control, with nothing changed, calls wrong."""
+        if self.targets is None:
+            return np.zeros(0, dtype=bool)
+        return (self.said_before == self.targets) & (self.said_control != self.targets)
 
     @property
     def loss(self) -> tuple[float, float]:
-        """The mean loss of the queries before, and after training on the changed rows."""
-        return self.losses[0], max(self.losses)
+        """The mean loss of the queries after training on the rows as they were, and on the changed rows."""
+        return self.losses[0], self.losses[self.step]
 
     @property
     def largest(self) -> float:
@@ -151,89 +114,55 @@ class Attack:
 
     def __str__(self) -> str:
         same = "rounds to the same levels" if self.rounds_back else "does not round to the same levels"
+        steps = len(self.losses) - 1
+        size = f"changed by at most {self.largest:.4g} levels ({same}), {steps} steps"
+        if not steps:
+            size = "stay as they were, for every query is called wrong before any is changed"
+        elif not self.step:
+            size = f"stay as they were, for none of {steps} steps raised the loss"
+        q = "the queries" if self.targets is None else f"{len(self.targets)} queries"
         lines = [
-            f"Rows {', '.join(map(str, self.rows))} changed by at most {self.largest:.4g} levels ({same}), "
-            f"{len(self.losses) - 1} steps.",
-            f"Mean loss of {'the queries' if self.targets is None else f'{len(self.targets)} queries'} "
-            f"{self.loss[0]:.4g} → {self.loss[1]:.4g}; {self.random_loss:.4g} by a random change of that size.",
+            f"Rows {', '.join(map(str, self.rows))} {size}.",
+            f"Mean loss of {q} {self.loss_given:.4g}; {self.loss[0]:.4g} after training again with nothing changed; "
+            f"{self.loss[1]:.4g} on the changed rows; {self.random_loss:.4g} by a random change of that size.",
             "Features moved by "
             + ", ".join(f"{a:.3g} of {b:.3g}" for a, b in zip(self.feature_change, self.feature_scale, strict=True))
             + " (distance to the mean of the class).",
         ]
         if self.targets is not None:
-            lines.insert(1, f"Flipped {self.flipped.sum()} of {len(self.targets)} queries, after training again.")
-        if self.accuracy is not None:
-            lines.append(f"Accuracy on the test rows {self.accuracy[0]:.4g} → {self.accuracy[1]:.4g}.")
-        if len(self.newly_wrong):
-            lines.append(f"Training rows that are now called wrong: {', '.join(map(str, self.newly_wrong[:10]))}.")
-        return "\n".join(lines)
+            lines.insert(1, flips_in_words(self.flipped, self.flipped_by_control))
+        return "\n".join([*lines, *outcome_in_words(self.accuracy, self.accuracy_control, self.newly_wrong)])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the inputs, as plain numbers and lists."""
         return {
             "rows": self.rows.tolist(),
             "flipped": np.flatnonzero(self.flipped).tolist(),
+            "flipped_by_control": np.flatnonzero(self.flipped_by_control).tolist(),
             "queries": None if self.targets is None else len(self.targets),
+            "loss_given": self.loss_given,
             "loss_before": self.loss[0],
             "loss_after": self.loss[1],
             "loss_random": self.random_loss,
             "steps": len(self.losses) - 1,
+            "step": self.step,
             "largest_in_levels": self.largest,
             "lengths": self.lengths.tolist(),
             "rounds_back": self.rounds_back,
             "feature_change": self.feature_change.tolist(),
             "feature_scale": self.feature_scale.tolist(),
             "accuracy": None if self.accuracy is None else list(self.accuracy),
+            "accuracy_control": self.accuracy_control,
             "newly_wrong": self.newly_wrong.tolist(),
         }
-
-
-def vulnerability(
-    influence: uw.Influence, on: Any, *, rows: Any = None, level: float = 1 / 255, half: float = 0.5, k: int = 5
-) -> Vulnerability:
-    """Rank training rows by how far a change of less than half a level of their inputs can move queries.
-
-    Cost: equation 5 of every row for every query: for a network one forward pass and q backward passes per row.
-
-    Args:
-        influence: of a model whose inputs can be moved: not of a kernel.
-        on: (Xq, yq), the queries.
-        rows: the training rows; None means all.
-        level: the size of one level in the inputs' units: 1 for pixels 0 … 255, 1/255 for pixels 0 … 1.
-        half: how far a number may move, in levels.
-        k: how many rows `__str__` shows.
-
-    Raises:
-        UnsupportedModel: if the objective's inputs are not the user's, as for kernels.
-        InvalidInput: if a setting is no positive number.
-
-    References: Koh & Liang (2017), section 5.2 and equation 5.
-    """
-    _check_positive(level=level, half=half)
-    checked_count(k, "k")
-    chosen = np.arange(influence.n) if rows is None else np.unique(np.atleast_1d(np.asarray(rows)))
-    first = influence.of_perturbing(chosen[:1], on=on)
-    queries, numbers = len(first), max(1, first.size)
-    block = max(1, _NUMBERS // numbers)
-    norms = np.concatenate(
-        [
-            np.abs(influence.of_perturbing(chosen[i : i + block], on=on))
-            .reshape(queries, -1, numbers // queries)
-            .sum(2)
-            for i in range(0, len(chosen), block)
-        ],
-        axis=1,
-    )
-    return Vulnerability(
-        chosen, half * level * norms, _losses(influence, on), uw.training_labels(influence, chosen), k=k
-    )
 
 
 def attack(
     influence: uw.Influence,
     on: Any,
     *,
-    rows: Any = 1,
+    rows: Any = None,
+    count: int | None = None,
     level: float = 1 / 255,
     half: float = 0.5,
     bounds: tuple[float, float] | None = None,
@@ -249,15 +178,17 @@ def attack(
 
         x ← Π(x + step · level · sign ∂L(queries)/∂x),     Π: |x − x₀| < half · level and low ≤ x ≤ high
 
-    After every step features are recomputed, the model is trained again, and equation 5 is solved anew there. It ends
-    when every query is called wrong, when the loss has not risen by 1 % for `patience` steps, or after `iterations`.
+    It starts from the control, the model that training again gives with nothing changed. After every step features are
+    recomputed, the model is trained again, and equation 5 is solved anew there. It ends when every query is called
+    wrong, when the loss has not risen by 1 % for `patience` steps, or after `iterations`.
 
-    Cost: per step equation 5 of the rows, their features, and one training from the last parameters.
+    Cost: two trainings; per step equation 5 of the rows, their features, and one training from the last parameters.
 
     Args:
-        influence: of a model whose inputs can be moved, at a minimum: an estimator, or a network with a head.
+        influence: of a model whose inputs can be moved: an estimator, or a network with a head.
         on: (Xq, yq), the queries; the mean of their losses is raised.
-        rows: the training rows themselves, as a list; or a whole number k: the k most vulnerable of all rows.
+        rows: the training rows, as everywhere: one number, several, or a mask; None takes the most vulnerable.
+        count: without `rows`, how many of the most vulnerable of all rows; None means one.
         level: the size of one level in the inputs' units: 1 for pixels 0 … 255, 1/255 for pixels 0 … 1.
         half: how far a number may move, in levels; a thousandth of it is left out, so that 0.5 rounds back.
         bounds: smallest and largest valid input; None takes those of the training inputs.
@@ -271,59 +202,118 @@ def attack(
 
     Raises:
         InvalidInput: if a setting does not fit, or the training inputs are no dense array of numbers.
+        RowOutOfRange: if a row does not exist.
         UnsupportedModel: if inputs cannot be moved, or are transformed on their way to the estimator.
 
     References: Koh & Liang (2017), section 5.2.
     """
-    _check_positive(level=level, half=half, step=step)
+    check_positive(level=level, half=half, step=step)
     checked_count(iterations, "iterations")
     checked_count(patience, "patience")
-    if isinstance(rows, int | np.integer):
-        count = checked_count(int(rows), "rows")
-        rows = vulnerability(influence, on, level=level, half=half).top(count)
-    rows = influence.examples.rows(rows)
+    if rows is not None and count is not None:
+        message = f"rows={rows!r} and count={count!r} were both given. Name the rows, or say how many of the most "
+        raise InvalidInput(message + "vulnerable to take.")
+    queries, others = influence.queries(on), tested(influence, test)
+    k = checked_count(1 if count is None else count, "count")
+    if rows is not None:
+        rows = influence.examples.rows(rows)
+    control = uw.retrained(influence, retrain=retrain, seed=seed)
+    if rows is None:
+        rows = vulnerability(control, queries, level=level, half=half).top(k)
     box = _Box.around(uw.training_inputs(influence), rows, bounds, half, level)
-    _check_directions(influence, rows, box, on)
-    state = _climb(influence, rows, box, on, step * level, iterations, patience, retrain, seed, progress)
+    trials = _Trials(rows, box, queries, uw.query_labels(influence, queries), retrain, seed)
+    start = trials.point(box.center, control)
+    _check_directions(control, rows, box, queries)
+    losses, predicted, end, place = _climb(start, trials, step * level, iterations, patience, progress)
     corner = box.project(box.center + half * level * np.random.default_rng(seed).choice([-1.0, 1.0], box.center.shape))
-    by_chance = _trained(influence, rows, corner, box, retrain, seed)
-    labels = uw.query_labels(influence, on)
-    h, new = uw.features(influence), uw.features(state.model)
+    accuracy, accuracy_control = accuracies((influence, control, end.model), others)
     return Attack(
         rows=rows,
         before=box.center,
-        after=state.x,
-        losses=state.losses,
-        predicted=state.predicted,
-        targets=labels,
-        said_before=None if labels is None else uw.predict(influence, _inputs(influence, on)).labels,
-        said_after=None if labels is None else uw.predict(state.model, _inputs(influence, on)).labels,
+        after=end.x,
+        losses=losses,
+        predicted=predicted,
+        step=place,
+        loss_given=float(losses_of(influence, queries).mean()),
+        targets=trials.targets,
+        said_before=uw.predict(influence, queries).labels if trials.targets is not None else None,
+        said_control=start.said,
+        said_after=end.said,
         level=level,
-        random_loss=float(_losses(by_chance, on).mean()),
-        feature_change=np.linalg.norm(new[rows] - h[rows], axis=1),
-        feature_scale=_distances_to_class_means(influence, h, rows),
-        accuracy=accuracies(influence, state.model, test),
-        newly_wrong=newly_wrong(influence, state.model),
-        rounds_back=bool((np.rint((state.x - box.low) / level) == np.rint((box.center - box.low) / level)).all()),
-        model=state.model,
+        random_loss=trials.trained(control, corner).loss,
+        feature_change=_feature_change(influence, end.model, rows),
+        feature_scale=_distances_to_class_means(influence, rows),
+        accuracy=accuracy,
+        accuracy_control=accuracy_control,
+        newly_wrong=newly_wrong((influence, control, end.model), uw.training_labels(influence)),
+        rounds_back=box.rounds_back(end.x, level),
+        model=end.model,
     )
 
 
-def accuracies(before: uw.Influence, after: uw.Influence, test: Any) -> tuple[float, float] | None:
-    """The accuracy of two models on (Xt, yt); None without them."""
+def tested(influence: uw.Influence, test: Any) -> tuple[uw.Examples, Any] | None:
+    """(Xt, yt) with the inputs read once for all models; None without them.
+
+    Raises:
+        InvalidInput: if it is no such pair, or the model's outputs are no classes.
+    """
     if test is None:
         return None
-    X, y = test
-    return uw.predict(before, X).accuracy(y), uw.predict(after, X).accuracy(y)
+    if not isinstance(test, tuple | list) or len(test) != 2:
+        message = f"test is a {type(test).__name__}. Pass the pair test=(Xt, yt) of inputs and labels."
+        raise InvalidInput(message)
+    if uw.classes(influence) is None:
+        message = "The model's outputs are no classes, so test rows have no accuracy. Leave test out."
+        raise InvalidInput(message)
+    return influence.encoder.examples(test[0]), test[1]
 
 
-def newly_wrong(before: uw.Influence, after: uw.Influence) -> Int[NDArray[np.int64], " m"]:
-    """Training rows whose label one model says and the other, on its own data, does not; none without classes."""
-    old, new = uw.training_labels(before), uw.training_labels(after)
-    if old is None or new is None:
+def accuracies(
+    models: tuple[uw.Influence, uw.Influence, uw.Influence], test: tuple[uw.Examples, Any] | None
+) -> tuple[tuple[float, float] | None, float | None]:
+    """Of (given, control, after) on test rows: the first and the last, and the control's; None without rows."""
+    if test is None:
+        return None, None
+    given, control, after = (uw.predict(model, test[0]).accuracy(test[1]) for model in models)
+    return (given, after), control
+
+
+def newly_wrong(
+    models: tuple[uw.Influence, uw.Influence, uw.Influence],
+    labels: Shaped[NDArray[Any], " n"] | None,
+    labels_after: Shaped[NDArray[Any], " n"] | None = None,
+) -> Int[NDArray[np.int64], " m"]:
+    """Training rows that (given, control) both call right, and `after` on its own data calls wrong; none without
+    classes.
+    """
+    if labels is None:
         return np.zeros(0, dtype=np.int64)
-    said, says = (uw.predict(model, model.examples).labels for model in (before, after))
-    return np.flatnonzero((said == old) & (says != new))
+    given, control, after = (uw.predict(model, model.examples).labels for model in models)
+    now = labels if labels_after is None else labels_after
+    return np.flatnonzero((given == labels) & (control == labels) & (after != now))
+
+
+def flips_in_words(flipped: Bool[NDArray[np.bool_], " q"], alone: Bool[NDArray[np.bool_], " q"]) -> str:
+    """How many queries a change flips, and how many the control flips without it."""
+    return (
+        f"Flipped {flipped.sum()} of {len(flipped)} queries, after training again; training again with nothing changed "
+        f"flips {alone.sum()}."
+    )
+
+
+def outcome_in_words(
+    accuracy: tuple[float, float] | None, control: float | None, wrong: Int[NDArray[np.int64], " m"]
+) -> list[str]:
+    """What else a change does: accuracy on the test rows, and training rows that are called wrong."""
+    lines = []
+    if accuracy is not None:
+        lines.append(
+            f"Accuracy on the test rows {accuracy[0]:.4g}; {control:.4g} after training again with nothing changed; "
+            f"{accuracy[1]:.4g} after the change."
+        )
+    if len(wrong):
+        lines.append(f"Training rows that are now called wrong: {', '.join(map(str, wrong[:10]))}.")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -335,6 +325,7 @@ class _Box:
         half: how far a number may be from there, in the inputs' units.
         low: the smallest valid input.
         high: the largest.
+        origin: the smallest training input, from which levels are counted.
         dtype: of the inputs as they are given to the model.
     """
 
@@ -342,6 +333,7 @@ class _Box:
     half: float
     low: float
     high: float
+    origin: float
     dtype: np.dtype[Any]
 
     @classmethod
@@ -355,7 +347,8 @@ class _Box:
                 "`flip_labels`."
             )
             raise InvalidInput(message)
-        low, high = bounds if bounds is not None else (float(array.min()), float(array.max()))
+        smallest = float(array.min())
+        low, high = bounds if bounds is not None else (smallest, float(array.max()))
         center = np.asarray(array[rows], dtype=np.float64)
         if not low < high or center.min() < low or center.max() > high:
             message = (
@@ -364,97 +357,97 @@ class _Box:
             )
             raise InvalidInput(message)
         dtype = array.dtype if array.dtype.kind == "f" else np.dtype(np.float32)
-        return cls(center, half * level * (1 - _HAIR), float(low), float(high), dtype)
+        return cls(center, half * level * (1 - _HAIR), float(low), float(high), smallest, dtype)
 
     def project(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """The nearest point of the box."""
         inside = np.clip(x, self.center - self.half, self.center + self.half)
         return np.clip(inside, self.low, self.high)
 
+    def rounds_back(self, x: NDArray[np.float64], level: float) -> bool:
+        """Whether every number rounds to the level that it had before."""
+        now, before = (np.rint((values - self.origin) / level) for values in (x, self.center))
+        return bool((now == before).all())
+
 
 @dataclass(frozen=True)
-class _State:
+class _Point:
+    """Inputs that were tried: the model trained on them, the queries' mean loss there and what it says of them."""
+
     x: NDArray[np.float64]
     model: uw.Influence
-    losses: list[float]
-    predicted: list[float]
+    loss: float
+    said: NDArray[Any] | None
+    all_wrong: bool
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """How inputs are tried: the model is trained again, and asked."""
+
+    rows: NDArray[np.int64]
+    box: _Box
+    queries: uw.Examples
+    targets: NDArray[Any] | None
+    retrain: Any
+    seed: int
+
+    def trained(self, model: uw.Influence, x: NDArray[np.float64]) -> _Point:
+        """The model trained again with these inputs, from the parameters of another."""
+        changed = uw.edited(model, self.rows, X_new=x.astype(self.box.dtype))
+        return self.point(x, uw.retrained(changed, retrain=self.retrain, seed=self.seed))
+
+    def point(self, x: NDArray[np.float64], model: uw.Influence) -> _Point:
+        """What a model says."""
+        loss = float(losses_of(model, self.queries).mean())
+        if self.targets is None:
+            return _Point(x, model, loss, None, all_wrong=False)
+        said = uw.predict(model, self.queries).labels
+        return _Point(x, model, loss, said, all_wrong=bool((said != self.targets).all()))
 
 
 def _climb(
-    influence: uw.Influence,
-    rows: NDArray[np.int64],
-    box: _Box,
-    on: Any,
-    step: float,
-    iterations: int,
-    patience: int,
-    retrain: Any,
-    seed: int,
-    progress: bool | None,
-) -> _State:
-    """The iteration; of all points that were met the one with the largest loss."""
-    x, model = box.center, influence
-    best, losses, predicted = (x, model), [float(_losses(model, on).mean())], []
+    start: _Point, trials: _Trials, step: float, iterations: int, patience: int, progress: bool | None
+) -> tuple[list[float], list[float], _Point, int]:
+    """The iteration: losses, predicted rises, the point with all queries wrong or the largest loss, and its place."""
+    point, end, place = start, start, 0
+    losses: list[float] = [start.loss]
+    predicted: list[float] = []
     mark, since = 0.0, 0
     bar = tqdm(range(iterations), desc="attack", disable=None if progress is None else not progress, leave=False)
     for _ in bar:
-        gradient = model.of_perturbing(rows, on=on).mean(0)
-        moved = box.project(x + step * np.sign(gradient))
-        predicted.append(float((gradient * (moved - x)).sum()))
-        x, model = moved, _trained(model, rows, moved, box, retrain, seed)
-        losses.append(float(_losses(model, on).mean()))
-        if losses[-1] > max(losses[:-1]):
-            best = (x, model)
-        since = 0 if losses[-1] > (1 + _RISE) * mark else since + 1
-        mark = max(mark, losses[-1])
-        bar.set_postfix(loss=f"{losses[-1]:.4g}")
-        if since >= patience or _all_wrong(model, on):
+        if point.all_wrong or since >= patience:
             break
+        gradient = MeanLoss(point.model, trials.queries).by_inputs(trials.rows)
+        moved = trials.box.project(point.x + step * np.sign(gradient))
+        predicted.append(float((gradient * (moved - point.x)).sum()))
+        point = trials.trained(point.model, moved)
+        losses.append(point.loss)
+        if point.all_wrong or point.loss > max(losses[:-1]):
+            end, place = point, len(losses) - 1
+        since = 0 if point.loss > (1 + _RISE) * mark else since + 1
+        mark = max(mark, point.loss)
+        bar.set_postfix(loss=f"{point.loss:.4g}")
     bar.close()
-    return _State(*best, losses, predicted)
+    return losses, predicted, end, place
 
 
-def _trained(
-    model: uw.Influence, rows: Any, x: NDArray[np.float64], box: _Box, retrain: Any, seed: int
-) -> uw.Influence:
-    return uw.retrained(uw.edited(model, rows, X_new=x.astype(box.dtype)), retrain=retrain, seed=seed)
-
-
-def _losses(influence: uw.Influence, on: Any) -> NDArray[np.float64]:
-    """(q,) losses of the queries."""
-    values = influence.of_groups([[0]], on=on).query_values
-    if values is None:
-        message = "The losses of these queries are not known."
-        raise UnsupportedModel(message)
-    return values
-
-
-def _inputs(influence: uw.Influence, on: Any) -> Any:
-    """The queries as examples, for `predict`."""
-    return influence.queries(on)
-
-
-def _all_wrong(influence: uw.Influence, on: Any) -> bool:
-    labels = uw.query_labels(influence, on)
-    return labels is not None and bool((uw.predict(influence, _inputs(influence, on)).labels != labels).all())
-
-
-def _check_directions(influence: uw.Influence, rows: NDArray[np.int64], box: _Box, on: Any) -> None:
+def _check_directions(influence: uw.Influence, rows: NDArray[np.int64], box: _Box, queries: uw.Examples) -> None:
     """Equation 5 must be by the inputs that are given: what it says of a tiny step, equation 3 must say too.
 
     Raises:
         UnsupportedModel: if the two disagree, as where a Pipeline transforms inputs before the estimator.
     """
-    gradient = influence.of_perturbing(rows, on=on).mean(0)
+    gradient = MeanLoss(influence, queries).by_inputs(rows)
     if gradient.shape == box.center.shape:
         move = _PROBE * 2 * box.half * np.sign(gradient)
         expected = float((gradient * move).sum())
-        targets = influence.examples.targets()
-        labels = uw.training_labels(influence, rows)
+        labels: Any = uw.training_labels(influence, rows)
         if labels is None:
+            targets = influence.examples.targets()
             labels = None if targets is None else targets.numpy()[rows]
         x = (box.center + move).astype(box.dtype if box.dtype.itemsize > 4 else np.float32)
-        found = float(influence.of_replacing(rows, x, labels, on=on).values.mean(0).sum())
+        found = float(influence.of_replacing(rows, x, labels, on=queries).values.mean(0).sum())
         if abs(found - expected) <= _AGREE * max(abs(expected), abs(found)) + 1e-15:
             return
         what = f"a small step changes the loss by {expected:.3g} to first order, and by {found:.3g} as a replacement"
@@ -468,17 +461,21 @@ def _check_directions(influence: uw.Influence, rows: NDArray[np.int64], box: _Bo
     raise UnsupportedModel(message)
 
 
-def _distances_to_class_means(
-    influence: uw.Influence, features: NDArray[np.float64], rows: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def _feature_change(before: uw.Influence, after: uw.Influence, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(r,) how far the features of these rows have moved."""
+    old, new = (uw.features(model, model.examples.subset(rows)) for model in (before, after))
+    return np.linalg.norm(new - old, axis=1)
+
+
+def _distances_to_class_means(influence: uw.Influence, rows: NDArray[np.int64]) -> NDArray[np.float64]:
     """(r,) how far each row's features are from the mean of its class, or of all rows where there are no classes."""
-    labels = uw.training_labels(influence)
-    means = [features[slice(None) if labels is None else labels == labels[row]].mean(0) for row in rows]
-    return np.linalg.norm(features[rows] - np.stack(means), axis=1)
-
-
-def _check_positive(**settings: float) -> None:
-    for name, value in settings.items():
-        if not np.isfinite(value) or value <= 0:
-            message = f"{name} is {value!r}, and must be a positive number."
-            raise InvalidInput(message)
+    examples, labels = influence.examples, uw.training_labels(influence)
+    own = uw.features(influence, examples.subset(rows))
+    codes = np.zeros(influence.n, dtype=np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
+    asked, place = np.unique(codes[rows], return_inverse=True)
+    member = (codes == asked[:, None]).astype(np.float64)  # (classes asked for, n)
+    total, start = np.zeros((len(asked), own.shape[1])), 0
+    for block in examples.blocks(max(1, _NUMBERS // own.shape[1])):
+        total += member[:, start : start + len(block)] @ uw.features(influence, block)
+        start += len(block)
+    return np.linalg.norm(own - (total / member.sum(1, keepdims=True))[place], axis=1)

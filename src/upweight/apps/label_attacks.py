@@ -3,11 +3,13 @@
     flip_labels    the label changes that raise the queries' loss most (equation 3 with the same x), one after the other
     replace_rows   the training rows replaced by examples of a pool (equation 3), one after the other
 
-Greedy: after every change the model is really trained again, and the next change is chosen there.
+Greedy: after every change the model is really trained again, and the next change is chosen there. Both start from the
+control, the model that training again gives with nothing changed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,15 +19,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import upweight as uw
-from upweight.apps.attack import accuracies, newly_wrong
+from upweight.apps.attack import accuracies, flips_in_words, newly_wrong, outcome_in_words, tested
+from upweight.apps.mean_loss import MeanLoss, losses_of
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
-
-_FEW = 8  # of the best rows, and of the best examples of a pool, whose pairs are compared
 
 
 @dataclass(frozen=True)
 class Edits:
     """Discrete changes of the training data, made one after the other, each followed by training again.
+
+    The control is the model that training again gives with nothing changed: where θ̂ was not at a minimum it says
+    something else than the model as given. Changes start there, and what the control does is not their doing.
 
     Args:
         what: "label changed" or "row replaced".
@@ -33,13 +37,17 @@ class Edits:
         old: (m,) their labels before.
         new: (m,) their labels after.
         pool_rows: (m,) which examples of the pool replaced them; None for labels.
-        losses: (m + 1,) mean loss of the queries at the start and after every change.
+        losses: (m + 1,) mean loss of the queries by the control and after every change.
         predicted: (m,) predicted change of that loss by each change, at the model before it.
+        loss_given: mean loss of the queries by the model as given.
         targets: (q,) true labels of the queries.
-        said_before: (q,) labels that the model gave them.
+        said_before: (q,) labels that the model as given gave them.
+        said_control: (q,) labels that the control gives them.
         said_after: (q,) labels that the model gives them after the last change.
-        accuracy: of the test rows, before and after; None if there were none.
-        newly_wrong: training rows that the model called right before, and calls wrong after, by their own labels.
+        accuracy: of the test rows, by the model as given and after; None if there were none.
+        accuracy_control: of the test rows by the control; None if there were none.
+        newly_wrong: training rows that the model as given and the control call right, and the last model wrong, by
+            their own labels.
         model: the influence of the last model, on the changed data.
     """
 
@@ -50,35 +58,47 @@ class Edits:
     pool_rows: Int[NDArray[np.int64], " m"] | None
     losses: Float[NDArray[np.float64], " m_plus_1"]
     predicted: Float[NDArray[np.float64], " m"]
+    loss_given: float
     targets: Shaped[NDArray[Any], " q"]
     said_before: Shaped[NDArray[Any], " q"]
+    said_control: Shaped[NDArray[Any], " q"]
     said_after: Shaped[NDArray[Any], " q"]
     accuracy: tuple[float, float] | None
+    accuracy_control: float | None
     newly_wrong: Int[NDArray[np.int64], " w"]
     model: uw.Influence = field(repr=False)
 
     @property
     def flipped(self) -> Bool[NDArray[np.bool_], " q"]:
-        """Which queries the model called right before, and the last model calls wrong."""
-        return (self.said_before == self.targets) & (self.said_after != self.targets)
+        """Which queries the model as given and the control call right, and the last model calls wrong."""
+        right = (self.said_before == self.targets) & (self.said_control == self.targets)
+        return right & (self.said_after != self.targets)
+
+    @property
+    def flipped_by_control(self) -> Bool[NDArray[np.bool_], " q"]:
+        """Which queries the model as given calls right, and the control, with nothing changed, calls wrong."""
+        return (self.said_before == self.targets) & (self.said_control != self.targets)
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.rows)} times {self.what}, each followed by training again: flipped {self.flipped.sum()} of "
-            f"{len(self.targets)} queries; mean loss {self.losses[0]:.4g} → {self.losses[-1]:.4g}.",
-            "row     from      to        predicted   really",
+            f"{len(self.rows)} times {self.what}, each followed by training again.",
+            flips_in_words(self.flipped, self.flipped_by_control),
+            f"Mean loss of {len(self.targets)} queries {self.loss_given:.4g}; {self.losses[0]:.4g} after training "
+            f"again with nothing changed; {self.losses[-1]:.4g} after the changes.",
         ]
+        if len(self.rows):
+            lines.append("row     from      to        predicted   really")
+        elif (self.said_control != self.targets).all():
+            lines.append("Every query is called wrong before anything is changed.")
+        else:
+            lines.append("No change is predicted to raise the loss.")
         lines += [
             f"{row:<7} {old!s:<9} {new!s:<9} {predicted:<+11.3g} {really:+.3g}"
             for row, old, new, predicted, really in zip(
                 self.rows, self.old, self.new, self.predicted, np.diff(self.losses), strict=True
             )
         ]
-        if self.accuracy is not None:
-            lines.append(f"Accuracy on the test rows {self.accuracy[0]:.4g} → {self.accuracy[1]:.4g}.")
-        if len(self.newly_wrong):
-            lines.append(f"Training rows that are now called wrong: {', '.join(map(str, self.newly_wrong[:10]))}.")
-        return "\n".join(lines)
+        return "\n".join([*lines, *outcome_in_words(self.accuracy, self.accuracy_control, self.newly_wrong)])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, lists and text."""
@@ -88,11 +108,14 @@ class Edits:
             "old": [str(label) for label in self.old],
             "new": [str(label) for label in self.new],
             "pool_rows": None if self.pool_rows is None else self.pool_rows.tolist(),
+            "loss_given": self.loss_given,
             "losses": self.losses.tolist(),
             "predicted": self.predicted.tolist(),
             "queries": len(self.targets),
             "flipped": np.flatnonzero(self.flipped).tolist(),
+            "flipped_by_control": np.flatnonzero(self.flipped_by_control).tolist(),
             "accuracy": None if self.accuracy is None else list(self.accuracy),
+            "accuracy_control": self.accuracy_control,
             "newly_wrong": self.newly_wrong.tolist(),
         }
 
@@ -109,13 +132,14 @@ def flip_labels(
 ) -> Edits:
     """The label changes that raise the queries' mean loss most, one after the other, until every query is flipped.
 
-    Each of the other classes is tried for each row that was not changed yet (`of_relabeling`), and the model is trained
-    again after every change.
+    Each of the other classes is tried for each row that has a weight and was not changed yet (equation 3 with the same
+    x), and the model is trained again after every change. It starts from the control, which is trained once with
+    nothing changed; what that does is told beside the result and counts for none of the changes.
 
-    Cost: per change K − 1 sweeps, one linear system per query, and one training.
+    Cost: one training; per change one linear system, one sweep with K products, and one training.
 
     Args:
-        influence: of a classifier, at a minimum.
+        influence: of a classifier.
         on: (Xq, yq), the queries.
         budget: labels changed at most.
         test: (Xt, yt) other test rows, whose accuracy is told before and after.
@@ -131,20 +155,16 @@ def flip_labels(
     """
     names = _class_names(influence)
 
-    def best(model: uw.Influence, free: NDArray[np.int64]) -> _Change:
-        labels = uw.training_labels(model, free)
-        found = [_Change(-1, None, None, -np.inf)]
-        for name in names:
-            rows = free[labels != name]
-            if len(rows):
-                values = model.of_relabeling(rows, np.full(len(rows), name), on=on).values.mean(0)
-                found.append(_Change(int(rows[values.argmax()]), name, None, float(values.max())))
-        return max(found, key=lambda change: change.value)
+    def best(model: uw.Influence, queries: uw.Examples, labels: NDArray[Any], free: NDArray[np.bool_]) -> _Change:
+        values = MeanLoss(model, queries).of_labels(names)
+        own = labels[:, None] == np.asarray(names)
+        row, place = np.unravel_index(np.where(free[:, None] & ~own, values, -np.inf).argmax(), values.shape)
+        return _Change(int(row), names[place], None, float(values[row, place]))
 
     def make(model: uw.Influence, change: _Change) -> uw.Influence:
         return uw.edited(model, [change.row], y_new=np.array([change.label]))
 
-    return _greedy("label changed", influence, on, budget, best, make, test, retrain, seed, progress)
+    return _greedy(_Kind("label changed", budget, best, make), influence, on, test, retrain, seed, progress)
 
 
 def replace_rows(
@@ -160,14 +180,15 @@ def replace_rows(
 ) -> Edits:
     """Training rows replaced by examples of a pool so that the queries' mean loss rises most, until all are flipped.
 
-    Equation 3 for a row and a new example is what removing the row does plus what adding the example does, so the best
-    few of each are paired, and the best pair by equation 3 itself is made. A row, and an example, is used once.
+    The best pair of all rows and all examples by equation 3 is made, and the model is trained again. A row, and an
+    example, is used once; rows of weight 0 are not used. It starts from the control, which is trained once with nothing
+    changed; what that does is told beside the result and counts for none of the replacements.
 
-    Cost: per change two sweeps, two linear systems per query, and one training.
+    Cost: one training; per change one linear system, a sweep over the rows and one over the pool, and one training.
 
     Args:
-        influence: of a classifier, at a minimum.
-        pool: (Xp, yp), arrays of candidates with their labels.
+        influence: of a classifier.
+        pool: (Xp, yp), candidates as the model takes them (arrays, a sparse matrix, a DataFrame) and their labels.
         on: (Xq, yq), the queries.
         budget: rows replaced at most.
         test: (Xt, yt) other test rows, whose accuracy is told before and after.
@@ -176,35 +197,32 @@ def replace_rows(
         progress: True or False forces the bar (stderr) on or off; None shows it on a terminal only.
 
     Raises:
-        UnsupportedModel: if targets are no classes.
+        UnsupportedModel: if targets are no classes, or the model does not take new inputs, as kernel machines.
         InvalidInput: if the budget is no positive whole number, or the pool is no pair of equally long arrays.
 
     References: Koh & Liang (2017), equation 3.
     """
     _class_names(influence)
     Xp, yp = _pool(pool)
+    influence.encoder.check_new(Xp)  # kernel features may not hold them
+    candidates = influence.queries((Xp, yp))
     used: list[int] = []
 
-    def best(model: uw.Influence, free: NDArray[np.int64]) -> _Change:
+    def best(model: uw.Influence, queries: uw.Examples, _: NDArray[Any], free: NDArray[np.bool_]) -> _Change:
         unused = np.setdiff1d(np.arange(len(yp)), used)
         if not len(unused):
             return _Change(-1, None, None, -np.inf)
-        removing = model.of_groups([[row] for row in free], on=on).values.mean(0)
-        adding = model.of_adding(Xp[unused], yp[unused], on=on).values.mean(0)
-        rows = free[np.argsort(-removing, kind="stable")[:_FEW]]
-        new = unused[np.argsort(-adding, kind="stable")[:_FEW]]
-        pairs = np.array([(row, j) for row in rows for j in new])
-        values = model.of_replacing(pairs[:, 0], Xp[pairs[:, 1]], yp[pairs[:, 1]], on=on).values.mean(0)
-        row, j = pairs[values.argmax()]
-        return _Change(int(row), yp[j], int(j), float(values.max()))
+        values, place = MeanLoss(model, queries).of_replacing_each(candidates.subset(unused))
+        row, j = int(np.where(free, values, -np.inf).argmax()), int(unused[place])
+        return _Change(row, yp[j], j, float(values[row]))
 
     def make(model: uw.Influence, change: _Change) -> uw.Influence:
         j = change.pool_row
         assert j is not None  # `best` chose one
         used.append(j)
-        return uw.edited(model, [change.row], X_new=Xp[[j]], y_new=yp[[j]])
+        return uw.edited(model, [change.row], X_new=_lines(Xp, j), y_new=yp[[j]])
 
-    return _greedy("row replaced", influence, on, budget, best, make, test, retrain, seed, progress)
+    return _greedy(_Kind("row replaced", budget, best, make), influence, on, test, retrain, seed, progress)
 
 
 @dataclass(frozen=True)
@@ -217,65 +235,81 @@ class _Change:
     value: float
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of change.
+
+    Args:
+        what: in words.
+        budget: how many.
+        best: (model, queries, labels of all rows, (n,) which rows are free) → the next change.
+        make: (model, change) → the influence of the changed data.
+    """
+
+    what: str
+    budget: int
+    best: Callable[[uw.Influence, uw.Examples, NDArray[Any], NDArray[np.bool_]], _Change]
+    make: Callable[[uw.Influence, _Change], uw.Influence]
+
+
 def _greedy(
-    what: str,
-    influence: uw.Influence,
-    on: Any,
-    budget: int,
-    best: Any,
-    make: Any,
-    test: Any,
-    retrain: Any,
-    seed: int,
-    progress: bool | None,
+    kind: _Kind, influence: uw.Influence, on: Any, test: Any, retrain: Any, seed: int, progress: bool | None
 ) -> Edits:
     """Choose a change, make it, train again; until all queries are wrong, no change helps, or the budget is spent."""
-    checked_count(budget, "budget")
-    targets, before = uw.query_labels(influence, on), _said(influence, on)
+    checked_count(kind.budget, "budget")
+    queries, others = influence.queries(on), tested(influence, test)
+    targets, labels = uw.query_labels(influence, queries), uw.training_labels(influence)
     assert targets is not None  # classes were asked for
-    model, changes, losses = influence, [], [_loss(influence, on)]
-    old: list[Any] = []
-    bar = tqdm(range(budget), desc=what, disable=None if progress is None else not progress, leave=False)
+    assert labels is not None
+    before, labels_after = _said(influence, queries), labels.copy()
+    model = control = uw.retrained(influence, retrain=retrain, seed=seed)
+    said = said_control = _said(control, queries)
+    changes: list[_Change] = []
+    losses = [float(losses_of(control, queries).mean())]
+    free = influence.examples.weights > 0
+    shown = None if progress is None else not progress
+    bar = tqdm(range(kind.budget), desc=kind.what, disable=shown, leave=False)
     for _ in bar:
-        if (_said(model, on) != targets).all():
+        if (said != targets).all() or not free.any():
             break
-        change = best(model, np.setdiff1d(np.arange(influence.n), [done.row for done in changes]))
+        change = kind.best(model, queries, labels_after, free)
         if change.value <= 0:
             break
-        old += uw.training_labels(model, [change.row]).tolist()  # type: ignore[union-attr]
-        model = uw.retrained(make(model, change), retrain=retrain, seed=seed)
+        model = uw.retrained(kind.make(model, change), retrain=retrain, seed=seed)
         changes.append(change)
-        losses.append(_loss(model, on))
+        free[change.row], labels_after[change.row] = False, change.label
+        said = _said(model, queries)
+        losses.append(float(losses_of(model, queries).mean()))
         bar.set_postfix(loss=f"{losses[-1]:.4g}")
     bar.close()
+    rows = np.array([change.row for change in changes], dtype=np.int64)
+    accuracy, accuracy_control = accuracies((influence, control, model), others)
     return Edits(
-        what=what,
-        rows=np.array([change.row for change in changes], dtype=np.int64),
-        old=np.array(old),
-        new=np.array([change.label for change in changes]),
+        what=kind.what,
+        rows=rows,
+        old=labels[rows],
+        new=labels_after[rows],
         pool_rows=None
-        if what == "label changed"
+        if kind.what == "label changed"
         else np.array([change.pool_row for change in changes], dtype=np.int64),
         losses=np.array(losses),
-        predicted=np.array([change.value for change in changes]),
+        predicted=np.array([change.value for change in changes], dtype=np.float64),
+        loss_given=float(losses_of(influence, queries).mean()),
         targets=targets,
         said_before=before,
-        said_after=_said(model, on),
-        accuracy=accuracies(influence, model, test),
-        newly_wrong=newly_wrong(influence, model),
+        said_control=said_control,
+        said_after=said,
+        accuracy=accuracy,
+        accuracy_control=accuracy_control,
+        newly_wrong=newly_wrong((influence, control, model), labels, labels_after),
         model=model,
     )
 
 
-def _said(influence: uw.Influence, on: Any) -> Shaped[NDArray[Any], " q"]:
-    labels = uw.predict(influence, influence.queries(on)).labels
+def _said(influence: uw.Influence, queries: uw.Examples) -> Shaped[NDArray[Any], " q"]:
+    labels = uw.predict(influence, queries).labels
     assert labels is not None  # classes were asked for
     return labels
-
-
-def _loss(influence: uw.Influence, on: Any) -> float:
-    values = influence.of_groups([[0]], on=on).query_values
-    return float("nan") if values is None else float(values.mean())
 
 
 def _class_names(influence: uw.Influence) -> list[Any]:
@@ -295,7 +329,7 @@ def _class_names(influence: uw.Influence) -> list[Any]:
 
 
 def _pool(pool: Any) -> tuple[Any, NDArray[Any]]:
-    """The pool as an array and labels.
+    """The pool, whose lines can be taken, and its labels.
 
     Raises:
         InvalidInput: if it is no pair of equally long arrays.
@@ -304,7 +338,13 @@ def _pool(pool: Any) -> tuple[Any, NDArray[Any]]:
         message = f"pool is a {type(pool).__name__}. Pass the pair pool=(Xp, yp) of arrays."
         raise InvalidInput(message)
     X, y = (part if hasattr(part, "__getitem__") and hasattr(part, "shape") else np.asarray(part) for part in pool)
+    X = getattr(X, "tocsr", lambda: X)()
     if X.shape[0] != len(y) or not len(y):
         message = f"The pool has {X.shape[0]} inputs and {len(y)} labels. Pass one label for each, at least one."
         raise InvalidInput(message)
     return X, np.asarray(y)
+
+
+def _lines(X: Any, row: int) -> Any:
+    """One example of a pool, as the pool is given."""
+    return (X.iloc if hasattr(X, "iloc") else X)[[row]]
