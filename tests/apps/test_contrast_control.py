@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from sklearn.datasets import load_digits, load_iris
 from sklearn.exceptions import ConvergenceWarning
@@ -34,9 +35,9 @@ def ahead(model, Xq, wanted):
     return np.where(own, -np.inf, outputs).max(1) - outputs[own]
 
 
-def explained(model):
-    influence = uw.explain(model, X, Y)
-    influence.on_loss(X[:1], Y[:1])  # warns now that it is at no minimum, and not later
+def explained(model, X=X, y=Y):
+    influence = uw.explain(model, X, y)
+    influence.on_loss(X[:1], y[:1])  # warns now that it is at no minimum, and not later
     return influence
 
 
@@ -263,3 +264,38 @@ def test_a_sigmoid_with_its_cross_entropy_changes_its_class_at_a_half():
         again.fit(np.column_stack([LINE, np.ones(60)]), y)
         told = again.predict_proba(np.append(ASKED[near[answer.query]], 1)[None])[0, 1]
         assert answer.actual == pytest.approx(abs(told - 0.5) * (-1 if answer.corrected else 1), abs=1e-4)
+
+
+def test_what_training_leaves_of_the_gradient_is_no_changes_doing():
+    """A training that never moves leaves ∇R as it is; predictions hold it fixed, an oracle minimises what is left."""
+    y = BIT.astype(int)
+    with pytest.warns(ConvergenceWarning):
+        model = LogisticRegression(C=0.1, max_iter=1).fit(LINE, y)
+    with pytest.warns(uw.errors.TheoryWarning):
+        influence = explained(model, LINE, y)
+    wide, start = np.column_stack([LINE, np.ones(60)]), np.append(model.coef_[0], model.intercept_)
+    tilt = influence.risk_gradient.numpy()
+    assert np.linalg.norm(tilt) > 1e-2
+    near = np.argsort(np.abs(model.decision_function(ASKED)))[:4]
+    wanted = 1 - model.predict(ASKED[near])
+    found = contrast_by_removal(
+        influence, (ASKED[near], wanted), retrain=lambda weights, seed=0: influence.objective.theta
+    )
+    assert sum(len(answer.rows) > 0 for answer in found.answers) >= 3
+    for answer in found.answers:
+        assert answer.control == pytest.approx(answer.margin)
+        if not len(answer.rows):
+            continue
+        keep = np.setdiff1d(np.arange(60), answer.rows)
+
+        def tilted(theta, keep=keep):
+            eta = wide[keep] @ theta
+            values = np.logaddexp(0, np.where(y[keep] == 1, -eta, eta))
+            slopes = 1 / (1 + np.exp(-eta)) - y[keep]
+            value = values.sum() / 60 + (theta[:2] ** 2).sum() / (2 * 60 * 0.1) - tilt @ theta
+            return value, wide[keep].T @ slopes / 60 + np.append(theta[:2] / (60 * 0.1), 0) - tilt
+
+        least = scipy.optimize.minimize(tilted, start, jac=True, method="BFGS", options={"gtol": 1e-9}).x
+        sign = 1 if answer.wanted == 0 else -1
+        told = sign * (np.append(ASKED[near][answer.query], 1) @ least)
+        assert answer.predicted == pytest.approx(told, abs=0.02)
