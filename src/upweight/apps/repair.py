@@ -134,10 +134,8 @@ class Repair:
         if len(self.rows) > 20:
             lines.append(f"… and {len(self.rows) - 20} more")
         if told == len(self.rows):
-            lines.append(
-                "Every one is told to change. That says that the model would call each otherwise without it, not that "
-                "its label is wrong: look at each, or at suggestions(least=1) first."
-            )
+            lines.append("Every one is told to change. That says that the model would call each otherwise without it,")
+            lines.append("not that its label is wrong: look at each, first at those that gain most, or inspect more.")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
