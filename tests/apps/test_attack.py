@@ -8,8 +8,10 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
@@ -117,6 +119,77 @@ def test_what_is_refused(digits):
     line = uw.explain(Ridge().fit(X, X[:, 20]), X, X[:, 20])
     with pytest.raises(uw.errors.InvalidInput, match="no classes"):
         uw.apps.attack(line, (X[:1], X[:1, 20]), test=(X[:2], X[:2, 20]))
+
+
+def test_a_pipeline_that_changes_the_columns_is_refused(digits):
+    _, X, names = digits
+    pipe = make_pipeline(PCA(5), LogisticRegression(**TIGHT)).fit(X[:200], names[:200])
+    with pytest.raises(uw.errors.UnsupportedModel, match="Usual reason: a Pipeline transforms"):
+        uw.apps.attack(uw.explain(pipe, X[:200], names[:200]), (X[200:201], names[200:201]), rows=[3])
+
+
+def test_a_function_of_weights_is_refused_for_it_cannot_see_changed_rows(digits):
+    influence, X, names = digits
+    on = (X[200:201], names[200:201])
+    theta = influence.objective.theta
+
+    def retrain(weights, seed=0):
+        return theta
+
+    with pytest.raises(uw.errors.InvalidInput, match=r"rows have changed.*uw.Newton\(\)"):
+        uw.apps.attack(influence, on, rows=[3], retrain=retrain)
+    with pytest.raises(uw.errors.InvalidInput, match="rows have changed"):
+        uw.apps.flip_labels(influence, on, 1, retrain=retrain)
+    with pytest.raises(uw.errors.InvalidInput, match="rows have changed"):
+        uw.apps.replace_rows(influence, (X[:3], names[:3]), on, 1, retrain=retrain)
+    made = uw.apps.attack(influence, on, rows=[3], level=1 / 16, iterations=2, retrain=uw.LBFGS(rtol=1e-7))
+    same = uw.apps.attack(influence, on, rows=[3], level=1 / 16, iterations=2)
+    np.testing.assert_allclose(made.losses, same.losses, rtol=1e-5)
+
+
+def test_a_dataset_is_refused_with_a_way_out():
+    torch.manual_seed(0)
+    X = torch.rand(30, 4, dtype=torch.float64)
+    y = (X[:, 0] > 0.5).long()
+    data = torch.utils.data.TensorDataset(X, y)
+    influence = uw.explain(nn.Linear(4, 2).double().eval(), data, loss=nn.functional.cross_entropy, penalty=0.05)
+    with pytest.raises(uw.errors.InvalidInput, match=r"Dataset.*arrays"):
+        uw.apps.attack(influence, (X[:1], y[:1]), rows=[3])
+
+
+def test_targets_in_a_column_are_attacked_too():
+    torch.manual_seed(0)
+    X = torch.randn(40, 3, dtype=torch.float64)
+    y = (X[:, :1] + 0.5 * torch.randn(40, 1) > 0).double()
+    net = nn.Linear(3, 1).double().eval()
+    influence = uw.retrained(uw.explain(net, X, y, loss=nn.BCEWithLogitsLoss(), penalty=0.05))
+    assert uw.classes(influence) == [0, 1]
+    on = (X[:2] * 0.9, y[:2])
+    made = uw.apps.attack(influence, on, count=2, level=0.5, step=0.2, iterations=4)
+    moved = X.clone()
+    moved[made.rows] = torch.from_numpy(made.after)
+    coef = np.concatenate([influence.objective.theta.numpy()])
+
+    def risk(theta, inputs, targets):
+        f = inputs.numpy() @ theta[:3] + theta[3]
+        return np.logaddexp(0, -(2 * targets.numpy()[:, 0] - 1) * f).mean() + 0.025 * theta @ theta
+
+    def loss_after(inputs, targets):
+        theta = scipy.optimize.minimize(risk, coef, (inputs, targets), tol=1e-12).x
+        return np.logaddexp(0, -(2 * on[1].numpy()[:, 0] - 1) * (on[0].numpy() @ theta[:3] + theta[3])).mean()
+
+    assert made.loss[1] > made.loss[0]
+    assert made.loss[1] == pytest.approx(loss_after(moved, y), rel=1e-4)
+    found = uw.apps.flip_labels(influence, on, 2)
+    labels = y.clone()
+    labels[found.rows, 0] = torch.from_numpy(found.new.astype(float))
+    assert found.losses[-1] == pytest.approx(loss_after(X, labels), rel=1e-4)
+    pool = (torch.tensor([[2.0, 0, 0], [-3.0, 1, 0]], dtype=torch.float64), torch.tensor([[0.0], [1.0]]).double())
+    found = uw.apps.replace_rows(influence, pool, on, 1)
+    moved, labels = X.clone(), y.clone()
+    moved[found.rows], labels[found.rows] = pool[0][found.pool_rows], pool[1][found.pool_rows]
+    assert found.new.tolist() == pool[1][found.pool_rows, 0].tolist()
+    assert found.losses[-1] == pytest.approx(loss_after(moved, labels), rel=1e-4)
 
 
 def test_a_regression_can_be_attacked_too():

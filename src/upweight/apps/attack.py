@@ -18,7 +18,7 @@ from tqdm import tqdm
 import upweight as uw
 from upweight.apps.mean_loss import MeanLoss, losses_of
 from upweight.apps.vulnerability import Vulnerability, check_positive, vulnerability
-from upweight.errors import InvalidInput, UnsupportedModel, checked_count
+from upweight.errors import InvalidInput, UnsupportedModel, checked_count, first_line
 
 __all__ = ["Attack", "Vulnerability", "attack", "vulnerability"]
 
@@ -196,7 +196,7 @@ def attack(
         iterations: at most so many steps.
         patience: steps without a rise of the loss after which it ends.
         test: (Xt, yt) other test rows, whose accuracy is told before and after.
-        retrain: as for `retrained`.
+        retrain: as for `retrained`, but no function of weights, which cannot see changed rows.
         seed: of the random change that the result is compared with, and of the retrainer.
         progress: True or False forces the bar (stderr) on or off; None shows it on a terminal only.
 
@@ -208,6 +208,7 @@ def attack(
     References: Koh & Liang (2017), section 5.2.
     """
     check_positive(level=level, half=half, step=step)
+    check_retrain(retrain)
     checked_count(iterations, "iterations")
     checked_count(patience, "patience")
     if rows is not None and count is not None:
@@ -215,6 +216,9 @@ def attack(
         raise InvalidInput(message + "vulnerable to take.")
     queries, others = influence.queries(on), tested(influence, test)
     k = checked_count(1 if count is None else count, "count")
+    if influence.examples.dataset is not None:
+        message = "The training rows are a Dataset, and only those of arrays can be changed a little. Explain the "
+        raise InvalidInput(message + "model on arrays X and y.")
     if rows is not None:
         rows = influence.examples.rows(rows)
     control = uw.retrained(influence, retrain=retrain, seed=seed)
@@ -249,6 +253,21 @@ def attack(
         rounds_back=box.rounds_back(end.x, level),
         model=end.model,
     )
+
+
+def check_retrain(retrain: Any) -> None:
+    """Refuse a function of weights, which cannot see that rows have changed.
+
+    Raises:
+        InvalidInput: if it is one.
+    """
+    if retrain is not None and not hasattr(retrain, "bind"):
+        message = (
+            f"retrain is {retrain!r}, a function of weights, which does not see which rows have changed and would give "
+            "the same model again. Pass an object that is bound to the changed data, such as uw.Newton(), uw.LBFGS() "
+            "or uw.Refit(), or None."
+        )
+        raise InvalidInput(message)
 
 
 def tested(influence: uw.Influence, test: Any) -> tuple[uw.Examples, Any] | None:
@@ -442,15 +461,17 @@ def _check_directions(influence: uw.Influence, rows: NDArray[np.int64], box: _Bo
     if gradient.shape == box.center.shape:
         move = _PROBE * 2 * box.half * np.sign(gradient)
         expected = float((gradient * move).sum())
-        labels: Any = uw.training_labels(influence, rows)
-        if labels is None:
-            targets = influence.examples.targets()
-            labels = None if targets is None else targets.numpy()[rows]
         x = (box.center + move).astype(box.dtype if box.dtype.itemsize > 4 else np.float32)
-        found = float(influence.of_replacing(rows, x, labels, on=queries).values.mean(0).sum())
-        if abs(found - expected) <= _AGREE * max(abs(expected), abs(found)) + 1e-15:
-            return
-        what = f"a small step changes the loss by {expected:.3g} to first order, and by {found:.3g} as a replacement"
+        try:
+            found = float(influence.of_replacing(rows, x, _targets(influence, rows), on=queries).values.mean(0).sum())
+        except InvalidInput as error:  # transformers that take other columns
+            what = f"the rows' inputs are refused as new ones ({first_line(error)})"
+        else:
+            if abs(found - expected) <= _AGREE * max(abs(expected), abs(found)) + 1e-15:
+                return
+            what = (
+                f"a small step changes the loss by {expected:.3g} to first order, and by {found:.3g} as a replacement"
+            )
     else:
         what = f"it has shape {gradient.shape} and the rows' inputs have {box.center.shape}"
     message = (
@@ -459,6 +480,14 @@ def _check_directions(influence: uw.Influence, rows: NDArray[np.int64], box: _Bo
         "transformation."
     )
     raise UnsupportedModel(message)
+
+
+def _targets(influence: uw.Influence, rows: NDArray[np.int64]) -> Any:
+    """The targets of training rows as a user gives them: an estimator's labels by their names."""
+    if getattr(influence.encoder, "estimator", None) is not None and uw.classes(influence) is not None:
+        return uw.training_labels(influence, rows)
+    targets = influence.examples.targets()
+    return None if targets is None else targets.cpu().numpy()[rows]
 
 
 def _feature_change(before: uw.Influence, after: uw.Influence, rows: NDArray[np.int64]) -> NDArray[np.float64]:

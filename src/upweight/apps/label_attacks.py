@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import upweight as uw
-from upweight.apps.attack import accuracies, flips_in_words, newly_wrong, outcome_in_words, tested
+from upweight.apps.attack import accuracies, check_retrain, flips_in_words, newly_wrong, outcome_in_words, tested
 from upweight.apps.mean_loss import MeanLoss, losses_of
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 
@@ -143,7 +143,7 @@ def flip_labels(
         on: (Xq, yq), the queries.
         budget: labels changed at most.
         test: (Xt, yt) other test rows, whose accuracy is told before and after.
-        retrain: as for `retrained`.
+        retrain: as for `retrained`, but no function of weights, which cannot see changed rows.
         seed: of the retrainer.
         progress: True or False forces the bar (stderr) on or off; None shows it on a terminal only.
 
@@ -192,7 +192,7 @@ def replace_rows(
         on: (Xq, yq), the queries.
         budget: rows replaced at most.
         test: (Xt, yt) other test rows, whose accuracy is told before and after.
-        retrain: as for `retrained`.
+        retrain: as for `retrained`, but no function of weights, which cannot see changed rows.
         seed: of the retrainer.
         progress: True or False forces the bar (stderr) on or off; None shows it on a terminal only.
 
@@ -206,6 +206,8 @@ def replace_rows(
     Xp, yp = _pool(pool)
     influence.encoder.check_new(Xp)  # kernel features may not hold them
     candidates = influence.queries((Xp, yp))
+    labels = uw.query_labels(influence, candidates)
+    assert labels is not None  # classes were asked for
     used: list[int] = []
 
     def best(model: uw.Influence, queries: uw.Examples, _: NDArray[Any], free: NDArray[np.bool_]) -> _Change:
@@ -214,7 +216,7 @@ def replace_rows(
             return _Change(-1, None, None, -np.inf)
         values, place = MeanLoss(model, queries).of_replacing_each(candidates.subset(unused))
         row, j = int(np.where(free, values, -np.inf).argmax()), int(unused[place])
-        return _Change(row, yp[j], j, float(values[row]))
+        return _Change(row, labels[j], j, float(values[row]))
 
     def make(model: uw.Influence, change: _Change) -> uw.Influence:
         j = change.pool_row
@@ -257,6 +259,7 @@ def _greedy(
 ) -> Edits:
     """Choose a change, make it, train again; until all queries are wrong, no change helps, or the budget is spent."""
     checked_count(kind.budget, "budget")
+    check_retrain(retrain)
     queries, others = influence.queries(on), tested(influence, test)
     targets, labels = uw.query_labels(influence, queries), uw.training_labels(influence)
     assert targets is not None  # classes were asked for
