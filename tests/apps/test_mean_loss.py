@@ -119,3 +119,12 @@ def test_no_gradients_of_all_rows_are_formed():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < gradients / 8
+
+
+def test_a_stochastic_solver_that_has_not_settled_says_so():
+    influence = logistic(2, solver=uw.solvers.LiSSA(depth=3, repeats=4))
+    X = np.random.default_rng(9).normal(size=(3, 4))
+    queries = influence.queries((X, np.array(["ash", "oak", "ash"])))
+    with pytest.warns(uw.errors.TheoryWarning, match="has not settled"):
+        found = MeanLoss(influence, queries).of_labels(["ash", "oak"])
+    assert np.isfinite(found).all()

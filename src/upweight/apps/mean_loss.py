@@ -11,6 +11,7 @@ wᵢ, sample weights uᵢ and class weights c(y), and ∇r's share of a row wher
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import upweight as uw
-from upweight.errors import NotConverged
+from upweight.errors import NotConverged, TheoryWarning
 
 
 def losses_of(influence: uw.Influence, queries: uw.Examples) -> Float[NDArray[np.float64], " q"]:
@@ -42,6 +43,8 @@ class MeanLoss:
         model: where it is asked.
         queries: from `model.queries(on)`.
 
+    A stochastic solver that has not settled warns.
+
     Raises:
         NotConverged: if the solver did not keep its promise.
     """
@@ -62,6 +65,12 @@ class MeanLoss:
                 "solver=uw.solvers.Cholesky())."
             )
             raise NotConverged(message, solution)
+        if not solution.converged:
+            message = (
+                f"{model.solver} has not settled (residual {float(solution.residual.max()):.2g}), so what changes do "
+                "to the mean loss may be off by more than its own error. Raise depth, or use CG()."
+            )
+            warnings.warn(message, TheoryWarning, stacklevel=3)
         self.share = float(solution.x[0] @ model.penalty_share.to(solution.x))
         self.S: Float[Tensor, "1 p"] = solution.x
 
