@@ -120,6 +120,7 @@ def test_a_review_goes_out_and_comes_back(flowers, tmp_path):
     file = uw.apps.write_review(found, tmp_path / "new" / "review.csv", describe=lambda row: f'flower "{row}", small')
     lines = list(csv.DictReader(file.read_text().splitlines()))
     assert [int(line["row"]) for line in lines] == found.rows.tolist()
+    np.testing.assert_allclose([float(line["gain"]) for line in lines], found.gain, rtol=1e-6)
     assert lines[0]["description"] == f'flower "{found.rows[0]}", small'
     assert uw.apps.read_review(influence, file) == {}
     for line, name in zip(lines, ("setosa", "", "virginica", "", ""), strict=True):
@@ -193,6 +194,8 @@ def test_what_is_refused(flowers, tmp_path):
         found.found(found.labels)
     with pytest.raises(uw.errors.InvalidInput, match="one label for each"):
         found.found(truth[:3])
+    with pytest.raises(uw.errors.InvalidInput, match="none in common"):
+        found.found(np.unique(truth, return_inverse=True)[1])
     with pytest.raises(uw.errors.InvalidInput, match="no score"):
         found.order("luck")
     for corrections in ({}, {0: found.labels[0]}):

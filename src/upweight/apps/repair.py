@@ -90,11 +90,17 @@ class Repair:
             truth: (n,) true labels.
 
         Raises:
-            InvalidInput: if truth does not have n labels, or none is wrong.
+            InvalidInput: if truth does not have n labels of the same kind, or none is wrong.
         """
         true = np.asarray(truth)
         if true.shape != self.labels.shape:
             message = f"truth has shape {true.shape}, and there are {len(self.labels)} rows. Pass one label for each."
+            raise InvalidInput(message)
+        if not set(true.tolist()) & set(self.labels.tolist()):
+            message = (
+                f"truth holds labels such as {true.tolist()[0]!r}, and the rows such as {self.labels.tolist()[0]!r}, "
+                "and they have none in common. Pass true labels by the same names."
+            )
             raise InvalidInput(message)
         wrong = true != self.labels
         if not wrong.any():
@@ -121,15 +127,15 @@ class Repair:
         told = len(self.suggestions())
         lines = [
             f"{len(self.rows)} of {len(self.labels)} rows to inspect, {told} with another label suggested",
-            f"{'row':>8} {'self-influence':>15} {'rank by loss':>13} {'by margin':>10}  label -> suggested",
+            f"{'row':>8} {'self-influence':>15} {'rank by loss':>13} {'by margin':>10} {'gain':>8}  label -> suggested",
         ]
         by_loss, by_margin = self.ranks("loss"), self.ranks("margin")
         for place, row in enumerate(self.rows[:20]):
             suggested = self.suggested[place]
             arrow = "stays" if suggested == self.labels[row] else f"-> {suggested}"
             lines.append(
-                f"{row:>8} {self.scores['self-influence'][row]:>15.4g} {by_loss[place]:>13} {by_margin[place]:>10}  "
-                f"{self.labels[row]} {arrow}"
+                f"{row:>8} {self.scores['self-influence'][row]:>15.4g} {by_loss[place]:>13} {by_margin[place]:>10} "
+                f"{self.gain[place]:>8.3g}  {self.labels[row]} {arrow}"
             )
         if len(self.rows) > 20:
             lines.append(f"… and {len(self.rows) - 20} more")
@@ -198,10 +204,11 @@ def repair(influence: uw.Influence, *, inspect: float = 0.1, candidates: int = 1
     """Which rows' labels to look at first, and the label that each should have.
 
     For a linear predictor the loss of a row after training with another label is that of the outputs that minimise this
-    loss and the rest of the objective, to second order around the fit without the row: within a few hundredths of a
-    nat of a refit, and exact for squared loss. Other models, and curvatures or solvers that are no more than estimates,
-    are taken to first order, which chooses nothing: the label is the one that costs least now, if that is less than the
-    present label would cost without the row, and the loss after training is at least 0.
+    loss and the rest of the objective, to second order around the fit without the row: exact for squared loss, within a
+    few hundredths of a nat of a refit for other smooth losses, and coarser for hinges. Other models, and curvatures or
+    solvers that are no more than estimates, are taken to first order, which chooses nothing: the label is the one that
+    costs least now, if that is less than the present label would cost without the row, and the loss after training is
+    at least 0. A network that has learnt its rows by heart fits any label, so there present labels stay.
 
     Cost: `of_self()` of all rows, and for every row to inspect K linear systems, K the outputs; two for other models.
 

@@ -216,7 +216,7 @@ def _first_order(
     First order says little about a label that costs much: L(c) − (1/n) ∇L_cᵀ(C + λI)⁻¹(w_c∇L_c − w∇L_y) falls below 0
     for the label of the largest gradient first. So it chooses nothing: the label is the one that costs least now, and
     it may be suggested if it costs less now than the present label would without the row, L(y) + self-influence. What
-    the row then costs is the sum above, but at least 0.
+    the row then costs is the sum above, but at least 0. A large damping makes little of both effects, and labels stay.
     """
     places = np.arange(len(rows))
     now = np.stack([losses(influence, _relabelled(influence, rows, [name] * len(rows))) for name in names], 1)
