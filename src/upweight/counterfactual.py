@@ -90,7 +90,8 @@ def retrained(
         seed: for a retrainer that needs one.
 
     Raises:
-        InvalidInput: if the weights are not n numbers ≥ 0, or the retrainer's parameters do not fit.
+        InvalidInput: if the weights are not n numbers ≥ 0, or the retrainer's parameters do not fit, or it is a
+            function of weights, which knows nothing of edited rows.
         NotConverged: if training does not reach a minimum.
         UnsupportedModel: if fit() may choose other columns (a lasso), so that θ changes its meaning.
     """
@@ -106,6 +107,13 @@ def retrained(
         message = "No row would be left to train on. Leave out fewer rows."
         raise InvalidInput(message)
     train = bound(retrain, influence)
+    if influence.examples.changed and train is retrain:
+        message = (
+            f"retrain={getattr(retrain, '__name__', retrain)!r} is given weights only, so it would train on the rows "
+            "as they were before `edited`. Train on the edited rows yourself and explain() that model, or pass an object "
+            "with bind(influence): Newton(), LBFGS(), Refit()."
+        )
+        raise InvalidInput(message)
     if isinstance(train, BoundRefit) and train.refit.whole is not None:
         message = (
             f"fit() of {influence.objective.name} may choose other columns, and then θ means something else. Use "

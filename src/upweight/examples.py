@@ -75,6 +75,7 @@ class Examples:
         self.sample_weight = checked_weights(sample_weight, self.length)
         self.weights = self.sample_weight  # an adapter multiplies the weight of each row's class in
         self._targets: Tensor | None = None  # of a Dataset, once they were read
+        self.changed = False  # whether rows are others than those that the model was trained on
         self.encoded_by: object = None  # the encoder that made these from a user's X and y; it leaves them as they are
 
     def __len__(self) -> int:
@@ -177,7 +178,7 @@ class Examples:
             InvalidInput: if the new lines do not have the form of the old ones.
         """
         other = copy(self)
-        other._targets = None
+        other.changed, other._targets = True, None
         if self._targets is not None and isinstance(x, Examples):
             other._targets = with_lines(self._targets, rows, x.targets(), "y_new")
         other.weights = self.weights.copy()

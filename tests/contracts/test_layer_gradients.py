@@ -156,6 +156,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], set[str]]]
         for mode in ("reflect", "replicate", "circular", "zeros")
     },
     "same": (image(nn.Conv2d(2, 4, (2, 3), padding="same", dilation=2)), lambda: pictures(2, 6, 5), {"conv2d"}),
+    "same, uneven": (
+        image(nn.Conv2d(2, 4, (4, 2), padding="same", dilation=(1, 3))),
+        lambda: pictures(2, 6, 5),
+        {"conv2d"},
+    ),
     "valid": (image(nn.Conv1d(2, 4, 3, padding="valid")), lambda: pictures(2, 6), {"conv1d"}),
     "transposed-1d": (
         image(nn.ConvTranspose1d(4, 3, 3, stride=2, padding=1)),
@@ -220,6 +225,9 @@ class _Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x, torch.tanh(x))
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 
 @pytest.fixture(params=CASES)
@@ -402,3 +410,14 @@ def test_check_says_which_gradients_are_written_out():
     report = uw.Influence(objective, uw.Examples(*batch), damping=0.1).check()
     assert report.written_out == {"0.weight": 5 * 6, "2.weight": 4 * 2}
     assert "0.weight (30), 2.weight (8)" in str(report)
+
+
+def test_a_rule_that_is_wrong_for_a_model_is_seen_and_autograd_stands_in(monkeypatch):
+    windows = layers._windows
+    monkeypatch.setattr(layers, "_windows", lambda images, *rest: windows(images, *rest) * 1.001)
+    model, objective, batch, _ = _made("conv2d", torch.float64)
+    assert not objective.route.plan.structured
+    assert "captured gradients differ from autograd's by" in objective.route.plan.reason
+    close(layers.gradients(objective, batch), by_hand(model, batch)[:, 0])
+    V = draw(3, objective.size)
+    close(layers.dots(objective, batch, V), by_hand(model, batch)[:, 0] @ V.T)

@@ -106,6 +106,18 @@ def test_half_a_row_stays_half():
     np.testing.assert_allclose(coef(changed), logistic().fit(X, labels, sample_weight=half).coef_, atol=1e-6)
 
 
+def test_a_function_of_weights_is_not_asked_about_edited_rows():
+    influence = uw.explain(logistic().fit(X, Y), X, Y)
+
+    def train(weights, seed=0):
+        kept = logistic().fit(X, Y, sample_weight=weights)
+        return {"coef": torch.from_numpy(kept.coef_), "intercept": torch.from_numpy(kept.intercept_)}
+
+    uw.retrained(influence, without=[1], retrain=train)
+    with pytest.raises(InvalidInput, match=r"retrain='train' is given weights only"):
+        uw.retrained(uw.edited(influence, [1], y_new=[1 - Y[1]]), retrain=train)
+
+
 # ---- a class that is gone --------------------------------------------------------------------------------------------
 
 
