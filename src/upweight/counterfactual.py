@@ -110,8 +110,8 @@ def retrained(
     if influence.examples.changed and train is retrain:
         message = (
             f"retrain={getattr(retrain, '__name__', retrain)!r} is given weights only, so it would train on the rows "
-            "as they were before `edited`. Train on the edited rows yourself and explain() that model, or pass an object "
-            "with bind(influence): Newton(), LBFGS(), Refit()."
+            "as they were before `edited`. Train on the edited rows yourself and explain() that model, or pass an "
+            "object with bind(influence): Newton(), LBFGS(), Refit()."
         )
         raise InvalidInput(message)
     if isinstance(train, BoundRefit) and train.refit.whole is not None:

@@ -16,7 +16,10 @@ import upweight as uw
 from upweight import layers, pieces, routes
 
 n = 5
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap loops over bilinear
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # vmap loops over bilinear
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning"),
+]
 
 
 class Tied(nn.Module):
@@ -225,9 +228,6 @@ class _Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x, torch.tanh(x))
-
-
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 
 @pytest.fixture(params=CASES)
