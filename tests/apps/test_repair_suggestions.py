@@ -14,7 +14,7 @@ from sklearn.svm import LinearSVC
 
 import upweight as uw
 from upweight import losses
-from upweight.apps.suggestions import minimised
+from upweight.apps.suggestions import minimised, prepared_for
 
 TIGHT = {"tol": 1e-9, "max_iter": 9000}
 
@@ -216,6 +216,23 @@ def test_outputs_after_training_are_the_minimum(loss, K):
         np.testing.assert_allclose(
             found[i], expected, atol=1e-4 if loss.curvature(expected[None], y[:1]).any() else 0.05
         )
+
+
+def test_many_systems_take_a_factorisation_where_the_solver_was_left_open(monkeypatch):
+    X, y, *_ = digits(150)
+    model = LogisticRegression(C=10.0, **TIGHT).fit(X, y)
+    exact = uw.apps.repair(uw.explain(model, X, y), inspect=5)
+    monkeypatch.setattr(uw.defaults, "DIRECT_UP_TO", 10)
+    left_open, named = uw.explain(model, X, y), uw.explain(model, X, y, solver=uw.solvers.CG(rtol=1e-8))
+    assert isinstance(left_open.solver, uw.solvers.CG)
+    many = 2 * 10**6
+    assert type(prepared_for(left_open, many)) is not type(left_open.prepared)
+    assert prepared_for(left_open, 1) is left_open.prepared
+    assert prepared_for(named, many) is named.prepared
+    for influence in (left_open, named):
+        found = uw.apps.repair(influence, inspect=5)
+        np.testing.assert_array_equal(found.suggested, exact.suggested)
+        np.testing.assert_allclose(found.gain, exact.gain, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

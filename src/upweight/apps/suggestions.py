@@ -16,6 +16,7 @@ References: Rahnama Rad and Maleki (2020), who leave rows out in this way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import upweight as uw
-from upweight.errors import NotConverged
+from upweight.errors import NotConverged, NotPositiveDefinite
 
 _BLOCK = 128  # rows whose relabelling is measured on one another, of which only the diagonal is needed
 _NUMBERS = 2**23  # of the right-hand sides at once: 64 MB
@@ -80,17 +81,20 @@ def _trained(
     """ℓ(η_c, c) for the labels c that cost least without the row; infinite for others."""
     objective = influence.objective
     width = objective.linear.n_outputs * objective.size  # type: ignore[union-attr]
+    prepared = prepared_for(influence, len(rows) * objective.linear.n_outputs)  # type: ignore[union-attr]
+    solved = lambda V: _solved(prepared, V)  # noqa: E731
     share = influence.penalty_share
-    aside = _solved(influence, share[None])[0] if bool(share.any()) else None
+    aside = solved(share[None])[0] if bool(share.any()) else None
     size = max(1, _NUMBERS // width)
     blocks = [np.arange(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
     return np.concatenate(
-        [_of_block(influence, rows[block], names, present[block], candidates, aside) for block in blocks]
+        [_of_block(influence, solved, rows[block], names, present[block], candidates, aside) for block in blocks]
     )
 
 
 def _of_block(
     influence: uw.Influence,
+    solved: Callable[[Tensor], Tensor],
     rows: NDArray[np.int64],
     names: list[Any],
     present: NDArray[np.int64],
@@ -105,9 +109,9 @@ def _of_block(
     eta = uw.calculus.outputs(influence.objective, batch)  # (b, K)
     weight = torch.from_numpy(influence.examples.weights[rows])
     units = _units(influence, batch[0])  # (b, K, p)
-    solved = _solved(influence, units.flatten(0, 1)).reshape(units.shape)
+    moved = solved(units.flatten(0, 1)).reshape(units.shape)
     h = loss.curvature(eta, batch[1]) * weight[:, None, None]
-    S = _without(units @ solved.mT / n, h)
+    S = _without(units @ moved.mT / n, h)
     left = eta + torch.einsum("bij,bj->bi", S, weight[:, None] * loss.slope(eta, batch[1]))
     y = [influence.encoder.targets(np.asarray([name] * b)) for name in names]
     base = influence.examples.sample_weight[rows]
@@ -185,17 +189,30 @@ def minimised(
     return outputs(r)
 
 
-def _solved(influence: uw.Influence, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+def prepared_for(influence: uw.Influence, systems: int) -> uw.solvers.Prepared:
+    """(C + λI)⁻¹ for so many systems: a factorisation if it costs less and the solver was left to `defaults`."""
+    if influence.settings["solver"] is None:
+        known = (influence.objective, influence.examples, influence.curvature)
+        solver = uw.defaults.solver(*known, systems=systems)
+        if solver != influence.solver:
+            try:
+                return solver.prepare(influence.operator, influence.damping)
+            except NotPositiveDefinite:  # an iteration may still solve what a factorisation must refuse
+                return influence.prepared
+    return influence.prepared
+
+
+def _solved(prepared: uw.solvers.Prepared, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
     """(C + λI)⁻¹ v for every row v.
 
     Raises:
         NotConverged: if the solver did not keep its promise.
     """
-    solution = influence.prepared.solve(V)
+    solution = prepared.solve(V)
     if not solution.converged:
         message = (
-            f"{influence.solver} left a relative residual of {float(solution.residual.max()):.2g} for the outputs of a "
-            "row. Raise the damping, or use an exact solver: explain(..., solver=uw.solvers.Cholesky())."
+            f"The outputs of a row were solved to a relative residual of {float(solution.residual.max()):.2g} only. "
+            "Raise the damping, or use an exact solver: explain(..., solver=uw.solvers.Cholesky())."
         )
         raise NotConverged(message, solution)
     return solution.x
