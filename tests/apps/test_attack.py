@@ -19,22 +19,12 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import upweight as uw
-
-TIGHT = {"tol": 1e-12, "max_iter": 10_000}
+from victims import TIGHT, counted, loss_of, two_digits
 
 
 @pytest.fixture(scope="module")
 def digits():
-    X, y = load_digits(return_X_y=True)
-    two = np.isin(y, (4, 9))
-    X, names = X[two] / 16, np.where(y[two] == 4, "four", "nine")
-    model = LogisticRegression(C=10.0, **TIGHT).fit(X[:200], names[:200])
-    return uw.explain(model, X[:200], names[:200]), X, names
-
-
-def loss_of(model, X, names):
-    place = np.searchsorted(model.classes_, names)
-    return -np.log(model.predict_proba(X)[np.arange(len(X)), place])
+    return two_digits()
 
 
 def test_an_attack_raises_the_loss_of_a_model_that_is_really_trained(digits):
@@ -313,29 +303,6 @@ def test_an_attack_starts_where_training_again_ends(stopped_early):
     moved[made.rows] = made.after
     again = LogisticRegression(**TIGHT).fit(moved, y[:600])
     assert made.loss[1] == pytest.approx(loss_of(again, *on).mean(), rel=1e-6)
-
-
-class Counting(nn.Module):
-    """A body and a head; counts the examples that went through."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Tanh())
-        self.head = nn.Linear(20, 3)
-        self.passes = 0
-
-    def forward(self, x):
-        self.passes += len(x)
-        return self.head(self.body(x))
-
-
-def counted():
-    net = Counting().eval()
-    X = torch.rand(60, 1, 8, 8)
-    y = torch.arange(60) % 3
-    settings = {"loss": nn.functional.cross_entropy, "penalty": 0.01, "parameters": ["head.weight", "head.bias"]}
-    return net, X, y, uw.retrained(uw.explain(net, X, y, **settings))
 
 
 def test_a_network_sees_the_queries_once_and_only_changed_rows_again():

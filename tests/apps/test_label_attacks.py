@@ -17,22 +17,12 @@ from sklearn.svm import SVC
 from torch import nn
 
 import upweight as uw
-
-TIGHT = {"tol": 1e-12, "max_iter": 10_000}
+from victims import TIGHT, counted, loss_of, two_digits
 
 
 @pytest.fixture(scope="module")
 def digits():
-    X, y = load_digits(return_X_y=True)
-    two = np.isin(y, (4, 9))
-    X, names = X[two] / 16, np.where(y[two] == 4, "four", "nine")
-    model = LogisticRegression(C=10.0, **TIGHT).fit(X[:200], names[:200])
-    return uw.explain(model, X[:200], names[:200]), X, names
-
-
-def loss_of(model, X, names):
-    place = np.searchsorted(model.classes_, names)
-    return -np.log(model.predict_proba(X)[np.arange(len(X)), place])
+    return two_digits()
 
 
 def weighted(n=40):
@@ -206,27 +196,8 @@ def test_a_kernel_machine_that_does_not_hold_the_pool_says_so():
         uw.apps.replace_rows(influence, (np.array([[3.2, 2.0]]), [0]), (np.array([[3.2, 2.0]]), [1]), 1)
 
 
-class Counting(nn.Module):
-    """A body and a head; counts the examples that went through."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Tanh())
-        self.head = nn.Linear(20, 3)
-        self.passes = 0
-
-    def forward(self, x):
-        self.passes += len(x)
-        return self.head(self.body(x))
-
-
 def test_a_network_sees_the_queries_once():
-    net = Counting().eval()
-    X = torch.rand(60, 1, 8, 8)
-    y = torch.arange(60) % 3
-    settings = {"loss": nn.functional.cross_entropy, "penalty": 0.01, "parameters": ["head.weight", "head.bias"]}
-    influence = uw.retrained(uw.explain(net, X, y, **settings))
+    net, X, y, influence = counted()
     on, test = (X[:10] * 0.9, y[:10]), (X[:7] * 0.8, y[:7].numpy())
     net.passes = 0
     assert len(uw.apps.flip_labels(influence, on, 4, test=test).rows) == 4
