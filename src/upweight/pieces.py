@@ -93,15 +93,15 @@ class Product:
     def _written_along(self, W: Float[Tensor, "k g o i"]) -> Float[Tensor, "k b"]:
         """J w by writing the matrices out, a few of their lines at a time."""
         g, o, i = self.sizes
-        b, left, out = len(self.inputs), self.slopes[0].transpose(-1, -2), W.new_zeros(len(W), len(self.inputs))
+        b, left, out = len(self.inputs), self.slopes[0].transpose(-1, -2), W.new_zeros(len(self.inputs), len(W))
         lines = max(1, _TILE_BYTES // (b * i * self.inputs.element_size()))
         groups = max(1, lines // o)
         for group in range(0, g, groups):
             inputs = self.inputs[:, group : group + groups]
             for line in range(0, o, min(lines, o)):
                 at = (slice(None), slice(group, group + groups), slice(line, line + lines))
-                out += W[at].reshape(len(W), -1) @ (left[at] @ inputs).reshape(b, -1).T
-        return out
+                out += (left[at] @ inputs).reshape(b, -1) @ W[at].reshape(len(W), -1).T
+        return out.T
 
     def onto(self, U: Float[Tensor, "k b m"]) -> dict[str, Tensor]:
         """Jᵀ u for weight and bias, (k, size)."""
