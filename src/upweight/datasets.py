@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import http.client
 import io
 import os
 import re
@@ -267,13 +268,27 @@ def _present(place: Path, name: str, hint: str = "") -> Path:
 
 
 def _downloaded(name: str, url: str) -> Path:
-    """The file behind `url` in the cache folder of a data set, fetched if it is not there."""
+    """The file behind `url` in the cache folder of a data set, fetched if it is not there.
+
+    Raises:
+        PathNotFound: if it cannot be fetched.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "upweight" / name
     file = cache / url.rpartition("/")[2]
     if not file.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response:
-            write_file(file, response.read())
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response:
+                content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            root = os.environ.get("UPWEIGHT_DATA")
+            message = (
+                f"{name} is not in {Path(root) / name if root else 'a folder that UPWEIGHT_DATA names (it is not set)'} "
+                f"nor in {cache}, and {url} could not be fetched: {first_line(error)}. Without a network, put the file "
+                f"into {cache}, or set UPWEIGHT_DATA to a folder that holds '{name}'."
+            )
+            raise PathNotFound(message) from error
+        write_file(file, content)
     return file
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import http.client
 import io
 import shutil
 import tarfile
@@ -13,6 +14,7 @@ import pytest
 from small import refuses
 
 from upweight import datasets
+from upweight.errors import PathNotFound
 
 FOLDER = datasets.local("mnist")
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -255,3 +257,16 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch, load, name, file, 
     assert len(asked) == 1
     assert asked[0].endswith(file)
     assert (tmp_path / "upweight" / name / file).read_bytes() == b"an error page"
+
+
+@pytest.mark.parametrize("failure", [OSError("Name or service not known"), http.client.IncompleteRead(b"half")])
+def test_without_a_network_the_error_says_where_the_file_would_go(failure, monkeypatch, tmp_path):
+    def broken(url, timeout):
+        raise failure
+
+    monkeypatch.setattr("urllib.request.urlopen", broken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("UPWEIGHT_DATA", str(tmp_path / "mine"))
+    with pytest.raises(PathNotFound, match=rf"mnist is not in .*mine/mnist nor in {tmp_path}/upweight/mnist, and http"):
+        datasets.mnist()
+    assert not list((tmp_path / "upweight" / "mnist").iterdir())
