@@ -283,7 +283,7 @@ def _downloaded(name: str, url: str) -> Path:
         except (OSError, http.client.HTTPException) as error:
             root = os.environ.get("UPWEIGHT_DATA")
             message = (
-                f"{name} is not in {Path(root) / name if root else 'a folder that UPWEIGHT_DATA names (it is not set)'} "
+                f"{name} is not in {Path(root) / name if root else 'the folder of UPWEIGHT_DATA, which is not set,'} "
                 f"nor in {cache}, and {url} could not be fetched: {first_line(error)}. Without a network, put the file "
                 f"into {cache}, or set UPWEIGHT_DATA to a folder that holds '{name}'."
             )
