@@ -168,6 +168,7 @@ def _said(answer: Answer) -> str:
     outcome = "really corrected" if answer.corrected else f"NOT confirmed: {answer.refused or answer.after}"
     more = "" if answer.grown is None else f"; {len(answer.grown)} rows do"
     return head + (
-        f"{len(answer.rows)} row{'' if len(answer.rows) == 1 else 's'} ({shown}); margin {answer.margin:+.3g}, with nothing changed {answer.control:+.3g}, "
+        f"{len(answer.rows)} row{'' if len(answer.rows) == 1 else 's'} ({shown}); margin {answer.margin:+.3g}, "
+        f"with nothing changed {answer.control:+.3g}, "
         f"predicted {answer.predicted:+.3g}, actual {answer.actual:+.3g}; {outcome}{more}"
     )
