@@ -73,7 +73,7 @@ class Again:
         shares: whether scaling all weights leaves fit() as it is, so that a removed row takes its share of r along.
         strength: the setting that scales r, or None; C divides.
         whole: the objective of what `read` gives, when the explained one leaves columns of X out.
-        held: r for the refitted estimator on its rows, where r holds intercepts at what fit() found; else None.
+        held: r for the refitted estimator on its rows, with words, where r holds intercepts at what fit() found; or None.
         encoded: whether the rows are inputs of the objective already, not columns of X.
         before: what the rows' weights sum to, as a share of what they did when the estimator was explained.
     """
@@ -85,7 +85,7 @@ class Again:
     shares: bool = False
     strength: str | None = "alpha"
     whole: Objective | None = None
-    held: Callable[[Fit], L2] | None = None
+    held: Callable[[Fit], tuple[L2, str]] | None = None
     encoded: bool = False
     before: float = 1.0
 
@@ -117,7 +117,7 @@ class Again:
             )
             raise InvalidInput(message) from error
         rows = replace(self.fit, estimator=model, sample_weight=weights)
-        return self.read(model), None if self.held is None else self.held(rows)
+        return self.read(model), None if self.held is None else self.held(rows)[0]
 
     def _rows(self, model: Any, weights: NDArray[np.float64]) -> tuple[Any, Any, dict[str, Any]]:
         """What fit() takes: with weights where it can, else without the rows that have none."""

@@ -98,7 +98,7 @@ def _descended(fit: Fit) -> Built:
             read_linear(intercept=model.fit_intercept),
             preferred=True,
             strength=None if model.penalty is None else "alpha",
-            held=(lambda fit: penalised(fit)[0]) if loose else None,
+            held=penalised if loose else None,
         ),
     )
 

@@ -80,14 +80,11 @@ def support_vectors(fit: Fit) -> Built:
         fitted = read(fit.estimator)
         return vector_penalty(fit, loss, features(fit.X) @ fitted["coef"].T + fitted["intercept"])
 
-    def penalised_linear(fit: Fit) -> L2:
-        return vector_penalty(fit, loss, fit.X @ fit.estimator.coef_.T + fit.estimator.intercept_)[0]
+    def penalised_linear(fit: Fit) -> tuple[L2, str]:
+        return vector_penalty(fit, loss, fit.X @ fit.estimator.coef_.T + fit.estimator.intercept_)
 
-    held_again = lambda fit: penalised(fit)[0]  # noqa: E731
-    again = Again(_fixed_width(model), fit, read, preferred=True, strength="C", held=held_again)
-    if (
-        callable(model.kernel) or model.kernel == "precomputed"
-    ):  # these lose count of their rows when one weighs nothing
+    again = Again(_fixed_width(model), fit, read, preferred=True, strength="C", held=penalised)
+    if callable(model.kernel) or model.kernel == "precomputed":  # these lose count of rows when one weighs nothing
         linear = unweighted(model).set_params(kernel="linear")
         inside = replace(fit, X=features(fit.X))
         again = replace(again, estimator=linear, fit=inside, read=read_linear(), held=penalised_linear, encoded=True)

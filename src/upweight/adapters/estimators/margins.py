@@ -70,9 +70,7 @@ def linear_kernel(fit: Fit) -> Built:
         own_decision(model),
         vector_weights(fit),
         stretched=stretched + held,
-        again=Again(
-            unweighted(model), fit, read_linear(), preferred=True, strength="C", held=lambda fit: penalised(fit)[0]
-        ),
+        again=Again(unweighted(model), fit, read_linear(), preferred=True, strength="C", held=penalised),
     )
 
 
