@@ -73,7 +73,7 @@ class Again:
         shares: whether scaling all weights leaves fit() as it is, so that a removed row takes its share of r along.
         strength: the setting that scales r, or None; C divides.
         whole: the objective of what `read` gives, when the explained one leaves columns of X out.
-        held: r for the refitted estimator on its rows, with words, where r holds intercepts at what fit() found; or None.
+        held: r for the refitted estimator on its rows, and words, where r holds intercepts where fit() left them.
         encoded: whether the rows are inputs of the objective already, not columns of X.
         before: what the rows' weights sum to, as a share of what they did when the estimator was explained.
     """
