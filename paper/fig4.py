@@ -69,7 +69,7 @@ def compute(
         "queries": int(both.sum()),
         "query": query,
         "agreement_of_values": float(np.nanmean(pair.agreement[both])),
-        "shared_of_20_most_helpful": float(np.mean(pair.shared(TOP)[both])),
+        "shared_of_20_most_helpful": float(np.mean(np.nan_to_num(pair.shared(TOP)[both]))),  # none where nothing helps
         "nearest_distance": apart[query].min(),
         "farthest_distance": apart[query].max(),
         "jitter": jitter,
