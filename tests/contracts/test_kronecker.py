@@ -112,6 +112,33 @@ def test_one_linear_layer_with_squared_loss_is_exact(spec, bias):
     close(found.eigenvalues, torch.linalg.eigvalsh(expected))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("spec", [KFAC(), EKFAC()], ids=repr)
+def test_a_grouped_convolution_at_one_position_is_exact_for_squared_loss(spec, bias):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2, bias=bias), nn.Flatten()).double()
+    X, y, weights = draw(30, 4, 3), draw(30, 6, seed=1), np.random.default_rng(0).uniform(0.5, 2, 30)
+    influence = uw.explain(module, X, y, loss=nn.MSELoss(), sample_weight=weights, damping=0.1, curvature=spec)
+    exact = uw.explain(
+        module, X, y, loss=nn.MSELoss(), sample_weight=weights, damping=0.1, curvature=GaussNewton(keep=0)
+    )
+    torch.testing.assert_close(influence.operator.matrix(), exact.operator.matrix(), rtol=1e-8, atol=1e-10)
+    ours, truth = (each.of_self().values for each in (influence, exact))
+    np.testing.assert_allclose(ours, truth, rtol=1e-8)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_ekfac_of_a_grouped_convolution_has_the_true_diagonal_at_many_positions(bias):
+    """More positions than outputs take the other way through the layer, which must agree."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv1d(4, 2, 2, groups=2, bias=bias), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)).double()
+    X, y = draw(12, 4, 9), torch.arange(12) % 3
+    settings = {"loss": nn.CrossEntropyLoss(), "damping": 0.1}
+    found = uw.explain(module, X, y, curvature=EKFAC(), **settings).operator
+    exact = uw.explain(module, X, y, curvature=GaussNewton(keep=0), **settings).operator.matrix()
+    assert found.matrix().trace() == pytest.approx(float(exact.trace()), rel=1e-8)
+
+
 def test_one_example_is_exact_for_ekfac_of_the_empirical_fisher():
     """One gradient matrix of one position is an outer product, so its eigenvectors are those of the factors."""
     one, _ = known("mlp")

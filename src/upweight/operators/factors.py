@@ -386,4 +386,4 @@ def _columns(x: Float[Tensor, "*lead g t i"], Q: Float[Tensor, "g i j"]) -> Floa
     if len(Q) == 1:
         return x @ Q[0]
     moved = x.movedim(-3, 0)  # (g, lead, t, i)
-    return (moved.flatten(1, -2) @ Q).reshape(moved.shape).movedim(0, -3)
+    return (moved.flatten(1, -2) @ Q).reshape(*moved.shape[:-1], Q.shape[-1]).movedim(0, -3)
