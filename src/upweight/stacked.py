@@ -10,6 +10,7 @@ rounding. What each step minimises is the batch's share of R:
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from upweight import calculus, identity
 from upweight.errors import InvalidInput, NotConverged, UnsupportedModel, checked_count, first_line
 from upweight.influence import Influence
 from upweight.minibatch import SGD, Adam, Batches
@@ -32,6 +34,7 @@ from upweight.trees import like, tree_map
 Stack = dict[str, Tensor]
 _PROBED = 4  # examples whose outputs together and alone are compared
 _SAME = 1e-4  # by how much they may differ, in float32
+_COMPARED = 8  # examples on which the factory's module is compared with the explained one
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,15 @@ class BoundStackedTraining:
         self.data = like(influence.examples.batch(slice(None)), reference)
         self.start = None if spec.start is None else _given(spec.start, self.objective)
         self.masks = [] if self.module is None else self._probe()
+        if self.module is not None:
+            self._refuse_another(self.module)
 
     @property
     def origin(self) -> str:
-        """Where training starts and through which module, as a digest: what `repr` does not say of two factories."""
+        """Where training starts and through which code, as a digest: what `repr` does not say of two factories."""
         first = torch.cat([block.reshape(-1).double() for block in self._first([0]).values()])
-        told = hashlib.sha256(repr(self.module).encode() + first.cpu().numpy().tobytes()).hexdigest()[:16]
+        code = identity.digest([self.module, self.spec.factory])
+        told = hashlib.sha256(code.encode() + first.cpu().numpy().tobytes()).hexdigest()[:16]
         return f" #{told}"
 
     def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Float[Tensor, " p"]:
@@ -255,6 +261,33 @@ class BoundStackedTraining:
             kept = torch.stack([torch.rand(shape, generator=generator) for generator in chance]) >= p
             drawn.append(kept.to(self.reference) / (1 - p))
         return drawn
+
+    def _refuse_another(self, module: torch.nn.Module) -> None:
+        """Raises unless the factory's module, at θ̂, is the explained one.
+
+        Raises:
+            InvalidInput: if its buffers, its frozen parameters or its code give other outputs.
+        """
+        objective = self.objective
+        if objective.outputs is None:
+            return
+        few = tree_map(lambda leaf: leaf[:_COMPARED], self.data)
+        blocks = {name: block.to(self.reference) for name, block in objective.blocks.items()}
+        with torch.no_grad():
+            ours = forward(copy.deepcopy(module).eval(), blocks, few[0])
+        theirs = calculus.outputs(objective, few).to(ours).reshape(ours.shape)
+        off = float((ours - theirs).abs().max())
+        if off > 1e-2 * float(theirs.abs().max()) + 1e-6:
+            fixed = [name for name, _ in module.named_buffers()]
+            fixed += [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+            names = f" ({', '.join(fixed[:5])})" if fixed else ""
+            message = (
+                f"With the explained parameters the factory's module gives outputs that differ by {off:.2g} from those "
+                f"of {objective.name}. What is not trained{names} is probably drawn anew, or the forward pass is "
+                "another. Let the factory build the same module: module.load_state_dict(model.state_dict()), then draw "
+                "what is trained."
+            )
+            raise InvalidInput(message)
 
     def _probe(self) -> list[tuple[tuple[int, ...], float]]:
         """Shape and probability of every dropout, in the order of the forward pass, found on one batch.

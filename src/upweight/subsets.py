@@ -200,6 +200,7 @@ def _fingerprint(influence: Influence, on: Any, masks: NDArray[np.bool_], trials
         "work": "subset_retraining",
         "theta": hashlib.sha256(influence.objective.theta.numpy().tobytes()).hexdigest()[:16],
         "data": influence.examples.fingerprint(),
+        "targets": _targets(influence),
         "queries": influence.queries(on).fingerprint(),
         "n": influence.n,
         "objective": influence.objective.name,
@@ -210,3 +211,9 @@ def _fingerprint(influence: Influence, on: Any, masks: NDArray[np.bool_], trials
         "seed": seed,
         "versions": f"upweight {upweight.__version__}, torch {torch.__version__}",
     }
+
+
+def _targets(influence: Influence) -> str:
+    """A digest of the labels, for the fingerprint of a Dataset looks at a few of its rows only."""
+    y = influence.examples.targets() if influence.examples.dataset is not None else None
+    return "" if y is None else hashlib.sha256(y.cpu().numpy().tobytes()).hexdigest()[:16]

@@ -6,12 +6,10 @@ at once is given as many jobs as it takes together.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from upweight import calculus, routes
+from upweight import calculus, identity, routes
 from upweight.errors import InvalidInput, first_line
 from upweight.influence import Influence
 from upweight.objective import Objective
@@ -176,8 +174,8 @@ def flat(objective: Objective, params: Any) -> Float[Tensor, " p"]:
 
 
 def _in_words(retrain: Any, train: Any) -> str:
-    """A retrainer's settings, or a function's name and a digest of its code; never an address, which no other process
-    shares.
+    """A retrainer's settings, or a function's name and a digest of what it does; never an address, which no other
+    process shares.
 
     What was bound adds its `origin`, if it has one.
     """
@@ -186,12 +184,4 @@ def _in_words(retrain: Any, train: Any) -> str:
     text = f"{spec!r}{getattr(train, 'origin', '')}"
     if " at 0x" not in text:
         return text
-    code = getattr(spec, "__code__", None)
-    name = str(getattr(spec, "__qualname__", type(spec).__qualname__))
-    return name if code is None else f"{name} #{hashlib.sha256(repr(_steps(code)).encode()).hexdigest()[:12]}"
-
-
-def _steps(code: CodeType) -> list[Any]:
-    """What a function does, without where it was written: its instructions, names and constants, and those inside."""
-    constants = [_steps(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
-    return [code.co_code, code.co_names, code.co_varnames, constants]
+    return f"{getattr(spec, '__qualname__', type(spec).__qualname__)} #{identity.digest(spec)}"

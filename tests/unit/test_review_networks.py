@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import upweight as uw
-from upweight import errors, scoring
+from upweight import errors, identity, scoring
 from upweight.minibatch import SGD, Placed, Shuffled
 from upweight.retrain import LBFGS
 
@@ -135,7 +137,7 @@ def test_stored_outcomes_of_another_training_are_refused(changed, tmp_path):
     subsets = uw.random_subsets(n, 3)
     uw.subset_retraining(influence, (X[:2], y[:2]), subsets, training(), store=tmp_path)
     other = {"start": 0.1, "dropout": 0.5, "activation": nn.ReLU}[changed]
-    with pytest.raises(errors.StoreMismatch):
+    with pytest.raises(errors.InvalidInput if changed == "activation" else errors.StoreMismatch):
         uw.subset_retraining(influence, (X[:2], y[:2]), subsets, training(**{changed: other}), store=tmp_path)
     uw.subset_retraining(influence, (X[:2], y[:2]), subsets, training(), store=tmp_path)  # the same goes on
 
@@ -248,7 +250,7 @@ def test_a_module_that_mixes_its_batch_cannot_be_retrained_in_a_stack():
     torch.manual_seed(0)
     x, y = torch.randn(20, 4), torch.randint(0, 3, (20,))
     influence = uw.explain(Mixing().eval(), x, y, loss=cross_entropy, damping=0.1)
-    training = uw.StackedTraining(uw.minibatch.SGD(lr=0.1), uw.minibatch.Shuffled(4), epochs=1, factory=Mixing)
+    training = uw.StackedTraining(SGD(lr=0.1), uw.minibatch.Shuffled(4), epochs=1, factory=Mixing)
     with pytest.raises(uw.errors.UnsupportedModel, match="mixes the examples"):
         uw.leave_one_out(influence, (x[:1], y[:1]), [0], training)
 
@@ -289,3 +291,126 @@ def test_rows_in_perfect_order_leave_an_interval():
     assert curve.auc == 1
     assert curve.high == 1
     assert curve.low == pytest.approx(0.05 ** (1 / 10))
+
+
+# ---- the second look -------------------------------------------------------------------------------------------------
+
+
+def _scaled(factor):
+    def train(weights, seed=0):
+        return BASE * factor
+
+    return train
+
+
+def _with_default(weights, seed=0, factor=1.0):
+    return BASE * factor
+
+
+class _Trainer:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, weights, seed=0):
+        return BASE * self.factor
+
+    def train(self, weights, seed=0):
+        return BASE * self.factor
+
+
+BASE = torch.full((8,), 0.1, dtype=torch.float64)
+RETRAINERS = {
+    "closure": _scaled,
+    "partial": lambda factor: functools.partial(_with_default, factor=factor),
+    "object": _Trainer,
+    "method": lambda factor: _Trainer(factor).train,
+}
+
+
+@pytest.mark.parametrize("kind", RETRAINERS)
+def test_retrainers_that_differ_in_what_they_hold_do_not_share_a_store(kind, tmp_path):
+    torch.manual_seed(0)
+    X, y = torch.randn(24, 3, dtype=torch.float64), torch.arange(24) % 2
+    influence = uw.explain(nn.Linear(3, 2).double(), X, y, loss=cross_entropy, damping=0.1)
+    masks, on = uw.random_subsets(24, 3), (X[:2], y[:2])
+    first = uw.subset_retraining(influence, on, masks, RETRAINERS[kind](1.0), store=tmp_path / "kept").values
+    again = uw.subset_retraining(influence, on, masks, RETRAINERS[kind](1.0), store=tmp_path / "kept").values
+    np.testing.assert_array_equal(first, again)
+    with pytest.raises(errors.StoreMismatch, match="retrain"):
+        uw.subset_retraining(influence, on, masks, RETRAINERS[kind](3.0), store=tmp_path / "kept")
+
+
+def _activated(act):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.b(act(self.a(x)))
+
+    return Net
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_factories_whose_forward_passes_differ_have_another_digest(same):
+    one, other = _activated(torch.tanh), _activated(torch.tanh if same else torch.relu)
+    assert (identity.digest(one) == identity.digest(other)) == same
+    assert (identity.digest([one(), one]) == identity.digest([other(), other])) == same
+
+
+class _Random(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(3, 6))
+        self.top = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.top(torch.cos(x @ self.frequencies))
+
+
+def test_a_factory_that_draws_other_buffers_is_refused_and_one_that_copies_them_trains_to_the_minimum():
+    torch.manual_seed(0)
+    X, y = torch.randn(24, 3, dtype=torch.float64), torch.arange(24) % 2
+    model = _Random().double().eval()
+    influence = uw.explain(model, X, y, loss=cross_entropy, penalty=0.1, damping=0.0)
+    recipe = {"optimizer": SGD(lr=0.5), "batches": Placed(24), "epochs": 300}
+    with pytest.raises(
+        errors.InvalidInput, match=r"not trained \(frequencies\) is probably drawn anew.*load_state_dict"
+    ):
+        uw.StackedTraining(**recipe, factory=lambda: _Random().double()).bind(influence)
+
+    def same():
+        module = _Random().double()
+        module.load_state_dict(model.state_dict())
+        module.top.reset_parameters()
+        return module
+
+    trained = uw.StackedTraining(**recipe, factory=same).bind(influence)(np.ones(24), 0)
+    minimum = LBFGS(rtol=1e-8).bind(influence)(np.ones(24))
+    torch.testing.assert_close(trained.double(), minimum, rtol=1e-3, atol=1e-4)
+
+
+class _Pairs(torch.utils.data.Dataset):
+    def __init__(self, X, y):
+        self.X, self.y = X, y
+
+    def __len__(self):
+        return len(self.X)
+
+    def __getitem__(self, row):
+        return self.X[row], self.y[row]
+
+
+def test_a_label_of_a_dataset_that_changed_anywhere_is_other_work(tmp_path):
+    torch.manual_seed(0)
+    X, y = torch.randn(100, 3, dtype=torch.float64), torch.arange(100) % 2
+    model, other = nn.Linear(3, 2).double(), y.clone()
+    other[40] = 1 - other[40]
+    on, masks = (X[:2], y[:2]), uw.random_subsets(100, 2)
+    settings = {"loss": cross_entropy, "penalty": 0.1, "damping": 0.0}
+    first, second = (uw.explain(model, _Pairs(X, labels), **settings) for labels in (y, other))
+    assert first.examples.fingerprint() == second.examples.fingerprint()  # row 40 is not among those looked at
+    uw.subset_retraining(first, on, masks, store=tmp_path / "kept")
+    with pytest.raises(errors.StoreMismatch, match="targets"):
+        uw.subset_retraining(second, on, masks, store=tmp_path / "kept")
