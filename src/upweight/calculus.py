@@ -117,8 +117,8 @@ def ggnvp(
     u = torch.zeros_like(f, requires_grad=True)
     pulled = _grad(f.reshape(-1), params, u.reshape(1, -1), create_graph=True)[0]  # Jᵀu, linear in u
     JV = _pull_rows(objective, pulled, u, V.to(pulled)).reshape(len(V), *f.shape)  # (k, b, K)
-    h = output_hessians(objective, batch) * _weights(batch, weights).to(f)[:, None, None]
-    return _pull_rows(objective, f, params, torch.einsum("bij,kbj->kbi", h, JV).reshape(len(V), *f.shape))
+    bent = output_products(objective, batch, JV) * _weights(batch, weights).to(f)[:, None]
+    return _pull_rows(objective, f, params, bent)
 
 
 def output_jacobians(objective: Objective, batch: Any) -> Float[Tensor, "b K p"]:
@@ -180,8 +180,32 @@ def slopes(
 
 
 def output_hessians(objective: Objective, batch: Any) -> Float[Tensor, "b K K"]:
-    """∂²ℓ/∂f² of every example, with f the flattened model output."""
-    batch = ready(objective, batch)
+    """∂²ℓ/∂f² of every example, with f the flattened model output.  Cost: K backward passes of the output loss."""
+    first, f = _output_slopes(objective, ready(objective, batch))
+    rows = []
+    for j in range(f.shape[1]):
+        rows.append(
+            _or_zero(torch.autograd.grad(first[:, j].sum(), f, retain_graph=True, allow_unused=True)[0], f)
+            if first.requires_grad
+            else torch.zeros_like(f)
+        )
+    return torch.stack(rows, 1).detach()
+
+
+def output_products(objective: Objective, batch: Any, U: Float[Tensor, "k b K"]) -> Float[Tensor, "k b K"]:
+    """∂²ℓ/∂f² u for every example and vector, with f the flattened model output.
+
+    Cost: backward passes of the output loss, k of them or K, whichever are fewer; the K × K matrices of the examples
+    are formed only if K is the smaller.
+    """
+    if U.shape[2] <= len(U):
+        return torch.einsum("bij,kbj->kbi", output_hessians(objective, batch), U)
+    first, f = _output_slopes(objective, ready(objective, batch))
+    return _pull_rows(objective, first, f, U).reshape(U.shape) if first.requires_grad else torch.zeros_like(U)
+
+
+def _output_slopes(objective: Objective, batch: Any) -> tuple[Float[Tensor, "b K"], Float[Tensor, "b K"]]:
+    """∂ℓ/∂f of every example, with its graph, and the outputs f that it is a function of."""
     output, output_loss = _structure(objective)
     shape = output(objective.params, take(batch, 0)).shape
     with torch.no_grad():
@@ -190,20 +214,12 @@ def output_hessians(objective: Objective, batch: Any) -> Float[Tensor, "b K K"]:
     def one(f: Tensor, example: Any) -> Tensor:
         return output_loss(f.reshape(shape), example)
 
-    rows = []
     f = f.detach().requires_grad_()
     if objective.route.examples == "vmap":
         values = vmap(one, in_dims=(0, 0))(f, batch)
     else:
         values = torch.stack([one(f[b], take(batch, b)) for b in range(len(f))])
-    first = torch.autograd.grad(values.sum(), f, create_graph=True)[0]
-    for j in range(f.shape[1]):
-        rows.append(
-            _or_zero(torch.autograd.grad(first[:, j].sum(), f, retain_graph=True, allow_unused=True)[0], f)
-            if first.requires_grad
-            else torch.zeros_like(f)
-        )
-    return torch.stack(rows, 1).detach()
+    return torch.autograd.grad(values.sum(), f, create_graph=True)[0], f
 
 
 def input_gradients(objective: Objective, batch: Any, S: Float[Tensor, "k p"]) -> Float[Tensor, "k b ..."]:

@@ -6,6 +6,7 @@ mislabel curve    inspect rows from the most suspicious on; the share of the wro
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,13 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.errors import InvalidInput, checked_count
+from upweight.errors import InvalidInput, TheoryWarning, checked_count
 from upweight.examples import checked_rows
 from upweight.influence import Influence
 from upweight.retrain import Retrain
 from upweight.scores import Scores, SelfScores
 from upweight.trials import Trials
+from upweight.validate import of_others
 
 RANDOM = "random"
 
@@ -126,6 +128,8 @@ def removal_curve(
     q, n = len(trials.now()), influence.n
     for name, given in named.items():
         _check_scores(name, given, q, n)
+        if others := of_others(given, trials.now()):
+            warnings.warn(f"{name}: {others} Are they other queries, or another model?", TheoryWarning, stacklevel=2)
     chosen = {name: given.helpful(ks[-1]).rows for name, given in named.items()}
     draw = np.random.default_rng(seed)
     chosen[RANDOM] = np.stack([draw.permutation(n)[: ks[-1]] for _ in range(q)])
@@ -212,6 +216,9 @@ def mislabel_auc(scores: Any, flipped: Any, *, level: float = 0.95) -> MislabelC
     >>> print(mislabel_auc([0.9, 0.1, 0.8, 0.3], [0, 2]).auc)
     1.0
     """
+    if not isinstance(level, float) or not 0 < level < 1:
+        message = f"level={level!r}. It is a fraction such as 0.95."
+        raise InvalidInput(message)
     values = np.asarray(scores.values if isinstance(scores, SelfScores) else scores, dtype=np.float64)
     if isinstance(scores, SelfScores):
         if not np.array_equal(np.sort(scores.rows), np.arange(len(values))):

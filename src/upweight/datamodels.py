@@ -18,6 +18,7 @@ and a perfect prediction of the expected outcome correlates √ρ_m with the mea
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -25,9 +26,10 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from upweight.errors import InvalidInput, checked_count
+from upweight.errors import InvalidInput, TheoryWarning, checked_count
 from upweight.scores import Scores
 from upweight.subsets import SubsetOutcomes
+from upweight.validate import of_others
 
 _SPLITS = 64  # halvings of the seeds that a ceiling averages over, at most
 
@@ -253,6 +255,8 @@ def _predicted(scores: Scores, outcomes: SubsetOutcomes) -> NDArray[np.float64]:
             "same queries and of every training row."
         )
         raise InvalidInput(message)
+    if others := of_others(scores, outcomes.query_values):
+        warnings.warn(f"{others} Are they other queries, or another model?", TheoryWarning, stacklevel=3)
     if s < 3:
         message = f"There are {s} subsets, and a rank correlation needs at least 3; 100 give a usable interval."
         raise InvalidInput(message)

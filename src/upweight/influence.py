@@ -248,7 +248,8 @@ class Influence:
         values[q, i] = (wᵢ/n) ∇f(z_q)ᵀ (C + λI)⁻¹ ∇L(zᵢ): predicted f(query) after retraining without row i, minus now.
 
         Args:
-            measure: differentiable, of `objective.params` and one example, like a loss.
+            measure: differentiable, of `objective.params` and one example, like a loss. The example is what the
+                objective sees: for a frozen network with a head the head's input stands where x would.
             Xq: the queries' inputs.
             yq: the queries' targets; an example without one is x alone.
             store: as for on_loss.

@@ -308,7 +308,8 @@ def refuse_training_mode(model: torch.nn.Module) -> None:
     """Raises when a module of `model` would make an example's loss random or dependent on its batch.
 
     Raises:
-        UnsupportedModel: if dropout is active, batch statistics are being used, or an embedding scales its gradients.
+        UnsupportedModel: if dropout is active, batch statistics are being used, or an embedding scales its gradients
+            or shortens its rows.
     """
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -316,6 +317,13 @@ def refuse_training_mode(model: torch.nn.Module) -> None:
             message = (
                 f"'{name}' ({kind}, scale_grad_by_freq=True) divides gradients by how often a word is in the batch, so "
                 "they are not those of any loss of single examples. Build it with scale_grad_by_freq=False."
+            )
+            raise UnsupportedModel(message)
+        if getattr(module, "max_norm", None) is not None:
+            message = (
+                f"'{name}' ({kind}, max_norm={module.max_norm}) shortens its rows in every forward pass, so θ̂ would "
+                "move while it is explained. Run the model once on its training inputs, which shortens the rows that "
+                "they use, then set its max_norm to None."
             )
             raise UnsupportedModel(message)
         if "BatchNorm" in kind and not getattr(module, "track_running_stats", True):

@@ -25,8 +25,10 @@ from upweight.influence import Influence
 from upweight.objective import Objective
 from upweight.predictions import decision
 from upweight.retrain import BoundRefit, Retrain, RetrainMany, bound
+from upweight.trees import tree_map
 
 Job = tuple[NDArray[np.float64], int]
+_PROBED = 3  # queries on which a measure is tried
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Trials:
         if measure is None:
             measured, name = objective.reporting(), objective.measure
         else:
-            measured = routes.probe(objective.measuring(measure), queries)
+            measured = routes.probe(objective.measuring(measure), tree_map(lambda leaf: leaf[:_PROBED], queries))
             name = measured.name
         return cls(train, objective, measured, queries, name, _in_words(retrain, train), decision(influence))
 

@@ -155,6 +155,16 @@ def leave_one_out(
     )
 
 
+def of_others(scores: Scores, now: Float[NDArray[np.float64], " q"] | None) -> str:
+    """What to say where queries have other values at the model that was scored than at the one that was retrained."""
+    before = scores.query_values
+    if before is None or now is None or scores.certificate.members:  # a mean over models, none retrained alone
+        return ""
+    if before.shape != now.shape or np.allclose(before, now, 1e-6):
+        return ""
+    return f"The scores are of queries whose {scores.measure} is {before[:3]}, the outcomes of others ({now[:3]})."
+
+
 def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
     """Correlations and slope of actual on predicted, over all queries and all rows that were really removed.
 
@@ -171,18 +181,8 @@ def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
             "with leave_one_out(…, measure=…), or of_removing of single rows."
         )
         raise InvalidInput(message)
-    before, after = scores.query_values, outcomes.query_values
-    if (
-        before is not None
-        and after is not None
-        and not scores.certificate.members  # the mean over models, none of which was retrained alone
-        and before.shape == after.shape
-        and not np.allclose(before, after, 1e-6)
-    ):
-        message = (
-            f"The scores are of queries whose {scores.measure} is {before[:3]}, the outcomes of others ({after[:3]}). "
-            "Pass the same queries to both."
-        )
+    if others := of_others(scores, outcomes.query_values):
+        message = f"{others} Pass the same queries to both."
         raise InvalidInput(message)
     place = {int(row): column for column, row in enumerate(scores.rows)}
     missing = [int(row) for row in outcomes.rows if int(row) not in place]

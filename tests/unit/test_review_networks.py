@@ -414,3 +414,160 @@ def test_a_label_of_a_dataset_that_changed_anywhere_is_other_work(tmp_path):
     uw.subset_retraining(first, on, masks, store=tmp_path / "kept")
     with pytest.raises(errors.StoreMismatch, match="targets"):
         uw.subset_retraining(second, on, masks, store=tmp_path / "kept")
+
+
+class _Tied(nn.Module):
+    """The head's weight is the table too, through a function and not a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.head = nn.Linear(6, 6), nn.Linear(6, 12, bias=False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.mix(nn.functional.embedding(x, self.head.weight))).mean(1))
+
+
+def test_a_head_that_acts_before_itself_has_no_frozen_features():
+    torch.manual_seed(0)
+    model = _Tied().double().eval()
+    X, y = torch.randint(0, 12, (30, 4)), torch.randint(0, 12, (30,))
+    identity_curvature = uw.operators.Identity()
+    influence = uw.explain(
+        model, X, y, loss=cross_entropy, parameters=["head.weight"], curvature=identity_curvature, damping=0.0
+    )
+    G = torch.stack(
+        [
+            torch.autograd.grad(cross_entropy(model(X[i : i + 1]), y[i : i + 1]), [model.head.weight])[0].flatten()
+            for i in range(30)
+        ]
+    )
+    np.testing.assert_allclose(influence.on_loss(X[:3], y[:3]).values, (G[:3] @ G.T / 30).numpy(), rtol=1e-10)
+
+
+def test_features_of_a_bfloat16_body_are_computed_in_float32():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 2)).bfloat16().eval()
+    X, y = torch.randn(30, 4), torch.arange(30) % 2
+    influence = uw.explain(model, X, y, loss=cross_entropy, parameters=["2.weight", "2.bias"], damping=0.1)
+    wide = nn.Sequential(nn.Linear(4, 64), nn.Tanh())
+    wide.load_state_dict({name: t.float() for name, t in model.state_dict().items() if name.startswith("0")})
+    np.testing.assert_allclose(uw.features(influence), wide(X).detach().numpy(), atol=1e-6)
+    assert model[0].weight.dtype == torch.bfloat16
+
+
+class _DropPath(nn.Module):
+    """Random in training mode, and not named so; a branch is left out in one pass of fifty."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        return self.b(h + h * (torch.rand(len(x), 1) >= 0.02) if self.training else 2 * h)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rare_chance_is_seen(seed):
+    torch.manual_seed(seed)
+    X, y = torch.randn(30, 4), torch.arange(30) % 2
+    with pytest.raises(errors.NotDeterministic, match=r"model\.eval"):
+        uw.explain(_DropPath().train(), X, y, loss=cross_entropy, damping=0.1)
+    uw.explain(_DropPath().eval(), X, y, loss=cross_entropy, damping=0.1)
+
+
+def test_a_loss_that_draws_without_effect_is_no_chance():
+    X, y = data()
+
+    def loss(params, example):
+        noise = torch.rand(())
+        return ((params["w"] @ example[0]) - example[1]) ** 2 + 0 * noise
+
+    params = {"w": torch.zeros(4, dtype=torch.float64)}
+    influence = uw.Influence(uw.Objective(loss, params, penalty=0.1), (X, y.double()))
+    assert influence.objective.route.examples == "loop"  # vmap follows no chance, whether it matters or not
+
+
+class _Buffered(nn.Module):
+    """Writes into a buffer in every pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.top = nn.Linear(4, 2)
+
+    def forward(self, x):
+        self.seen.add_(1.0)
+        return self.top(x)
+
+
+def test_the_module_is_never_written_into():
+    X, y = data()
+    model = _Buffered().double().eval()
+    uw.explain(model, X, y, loss=cross_entropy, damping=0.1)
+    assert float(model.seen) == 0
+
+
+def test_an_embedding_that_shortens_its_rows_is_refused():
+    model = nn.Sequential(nn.Embedding(8, 4, max_norm=1.0), nn.Flatten(), nn.Linear(12, 2)).eval()
+    before = model[0].weight.detach().clone()
+    with pytest.raises(errors.UnsupportedModel, match=r"shortens its rows.*set its max_norm to None"):
+        uw.explain(model, torch.randint(0, 8, (20, 3)), torch.arange(20) % 2, loss=cross_entropy, damping=0.1)
+    torch.testing.assert_close(model[0].weight, before)
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_gauss_newton_of_many_outputs_forms_no_matrix_of_them(k, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 5)).double().eval()  # 4 positions of 5 classes: 20 outputs
+    X, y = torch.randint(0, 7, (10, 4)), torch.randint(0, 5, (10, 4))
+
+    def loss(f, y):
+        return cross_entropy(f.flatten(0, -2), y.flatten(), reduction="sum") / len(y)
+
+    weights = np.linspace(0.5, 2, 10)
+    settings = {"loss": loss, "damping": 0.1, "sample_weight": weights}
+    kept = uw.explain(model, X, y, **settings).operator
+    swept = uw.explain(model, X, y, curvature=uw.operators.GaussNewton(keep=0), **settings).operator
+    assert type(kept) is not type(swept)
+    V = torch.randn(k, kept.size, dtype=torch.float64)
+    truth = V @ kept.matrix()
+    if k < 20:
+        monkeypatch.setattr(uw.calculus, "output_hessians", None)
+    torch.testing.assert_close(swept.apply(V), truth, rtol=1e-9, atol=1e-12)
+
+
+def test_names_of_parameters_may_come_from_a_generator():
+    X, y = data()
+    names = (name for name, _ in network().named_parameters() if name.startswith("2"))
+    influence = uw.explain(network().eval(), X, y, loss=cross_entropy, parameters=names, damping=0.1)
+    assert list(influence.objective.blocks) == ["2.weight", "2.bias"]
+
+
+def test_scores_of_other_queries_are_said():
+    X, y = data()
+    influence = uw.explain(network().eval(), X, y, loss=cross_entropy, penalty=0.1, damping=0.0)
+    masks = uw.random_subsets(n, 4)
+    outcomes = uw.subset_retraining(influence, (X[:3], y[:3]), masks)
+    with pytest.warns(errors.TheoryWarning, match="Are they other queries"):
+        uw.lds(influence.on_loss(X[3:6], y[3:6]), outcomes, resamples=5)
+    uw.lds(influence.on_loss(X[:3], y[:3]), outcomes, resamples=5)
+
+
+def test_a_level_is_a_fraction():
+    with pytest.raises(errors.InvalidInput, match=r"level=95\.0"):
+        uw.mislabel_auc([0.9, 0.1, 0.8], [0], level=95.0)
+
+
+def test_a_measure_is_tried_on_a_few_queries():
+    X, y = data()
+    influence = uw.explain(network().eval(), X, y, loss=cross_entropy, penalty=0.1, damping=0.0)
+    calls = []
+
+    def measure(params, example):
+        calls.append(1)
+        return influence.objective.outputs(params, example).reshape(-1)[0]
+
+    many = X.repeat(40, 1), y.repeat(40)
+    uw.subset_retraining(influence, many, uw.random_subsets(n, 1), measure=measure)
+    assert len(calls) < 500

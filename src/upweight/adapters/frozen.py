@@ -59,7 +59,19 @@ class Extractor:
     def of(cls, model: torch.nn.Module, path: str) -> Extractor:
         """The extractor of the module as it is now.  Memory: a copy of its parameters and buffers."""
         named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        return cls(model, path, {name: tensor.detach().clone() for name, tensor in named.items()})
+        kept = {name: tensor.detach().clone() for name, tensor in named.items()}
+        coarse = {torch.float16, torch.bfloat16}  # of which activations would keep two or three digits only
+        raised = {name: tensor.float() if tensor.dtype in coarse else tensor for name, tensor in kept.items()}
+        return cls(model, path, raised)
+
+    def depends_on_head(self, x: Any) -> bool:
+        """Whether the head's parameters act before it too, in a call that shares a tensor without a module."""
+        inside = f"{self.path}."
+        moved = {
+            name: t * 1.5 + 0.25 if name.startswith(inside) and t.is_floating_point() else t
+            for name, t in self.state.items()
+        }
+        return not torch.equal(self(x), replace(self, state=moved)(x))
 
     @property
     def reference(self) -> Tensor:
@@ -168,6 +180,8 @@ def headed(model: torch.nn.Module, path: str, probe: Any) -> tuple[Extractor, He
             features, output = extractor.both(few)
             alone = [extractor(tree_map(lambda leaf, b=b: leaf[b : b + 1], few)) for b in range(batch_length(few))]
             extractor.checked(few)
+            if extractor.depends_on_head(few):
+                return None
             whole = Headed(path, extractor.head, tuple(output.shape[1:]))
     except (UnsupportedModel, RuntimeError, TypeError, ValueError, IndexError):
         return None  # explained as a whole, where the reason shows

@@ -51,6 +51,8 @@ def explain(
         UnsupportedModel: if nothing can be differentiated, or the loss is random or depends on the batch.
     """
     _refuse_class_weights(loss)
+    if parameters is not None and not callable(parameters) and not isinstance(parameters, str):
+        parameters = list(parameters)  # it is gone through more than once
     examples = whole_examples(X, y, sample_weight) or Examples(X, y, sample_weight=sample_weight)
     probe = examples.batch(_probe_rows(examples))
     if not isinstance(probe, tuple | list) or len(probe) != 2:
@@ -309,7 +311,10 @@ def _refuse_batch_effects(model: torch.nn.Module, criterion: Criterion, objectiv
     cast = calculus.ready(objective, probe)
     size = batch_length(cast)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = {name: t.to(reference.dtype) if t.is_floating_point() else t for name, t in state.items()}
+    state = {  # copies, for a module may write into its buffers
+        name: t.detach().to(reference.dtype if t.is_floating_point() else t.dtype, copy=True)
+        for name, t in state.items()
+    }
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a broadcasting criterion warns; its value then differs, which is what we seek
         try:

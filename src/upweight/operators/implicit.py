@@ -132,8 +132,9 @@ class GaussNewton:
         if sweep.objective.linear is not None:
             return LinearHessian(sweep)
         first = sweep.examples.batch([0])
-        n_outputs = calculus.output_hessians(sweep.objective, first).shape[1]
-        needed = kept_bytes(sweep.objective, first, sweep.n)
+        outputs = calculus.outputs(sweep.objective, first)
+        n_outputs, middle = outputs.shape[1], outputs.element_size() * outputs.shape[1] ** 2 * sweep.n
+        needed = kept_bytes(sweep.objective, first, sweep.n) if middle <= self.keep else None
         if needed is not None and needed <= self.keep:
             return LayeredGaussNewton(sweep)
         return Implicit(
