@@ -14,6 +14,7 @@ from upweight.operators.linear import LinearHessian
 from upweight.solvers import Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping
 from upweight.sweep import Sweep
+from upweight.transforms import undisturbed
 
 
 class Bound:
@@ -50,7 +51,8 @@ class Bound:
     def operator(self) -> Operator:
         """The curvature, bound to the objective and the data."""
         if self._operator is None:
-            self._operator = self.curvature.bind(self.sweep)
+            with undisturbed():
+                self._operator = self.curvature.bind(self.sweep)
         return self._operator
 
     @property
@@ -67,7 +69,8 @@ class Bound:
     def prepared(self) -> Prepared:
         """The solver, ready for right-hand sides."""
         if self._prepared is None:
-            self._prepared = self.solver.prepare(self.operator, self.damping)
+            with undisturbed():
+                self._prepared = self.solver.prepare(self.operator, self.damping)
             self._look_at_the_minimum()
         return self._prepared
 
@@ -104,7 +107,8 @@ class Bound:
 
     def solve(self, V: Float[Tensor, "k p"]) -> Solution:
         """(C + λI)⁻¹ v for every row v, refused if the solver did not keep its promise."""
-        return scoring.solved(self.prepared, V, repr(self.solver))
+        with undisturbed():
+            return scoring.solved(self.prepared, V, repr(self.solver))
 
     def _look_at_the_minimum(self) -> None:
         """A TheoryWarning when a network's Hessian is used further from a minimum than one row's effect."""

@@ -121,8 +121,8 @@ class Product:
         _, _, t, i = self.inputs.shape
         o = self.slopes.shape[-1]
         if t * (i + o) < i * o:
-            gram = (self.inputs @ self.inputs.transpose(-1, -2)) * (self.slopes @ self.slopes.transpose(-1, -2))
-            out = gram.sum((2, 3, 4))
+            x, d = self.inputs.double(), self.slopes.double()  # what positions have in opposite directions cancels here
+            out = ((x @ x.transpose(-1, -2)) * (d @ d.transpose(-1, -2))).sum((2, 3, 4)).clamp(min=0).to(self.slopes)
         else:
             out = (self.slopes.transpose(-1, -2) @ self.inputs).square().sum((2, 3, 4))
         return out if self.bias is None else out + self.slopes.sum(3).square().sum((2, 3))

@@ -15,6 +15,7 @@ from torch import Tensor
 from upweight import calculus, layers
 from upweight.errors import InvalidInput, NotDeterministic, UnsupportedModel, UpweightError, first_line
 from upweight.objective import Objective, Route
+from upweight.transforms import undisturbed
 from upweight.trees import batch_length, take
 
 _ROUTES = (("vmap", "batched"), ("vmap", "loop"), ("loop", "batched"), ("loop", "loop"))
@@ -23,6 +24,7 @@ _TRIES = 200  # where numbers are drawn: does what is drawn ever matter?
 _TOLERANCE = {torch.float64: 1e-8}  # of a fast route against the slow one; 1e-3 in lower precision
 
 
+@undisturbed()
 def probe(objective: Objective, batch: Any) -> Objective:
     """The objective with the fastest route that gives right answers on this small batch.
 
@@ -33,6 +35,9 @@ def probe(objective: Objective, batch: Any) -> Objective:
     """
     if objective.linear is not None:
         return objective
+    if torch.is_inference_mode_enabled():
+        message = f"{objective.name} is to be differentiated, which torch.inference_mode() forbids. Leave it first."
+        raise InvalidInput(message)
     generator = torch.get_rng_state()
     try:
         slow = replace(objective, route=Route("loop", "loop"))

@@ -22,6 +22,7 @@ from upweight.errors import InvalidInput, UpweightError, checked_count, first_li
 from upweight.examples import Examples
 from upweight.objective import Objective
 from upweight.store import Store
+from upweight.transforms import undisturbed
 
 CHUNK = 1024
 MEMORY = 2**30
@@ -155,7 +156,8 @@ class Sweep:
             inside = numbers[start : start + size]
             rows = slice(inside.start, inside.stop) if isinstance(inside, range) else inside
             try:
-                values = function(self.examples.batch(rows), torch.from_numpy(self.examples.weights[rows]))
+                with undisturbed():
+                    values = function(self.examples.batch(rows), torch.from_numpy(self.examples.weights[rows]))
             except UpweightError:
                 raise
             except (MemoryError, RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
@@ -164,6 +166,9 @@ class Sweep:
                     continue
                 if _out_of_memory(error):
                     raise
+                if torch.is_inference_mode_enabled():
+                    message = f"{label}: torch.inference_mode() forbids to differentiate the loss. Leave it first."
+                    raise InvalidInput(message) from error
                 message = (
                     f"{label}: the loss failed on rows {inside[0]} to {inside[-1]} "
                     f"({type(error).__name__}: {first_line(error)}). Usual reasons: a label that the model has no "

@@ -47,6 +47,8 @@ def like(batch: Any, reference: Tensor) -> Any:
     def cast(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
+        if leaf.is_inference():
+            leaf = leaf.clone()  # autograd cannot save what inference_mode() made
         if leaf.is_floating_point():
             return leaf.to(device=reference.device, dtype=reference.dtype)
         return leaf.to(device=reference.device)

@@ -53,16 +53,18 @@ class Outcomes:
 
     @property
     def reliability(self) -> float | None:
-        """The share of the variance of `actual` over all pairs that is not seed noise, 1 − mean(se²) / var(actual).
+        """The share of the variance of `actual` over all pairs that is not seed noise, 1 − noise / var(actual).
 
-        Its root is the largest correlation that a perfect prediction can have with `actual`. None for a single seed;
-        not below 0.
+        noise = Σ_seeds var_pairs(by_seed − mean) / (m (m − 1)): what a seed moves all pairs by, such as a control's
+        own noise of a single query, spreads no pairs and is not in it. The root is the largest correlation that a
+        perfect prediction can have with `actual`. None for a single seed; not below 0.
         """
-        noise = self.standard_error
-        spread = float(self.actual.var())
-        if noise is None:
+        if self.by_seed is None or self.standard_error is None:
             return None
-        return max(0.0, 1 - float((noise**2).mean()) / spread) if spread > 0 else 0.0
+        m, spread = len(self.by_seed), float(self.actual.var())
+        deviations = (self.by_seed - self.by_seed.mean(0)).reshape(m, -1)
+        noise = float(deviations.var(1).sum()) / (m * (m - 1))
+        return max(0.0, 1 - noise / spread) if spread > 0 else 0.0
 
     def __repr__(self) -> str:
         drift = f"control drift ≤ {np.abs(self.control).max():.2g}"

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 import upweight as uw
 from upweight import errors, identity, scoring
 from upweight.minibatch import SGD, Placed, Shuffled
+from upweight.pieces import Product
 from upweight.retrain import LBFGS
 
 n = 24
@@ -571,3 +572,43 @@ def test_a_measure_is_tried_on_a_few_queries():
     many = X.repeat(40, 1), y.repeat(40)
     uw.subset_retraining(influence, many, uw.random_subsets(n, 1), measure=measure)
     assert len(calls) < 500
+
+
+@pytest.mark.parametrize("around", ["nothing recorded", "autocast"])
+def test_the_callers_state_of_torch_changes_nothing(around):
+    draw = torch.Generator().manual_seed(0)
+    X, y = torch.randn(30, 4, generator=draw), torch.arange(30) % 3
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 300), nn.Tanh(), nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 3)).eval()
+
+    def values():
+        settings = {"loss": cross_entropy, "penalty": 0.05, "damping": 0.02, "curvature": uw.operators.Nystroem(20)}
+        return uw.explain(model, X, y, **settings).on_loss(X[:3], y[:3]).values
+
+    expected = values()
+    with torch.no_grad() if around == "nothing recorded" else torch.autocast("cpu", dtype=torch.bfloat16):
+        np.testing.assert_allclose(values(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    with torch.inference_mode(), pytest.raises(errors.InvalidInput, match="inference_mode"):
+        values()
+    with torch.inference_mode():
+        made = X * 1
+    assert uw.explain(model, made, y, loss=cross_entropy, damping=0.1).on_loss(made[:1], y[:1]).values.shape == (1, 30)
+
+
+def test_squares_whose_positions_cancel_are_not_negative():
+    draw = torch.Generator().manual_seed(0)
+    inputs, slopes = torch.randn(50, 1, 2, 30, generator=draw), torch.randn(1, 50, 1, 2, 40, generator=draw)
+    inputs[:, :, 1], slopes[:, :, :, 1] = inputs[:, :, 0], -slopes[:, :, :, 0] * (1 + 1e-3)
+    piece = Product("weight", None, inputs, slopes, (40, 30))
+    truth = (slopes.double().transpose(-1, -2) @ inputs.double()).square().sum((2, 3, 4))
+    torch.testing.assert_close(piece.squares().double(), truth, rtol=1e-4, atol=1e-12)
+
+
+def test_reliability_leaves_out_what_moves_all_rows_of_a_query():
+    """Noise of the control is common to a query's rows; a perfect prediction's correlation shows what is left."""
+    draw = np.random.default_rng(0)
+    signal, shared = draw.normal(size=(1, 4000)), 5 * draw.normal(size=(2, 1, 1))
+    by_seed = signal + draw.normal(size=(2, 1, 4000)) + shared
+    outcomes = uw.Outcomes(by_seed.mean(0), np.zeros(1), np.arange(4000), by_seed=by_seed)
+    found = np.corrcoef(signal[0], outcomes.actual[0])[0, 1]
+    assert np.sqrt(outcomes.reliability) == pytest.approx(found, abs=0.02)

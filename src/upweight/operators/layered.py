@@ -73,7 +73,7 @@ class LayeredGaussNewton:
             every.append(kept(self.sweep.objective, batch, weights))
             return torch.zeros(1)
 
-        outputs = calculus.output_hessians(self.sweep.objective, self.sweep.examples.batch([0])).shape[1]
+        outputs = calculus.outputs(self.sweep.objective, self.sweep.examples.batch([0])).shape[1]
         vectors = 1 + found.bytes * outputs // self.sweep.example_bytes
         self.sweep.fold(keep, vectors=vectors, label="activations")
         return every
