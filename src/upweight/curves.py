@@ -132,7 +132,9 @@ def removal_curve(
             warnings.warn(f"{name}: {others} Are they other queries, or another model?", TheoryWarning, stacklevel=2)
     chosen = {name: given.helpful(ks[-1]).rows for name, given in named.items()}
     draw = np.random.default_rng(seed)
-    chosen[RANDOM] = np.stack([draw.permutation(n)[: ks[-1]] for _ in range(q)])
+    gone = influence.examples.weights == 0  # removing these would change nothing
+    orders = (draw.permutation(n) for _ in range(q))
+    chosen[RANDOM] = np.stack([order[np.argsort(gone[order], kind="stable")][: ks[-1]] for order in orders])
 
     def weights(name: str, query: int, k: int) -> NDArray[np.float64]:
         line = np.ones(n)

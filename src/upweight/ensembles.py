@@ -215,7 +215,8 @@ def _difference(first: Influence, other: Influence) -> str:
             return f"the target of row {int(rows[0])} differs (so do {len(rows)} in all)"
     if _as_given(first) and _as_given(other):
         rows = a.spread(PROBE_ROWS)
-        for ours, theirs in zip(leaves(a.batch(rows)), leaves(b.batch(rows)), strict=False):
+        given = [getattr(one.encoder, "original", one.examples).batch(rows) for one in (first, other)]  # before a body
+        for ours, theirs in zip(leaves(given[0]), leaves(given[1]), strict=False):
             if ours.shape != theirs.shape:
                 continue  # the same pictures as pixels in a row, or in a square
             dense = [torch.as_tensor(x.toarray() if hasattr(x, "toarray") else x).double() for x in (ours, theirs)]

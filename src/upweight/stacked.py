@@ -412,6 +412,8 @@ def _given(start: Any, objective: Objective) -> Stack:
         InvalidInput: if it does not fit the objective.
     """
     blocks = objective.blocks
+    if isinstance(start, dict) and set(blocks) <= set(start):
+        start = {name: start[name] for name in blocks}  # a state_dict holds buffers and frozen parameters too
     if isinstance(start, dict) and {n: tuple(torch.as_tensor(t).shape) for n, t in start.items()} == {
         n: tuple(t.shape) for n, t in blocks.items()
     }:
