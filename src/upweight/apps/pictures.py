@@ -158,7 +158,7 @@ def margins(found: Contrast, ax: Axes | None = None) -> Axes:
     control = np.array([answer.control for answer in found.answers])
     ax.scatter(place, control, s=36, marker="_", color=plots.ORANGE, label="nothing changed", zorder=2)
     ax.axhline(0, color=plots.GREY, linewidth=0.8)
-    sizes = [len(answer.rows) or "none" for answer in found.answers]
+    sizes = [len(answer.rows) or "–" for answer in found.answers]
     ax.set_xticks(
         place, [f"{answer.query}\n{size}" for answer, size in zip(found.answers, sizes, strict=True)], fontsize=8
     )
