@@ -84,13 +84,16 @@ def _told(value: Any, above: tuple[int, ...]) -> Any:
         return sorted((repr(name), _told(part, above)) for name, part in value.items())
     if isinstance(value, list | tuple):
         return [_told(part, above) for part in value]
+    if isinstance(value, set | frozenset):
+        return sorted(repr(_told(part, above)) for part in value)
     if isinstance(value, functools.partial):
         return [_told(part, above) for part in (value.func, value.args, value.keywords)]
     if isinstance(value, MethodType):
         return [_told(value.__func__, above), _told(value.__self__, above)]
     if isinstance(value, FunctionType):
         cells = [_told(cell.cell_contents, above) if _filled(cell) else "" for cell in value.__closure__ or ()]
-        return [value.__qualname__, _told(value.__code__, above), _told(value.__defaults__, above), cells]
+        given = [_told(part, above) for part in (value.__code__, value.__defaults__, value.__kwdefaults__)]
+        return [value.__qualname__, given, cells]
     if isinstance(value, type):
         own = value.__module__.partition(".")[0] not in _KNOWN
         methods = {name: part for name, part in vars(value).items() if own and isinstance(part, FunctionType)}
@@ -113,6 +116,8 @@ def _object(value: Any, above: tuple[int, ...]) -> Any:
     name = getattr(value, "__qualname__", None)  # of a function that is written in C
     if isinstance(name, str):
         return f"{getattr(value, '__module__', '')}.{name}"
+    if not hasattr(value, "__dict__"):
+        return repr(value)  # a dtype, a range, a slice
     plain = str | bytes | int | float | complex | np.ndarray | torch.Tensor | list | tuple | dict | FunctionType
     kept = {name: part for name, part in getattr(value, "__dict__", {}).items() if isinstance(part, plain)}
     return [_told(type(value), above), _told(kept, above)]

@@ -21,9 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_TILE_BYTES = (
-    2**25
-)  # of gradients written out at once; beyond it malloc fetches fresh pages, which cost more than the sum
+_TILE_BYTES = 2**25  # of gradients written out at once; beyond it malloc fetches fresh pages, which cost more
 
 
 @dataclass(frozen=True)

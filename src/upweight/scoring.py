@@ -9,9 +9,9 @@ standard error. `Products` holds both.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -123,11 +123,7 @@ def with_rows(
 
     def run(S: Tensor, store: Store | None) -> NDArray[np.float64]:
         shift = S @ constant
-        if known is not None:
-            sweep, dots = known.dots(S)
-        else:
-            sweep, V = influence.sweep, S.to(objective.reference)  # cast once, not in every batch
-            dots = lambda batch, _: layers.dots(objective, batch, V)  # noqa: E731
+        sweep, dots = known.dots(S) if known is not None else _layered(influence, S)
         return sweep.emit(
             lambda batch, weights: dots(batch, weights).double().cpu() + shift,
             vectors=len(S) + layers.vectors(objective, sweep.example_bytes),
@@ -141,6 +137,13 @@ def with_rows(
         return Products(mean)
     m, q, p = solution.replicas.shape
     return Products(mean, run(solution.replicas.reshape(m * q, p), None).reshape(m, q, -1))
+
+
+def _layered(influence: Influence, S: Float[Tensor, "k p"]) -> tuple[Sweep, Callable[[Any, Tensor], Tensor]]:
+    """A sweep, and what gives ∇Lᵢᵀ s for every row of its batches and vector, through layers where there are any."""
+    objective = influence.objective
+    V = S.to(objective.reference)  # cast once, not in every batch
+    return influence.sweep, lambda batch, _: layers.dots(objective, batch, V)
 
 
 def with_gradients(solution: Solution, G: Float[Tensor, "r p"]) -> Products:

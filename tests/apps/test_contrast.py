@@ -106,7 +106,8 @@ def test_two_classes_are_really_corrected(ask):
 
 def test_effects_of_new_labels_are_the_closed_form():
     from upweight.apps.changes import Relabelled, Removed
-    from upweight.apps.contrast import _jacobian, _solved
+    from upweight.apps.contrast import _jacobian
+    from upweight.apps.solving import solved
 
     y = (CODES == 2).astype(int)
     model = fitted(y=y, C=2.0)
@@ -116,7 +117,7 @@ def test_effects_of_new_labels_are_the_closed_form():
     hessian = (wide * (p * (1 - p))[:, None]).T @ wide / N + np.diag([1, 1, 0]) / (2.0 * N)
     query = np.append(XQ[0], 1.0)
     s = np.linalg.solve(hessian, query)
-    S = _solved(influence, _jacobian(influence, influence.encoder.examples(XQ[:1])))
+    S = solved(influence.prepared, _jacobian(influence, influence.encoder.examples(XQ[:1])), "the outputs")
     np.testing.assert_allclose(S.numpy()[0], s, rtol=1e-6)
     change = Relabelled(influence, 1)
     zeros = np.flatnonzero(y == 0)

@@ -126,6 +126,21 @@ def test_dots_of_rows_are_those_by_autograd_whether_or_not_their_product_was_jus
     torch.testing.assert_close(dots(operator, V), G @ V.T, rtol=1e-10, atol=1e-12)
 
 
+def test_dots_are_right_when_a_batch_of_the_product_did_not_fit(influence, monkeypatch):
+    operator, V, curved = influence.operator, sides(influence), linear.curved
+    expected = dots(operator, V)
+    failures = iter([True])
+
+    def tight(h, Z):
+        if next(failures, False):
+            raise MemoryError
+        return curved(h, Z)
+
+    monkeypatch.setattr(linear, "curved", tight)
+    operator.apply(V)
+    torch.testing.assert_close(dots(operator, V), expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("columns", [1, 2, 10, 64, 65])
 def test_products_with_few_columns_are_products(columns):
     draw = torch.Generator().manual_seed(0)

@@ -81,6 +81,28 @@ def test_factories_whose_forward_passes_differ_have_another_digest(same):
     assert (identity.digest([one(), one]) == identity.digest([other(), other])) == same
 
 
+def _one_of(words):
+    def train(weights, *, seed=0, rate=0.1):
+        return rate if "a" in words else seed
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (_one_of({"a", "b"}), _one_of({"a", "c"})),
+        (lambda w, *, rate=0.1: rate, lambda w, *, rate=0.2: rate),
+        (functools.partial(_one_of, torch.float32), functools.partial(_one_of, torch.float64)),
+        (functools.partial(_one_of, range(3)), functools.partial(_one_of, range(4))),
+    ],
+    ids=["sets", "keywords", "precisions", "ranges"],
+)
+def test_what_a_function_holds_is_told_whatever_it_is(one, other):
+    assert identity.digest(one) != identity.digest(other)
+    assert identity.digest(one) == identity.digest(one)
+
+
 class _Random(nn.Module):
     def __init__(self):
         super().__init__()

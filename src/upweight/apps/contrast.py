@@ -21,10 +21,12 @@ from torch import Tensor
 import upweight as uw
 from upweight.apps.answers import Answer, Contrast
 from upweight.apps.changes import Change, Relabelled, Removed
-from upweight.errors import InvalidInput, NotConverged, UnsupportedModel, UpweightError, checked_count, first_line
+from upweight.apps.solving import solved
+from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, checked_count, first_line
 
 _ROUNDS = 40
 _STEPS = 2
+_OF = "the outputs of a query"  # what systems are solved for
 _SAME = 1e-3  # of ‖θ̂‖: as long as training again moves θ̂ by less, the curvature at θ̂ serves
 
 
@@ -153,7 +155,7 @@ class _Query:
         for step_number in range(_STEPS):
             if step_number:
                 gradient = self._gradient(theta, rows)
-            step = -_solved(self.control.curvature, gradient[None])[0]
+            step = -solved(self.control.curvature.prepared, gradient[None], _OF)[0]
             before, behind = float(gradient @ step), float(self._gradient(theta + step, rows) @ step)
             length = before / (before - behind) if behind > 2 * before / 3 else 3.0  # where the slope along it is 0
             theta = theta + min(length, 3.0) * step
@@ -230,7 +232,7 @@ def _contrast(
             if target not in changes:
                 changes[target] = kind(influence, target, control.influence)
             x = queries.subset(np.array([number]))
-            S = _solved(control.curvature, _jacobian(control.influence, x))
+            S = solved(control.curvature.prepared, _jacobian(control.influence, x), _OF)
             effects = _spread(changes[target].effects(S))
             query = _Query(control, x, changes[target], names.index(target), outputs[number], effects)
             answer = _answer(query, answer, limit, refits, retrain)
@@ -340,19 +342,3 @@ def _jacobian(influence: uw.Influence, x: uw.Examples) -> Float[Tensor, "K p"]:
         return uw.calculus.gradients(replace(one, route=objective.route), batch)
 
     return torch.cat([gradient(k) for k in range(uw.predict(influence, x).outputs.shape[1])]).double()
-
-
-def _solved(influence: uw.Influence, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
-    """(C + λI)⁻¹ v for every row v.
-
-    Raises:
-        NotConverged: if the solver did not keep its promise.
-    """
-    solution = influence.prepared.solve(V)
-    if not solution.converged:
-        message = (
-            f"{influence.solver} left a relative residual of {float(solution.residual.max()):.2g} for the outputs of a "
-            "query. Raise the damping, or use an exact solver: explain(..., solver=uw.solvers.Cholesky())."
-        )
-        raise NotConverged(message, solution)
-    return solution.x

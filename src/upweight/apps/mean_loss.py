@@ -11,7 +11,6 @@ wᵢ, sample weights uᵢ and class weights c(y), and ∇r's share of a row wher
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -21,18 +20,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import upweight as uw
-from upweight.errors import NotConverged, TheoryWarning
+from upweight.apps.solving import solved
 
 
-def losses_of(influence: uw.Influence, queries: uw.Examples) -> Float[NDArray[np.float64], " q"]:
-    """The loss of every query now.  Cost: one forward pass; no curvature.
+def losses_of(influence: uw.Influence, examples: uw.Examples) -> Float[NDArray[np.float64], " m"]:
+    """The loss of every example now.  Cost: one forward pass; no curvature.
 
     Args:
         influence: of the model.
-        queries: from `influence.queries(on)`.
+        examples: its training rows, or from `influence.queries(on)`.
     """
     objective = influence.objective.reporting()
-    sweep = influence.sweep.over(objective, queries)
+    sweep = influence.sweep.over(objective, examples)
     return sweep.emit(lambda batch, _: uw.calculus.losses(objective, batch), label="losses")
 
 
@@ -57,22 +56,9 @@ class MeanLoss:
             return uw.calculus.pull(objective, batch, torch.ones_like(weights)[None])
 
         total = model.sweep.over(objective, queries).fold(gradient, label="gradient of the queries")
-        solution = model.prepared.solve(total / len(queries))
-        if not solution.converged and solution.replicas is None:
-            message = (
-                f"{model.solver} left a relative residual of {float(solution.residual.max()):.2g} for the mean loss of "
-                f"{len(queries)} queries. Raise the damping, or use an exact solver: explain(..., "
-                "solver=uw.solvers.Cholesky())."
-            )
-            raise NotConverged(message, solution)
-        if not solution.converged:
-            message = (
-                f"{model.solver} has not settled (residual {float(solution.residual.max()):.2g}), so what changes do "
-                "to the mean loss may be off by more than its own error. Raise depth, or use CG()."
-            )
-            warnings.warn(message, TheoryWarning, stacklevel=3)
-        self.share = float(solution.x[0] @ model.penalty_share.to(solution.x))
-        self.S: Float[Tensor, "1 p"] = solution.x
+        what = f"the mean loss of {len(queries)} queries"
+        self.S: Float[Tensor, "1 p"] = solved(model.prepared, total / len(queries), what, estimates=True)
+        self.share = float(self.S[0] @ model.penalty_share.to(self.S))
 
     def slopes(self, examples: uw.Examples) -> Float[NDArray[np.float64], " m"]:
         """s(z) of every example.  Cost: one sweep."""

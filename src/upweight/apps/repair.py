@@ -19,7 +19,8 @@ from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 
 import upweight as uw
-from upweight.apps.suggestions import losses, suggested
+from upweight.apps.mean_loss import losses_of
+from upweight.apps.suggestions import suggested
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 
 BASELINES = ("loss", "margin", "random")
@@ -245,7 +246,7 @@ def repair(influence: uw.Influence, *, inspect: float = 0.1, candidates: int = 1
     own = influence.of_self()
     scores = {
         "self-influence": own.values,
-        "loss": losses(influence, influence.examples),
+        "loss": losses_of(influence, influence.examples),
         "margin": -uw.predict(influence, influence.examples).margins(labels),
         "random": np.random.default_rng(seed).random(influence.n),
     }

@@ -16,7 +16,6 @@ References: Rahnama Rad and Maleki (2020), who leave rows out in this way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,13 +25,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import upweight as uw
-from upweight.errors import NotConverged, NotPositiveDefinite
+from upweight.apps.mean_loss import losses_of
+from upweight.apps.solving import solved
+from upweight.errors import NotPositiveDefinite
 
 _BLOCK = 128  # rows whose relabelling is measured on one another, of which only the diagonal is needed
 _NUMBERS = 2**23  # of the right-hand sides at once: 64 MB
 _LEAST = 1e-9  # of 1 − leverage
 _ROUNDS = 100
 _HALVINGS = 40
+_OF = "the outputs of a row"  # what systems are solved for
 _AS_GOOD = 0.01  # a label that saves no more than this share of the row's present loss is no better than the present
 
 
@@ -47,7 +49,7 @@ def suggested(
 
     The present class stays, and the second number is 0, where no other saves more than a hundredth of the loss.
     """
-    held = losses(influence, influence.examples.subset(rows))
+    held = losses_of(influence, influence.examples.subset(rows))
     linear = _closed(influence)
     after = (_trained if linear else _first_order)(influence, rows, names, present, candidates)
     places = np.arange(len(rows))
@@ -55,13 +57,6 @@ def suggested(
     best = after.argmin(1)
     best = np.where(after[places, best] < (1 - _AS_GOOD) * held, best, present)
     return best, held - after[places, best]
-
-
-def losses(influence: uw.Influence, examples: uw.Examples) -> Float[NDArray[np.float64], " m"]:
-    """The loss of every example now."""
-    objective = influence.objective.reporting()
-    parts = [uw.calculus.losses(objective, block.batch(slice(None))).double() for block in examples.blocks(4096)]
-    return torch.cat(parts).cpu().numpy()
 
 
 def _closed(influence: uw.Influence) -> bool:
@@ -82,19 +77,18 @@ def _trained(
     objective = influence.objective
     width = objective.linear.n_outputs * objective.size  # type: ignore[union-attr]
     prepared = prepared_for(influence, len(rows) * objective.linear.n_outputs)  # type: ignore[union-attr]
-    solved = lambda V: _solved(prepared, V)  # noqa: E731
     share = influence.penalty_share
-    aside = solved(share[None])[0] if bool(share.any()) else None
+    aside = solved(prepared, share[None], _OF)[0] if bool(share.any()) else None
     size = max(1, _NUMBERS // width)
     blocks = [np.arange(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
     return np.concatenate(
-        [_of_block(influence, solved, rows[block], names, present[block], candidates, aside) for block in blocks]
+        [_of_block(influence, prepared, rows[block], names, present[block], candidates, aside) for block in blocks]
     )
 
 
 def _of_block(
     influence: uw.Influence,
-    solved: Callable[[Tensor], Tensor],
+    prepared: uw.solvers.Prepared,
     rows: NDArray[np.int64],
     names: list[Any],
     present: NDArray[np.int64],
@@ -109,7 +103,7 @@ def _of_block(
     eta = uw.calculus.outputs(influence.objective, batch)  # (b, K)
     weight = torch.from_numpy(influence.examples.weights[rows])
     units = _units(influence, batch[0])  # (b, K, p)
-    moved = solved(units.flatten(0, 1)).reshape(units.shape)
+    moved = solved(prepared, units.flatten(0, 1), _OF).reshape(units.shape)
     h = loss.curvature(eta, batch[1]) * weight[:, None, None]
     S = _without(units @ moved.mT / n, h)
     left = eta + torch.einsum("bij,bj->bi", S, weight[:, None] * loss.slope(eta, batch[1]))
@@ -202,22 +196,6 @@ def prepared_for(influence: uw.Influence, systems: int) -> uw.solvers.Prepared:
     return influence.prepared
 
 
-def _solved(prepared: uw.solvers.Prepared, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
-    """(C + λI)⁻¹ v for every row v.
-
-    Raises:
-        NotConverged: if the solver did not keep its promise.
-    """
-    solution = prepared.solve(V)
-    if not solution.converged:
-        message = (
-            f"The outputs of a row were solved to a relative residual of {float(solution.residual.max()):.2g} only. "
-            "Raise the damping, or use an exact solver: explain(..., solver=uw.solvers.Cholesky())."
-        )
-        raise NotConverged(message, solution)
-    return solution.x
-
-
 # ---- other models ------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +214,7 @@ def _first_order(
     the row then costs is the sum above, but at least 0. A large damping makes little of both effects, and labels stay.
     """
     places = np.arange(len(rows))
-    now = np.stack([losses(influence, _relabelled(influence, rows, [name] * len(rows))) for name in names], 1)
+    now = np.stack([losses_of(influence, _relabelled(influence, rows, [name] * len(rows))) for name in names], 1)
     without = now[places, present] + influence.of_self(rows).values
     others = now.copy()
     others[places, present] = np.inf

@@ -271,10 +271,10 @@ class LinearHessian:
             X = X.to(self.precision)
             Z = (X.mv(across[:, 0]) if single else linear.times(X, across)[:, : k * K]).reshape(len(X), k, K)
             Z = Z if shift is None else Z + shift
-            if kept is not None:
-                kept.append(Z.flatten(1))
             R = linear.curved(h, Z)
             coef = (X.T.mv(R.reshape(-1)) if single else R.reshape(len(R), -1).T @ X).reshape(k, -1)
+            if kept is not None:  # at the end: a batch that does not fit comes again in halves
+                kept.append(Z.flatten(1))
             return torch.cat([coef, R.sum(0)], 1) if shift is not None else coef
 
         return product
@@ -435,10 +435,10 @@ def _sparse_product(
         X, h = batch
         Z = torch.from_numpy(X @ across).reshape(-1, *shape)
         Z = Z if shift is None else Z + shift
-        if kept is not None:
-            kept.append(Z.flatten(1))
         R = linear.curved(h, Z)
         coef = torch.from_numpy(X.T @ R.reshape(len(R), -1).numpy()).T.reshape(shape[0], -1)
+        if kept is not None:
+            kept.append(Z.flatten(1))
         return torch.cat([coef, R.sum(0)], 1) if shift is not None else coef
 
     return product

@@ -35,10 +35,6 @@ class Inputs(Protocol):
         """Raises where there are no derivatives by X."""
         ...
 
-    def check_new(self, X: Any) -> None:
-        """Raises where the inputs of these rows would not be those of training rows."""
-        ...
-
 
 @dataclass(frozen=True)
 class AsGiven:
@@ -57,9 +53,6 @@ class AsGiven:
         return deltas
 
     def check_movable(self) -> None:
-        """Nothing to say."""
-
-    def check_new(self, X: Any) -> None:
         """Nothing to say."""
 
 
@@ -90,9 +83,6 @@ class Columns:
         return deltas[:, self.active] if deltas.shape[1:] == (self.width,) else deltas
 
     def check_movable(self) -> None:
-        """Nothing to say."""
-
-    def check_new(self, X: Any) -> None:
         """Nothing to say."""
 
 

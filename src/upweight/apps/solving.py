@@ -1,0 +1,41 @@
+"""(C + λI)⁻¹ v in an app, or an error that says what it was for."""
+
+from __future__ import annotations
+
+import warnings
+
+from jaxtyping import Float
+from torch import Tensor
+
+import upweight as uw
+from upweight.errors import NotConverged, TheoryWarning
+
+
+def solved(
+    prepared: uw.solvers.Prepared, V: Float[Tensor, "k p"], what: str, *, estimates: bool = False
+) -> Float[Tensor, "k p"]:
+    """(C + λI)⁻¹ v for every row v.
+
+    Args:
+        prepared: the solver.
+        V: the right-hand sides.
+        what: they are of, in words.
+        estimates: whether a stochastic solver that has not settled warns, and is not refused.
+
+    Raises:
+        NotConverged: if the solver did not keep its promise.
+    """
+    solution = prepared.solve(V)
+    if not solution.converged and not (estimates and solution.replicas is not None):
+        message = (
+            f"The solver left a relative residual of {float(solution.residual.max()):.2g} for {what}. Raise the "
+            "damping, or use an exact solver: explain(..., solver=uw.solvers.Cholesky())."
+        )
+        raise NotConverged(message, solution)
+    if not solution.converged:
+        message = (
+            f"The solver has not settled (residual {float(solution.residual.max()):.2g}) for {what}, which may be off "
+            "by more than its own error. Raise depth, or use CG()."
+        )
+        warnings.warn(message, TheoryWarning, stacklevel=4)
+    return solution.x
