@@ -128,6 +128,7 @@ def test_dots_of_rows_are_those_by_autograd_whether_or_not_their_product_was_jus
 
 def test_dots_are_right_when_a_batch_of_the_product_did_not_fit(influence, monkeypatch):
     operator, V, curved = influence.operator, sides(influence), linear.curved
+    monkeypatch.setattr("upweight.operators.linear._CHUNK_ROWS", (8, 8))
     expected = dots(operator, V)
     failures = iter([True])
 
