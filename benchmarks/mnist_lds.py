@@ -40,8 +40,8 @@ from common import report
 from torch import Tensor, nn
 
 import upweight as uw
-from upweight.datamodels import spearman
-from upweight.minibatch import SGD, Placed, Shuffled
+from upweight.evaluation.lds import spearman
+from upweight.training.minibatch import SGD, Placed, Shuffled
 
 FOLDER = Path(os.environ.get("MNIST_LDS", Path(tempfile.gettempdir()) / "upweight-mnist-lds"))
 ROWS, QUERIES, SUBSETS, LEFT_OUT, MEMBERS = 5000, 500, 100, 100, 10

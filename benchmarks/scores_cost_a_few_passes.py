@@ -20,7 +20,7 @@ from common import gigaflops, report, seconds
 from torch import Tensor, nn
 
 import upweight as uw
-from upweight import scoring
+from upweight.influence import scoring
 from upweight.solvers import Solution
 
 HERE = Path(__file__).parent
@@ -59,7 +59,7 @@ def at_hand(queries: int, p: int) -> Solution:
 
 def scores(influence: uw.Influence, solution: Solution) -> np.ndarray:
     """The step of `on_loss` that grows with n: S · ∇L for every row."""
-    return scoring.with_rows(influence, solution, torch.zeros_like(solution.x[0])).mean
+    return scoring.with_rows(influence.system, solution, torch.zeros_like(solution.x[0])).mean
 
 
 def passes(n: int) -> None:

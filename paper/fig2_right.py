@@ -29,8 +29,8 @@ from torch.nn.functional import cross_entropy
 
 import upweight as uw
 from paper import cnn, report
+from upweight.model.sweep import Sweep
 from upweight.operators import DenseOperator
-from upweight.sweep import Sweep
 
 QUERY, DAMPING = 6_558, 0.01
 HESSIAN = uw.operators.Hessian()

@@ -27,7 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import upweight as uw
-from upweight.plots import BLUE, GREY, ORANGE
+from upweight.show.plots import BLUE, GREY, ORANGE
 
 RESULTS = Path(__file__).parent / "results"
 INK = "#2b2d42"

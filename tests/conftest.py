@@ -14,12 +14,12 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 
 install_import_hook(
     [
-        "upweight.influence",
-        "upweight.linear",
-        "upweight.calculus",
+        "upweight.influence.face",
+        "upweight.model.linear",
+        "upweight.model.calculus",
         "upweight.operators",
         "upweight.solvers",
-        "upweight.removal",
+        "upweight.influence.removal",
     ],
     "beartype.beartype",
 )

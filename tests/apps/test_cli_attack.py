@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from upweight import cli
+from upweight.cli import commands as cli
 
 SOURCE = """
 from sklearn.datasets import load_iris

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from upweight import cli
+from upweight.cli import commands as cli
 
 SOURCE = """
 from small import NAMESQ, XQ, logistic

@@ -10,8 +10,8 @@ import pytest
 from small import NAMES, XQ, YQ, ZQ, X, classifier, logistic
 
 import upweight as uw
-from upweight import cli
 from upweight.apps import pictures
+from upweight.cli import commands as cli
 
 SOURCE = """
 import numpy as np

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from upweight import cli
+from upweight.cli import commands as cli
 
 SOURCE = """
 import csv

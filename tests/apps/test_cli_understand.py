@@ -9,7 +9,7 @@ import pytest
 from small import XQ, YQ, classifier, ridge
 
 import upweight as uw
-from upweight import cli
+from upweight.cli import commands as cli
 
 SOURCE = """
 from small import XQ, YQ, ZQ, classifier, ridge

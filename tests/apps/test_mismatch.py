@@ -13,8 +13,7 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
-from small import XQ, YQ, classifier, refuses
-from small import Items as items_of
+from small import XQ, YQ, Items as items_of, classifier, refuses
 
 import upweight as uw
 from upweight.apps import Mismatch, mismatch, one_hot_groups

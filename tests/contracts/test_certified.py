@@ -91,7 +91,9 @@ def test_kronecker_factors_of_a_module_change_no_answer_and_say_how_far_they_wer
     alone = uw.explain(module, X, y, **(settings | {"curvature": cheap}))
     assert alone.solver == Factored()
     operator = uw.explain(module, X, y, **settings).operator
-    x0, x = (influence._solve(sides(operator.size, 2)).x for influence in (alone, uw.explain(module, X, y, **settings)))
+    x0, x = (
+        influence.system.solve(sides(operator.size, 2)).x for influence in (alone, uw.explain(module, X, y, **settings))
+    )
     off = x0 - x
     A = operator.matrix() + 1e-3 * torch.eye(operator.size, dtype=torch.float64)
     expected = (((off @ A) * off).sum(1) / ((x @ A) * x).sum(1)).sqrt()
@@ -212,7 +214,7 @@ def test_factored_is_the_default_for_what_knows_its_eigenvalues(spec):
     assert "Factored" in influence.check().costs
     matrix = influence.operator.matrix() + influence.damping * torch.eye(len(case.theta), dtype=torch.float64)
     V = sides(len(case.theta), 2)
-    assert torch.allclose(influence._solve(V).x @ matrix, V, atol=1e-9)
+    assert torch.allclose(influence.system.solve(V).x @ matrix, V, atol=1e-9)
     forms = influence.of_self().values
     assert forms.shape == (case.n,)
 

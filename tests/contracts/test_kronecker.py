@@ -12,12 +12,13 @@ from torch.nn.functional import cross_entropy, mse_loss
 import upweight as uw
 from nets import NETS, Net, draw, known, z_scores
 from tolerances import EXACT, FLOAT32, STANDARD_ERRORS
-from upweight import calculus, layers
+from upweight import calculus
 from upweight.errors import InvalidInput, UnsupportedModel
+from upweight.model import layers
+from upweight.model.sweep import Sweep
 from upweight.operators import EKFAC, KFAC, EmpiricalFisher, GaussNewton, Hessian
 from upweight.operators.cotangents import Signs
 from upweight.operators.kronecker import _corrected
-from upweight.sweep import Sweep
 
 PENALTY = 0.05
 

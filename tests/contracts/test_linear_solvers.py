@@ -12,8 +12,8 @@ from jaxtyping import config
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, RidgeClassifier, TweedieRegressor
 
 import upweight as uw
-from upweight import linear
 from upweight.errors import NotPositiveDefinite, UnsupportedModel
+from upweight.model import linear
 from upweight.operators import DenseOperator
 from upweight.operators.leading import leading_inverse
 from upweight.operators.linear import LinearHessian

@@ -8,14 +8,14 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import cases
 import oracles
 import upweight as uw
 from strategies import batch_sizes, permutations, vectors
 from tolerances import EXACT, FLOAT32
+from upweight.model.sweep import Sweep
 from upweight.operators import (
     EKFAC,
     KFAC,
@@ -30,7 +30,6 @@ from upweight.operators import (
     Sampled,
     Spectral,
 )
-from upweight.sweep import Sweep
 
 
 def _gauss_newton(case):

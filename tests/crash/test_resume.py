@@ -15,8 +15,8 @@ from sklearn.linear_model import Ridge
 
 import upweight as uw
 from upweight.errors import StoreMismatch, UpweightError
-from upweight.store import Store
-from upweight.sweep import CHUNK
+from upweight.model.sweep import CHUNK
+from upweight.runs.store import Store
 
 n, d = 5 * CHUNK + 100, 3
 HERE = Path(__file__).parent

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from upweight.losses import Loss
+import upweight as uw
+from upweight.model.losses import Loss
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("demo", "check", "score", "top", "validate", "understand", "repair", "attack", "mismatch", "contrast")
@@ -45,6 +45,11 @@ def cli_page() -> str:
     return "\n".join(parts) + "\n"
 
 
+def home(name: str) -> object:
+    """What a public name such as `upweight.losses` stands for: the package itself, or an attribute of it."""
+    return uw if name == "upweight" else getattr(uw, name.removeprefix("upweight."))
+
+
 def what_it_is(value: object) -> str:
     """The first sentence of a docstring, or the formula of a loss."""
     if isinstance(value, Loss):
@@ -57,7 +62,7 @@ def api_page() -> str:
     """docs/api.md: every public name with the first sentence of its docstring."""
     lines = ["# Every public name", "", "Written by `scripts/docs` from the docstrings; `help(name)` shows the whole."]
     for name in MODULES:
-        module = importlib.import_module(name)
+        module = home(name)
         lines += ["", f"## {name}", "", "| name | what it is |", "|---|---|"]
         lines += [f"| `{public}` | {what_it_is(getattr(module, public))} |" for public in module.__all__]
     return "\n".join(lines) + "\n"

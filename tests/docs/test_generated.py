@@ -29,7 +29,7 @@ def test_the_readme_shows_what_the_demo_prints(tmp_path, monkeypatch):
 
 def test_the_demo_keeps_its_promises(tmp_path, monkeypatch):
     """r and slope that the README shows are those of a real retraining, not of a lucky format."""
-    from upweight import demo
+    from upweight.cli import demo
 
     monkeypatch.chdir(tmp_path)
     found = demo.run(10)

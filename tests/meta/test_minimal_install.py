@@ -39,7 +39,7 @@ def test_a_missing_extra_is_named():
     for code, extra in (
         ("scores.to_pandas()", "pandas"),
         ("uw.plots.new_axes()", "plot"),
-        ("import upweight.demo as d; d.run()", "demo"),
+        ("import upweight.cli.demo as d; d.run()", "demo"),
     ):
         done = run(code)
         assert f"pip install 'upweight[{extra}]'" in done.stderr, done.stderr

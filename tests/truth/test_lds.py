@@ -11,7 +11,7 @@ from torch import nn
 
 import cases
 import upweight as uw
-from upweight.minibatch import SGD, Placed, Shuffled
+from upweight.training.minibatch import SGD, Placed, Shuffled
 
 N, D, ALPHA = 300, 4, 3.0
 DRAW = np.random.default_rng(0)

@@ -181,7 +181,7 @@ def test_baselines_that_need_no_curvature_do_not_bind_it():
 
 def test_gradients_are_never_all_in_memory(monkeypatch):
     """The largest batch of gradients that is formed is that of the sweep, not n."""
-    from upweight import layers
+    from upweight.model import layers
 
     sizes = []
     honest = layers.gradients

@@ -12,7 +12,7 @@ import pytest
 from small import XQ, ZQ, ridge
 
 import upweight as uw
-from upweight import cli
+from upweight.cli import commands as cli
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has not settled:upweight.errors.TheoryWarning")  # a short LiSSA
 SOURCE = """
@@ -252,14 +252,14 @@ def test_help_ends_with_0(upweight, arguments):
 
 @pytest.fixture(scope="module")
 def story():
-    from upweight import demo
+    from upweight.cli import demo
 
     return demo.run(rows=4)
 
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
 def test_demo_says_where_its_report_is(upweight, story, monkeypatch, tmp_path, as_json):
-    from upweight import demo
+    from upweight.cli import demo
 
     asked = []
     monkeypatch.setattr(demo, "run", lambda rows: asked.append(rows) or story)

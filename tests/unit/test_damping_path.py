@@ -82,7 +82,7 @@ def test_many_queries_are_solved_in_blocks_that_fit(monkeypatch):
     case = cases.make("mlp")
     settings = {"curvature": GaussNewton(), "solver": CG(**TIGHT)}
     whole = case.influence(**settings).damping_path(*case.queries, dampings=DAMPINGS)
-    monkeypatch.setattr("upweight.damping._NUMBERS", 2 * len(case.theta))
+    monkeypatch.setattr("upweight.influence.damping_path._NUMBERS", 2 * len(case.theta))
     parts = case.influence(**settings).damping_path(*case.queries, dampings=DAMPINGS)
     np.testing.assert_allclose(parts.values, whole.values, rtol=0, atol=1e-8 * np.abs(whole.values).max())
     assert parts.residuals.shape == (3, len(case.Xq))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small import refuses
 
-from upweight import demo
+from upweight.cli import demo
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import torch
 from small import Items, N, X, Y, changed, pairs, refuses
 
 import upweight as uw
-from upweight.examples import PROBE_ROWS, checked_rows
-from upweight.trees import batch_length, leaves, like, take, tree_map
+from upweight.data.examples import PROBE_ROWS, checked_rows
+from upweight.data.trees import batch_length, leaves, like, take, tree_map
 
 
 def test_rows_keep_their_numbers_in_any_batch():

@@ -7,15 +7,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from small import refuses
 from torch.autograd.functional import hessian, jacobian
 from torch.distributions import Gamma
 from torch.nn import functional
 
 from upweight import losses
-from upweight.losses import Loss
+from upweight.model.losses import Loss
 
 TABLE = {
     "cross_entropy": (losses.cross_entropy, 4, [0, 3], lambda f, y: functional.cross_entropy(f, y)),

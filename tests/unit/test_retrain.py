@@ -13,7 +13,7 @@ import cases
 import oracles
 import upweight as uw
 from upweight.errors import NotConverged
-from upweight.retrain import bound, reference, reweighted
+from upweight.training.retrainers import bound, reference, reweighted
 
 THREE = np.arange(N) % 3
 DRAW = np.random.default_rng(2)

@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import TensorDataset
 
 import upweight as uw
-from upweight.examples import PROBE_ROWS
+from upweight.data.examples import PROBE_ROWS
 
 DRAW = np.random.default_rng(0)
 X = 3 * DRAW.normal(size=(60, 3)) + 1

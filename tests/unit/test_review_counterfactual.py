@@ -13,7 +13,7 @@ from sklearn.svm import SVC, LinearSVC
 
 import upweight as uw
 from upweight.errors import InvalidInput, NotConverged, UnsupportedModel
-from upweight.losses import smooth_hinge
+from upweight.model.losses import smooth_hinge
 
 DRAW = np.random.default_rng(0)
 X = DRAW.normal(size=(60, 3))

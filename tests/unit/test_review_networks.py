@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import upweight as uw
-from upweight import errors, scoring
-from upweight.minibatch import SGD, Placed, Shuffled
-from upweight.retrain import LBFGS
+from upweight import errors
+from upweight.influence import per_row
+from upweight.training.minibatch import SGD, Placed, Shuffled
+from upweight.training.retrainers import LBFGS
 
 n = 24
 
@@ -60,7 +61,7 @@ def test_equal_queries_that_are_not_solved_in_time_can_go_on():
     settings = {"loss": cross_entropy, "damping": 1e-3}
     order = [0, 0, 1, 0]
     short = uw.explain(network(), X, y, solver=uw.solvers.CG(rtol=1e-8, max_sweeps=4), **settings)
-    V = scoring.gradients(short.sweep, np.array(order))
+    V = per_row.gradients(short.sweep, np.array(order))
     with pytest.raises(errors.NotConverged) as stopped:
         short.solver.prepare(short.operator, 1e-3).solve(V)
     known = stopped.value.solution
@@ -156,8 +157,8 @@ def test_a_large_offset_does_not_move_neighbours():
 def test_the_typical_row_equals_its_definition():
     X, y = data()
     influence = uw.explain(network(), X, y, loss=cross_entropy, damping=0.1)
-    G = scoring.gradients(influence.sweep, np.arange(n))
-    assert scoring.typical_row(influence.sweep) == pytest.approx(float(G.square().sum(1).mean().sqrt()) / n)
+    G = per_row.gradients(influence.sweep, np.arange(n))
+    assert per_row.typical_row(influence.sweep) == pytest.approx(float(G.square().sum(1).mean().sqrt()) / n)
 
 
 def test_a_model_that_vmap_follows_but_not_its_gradient_goes_one_by_one():

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import upweight as uw
-from upweight import errors, identity
-from upweight.minibatch import SGD, Placed
-from upweight.pieces import Product
-from upweight.retrain import LBFGS
+from upweight import errors
+from upweight.model.layers.pieces import Product
+from upweight.runs import identity
+from upweight.training.minibatch import SGD, Placed
+from upweight.training.retrainers import LBFGS
 
 
 def _scaled(factor):

@@ -7,8 +7,8 @@ import torch
 from small import N, X, Y, Z, classifier, logistic, refuses
 
 import upweight as uw
-from upweight import routes
-from upweight.objective import Route
+from upweight.model import routes
+from upweight.model.objective import Route
 
 THETA = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
 BATCH = (torch.tensor(X[:4]), torch.tensor(Z[:4]))

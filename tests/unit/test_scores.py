@@ -7,12 +7,11 @@ from dataclasses import fields, replace
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from small import NAMES, NAMESQ, XQ, YQ, ZQ, N, X, Z, classifier, fitted, logistic, refuses, ridge
 
 import upweight as uw
-from upweight.scores import Certificate, Scores, top_columns
+from upweight.influence.scores import Certificate, Scores, top_columns
 from upweight.solvers import LiSSA
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has not settled:upweight.errors.TheoryWarning")  # a short LiSSA

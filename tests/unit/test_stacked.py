@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import upweight as uw
-from upweight.minibatch import SGD, Adam, Placed, Shuffled
-from upweight.objective import L2
-from upweight.trials import trained
+from upweight.model.objective import L2
+from upweight.training.minibatch import SGD, Adam, Placed, Shuffled
+from upweight.training.trials import trained
 
 DRAW = np.random.default_rng(4)
 HALF = (DRAW.random((5, N)) < 0.5).astype(float)

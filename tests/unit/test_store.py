@@ -10,7 +10,7 @@ import pytest
 from small import refuses
 
 from upweight.errors import StoreMismatch
-from upweight.store import Store, read_tensors, write_file, write_tensors
+from upweight.runs.store import Store, read_tensors, write_file, write_tensors
 
 WORK = {"theta": "abc", "n": 40, "damping": 0.1, "solver": "Cholesky()"}
 
@@ -45,7 +45,7 @@ def test_a_crash_at_any_moment_leaves_no_part_of_a_file(tmp_path, monkeypatch, m
         raise KeyboardInterrupt
 
     if moment == "write":
-        monkeypatch.setattr("upweight.store.save_tensors", crash)
+        monkeypatch.setattr("upweight.runs.store.save_tensors", crash)
     elif moment == "fsync":
         monkeypatch.setattr(os, "fsync", crash)
     else:

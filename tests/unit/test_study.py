@@ -7,7 +7,7 @@ import sys
 import pytest
 from small import refuses
 
-from upweight.study import Study, load
+from upweight.cli.study import Study, load
 
 SOURCE = """
 from small import XQ, ZQ, ridge

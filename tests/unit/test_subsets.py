@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from small import XQ, YQ, ZQ, N, X, Y, Z, classifier, logistic, net, refuses, ridge, row
 from test_scores import made
 
 import upweight as uw
-from upweight.curves import MislabelCurve
-from upweight.datamodels import _bootstrap, _Ranks, ceilings, spearman
+from upweight.evaluation.curves import MislabelCurve
+from upweight.evaluation.lds import _bootstrap, _Ranks, ceilings, spearman
 
 DRAW = np.random.default_rng(8)
 MASKS = uw.random_subsets(N, 6, seed=3)

@@ -8,13 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from small import refuses
 
 import upweight as uw
-from upweight.store import Store
-from upweight.sweep import CHUNK, Sweep
+from upweight.model.sweep import CHUNK, Sweep
+from upweight.runs.store import Store
 
 n = 2 * CHUNK + 300
 DRAW = np.random.default_rng(1)

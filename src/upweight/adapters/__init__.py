@@ -11,7 +11,7 @@ from torch import Tensor
 
 from upweight.adapters import module
 from upweight.errors import InvalidInput, UnsupportedModel
-from upweight.influence import Influence
+from upweight.influence.face import Influence
 from upweight.operators import Curvature
 from upweight.solvers import Solver
 

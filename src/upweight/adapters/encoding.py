@@ -11,9 +11,9 @@ from torch import Tensor
 
 from upweight.adapters.estimators.built import Again, Built
 from upweight.adapters.estimators.inputs import AsGiven, Features, Inputs
-from upweight.encoders import whole_examples
+from upweight.data.examples import Examples, as_array, as_tensor, with_lines
 from upweight.errors import InvalidInput
-from upweight.examples import Examples, as_array, as_tensor, with_lines
+from upweight.model.encoders import whole_examples
 
 
 class SklearnEncoder:

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from upweight import calculus, losses
-from upweight.encoders import Encoder, Movable
+from upweight.data.examples import Examples, as_tensor
+from upweight.data.trees import batch_length, leaves, like, tree_map
 from upweight.errors import InvalidInput, UnsupportedModel
-from upweight.examples import Examples, as_tensor
-from upweight.objective import Linear, Objective, forward, refuse_training_mode
-from upweight.sweep import Sweep
-from upweight.trees import batch_length, leaves, like, tree_map
+from upweight.model import calculus, losses
+from upweight.model.encoders import Encoder, Movable
+from upweight.model.objective import Linear, Objective, forward, refuse_training_mode
+from upweight.model.sweep import Sweep
 
 _PROBED = 2  # examples on which the model is compared with its head on features
 _SIZES = (0.1, 1.0, 10.0)  # of the random outputs on which a criterion is recognised

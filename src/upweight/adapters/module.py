@@ -12,14 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, defaults, routes
 from upweight.adapters import frozen
-from upweight.encoders import Movable, whole_examples
+from upweight.data.examples import Examples, as_array, as_tensor
+from upweight.data.trees import batch_length, leaves, take, tree_map
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, first_line
-from upweight.examples import Examples, as_array, as_tensor
-from upweight.influence import Influence
-from upweight.objective import Objective, forward
-from upweight.trees import batch_length, leaves, take, tree_map
+from upweight.influence import defaults
+from upweight.influence.face import Influence
+from upweight.model import calculus, routes
+from upweight.model.encoders import Movable, whole_examples
+from upweight.model.objective import Objective, forward
 
 _SPREAD_ROWS = 8
 _LABEL_ROWS = 64  # at most so many more rows, one for each distinct label: class weights show only across labels

@@ -25,11 +25,11 @@ from upweight.adapters.estimators import (
     networks,
 )
 from upweight.adapters.estimators.built import Builder, Built, Fit
-from upweight.checks import rows_from_minimum
-from upweight.encoders import whole_examples
+from upweight.data.examples import Examples, as_tensor, checked_weights
 from upweight.errors import InvalidInput, NotFitted, TheoryWarning, UnsupportedModel, require
-from upweight.examples import Examples, as_tensor, checked_weights
-from upweight.influence import Influence
+from upweight.influence.face import Influence
+from upweight.influence.per_row import rows_from_minimum
+from upweight.model.encoders import whole_examples
 
 _COMPARED_ROWS = 64
 _ROWS_MISSED_BY_ROUNDING = 1e-3
@@ -289,7 +289,7 @@ def _parts(transformer: Any) -> Iterator[Any]:
 def _warn(influence: Influence, fit: Fit, built: Built, transformers: Any) -> None:
     """A TheoryWarning with the number, when θ̂ misses the minimum by more than the fit's own method explains."""
     exact = built.closed_form and not scipy.sparse.issparse(influence.examples.x)
-    missed = rows_from_minimum(influence)
+    missed = rows_from_minimum(influence.sweep, influence.risk_gradient)
     size = float(influence.risk_gradient.norm())
     if built.stretched:
         message = f"{built.stretched}. There ‖∇R‖ = {size:.3g}, as much as {missed:.3g} rows."

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.sweep import Sweep
+from upweight.model.sweep import Sweep
 
 
 @runtime_checkable

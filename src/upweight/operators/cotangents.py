@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight import calculus, linear
+from upweight.data.trees import batch_length, take, tree_map
 from upweight.errors import UnsupportedModel
-from upweight.objective import Objective
-from upweight.transforms import grad, vmap
-from upweight.trees import batch_length, take, tree_map
+from upweight.model import calculus, linear
+from upweight.model.objective import Objective
+from upweight.model.transforms import grad, vmap
 
 FORMED = 32  # outputs up to which H is formed and factorised, example by example, without asking for its kind
 MOST = 1000  # outputs up to which a K × K matrix, or K cotangents, are affordable for every example

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import InvalidInput
+from upweight.model.sweep import Sweep
 from upweight.operators.base import Curvature
 from upweight.operators.implicit import Hessian
-from upweight.sweep import Sweep
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from upweight.pieces import Direct, Lookup, Piece, Product, rows
+from upweight.model.layers.pieces import Direct, Lookup, Piece, Product, rows
 
 WIDEST = 8192  # inputs or outputs of a layer; a wider side keeps only the diagonal of its factor
 DENSE = 512  # parameters that no structure covers, up to which their whole block is kept; of more only the diagonal

@@ -12,12 +12,13 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, layers, pieces
 from upweight.errors import InvalidInput
-from upweight.objective import Objective
+from upweight.model import calculus, layers
+from upweight.model.layers import pieces
+from upweight.model.objective import Objective
+from upweight.model.sweep import Sweep
 from upweight.operators.layered import LayeredGaussNewton, kept_bytes
 from upweight.operators.linear import LinearHessian
-from upweight.sweep import Sweep
 
 Product = Callable[[Objective, Any, Tensor, Tensor], Tensor]
 _MATRIX_ENTRIES = 2**25  # numbers held by one block of vectors or of gradients while a matrix is assembled

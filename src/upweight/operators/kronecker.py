@@ -28,15 +28,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight import calculus, layers, linear
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, checked_count
-from upweight.objective import L2, Objective
+from upweight.model import calculus, layers, linear
+from upweight.model.layers.pieces import Direct, Piece, Product
+from upweight.model.objective import L2, Objective
+from upweight.model.sweep import Sweep
 from upweight.operators.base import Curvature
 from upweight.operators.cotangents import Exact, Observed, Signs
 from upweight.operators.factors import DENSE, Basis, Layer, Whole, layers_of
 from upweight.operators.implicit import EmpiricalFisher, GaussNewton
-from upweight.pieces import Direct, Piece, Product
-from upweight.sweep import Sweep
 
 _PROBE = 2
 _MUCH = 0.1  # of the parameters: what may be left on a mere diagonal without a word

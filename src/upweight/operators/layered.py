@@ -13,10 +13,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, layers, pieces
-from upweight.objective import Objective
-from upweight.pieces import Piece
-from upweight.sweep import Sweep
+from upweight.model import calculus, layers
+from upweight.model.layers import pieces
+from upweight.model.layers.pieces import Piece
+from upweight.model.objective import Objective
+from upweight.model.sweep import Sweep
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from upweight import calculus
-from upweight.examples import as_tensor
-from upweight.objective import Linear
+from upweight.data.examples import as_tensor
+from upweight.model import calculus
+from upweight.model.objective import Linear
 from upweight.operators.linear import LinearHessian, mean_factors
 
 _JITTER = 1e-7  # of the largest curvature: keeps directions that the subsample does not see positive

@@ -23,10 +23,10 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, linear
-from upweight.examples import as_tensor
-from upweight.objective import Linear
-from upweight.sweep import Sweep
+from upweight.data.examples import as_tensor
+from upweight.model import calculus, linear
+from upweight.model.objective import Linear
+from upweight.model.sweep import Sweep
 
 _CHUNK_BYTES = 2**23  # of X in one chunk, a few times the cache of a core
 _PADDED = 16  # columns: with fewer, X V in float32 runs at half the speed; float64 and RᵀX do not

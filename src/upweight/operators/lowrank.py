@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight import calculus
 from upweight.errors import InvalidInput, NotPositiveDefinite, checked_count
+from upweight.model import calculus
+from upweight.model.sweep import Sweep
 from upweight.operators.base import Curvature, Operator
 from upweight.operators.implicit import GaussNewton, Hessian
 from upweight.operators.krylov import lanczos
-from upweight.sweep import Sweep
 
 _ALPHA = 4.0
 _MORE = 20

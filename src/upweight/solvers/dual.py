@@ -14,8 +14,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import calculus, linear
 from upweight.errors import NotPositiveDefinite, UnsupportedModel
+from upweight.model import calculus, linear
 from upweight.operators.base import Operator
 from upweight.operators.linear import LinearHessian
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.calculus import penalty_diagonal
 from upweight.errors import Diverged, InvalidInput, UnsupportedModel, checked_count
+from upweight.model.calculus import penalty_diagonal
 from upweight.operators.base import Operator, Sampled
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 

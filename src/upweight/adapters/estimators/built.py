@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight import linear
 from upweight.adapters.estimators.inputs import AsGiven, Inputs
 from upweight.errors import InvalidInput, first_line, require
-from upweight.losses import Loss
-from upweight.objective import L2, Linear, Objective
+from upweight.model import linear
+from upweight.model.losses import Loss
+from upweight.model.objective import L2, Linear, Objective
 
 
 @dataclass(frozen=True)

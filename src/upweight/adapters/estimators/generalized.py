@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upweight import losses
 from upweight.adapters.estimators.built import Again, Built, Fit, l2, linear_objective, matrix, read_linear
 from upweight.adapters.estimators.labels import of_outputs
-from upweight.losses import Loss
-from upweight.objective import Objective
+from upweight.model import losses
+from upweight.model.losses import Loss
+from upweight.model.objective import Objective
 
 
 def poisson_regressor(fit: Fit) -> Built:

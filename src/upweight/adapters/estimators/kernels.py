@@ -19,7 +19,6 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from upweight import losses
 from upweight.adapters.estimators.built import Again, Built, Fit, l2, linear_objective, read_linear
 from upweight.adapters.estimators.inputs import Features
 from upweight.adapters.estimators.labels import of_outputs
@@ -34,7 +33,8 @@ from upweight.adapters.estimators.margins import (
     vector_weights,
 )
 from upweight.errors import UnsupportedModel, require
-from upweight.objective import L2
+from upweight.model import losses
+from upweight.model.objective import L2
 
 _LARGEST = 12_000  # rows; their Gram matrix takes 1.2 GB, its eigenvectors as much again
 _INDEFINITE = 1e-8

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from upweight.data.examples import as_array, check_finite
 from upweight.errors import InvalidInput, require
-from upweight.examples import as_array, check_finite
 
 
 def class_numbers(labels: Any, classes: NDArray[Any]) -> NDArray[np.int64]:

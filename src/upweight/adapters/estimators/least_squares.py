@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from upweight import losses
 from upweight.adapters.estimators.built import Again, Built, Fit, l2, linear_objective, matrix, read_linear
 from upweight.adapters.estimators.inputs import Columns
 from upweight.adapters.estimators.labels import class_numbers, class_weight_vector, numbers, of_outputs
 from upweight.errors import UnsupportedModel, require
-from upweight.objective import L2
+from upweight.model import losses
+from upweight.model.objective import L2
 
 _DIRECT = {"auto", "cholesky", "svd"}  # Ridge's solvers that end at the minimum, not near it
 

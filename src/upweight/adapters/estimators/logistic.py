@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from upweight import losses
 from upweight.adapters.estimators.built import Again, Built, Fit, l2, linear_objective, read_linear
 from upweight.adapters.estimators.labels import by_class, class_weight_vector, of_classes
 from upweight.errors import UnsupportedModel, require
+from upweight.model import losses
 
 
 def logistic_regression(fit: Fit) -> Built:

@@ -15,13 +15,13 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
-from upweight import losses
 from upweight.adapters.estimators.built import Again, Built, Fit, l2, linear_objective, matrix, read_linear
 from upweight.adapters.estimators.labels import by_class, class_weight_vector, of_classes, of_outputs
 from upweight.adapters.estimators.smoothing import held_intercepts, smooth_hinge, smooth_tube
 from upweight.errors import UnsupportedModel, require
-from upweight.losses import Loss
-from upweight.objective import L2
+from upweight.model import losses
+from upweight.model.losses import Loss
+from upweight.model.objective import L2
 
 
 def linear_svc(fit: Fit) -> Built:

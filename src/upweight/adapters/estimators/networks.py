@@ -16,12 +16,12 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from upweight import losses
 from upweight.adapters.estimators.built import Again, Built, Fit
 from upweight.adapters.estimators.labels import of_classes, of_outputs
 from upweight.errors import UnsupportedModel
-from upweight.losses import Loss
-from upweight.objective import L2, Objective
+from upweight.model import losses
+from upweight.model.losses import Loss
+from upweight.model.objective import L2, Objective
 
 _ACTIVATIONS = {"identity": lambda h: h, "logistic": torch.sigmoid, "relu": torch.relu, "tanh": torch.tanh}
 _AUTO_BATCH = 200  # scikit-learn's

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from upweight import losses
 from upweight.adapters.estimators.built import Fit
 from upweight.errors import InvalidInput
-from upweight.losses import Loss
-from upweight.objective import L2
+from upweight.model import losses
+from upweight.model.losses import Loss
+from upweight.model.objective import L2
 
 WIDTH = 0.001  # the paper's t
 _REACH = 10  # margins (or spreads of predictions) that one row may move an intercept by, before it counts as loose

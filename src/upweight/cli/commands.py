@@ -1,0 +1,198 @@
+"""The command line: `upweight demo | check | score | top | validate`, and the four uses in `cli_apps`.
+
+A model of your own is named by `module:function`, a function that returns an upweight.Study. Results go to stdout and
+progress to stderr. Exit codes: 0 done; 2 wrong usage; 3 an input or a computation was refused, with the reason on
+stderr; 4 `check` found that the theory's assumptions do not hold; 1 is a bug.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from upweight.cli.console import ASSUMPTIONS_FAIL, REFUSED, Json, K, StudyName, app, line, load, one, show
+
+if TYPE_CHECKING:  # nothing here may import torch before a command runs
+    from upweight.influence.scores import Scores
+
+
+@app.command
+def demo(out: Path = Path("upweight-demo"), rows: int = 40, json: Json = False) -> int:
+    """Explain a misclassified digit, retrain to check, and write an HTML report (scikit-learn's digits; no network).
+
+    Args:
+        out: folder for the report.
+        rows: how many of the most influential rows are really removed.
+        json: print numbers as JSON.
+    """
+    from upweight.cli import demo as story
+
+    found = story.run(rows)
+    page = story.write_html(found, out)
+    show(
+        found.to_dict() | {"report": str(page)},
+        f"{found.text()}\n\nReport with pictures: {page.resolve()}  ({found.seconds:.1f} s)",
+        json,
+    )
+    return 0
+
+
+@app.command
+def check(study: StudyName, json: Json = False) -> int:
+    """Whether the theory's assumptions hold: gradient, curvature, residuals, coverage, drift.
+
+    Args:
+        study: module:function that returns an upweight.Study.
+        json: print numbers as JSON.
+    """
+    loaded = load(study)
+    report = loaded.influence.check(loaded.queries)
+    show(report.to_dict(), str(report), json)
+    return 0 if report.ok else ASSUMPTIONS_FAIL
+
+
+@app.command
+def score(study: StudyName, out: Path, store: Path | None = None, json: Json = False) -> int:
+    """Score every training row on every query of the study, and save the scores.
+
+    Args:
+        study: module:function that returns an upweight.Study.
+        out: file for the scores (safetensors), readable by Scores.load and `upweight top`.
+        store: folder for finished chunks, so that an interrupted run resumes.
+        json: print a summary as JSON.
+    """
+    loaded = load(study)
+    scores = loaded.influence.on_loss(*loaded.queries, store=store)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scores.save(out)
+    queries, rows = scores.values.shape
+    show(
+        {"out": str(out), "queries": queries, "rows": rows, "certificate": _card(scores)},
+        f"{scores}\nSaved to {out.resolve()}",
+        json,
+    )
+    return 0
+
+
+@app.command
+def top(study: StudyName, query: int = 0, k: K = 10, json: Json = False) -> int:
+    """The training rows that help and harm one query most.
+
+    Args:
+        study: module:function that returns an upweight.Study, or the path of a file that `upweight score` wrote.
+        query: number of the query.
+        k: how many rows of each kind.
+        json: print as JSON.
+    """
+    from upweight.influence.scores import Scores
+
+    if _is_path(study):
+        scores, describe = Scores.load(study), None
+        place = line(query, len(scores.values))
+    else:
+        loaded = load(study)
+        scores, place = loaded.influence.on_loss(*one(loaded, query)), 0
+        describe = loaded.describe
+    k = min(k, scores.values.shape[1])
+    up, down = scores.helpful(k), scores.harmful(k)
+    kinds = {"helpful": (up.rows[place], up.values[place]), "harmful": (down.rows[place], down.values[place])}
+    lines = [f"Query {query}: change of its {scores.measure}, {scores.counterfactual}"]
+    for kind, (rows, values) in kinds.items():
+        lines += ["", f"  most {kind}"]
+        lines += [
+            f"  row {row:>8} {value:>+14.6g}  {describe(int(row)) if describe else ''}".rstrip()
+            for row, value in zip(rows, values, strict=True)
+        ]
+    found = {
+        kind: [{"row": int(r), "value": float(v)} for r, v in zip(rows, values, strict=True)]
+        for kind, (rows, values) in kinds.items()
+    }
+    show(
+        {"query": query, "measure": scores.measure, "counterfactual": scores.counterfactual} | found,
+        "\n".join([*lines, "", str(scores.certificate)]),
+        json,
+    )
+    return 0
+
+
+@app.command
+def validate(study: StudyName, query: int = 0, rows: int = 20, json: Json = False) -> int:
+    """Retrain without each of a query's most influential rows, and compare with the prediction.
+
+    Args:
+        study: module:function that returns an upweight.Study.
+        query: number of the query.
+        rows: how many rows to remove, one at a time.
+        json: print as JSON.
+    """
+    import numpy as np
+
+    from upweight.errors import checked_count
+    from upweight.evaluation.leave_one_out import agreement, leave_one_out
+
+    checked_count(rows, "rows", least=2, hint="a slope needs two")
+    loaded = load(study)
+    on = one(loaded, query)
+    scores = loaded.influence.on_loss(*on)
+    chosen = np.argsort(-np.abs(scores.values[0]), kind="stable")[:rows]
+    outcomes = leave_one_out(loaded.influence, on, chosen, loaded.retrain)
+    found = agreement(scores, outcomes)
+    pairs = [
+        (int(row), float(scores.values[0, row]), float(outcomes.actual[0, place])) for place, row in enumerate(chosen)
+    ]
+    lines = [
+        f"{'row':>8} {'predicted':>14} {'actual':>14}",
+        *(f"{row:>8} {predicted:>+14.6g} {actual:>+14.6g}" for row, predicted, actual in pairs),
+    ]
+    control = float(outcomes.control[0])
+    numbers = {
+        "query": query,
+        "agreement": vars(found),
+        "control": control,
+        "pairs": [dict(zip(("row", "predicted", "actual"), p, strict=True)) for p in pairs],
+    }
+    show(numbers, "\n".join([*lines, "", str(found), f"control (nothing removed): {control:+.2e}"]), json)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point; ends the process with the documented exit code."""
+    from upweight.errors import UpweightError
+
+    try:
+        code = app.cli(prog="upweight", description=__doc__, args=arguments)
+    except UpweightError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        code = REFUSED
+    sys.exit(code)
+
+
+def _is_path(study: str) -> bool:
+    """Whether it names a file of scores, by any suffix, and not a module:function.
+
+    Raises:
+        PathNotFound: if it can be nothing but a path, and there is no such file.
+    """
+    from upweight.errors import PathNotFound
+
+    if Path(study).is_file():
+        return True
+    module, colon, function = study.rpartition(":")
+    if colon and module and function.isidentifier():
+        return False
+    message = (
+        f"There is no file at {study}, and it is not of the form module:function. Write the path that `upweight score` "
+        "was given as --out, or a function that returns an upweight.Study."
+    )
+    raise PathNotFound(message)
+
+
+def _card(scores: Scores) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        name: value.tolist() if hasattr(value, "tolist") else value
+        for name, value in asdict(scores.certificate).items()
+    }

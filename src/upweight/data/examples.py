@@ -1,0 +1,537 @@
+"""Indexed data: row i of the training set, or of the queries, has the stable id i.
+
+An example is `(x, y)`, or just `x` when there is no target, or whatever item a map-style Dataset returns. A batch is
+the same nesting with a leading axis. Arrays are never copied as a whole; a batch is a view where the memory allows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from upweight.data.trees import batch_length, leaves, take, tree_map
+from upweight.errors import InvalidInput, NotDeterministic, RowOutOfRange
+
+PROBE_ROWS = 32
+_CHECK_ROWS = 65_536
+_SUMMED_ROWS = 4096
+_WIDE = 4  # bytes of a float in which a sum of finite numbers rarely overflows
+
+
+class Examples:
+    """n examples with stable row ids 0 … n−1 and one weight each.
+
+    Args:
+        X: array, tensor, SciPy sparse matrix or DataFrame with n rows; or a map-style Dataset (`__len__` and
+            `__getitem__`) of examples, for which `y` is omitted.
+        y: array, tensor or Series with n rows; omitted when an example has no target.
+        sample_weight: (n,) non-negative weights wᵢ of R(θ) = (1/n) Σ wᵢ L(zᵢ, θ) + r(θ); None means all ones.
+
+    Raises:
+        InvalidInput: if there are no rows, lengths differ, or a value is NaN, infinite or not a number.
+        NotDeterministic: if the dataset gives different items for the same index.
+
+    >>> examples = Examples(np.eye(3), np.array([0, 1, 1]))
+    >>> len(examples), [tuple(leaf.shape) for leaf in examples.batch([2, 0])]
+    (3, [(2, 3), (2,)])
+    """
+
+    def __init__(self, X: Any, y: Any = None, *, sample_weight: Any = None) -> None:
+        self.dataset = X if _is_dataset(X) else None
+        if self.dataset is not None and y is not None:
+            message = (
+                "X is a Dataset that already yields whole examples, and y was given too. Omit y, or pass two arrays."
+            )
+            raise InvalidInput(message)
+        self.x = None if self.dataset is not None else as_array(X, "X")
+        self.y = None if y is None else as_array(y, "y")
+        self.length = len(self.dataset) if self.x is None else int(self.x.shape[0])  # type: ignore[arg-type]
+        if self.length == 0:
+            message = (
+                "There are no examples: X has 0 rows. An influence is a sum over at least one row; check the "
+                "filter that made X."
+            )
+            raise InvalidInput(message)
+        if self.y is not None and len(self.y) != self.length:
+            message = (
+                f"X has {self.length} rows and y has {len(self.y)}. They must describe the same examples in the "
+                "same order."
+            )
+            raise InvalidInput(message)
+        for array, name in ((self.x, "X"), (self.y, "y")):
+            check_finite(array, name)
+        if self.dataset is not None:
+            self._check_dataset()
+        self.sample_weight = checked_weights(sample_weight, self.length)
+        self.weights = self.sample_weight  # an adapter multiplies the weight of each row's class in
+        self._targets: Tensor | None = None  # of a Dataset, once they were read
+        self.changed = False  # whether rows are others than those that the model was trained on
+        self.encoded_by: object = None  # the encoder that made these from a user's X and y; it leaves them as they are
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __repr__(self) -> str:
+        shapes = self.dataset.__class__.__name__ if self.x is None else f"X {tuple(self.x.shape)}"
+        return f"Examples(n={self.length}, {shapes})"
+
+    def batch(self, rows: slice | Sequence[int] | NDArray[np.int64]) -> Any:
+        """The examples of these rows, stacked along a new first axis."""
+        if self.dataset is not None:
+            numbers = range(*rows.indices(self.length)) if isinstance(rows, slice) else rows
+            return _collate([self.dataset[int(row)] for row in numbers], numbers)
+        x = as_tensor(self.x[rows])  # type: ignore[index]
+        return x if self.y is None else (x, as_tensor(self.y[rows]))
+
+    def rows(self, rows: Any) -> NDArray[np.int64]:
+        """`rows` as checked row numbers; None means all of them.
+
+        Raises:
+            RowOutOfRange: if a row is not in 0 … n−1 (negative numbers do not count from the end).
+            InvalidInput: if rows are not whole numbers, or there are none.
+        """
+        return checked_rows(rows, self.length)
+
+    def groups(self, groups: Any) -> list[NDArray[np.int64]]:
+        """Checked row numbers of each group; `groups` is a list of rows, of lists of rows, or a dict of them.
+
+        Raises:
+            InvalidInput: if there are no groups, or a group names a row twice.
+        """
+        values = groups.values() if isinstance(groups, Mapping) else groups
+        listed = list(values) if isinstance(values, Iterable) else [values]
+        if not listed or any(group is None for group in listed):
+            message = f"groups is {'empty' if not listed else 'None'}. Pass a list of rows, or a list of lists of rows."
+            raise InvalidInput(message)
+        members = [self.rows(group) for group in listed]
+        for number, group in enumerate(members):
+            if len(np.unique(group)) < len(group):
+                message = (
+                    f"Group {number} names a row twice; a row can be removed only once. Use np.unique on the group."
+                )
+                raise InvalidInput(message)
+        return members
+
+    def carrying(self, x: Any, y: Any) -> Examples:
+        """The same rows and weights with other, already checked inputs and targets; nothing is copied."""
+        other = copy(self)
+        other.x, other.y = x, y
+        return other
+
+    def subset(self, rows: NDArray[np.int64]) -> Examples:
+        """These rows, with their weights, as Examples of their own; arrays are copied."""
+        other = copy(self)
+        other.length = len(rows)
+        other.sample_weight, other.weights = self.sample_weight[rows], self.weights[rows]
+        if self.dataset is not None:
+            other.dataset = _Rows(self.dataset, rows)
+        else:
+            other.x = self.x[rows]  # type: ignore[index]
+            other.y = None if self.y is None else self.y[rows]
+        return other
+
+    def blocks(self, size: int) -> Iterator[Examples]:
+        """The rows in order, `size` at a time, as Examples of their own."""
+        return (self.subset(np.arange(start, min(start + size, self.length))) for start in range(0, self.length, size))
+
+    def only(self, row: int) -> Examples:
+        """One example as Examples of their own; its row number becomes 0."""
+        whole = self.dataset is not None
+        y = None if self.y is None else self.y[[row]]
+        one = Examples(_Rows(self.dataset, [row])) if whole else Examples(self.x[[row]], y)  # type: ignore[index]
+        one.encoded_by = self.encoded_by
+        return one
+
+    def targets(self) -> Tensor | None:
+        """y of every row as a tensor, None where examples are no (x, y) pairs.  Cost: a Dataset is read once."""
+        if self.dataset is None:
+            return None if self.y is None else as_tensor(self.y)
+        if self._targets is None:
+            first = self.batch([0])
+            if not isinstance(first, tuple | list) or len(first) != 2 or not isinstance(first[1], Tensor):
+                return None
+            self._targets = torch.cat([self.batch([row])[1] for row in range(self.length)])
+        return self._targets
+
+    def edited(self, rows: NDArray[np.int64], x: Any, y: Any, weights: NDArray[np.float64]) -> Examples:
+        """The same rows with other lines in the places of some, and their new weights; rows are named once each.
+
+        Cost: a copy of the inputs, unless x is None.
+
+        Args:
+            rows: where.
+            x: new inputs; None keeps them. For a Dataset whole new Examples.
+            y: new targets; None keeps them.
+            weights: (r,) of these rows.
+
+        Raises:
+            InvalidInput: if the new lines do not have the form of the old ones.
+        """
+        other = copy(self)
+        other.changed, other._targets = True, None
+        if self._targets is not None and isinstance(x, Examples):
+            other._targets = with_lines(self._targets, rows, x.targets(), "y_new")
+        other.weights = self.weights.copy()
+        other.weights[rows] = weights
+        if self.dataset is not None:
+            other.dataset = _Edited(self, rows, x)
+        else:
+            other.x = with_lines(self.x, rows, x, "X_new")
+            other.y = with_lines(self.y, rows, y, "y_new")
+        return other
+
+    def relabelled(self, rows: NDArray[np.int64], targets: Tensor) -> Examples:
+        """The examples of these rows with other targets.
+
+        Raises:
+            InvalidInput: if the examples have no target, or the new ones have another shape.
+        """
+        batch = self.batch(rows)
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            message = (
+                "These examples are not (x, y) pairs, so there is no label to change. Use of_replacing with whole new "
+                "examples."
+            )
+            raise InvalidInput(message)
+        if batch[1].shape == (len(targets), 1) and targets.ndim == 1:
+            targets = targets[:, None]
+        if targets.shape != batch[1].shape:
+            message = (
+                f"y_new has shape {tuple(targets.shape)}, and the labels of {len(rows)} rows have "
+                f"{tuple(batch[1].shape)}. Pass one new label per row."
+            )
+            raise InvalidInput(message)
+        as_before = targets.to(batch[1].dtype)
+        new = as_before if bool((as_before == targets).all()) else targets
+        other = Examples(batch[0], new) if self.dataset is None else Examples(_Stacked((batch[0], new)))
+        other.encoded_by = self.encoded_by  # the inputs are as they were, and the targets are encoded
+        return other
+
+    def fingerprint(self) -> str:
+        """A short hash of n, the weights, the targets, a weighted sum over all inputs, and a few of their rows."""
+        digest = hashlib.sha256(f"{self.length}".encode())
+        if self.y is not None:
+            digest.update(np.ascontiguousarray(np.asarray(self.y)).tobytes())
+        if self.x is not None:
+            digest.update(f"{self._weighted_sum():.8g}".encode())
+        for leaf in leaves(self.batch(self.spread(PROBE_ROWS))):
+            array = leaf.toarray() if scipy.sparse.issparse(leaf) else leaf.detach().cpu().numpy()
+            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        digest.update(self.weights.tobytes())
+        return digest.hexdigest()[:16]
+
+    def spread(self, count: int) -> NDArray[np.int64]:
+        """At most `count` different rows, spread evenly from the first to the last."""
+        return np.unique(np.linspace(0, self.length - 1, count).astype(np.int64))
+
+    def _weighted_sum(self) -> float:
+        """Σ cos(i) Σ cos(j) xᵢⱼ, which a changed entry or two exchanged rows change.  Cost: one pass over the data."""
+        total = 0.0
+        for start in range(0, self.length, _SUMMED_ROWS):
+            block = self.x[start : start + _SUMMED_ROWS]  # type: ignore[index]
+            if isinstance(block, Tensor):
+                block = block.cpu().numpy()
+            if not scipy.sparse.issparse(block):
+                block = block.reshape(len(block), -1).astype(np.float64)
+            across = block @ np.cos(np.arange(block.shape[1]))
+            total += float(np.cos(np.arange(start, start + block.shape[0])) @ across)
+        return total
+
+    def _check_dataset(self) -> None:
+        for row in self.spread(3).tolist():
+            first, second = (list(leaves(self.batch([row]))) for _ in range(2))
+            same = len(first) == len(second) and all(
+                a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True)
+            )
+            if not same:
+                message = (
+                    f"The dataset gave two different items for row {row}. Influence needs the example the model was "
+                    "trained on, so a "
+                    "random augmentation has to be switched off: pass a Dataset without random transforms."
+                )
+                raise NotDeterministic(message)
+
+
+class _Stacked:
+    """A batch as a map-style Dataset."""
+
+    def __init__(self, batch: Any) -> None:
+        self.stacked = batch
+
+    def __len__(self) -> int:
+        return batch_length(self.stacked)
+
+    def __getitem__(self, row: int) -> Any:
+        return take(self.stacked, row)
+
+
+class _Edited:
+    """Examples with others in the place of some rows, as a map-style Dataset."""
+
+    def __init__(self, examples: Examples, rows: NDArray[np.int64], new: Examples) -> None:
+        self.examples = examples
+        self.new = new
+        self.places = {int(row): place for place, row in enumerate(rows)}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, row: int) -> Any:
+        place = self.places.get(row)
+        return take(self.examples.batch([row]), 0) if place is None else take(self.new.batch([place]), 0)
+
+
+class _Rows:
+    """Some items of a map-style Dataset."""
+
+    def __init__(self, dataset: Any, rows: Sequence[int] | NDArray[np.int64]) -> None:
+        self.dataset = dataset
+        self.numbers = rows
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.dataset[int(self.numbers[row])]
+
+
+def with_lines(array: Any, rows: NDArray[np.int64], new: Any, name: str) -> Any:
+    """A copy of the array with other lines; the array itself when its own lines are given.
+
+    Raises:
+        InvalidInput: if the lines have another shape.
+    """
+    if new is None or array is None:
+        return array
+    if scipy.sparse.issparse(array) or scipy.sparse.issparse(new):
+        order = np.arange(array.shape[0])
+        order[rows] = array.shape[0] + np.arange(len(rows))
+        return scipy.sparse.vstack([scipy.sparse.csr_matrix(array), scipy.sparse.csr_matrix(new)]).tocsr()[order]
+    if tuple(new.shape[1:]) != tuple(array.shape[1:]):
+        message = f"{name} has lines of shape {tuple(new.shape[1:])}, and those of the training rows have "
+        raise InvalidInput(message + f"{tuple(array.shape[1:])}. Pass new examples of the same form.")
+    if isinstance(array, Tensor) or isinstance(new, Tensor):
+        old, lines = as_tensor(array), as_tensor(new)
+        out = old.to(torch.promote_types(old.dtype, lines.dtype), copy=True)
+        out[torch.from_numpy(rows)] = lines.to(out)
+        return out
+    out = array.astype(np.result_type(array, new), copy=True)
+    out[rows] = new
+    return out
+
+
+def _is_dataset(X: Any) -> bool:
+    arraylike = (
+        isinstance(X, np.ndarray | Tensor | list | tuple | Mapping | str | bytes)
+        or scipy.sparse.issparse(X)
+        or hasattr(X, "to_numpy")
+        or hasattr(X, "__array__")
+    )
+    return not arraylike and hasattr(X, "__getitem__") and hasattr(X, "__len__")
+
+
+def as_array(values: Any, name: str) -> Any:
+    """An indexable NumPy array, tensor or CSR matrix of numbers; data are not copied.
+
+    Raises:
+        InvalidInput: if the values are not numbers, or form no array.
+    """
+    if scipy.sparse.issparse(values):
+        return scipy.sparse.csr_matrix(values)
+    if isinstance(values, Mapping | str | bytes):
+        message = (
+            f"{name} is a {type(values).__name__}, not an array. For inputs of several parts pass a map-style Dataset "
+            "whose items are (x, y) with x a dict or a tuple."
+        )
+        raise InvalidInput(message)
+    if np.ma.is_masked(values):
+        message = f"{name} is a masked array with masked entries, which are no data. Impute or drop those rows first."
+        raise InvalidInput(message)
+    if isinstance(values, Tensor):
+        _refuse_tensor(values, name)
+        return values.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            array = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
+        except (ValueError, TypeError, Warning) as error:
+            message = (
+                f"{name} is a {type(values).__name__} that does not form an array ({error}). Pass an array with one "
+                "row per example."
+            )
+            raise InvalidInput(message) from error
+    if array.ndim == 0:
+        message = (
+            f"{name} is a single {type(values).__name__}, not a set of rows. Pass an array with one row per example."
+        )
+        raise InvalidInput(message)
+    if array.dtype == object:
+        try:
+            array = array.astype(np.float64)
+        except (ValueError, TypeError) as error:
+            message = (
+                f"{name} holds values that are not numbers ({error}). Encode them as numbers first, for example "
+                "with a scikit-learn Pipeline."
+            )
+            raise InvalidInput(message) from error
+    if array.dtype.kind not in "biuf":
+        message = (
+            f"{name} has dtype {array.dtype}, which is not a number. Encode it first: labels as 0 … K−1, categories "
+            "as one-hot columns."
+        )
+        raise InvalidInput(message)
+    return array
+
+
+def _refuse_tensor(values: Tensor, name: str) -> None:
+    if values.ndim == 0 or values.layout != torch.strided or values.is_complex():
+        kind = "a single number" if values.ndim == 0 else f"{values.layout} of {values.dtype}"
+        message = f"{name} is a tensor that is {kind}. Pass a dense real tensor, or a SciPy sparse matrix, of n rows."
+        raise InvalidInput(message)
+
+
+def as_tensor(values: Any) -> Any:
+    """A tensor that shares the memory where torch can; a sparse matrix stays as it is."""
+    if isinstance(values, Tensor) or scipy.sparse.issparse(values):
+        return values
+    array = np.asarray(values)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.astype(np.int64)
+    if array.dtype == np.longdouble:
+        array = array.astype(np.float64)
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    return torch.from_numpy(array)
+
+
+def _collate(items: list[Any], numbers: Sequence[int] | NDArray[np.int64] | range) -> Any:
+    try:
+        batch = tree_map(lambda leaf: leaf, default_collate(items))
+    except (TypeError, RuntimeError, KeyError, ValueError) as error:
+        message = (
+            f"The dataset's items cannot be stacked into a batch ({error}). Items need the same shapes; pad or crop "
+            "them in the Dataset."
+        )
+        raise InvalidInput(message) from error
+    for leaf in leaves(batch):
+        if not isinstance(leaf, Tensor) or leaf.is_complex():
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf[0]).__name__
+            message = (
+                f"The dataset's items hold {kind}. An example is made of real numbers: tensors, arrays or numbers."
+            )
+            raise InvalidInput(message)
+        bad = torch.nonzero(~torch.isfinite(leaf).flatten(1).all(1) if leaf.ndim > 1 else ~torch.isfinite(leaf))
+        if len(bad):
+            message = (
+                f"Item {int(numbers[int(bad[0])])} of the dataset holds a NaN or infinite value, which makes every "
+                "score NaN. Impute it, or leave the item out of training and explaining."
+            )
+            raise InvalidInput(message)
+    return batch
+
+
+def check_finite(array: Any, name: str) -> None:
+    """Raises InvalidInput when `array` holds a NaN or an infinity, and says where.
+
+    Raises:
+        InvalidInput: if a value is not finite.
+    """
+    if array is None:
+        return
+    values = array.data if scipy.sparse.issparse(array) else array
+    for start in range(0, len(values), _CHECK_ROWS):
+        block = values[start : start + _CHECK_ROWS]
+        if _sums_to_a_number(block):
+            continue
+        if isinstance(block, Tensor):
+            bad = (~torch.isfinite(block)).cpu().numpy() if block.is_floating_point() else np.zeros(1, bool)
+        else:
+            bad = ~np.isfinite(block) if block.dtype.kind == "f" else np.zeros(1, bool)
+        if bad.any():
+            row = start + int(np.argwhere(bad)[0][0])
+            where = f"{row} of the stored entries" if scipy.sparse.issparse(array) else f"{row}"
+            message = (
+                f"{name} holds {int(bad.sum())} NaN or infinite values, the first in row {where}. One such value "
+                "makes every score NaN. "
+                "Impute or drop those rows before fitting and explaining."
+            )
+            raise InvalidInput(message)
+
+
+def _sums_to_a_number(block: Any) -> bool:
+    """Whether a block of floats has a finite sum, hence no NaN and no infinity in it; False proves nothing."""
+    if isinstance(block, Tensor):
+        return block.is_floating_point() and block.dtype.itemsize >= _WIDE and bool(torch.isfinite(block.sum()))
+    dtype = np.dtype(block.dtype)
+    plain = dtype in (np.float32, np.float64) and dtype.isnative and block.flags.writeable
+    if not plain or any(stride < 0 for stride in block.strides):
+        return False
+    return bool(torch.isfinite(torch.from_numpy(block).sum()))  # by all threads
+
+
+def checked_weights(sample_weight: Any, n: int) -> NDArray[np.float64]:
+    """(n,) finite, non-negative float64 weights, not all zero.
+
+    Raises:
+        InvalidInput: if they are anything else.
+    """
+    if sample_weight is None:
+        return np.ones(n)
+    weights = np.array(as_array(sample_weight, "sample_weight"), dtype=np.float64)
+    check_finite(weights, "sample_weight")
+    if weights.shape != (n,):
+        message = f"sample_weight has shape {weights.shape}, and there are {n} rows. Pass one weight per training row."
+        raise InvalidInput(message)
+    if weights.min() < 0 or weights.sum() == 0:
+        message = (
+            f"sample_weight reaches from {weights.min():g} to {weights.max():g}. Weights must be ≥ 0 and not all "
+            "zero, as in fit()."
+        )
+        raise InvalidInput(message)
+    return weights
+
+
+def checked_rows(rows: Any, n: int) -> NDArray[np.int64]:
+    """`rows` as an array of row numbers in 0 … n−1.
+
+    Raises:
+        RowOutOfRange: if a row is not in 0 … n−1.
+        InvalidInput: if rows are not whole numbers, or there are none.
+    """
+    if rows is None:
+        return np.arange(n)
+    try:
+        listed = list(rows) if isinstance(rows, Iterable) and not hasattr(rows, "__array__") else rows
+        array = np.atleast_1d(np.asarray(listed))
+    except ValueError as error:
+        message = f"rows has lines of different lengths ({error}). Pass a flat list of whole row numbers."
+        raise InvalidInput(message) from error
+    if array.dtype == bool and array.shape == (n,):
+        array = np.flatnonzero(array)
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+        message = (
+            f"rows has shape {array.shape} and dtype {array.dtype}. Pass a non-empty list of whole row numbers (or "
+            f"a mask of {n} booleans)."
+        )
+        raise InvalidInput(message)
+    array = array.astype(np.int64)
+    outside = array[(array < 0) | (array >= n)]
+    if outside.size:
+        message = (
+            f"Row {outside[0]} does not exist: there are {n} rows, numbered 0 to {n - 1}. (Negative numbers do not "
+            "count from the end.)"
+        )
+        raise RowOutOfRange(message)
+    return array

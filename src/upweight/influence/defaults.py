@@ -1,0 +1,225 @@
+"""The only automatic choices. Each is a function of what is known, and what it chose shows in repr() and check().
+
+curvature   Hessian for linear predictors and for losses given as one function; GaussNewton for torch modules,
+            because they are rarely at a minimum and it is positive there.
+solver      of the ways that can be taken, the direct one that costs fewest flops (`costs`): Cholesky for p ≤ 4,000, and
+            for linear predictors Dual when rows are fewer than parameters. Else CG to a relative residual of 1e-6,
+            with the TwoLevel preconditioner for linear predictors; a CG that is given without a preconditioner gets it
+            too. For the self-influence of many rows a Cholesky factor of up to 12,000 parameters is worth its memory
+            when it costs less than the systems would.
+            Factored for curvatures that know their eigenvalues: KFAC, EKFAC, Arnoldi, Nystroem, Identity.
+damping     0 for linear predictors, for Hessian() and for Identity(). For GaussNewton, EmpiricalFisher and what stands
+            for them (KFAC, EKFAC, Dense) in other models, and for Arnoldi and Nystroem in all: 0 if θ̂ is at a minimum
+            and an L2 penalty covers every parameter, for then nothing is missing; else C's mean eigenvalue tr(C)/p,
+            estimated with 16 random vectors where the eigenvalues are not known. Training that stopped has not moved
+            along the flat directions that 1/(C + 0) would blow up (ADR 3; `minibatch.SGD.damping` says what a known
+            number of steps amounts to, and `damping_path` how much the choice matters).
+precision   of a torch module: float64 up to 50,000 parameters or when its weights are float64, else float32, to which
+            bfloat16 and float16 weights are raised.
+batch       as many examples as keep their saved activations under 1 GiB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from numpy.typing import NDArray
+
+from upweight.data.examples import Examples
+from upweight.data.trees import leaves, like, take
+from upweight.model import calculus
+from upweight.model.objective import L2, Objective
+from upweight.operators import (
+    EKFAC,
+    KFAC,
+    Arnoldi,
+    Curvature,
+    DenseOperator,
+    EmpiricalFisher,
+    GaussNewton,
+    Hessian,
+    Identity,
+    Nystroem,
+    Operator,
+    Spectral,
+)
+from upweight.solvers import CG, Cholesky, Dual, Factored, Solver, TwoLevel
+
+DIRECT_UP_TO = 4000
+DUAL_UP_TO = 8000
+SPECTRAL = (EKFAC, KFAC, Arnoldi, Identity, Nystroem)
+_FACTOR_UP_TO = 12_000
+_PASSES = {True: 12, False: 60}  # products that CG needs for 1e-6: with TwoLevel, without
+AT_MINIMUM = 0.3  # rows' worth of gradient that may be left, as in check()'s verdict
+_TRACE_VECTORS = 16
+_DOUBLE_UP_TO = 50_000
+
+
+def curvature(objective: Objective) -> Curvature:
+    """The curvature for an objective when none is named."""
+    closed = objective.linear is not None and not _is_head(objective)
+    return GaussNewton() if not closed and objective.outputs is not None else Hessian()
+
+
+def _is_head(objective: Objective) -> bool:
+    """Whether it is the head of a larger module: whatever structure was found, training may have stopped early."""
+    return objective.coverage < 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a solver costs for some right-hand sides, estimated before anything is computed.
+
+    Args:
+        solver: the specification.
+        flops: floating-point operations, preparation included.
+        memory: bytes beside the data.
+        possible: whether it may be chosen by default: the matrix is not too large, and Dual has what it divides by.
+    """
+
+    solver: Solver
+    flops: float
+    memory: float
+    possible: bool
+
+    def __str__(self) -> str:
+        size = f"{type(self.solver).__name__} {self.flops / 1e9:.3g} GFLOP, {self.memory / 2**30:.2g} GiB"
+        return size if self.possible else f"{size} (not a default here)"
+
+
+def costs(objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1) -> list[Cost]:
+    """What each solver would cost for so many linear systems, by counting flops and bytes."""
+    p, n = objective.size, len(examples)
+    if isinstance(curvature, SPECTRAL):
+        width = min(curvature.rank, p) if isinstance(curvature, Arnoldi | Nystroem) else math.sqrt(p)
+        return [Cost(Factored(), 4.0 * systems * p * width, 8.0 * p * width, True)]
+    if objective.linear is None or not isinstance(curvature, Hessian | GaussNewton):
+        product = 6.0 * n * p
+        direct = p * product + p**3 / 3 + 2.0 * systems * p**2
+        return [
+            Cost(Cholesky(), direct, 24.0 * p**2, p <= DIRECT_UP_TO),
+            Cost(CG(rtol=1e-6), _PASSES[False] * systems * product, 32.0 * p * systems, True),
+        ]
+    K, d = objective.linear.n_outputs, objective.linear.n_features
+    entries = float(examples.x.nnz) if scipy.sparse.issparse(examples.x) else float(n) * d  # type: ignore[union-attr]
+    pairs = K * (K - 1) / 2 if objective.linear.loss.coupling is not None else K
+    order = n * K
+    factor = pairs * entries * entries / n + p**3 / 3 + 2.0 * systems * p**2
+    dual = entries * n + order**3 / 3 + systems * (2.0 * order**2 + 4 * entries * K)
+    passes = _PASSES[True] * systems * 4 * entries * K
+    limit = DIRECT_UP_TO if systems == 1 else _FACTOR_UP_TO
+    return [
+        Cost(Cholesky(), factor, 16.0 * p**2, p <= limit),
+        Cost(
+            Dual(), dual, 16.0 * order**2, order < p and order <= DUAL_UP_TO and _every_coefficient_is_held(objective)
+        ),
+        Cost(CG(rtol=1e-6, preconditioner=TwoLevel()), passes, 32.0 * p * systems + 4 * entries, True),
+    ]
+
+
+def solver(objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1) -> Solver:
+    """The solver for an objective when none is named; for many systems a factorisation only if it costs less."""
+    if isinstance(curvature, SPECTRAL):
+        return Factored()
+    listed = costs(objective, examples, curvature, systems=systems)
+    *direct, iterative = [cost for cost in listed if cost.possible]
+    if not direct:
+        return iterative.solver
+    best = min(direct, key=lambda cost: cost.flops)
+    always = isinstance(best.solver, Dual) or objective.size <= DIRECT_UP_TO
+    return best.solver if always or best.flops < iterative.flops else iterative.solver
+
+
+def completed(given: Solver | None, objective: Objective, examples: Examples, curvature: Curvature) -> Solver:
+    """The solver that was given, with what it leaves open; or the one for this objective when none is named."""
+    if given is None:
+        return solver(objective, examples, curvature)
+    open_cg = isinstance(given, CG) and given.preconditioner is None
+    if open_cg and objective.linear is not None and isinstance(curvature, Hessian | GaussNewton):
+        return replace(given, preconditioner=TwoLevel())  # type: ignore[type-var]
+    return given
+
+
+def _every_coefficient_is_held(objective: Objective) -> bool:
+    """Whether a penalty holds every coefficient, none is projected out, and the loss is convex: what Dual needs."""
+    split = objective.size - (objective.linear.n_outputs if objective.linear and objective.linear.intercept else 0)
+    probe = torch.zeros(1, objective.size, dtype=torch.float64)
+    probe[:, :split] = torch.linspace(1, 2, split, dtype=torch.float64)
+    held = float(calculus.penalty_diagonal(objective)[:split].min()) > 0 and objective.linear.loss.convex  # type: ignore[union-attr]
+    return held and bool(torch.equal(objective.project(probe), probe))
+
+
+def damping(objective: Objective, spec: Curvature, operator: Operator, missed: Callable[[], float]) -> float:
+    """λ when none is given.  Cost: nothing, or one sweep with 16 vectors.
+
+    Args:
+        objective: with its penalty.
+        spec: the curvature.
+        operator: the same, bound.
+        missed: how many rows' worth of gradient θ̂ is from a minimum, if it comes to that.
+    """
+    stands_for: Any = spec
+    while hasattr(stands_for, "of"):  # KFAC(of=…), Nystroem(…, of=…), Dense(EKFAC())
+        stands_for = stands_for.of
+    low_rank = isinstance(spec, Arnoldi | Nystroem)
+    closed = objective.linear is not None and not _is_head(objective)
+    linear = closed or isinstance(spec, Identity)
+    if not low_rank and (linear or not isinstance(stands_for, GaussNewton | EmpiricalFisher)):
+        return 0.0
+    covered = isinstance(objective.penalty, L2) and float(calculus.penalty_diagonal(objective).min()) > 0
+    if covered and (closed or missed() < AT_MINIMUM):
+        return 0.0
+    return max(mean_eigenvalue(operator), 1e-12)
+
+
+def dampings(operator: Operator) -> NDArray[np.float64]:
+    """The λ of a damping path when none are named: nine, from a thousandth of C's mean eigenvalue to ten times it."""
+    return max(mean_eigenvalue(operator), 1e-12) * np.geomspace(1e-3, 10, 9)
+
+
+def mean_eigenvalue(operator: Operator) -> float:
+    """tr(C)/p, exact where the eigenvalues are known, else by 16 random vectors.  Cost: nothing, or one sweep."""
+    if isinstance(operator, Spectral) and not isinstance(operator, DenseOperator):
+        return float(operator.eigenvalues.mean())
+    generator = torch.Generator().manual_seed(0)
+    signs = 2.0 * torch.randint(0, 2, (_TRACE_VECTORS, operator.size), generator=generator, dtype=torch.float64) - 1
+    return float((signs * operator.apply(signs)).sum()) / (_TRACE_VECTORS * operator.size)
+
+
+def precision(model: torch.nn.Module) -> torch.dtype:
+    """The precision a module's arithmetic runs in: float64 for few parameters or float64 weights, else float32."""
+    parameters = list(model.parameters())
+    few = sum(parameter.numel() for parameter in parameters) <= _DOUBLE_UP_TO
+    double = any(parameter.dtype == torch.float64 for parameter in parameters)
+    return torch.float64 if few or double else torch.float32
+
+
+def example_bytes(objective: Objective, batch: Any) -> int:
+    """Memory that one example needs per vector of a product, measured on the first example of `batch`."""
+    if objective.linear is not None:
+        K, d = objective.linear.n_outputs, objective.linear.n_features
+        return 8 * max(4 * K + K * K, d // 8)
+    example = take(like(batch, objective.reference), 0)
+    if any(scipy.sparse.issparse(leaf) for leaf in leaves(batch)):
+        return 8 * max(1024, objective.size)
+    seen: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    blocks = {name: block.detach().clone().requires_grad_() for name, block in objective.blocks.items()}
+    own = {block.data_ptr() for block in blocks.values()}
+    params = blocks if isinstance(objective.params, dict) else next(iter(blocks.values()))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        objective.loss(params, example)
+    activations = sum(size for pointer, size in seen.items() if pointer not in own)
+    largest = max(block.numel() * block.element_size() for block in blocks.values())
+    # a batched backward pass holds a few copies of the activations; a convolution may hold an example's weights too
+    return math.ceil(4 * activations + largest / 8 + 1024)

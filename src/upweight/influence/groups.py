@@ -1,0 +1,63 @@
+"""Groups of rows removed together: to first order the sum over members, or the group's own Newton step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from upweight.errors import UnsupportedModel
+from upweight.influence import newton_step, per_row, scoring
+from upweight.influence.scores import Scores
+from upweight.influence.system import System
+from upweight.operators import GaussNewton, Hessian
+
+
+def of_groups(system: System, groups: Any, on: Any) -> Scores:
+    """To first order: `Influence.of_groups`."""
+    members = system.examples.groups(groups)
+    union = np.unique(np.concatenate(members))
+    queries = system.queries(on)
+    solution = scoring.solutions(system, queries)
+    single = scoring.with_rows(system, solution, system.penalty_share, rows=union)
+    changes = single.scaled(system.examples.weights[union] / system.n).grouped(
+        [np.searchsorted(union, group) for group in members]
+    )
+    scale = np.full(len(members), -1 / system.n)
+    return scoring.scores(system, solution, changes, scale, np.arange(len(members)), "group removed", queries)
+
+
+def of_removing(system: System, groups: Any, on: Any) -> Scores:
+    """By the removal's own Newton step: `Influence.of_removing`.
+
+    Raises:
+        UnsupportedModel: if the model has no linear predictor, the curvature is not its Hessian, or the solver is
+            stochastic.
+    """
+    if system.objective.linear is None or not isinstance(system.exact_curvature, Hessian | GaussNewton):
+        message = (
+            f"of_removing updates the exact Hessian of a linear predictor, and this is {system.objective.name} with "
+            f"{system.curvature}. Use on_loss or of_groups (first order), or leave_one_out to retrain."
+        )
+        raise UnsupportedModel(message)
+    members = system.examples.groups(groups)
+    queries = system.queries(on)
+    solution = scoring.solutions(system, queries)
+    if solution.replicas is not None:
+        message = f"of_removing needs exact solutions, and {system.solver} gives estimates. Use Cholesky() or CG()."
+        raise UnsupportedModel(message)
+    step = newton_step.newton_steps(system, members)
+    single = all(len(group) == 1 for group in members)
+    reported = system.objective.reporting()
+    changes = newton_step.changes(reported, queries, step.theta_change)
+    further = newton_step.changes(reported, queries, step.theta_change + step.next_step)
+    return Scores(
+        changes,
+        "row removed, Newton step" if single else "group removed, Newton step",
+        np.array([group[0] for group in members]) if single else np.arange(len(members)),
+        system.n,
+        scoring.certificate(system, solution),
+        measure=system.objective.measure,
+        query_values=per_row.measures(system.sweep.over(system.objective, queries)),
+        error=further - changes,
+    )

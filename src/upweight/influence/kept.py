@@ -1,0 +1,60 @@
+"""Scores in a folder: what they depend on, and whether the chunks that are there were computed from the same."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from upweight import __version__
+from upweight.data.examples import PROBE_ROWS, Examples
+from upweight.influence import per_row
+from upweight.influence.system import System
+from upweight.model import calculus
+from upweight.runs.store import Store
+from upweight.solvers import Solution
+
+
+def folder(system: System, queries: Examples, measure: str, path: Any) -> Store:
+    """The store of the removal scores of these queries.
+
+    Raises:
+        StoreMismatch: if the folder holds other work.
+    """
+    return Store(path, _fingerprint(system, queries, measure))
+
+
+def compared(system: System, folder: Store, solution: Solution) -> Solution:
+    """The solution that the folder's chunks were computed with, if this is the same work.
+
+    What a hash cannot compare (losses, gradients, solutions that differ by rounding) is compared by value.
+    """
+    probe = system.examples.batch(system.examples.spread(PROBE_ROWS))
+    folder.agree("losses", calculus.losses(system.objective, probe).double().cpu().numpy(), 1e-6)
+    folder.agree("penalty_gradient", system.penalty_share.numpy(), 1e-6)
+    scale = per_row.typical_row(system.sweep)  # keeps a gradient that is 0 up to rounding comparable
+    gradient = np.append(system.risk_gradient.numpy(), scale)
+    folder.agree("risk_gradient", gradient, 1e-3)
+    rtol = min(1e-3, max(1e-6, 100 * float(solution.residual.max()))) if solution.replicas is None else 1e-6
+    kept = folder.agree("solutions", solution.x.numpy(), rtol)
+    return replace(solution, x=torch.from_numpy(kept))
+
+
+def _fingerprint(system: System, queries: Examples, measure: str) -> dict[str, Any]:
+    """What scores on these queries depend on: θ̂, a probe of the data, n, curvature, solver, damping, versions."""
+    return {
+        "theta": hashlib.sha256(system.objective.theta.numpy().tobytes()).hexdigest()[:16],
+        "data": system.examples.fingerprint(),
+        "queries": queries.fingerprint(),
+        "n": system.n,
+        "objective": system.objective.name,
+        "measure": measure,
+        "penalty_per_example": system.objective.folded,
+        "curvature": repr(system.curvature),
+        "solver": repr(system.solver),
+        "damping": system.damping,
+        "versions": f"upweight {__version__}, torch {torch.__version__}",
+    }

@@ -1,0 +1,261 @@
+"""Removing rows from a model with a linear predictor, by the removal's own Newton step.
+
+With U the rows e_j ⊗ x̃ᵢ of a group (m·K of them), D = blockdiag(wᵢ hᵢ)/n and A = U C⁻¹ Uᵀ, the curvature without the
+group is C − UᵀDU and, by Woodbury's identity,
+
+    (C − UᵀDU)⁻¹ = C⁻¹ + C⁻¹Uᵀ D (I − A D)⁻¹ U C⁻¹
+
+For one row and one output this is the leverage correction 1/(1 − h). No new factorisation is needed. A group so large
+that A would cost more than it saves (mK > 1,000) is solved by conjugate gradients on the curvature without it instead,
+with C⁻¹, or the solver's own preconditioner, as preconditioner: a few products, however large the group.
+Reference: Pregibon (1981); paper, section 2 (leave-one-out), taken one step beyond first order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight.data.examples import Examples
+from upweight.errors import NotConverged, NotPositiveDefinite, UnsupportedModel
+from upweight.influence.system import System
+from upweight.model import calculus, linear, losses
+from upweight.model.objective import L2, Objective
+from upweight.model.sweep import Sweep
+from upweight.solvers import Solution, Substitution
+from upweight.solvers.recurrence import Progress, descend
+
+_GROUP_BLOCK = 64
+_UPDATED_UP_TO = 1000  # systems solved for one block of groups; a larger group is solved as a whole
+_WARM_RTOL = 1e-9
+_WARM_STEPS = 500
+_SINGULAR_GROWTH = 1e9
+_SHARE_STEPS = 12  # the penalty's share w/Σw of a row is tiny, and each step of the fixed point gains a factor of it
+_SHARE_RTOL = 1e-12
+
+
+@dataclass(frozen=True)
+class NewtonStep:
+    """The move of θ̂ when each group is removed, (g, p), and the step that would come next, (g, p): its error."""
+
+    theta_change: Float[Tensor, "g p"]
+    next_step: Float[Tensor, "g p"]
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What is left without each group: its Newton step (g, p), and (C′ + λI)⁻¹ of a gradient for each group."""
+
+    step: Tensor
+    inverse: Callable[[Tensor], Tensor]
+
+
+def newton_steps(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep:
+    """The Newton step of removing each group, and the one that would follow it with the same curvature.
+
+    Squared losses are quadratic, so there the step is repeated once, which removes the solver's own error.
+    """
+    objective, sweep, risk_gradient = system.objective, system.sweep, system.risk_gradient
+    if objective.folded and not isinstance(objective.penalty, L2):
+        message = (
+            "of_removing with penalty_per_example=True needs an L2 penalty, whose share it removes in closed form. "
+            "Use on_loss (first order)."
+        )
+        raise UnsupportedModel(message)
+    K, loss = objective.linear.n_outputs, objective.linear.loss  # type: ignore[union-attr]
+    changes, following = [], []
+    for block in _blocks(groups, K):
+        large = len(block) == 1 and len(block[0]) * K > _UPDATED_UP_TO
+        rest = None if large else _steps(objective, sweep.examples, system.solve, block)
+        rest = _warm_steps(system, block) if rest is None else rest
+        change = rest.step
+        left = _remaining(objective, sweep, block, change, risk_gradient)
+        if loss is losses.squared:
+            change = change - rest.inverse(left + system.damping * change)
+            left = _remaining(objective, sweep, block, change, risk_gradient)
+        changes.append(change)
+        following.append(-rest.inverse(left))
+    return NewtonStep(torch.cat(changes), torch.cat(following))
+
+
+def _blocks(groups: list[NDArray[np.int64]], K: int) -> Iterator[list[NDArray[np.int64]]]:
+    """The groups in order, some at a time, so that the systems of a block fit in memory; a large group comes alone."""
+    block: list[NDArray[np.int64]] = []
+    for group in groups:
+        systems = K * (sum(map(len, block)) + len(group))
+        if block and (len(block) == _GROUP_BLOCK or systems > _UPDATED_UP_TO):
+            yield block
+            block = []
+        block.append(group)
+    yield block
+
+
+def _warm_steps(system: System, groups: list[NDArray[np.int64]]) -> _Rest:
+    """The steps of groups that are too large, or carry too much of the penalty, for Woodbury's identity."""
+    each = [_warm_rest(system, group) for group in groups]
+    return _Rest(
+        torch.cat([rest.step for rest in each]),
+        lambda G: torch.cat([rest.inverse(g[None]) for rest, g in zip(each, G, strict=True)]),
+    )
+
+
+def _warm_rest(system: System, group: NDArray[np.int64]) -> _Rest:
+    """What is left without one group, by conjugate gradients that start from the whole data's own solution.
+
+    Raises:
+        NotPositiveDefinite: if what is left does not determine the fit.
+        NotConverged: if the iteration does not reach its goal.
+    """
+    objective, sweep = system.objective, system.sweep
+    batch, n = sweep.examples.batch(group), sweep.n
+    weights = torch.from_numpy(sweep.examples.weights[group])
+    share = float(weights.sum()) / float(sweep.examples.weights.sum()) if objective.folded else 0.0
+    strengths = share * calculus.penalty_diagonal(objective)
+    project = system.operator.project
+    side = project(linear.pull(objective, batch, weights[None]) / n + share * calculus.penalty_gradient(objective))
+
+    def without(V: Tensor) -> Tensor:
+        gone = linear.hvp(objective, batch, V, weights) / n + strengths * V
+        return project(system.operator.apply(V) - gone) + system.damping * V
+
+    prepared = system.prepared
+    inverse = prepared.substitute if isinstance(prepared, Substitution) else getattr(prepared, "inverse", None)
+    precondition = None if inverse is None else lambda R: project(inverse(R))
+
+    def inverse_of(sides: Tensor) -> tuple[Tensor, Progress]:
+        start = system.solve(sides).x
+        goal = _WARM_RTOL * sides.norm(dim=1)
+        return start, descend(without, precondition, start, sides - without(start), goal, _WARM_STEPS)
+
+    draw = torch.Generator().manual_seed(0)
+    witness = project(torch.randn(1, objective.size, generator=draw, dtype=torch.float64))
+    sides = torch.cat([side, witness])  # a random side meets every direction, which the group's own may not
+    start, run = inverse_of(sides)
+    left = (sides - without(run.x)).norm(dim=1) / sides.norm(dim=1).clamp(min=1e-300)
+    growth = float(run.x[1].norm() / start[1].norm().clamp(min=1e-300))
+    if run.stopped is not None:
+        raise _singular(group, f"curvature {float(run.smallest.min()):.2g}")
+    if growth > _SINGULAR_GROWTH:
+        raise _singular(group, f"a random push moves θ̂ {growth:.2g} times as far")
+    if float(left.max()) > 10 * _WARM_RTOL:
+        message = (
+            f"The Newton step of removing {len(group)} rows has a residual of {float(left.max()):.2g} after "
+            f"{_WARM_STEPS} products; {_WARM_RTOL:g} was wanted. What is left is badly conditioned: add damping, or "
+            "use leave_one_out."
+        )
+        raise NotConverged(message)
+    return _Rest(run.x[:1], lambda G: inverse_of(project(G))[1].x)
+
+
+def changes(
+    objective: Objective, queries: Examples, theta_change: Float[Tensor, "g p"]
+) -> Float[NDArray[np.float64], "q g"]:
+    """ℓ(query) at θ̂ + Δ minus ℓ(query) at θ̂, exactly, for every query and move."""
+    X, y = queries.batch(slice(None))
+    X = X if not isinstance(X, Tensor) else X.double()
+    now = linear.predictor(objective, X)  # (q, K)
+    moved = now[:, None, :] + linear.directional(objective, X, theta_change)  # (q, g, K)
+    assert objective.linear is not None
+    value = objective.linear.loss.value
+    before = value(now, y)
+    return torch.stack([value(moved[:, g], y) - before for g in range(len(theta_change))], 1).numpy()
+
+
+def _steps(
+    objective: Objective, examples: Examples, solve: Callable[[Tensor], Solution], groups: list[NDArray[np.int64]]
+) -> _Rest | None:
+    """What is left without each group, by Woodbury; None if a group carries too much of the penalty to iterate."""
+    n, total = len(examples), float(examples.weights.sum())
+    union = np.unique(np.concatenate(groups))
+    batch = examples.batch(union)
+    K = objective.linear.n_outputs  # type: ignore[union-attr]
+    U = linear.unit_solutions(objective, batch[0])  # (m K, p)
+    weights = torch.from_numpy(examples.weights[union])
+    slopes = linear.slopes(objective, batch) * weights[:, None]
+    curvatures = linear.curvatures(objective, batch) * weights[:, None, None]
+    penalty = calculus.penalty_gradient(objective) if objective.folded else None
+    solved = solve(U if penalty is None else torch.cat([U, penalty[None]])).x
+    XU = solved[: len(U)]
+    corrections, moves, shares = [], [], []
+    for group in groups:
+        place = np.searchsorted(union, group)
+        index = torch.from_numpy((place[:, None] * K + np.arange(K)).reshape(-1))
+        u, xu = U[index], XU[index]
+        D = torch.block_diag(*curvatures[torch.from_numpy(place)]) / n
+        A = u @ xu.T
+        inner = torch.eye(len(A), dtype=torch.float64) - A @ D
+        _refuse_singular(inner, A, D, group)
+        corrections.append((D @ torch.linalg.inv(inner), u, xu))
+        moves.append(slopes[torch.from_numpy(place)].reshape(-1) @ xu / n)
+        shares.append(float(examples.weights[group].sum()) / total)
+
+    def without_groups(steps: Tensor) -> Tensor:
+        """(C − UᵀDU)⁻¹ v from C⁻¹ v, each line without its own group."""
+        return torch.stack([v + (c @ (u @ v)) @ xu for v, (c, u, xu) in zip(steps, corrections, strict=True)])
+
+    def inverse(G: Tensor) -> Tensor:
+        return without_groups(solve(G).x)
+
+    if penalty is None:
+        return _Rest(without_groups(torch.stack(moves)), inverse)
+    share = torch.tensor(shares, dtype=torch.float64)[:, None]
+    first = without_groups(torch.stack(moves) + share * solved[-1])
+    strengths, delta = calculus.penalty_diagonal(objective), first
+    for _ in range(_SHARE_STEPS):
+        before, delta = delta, first + without_groups(solve(share * strengths * delta).x)
+        if float((delta - before).norm()) <= _SHARE_RTOL * float(delta.norm()):
+            return _Rest(delta, inverse)
+    return None
+
+
+def _refuse_singular(inner: Tensor, A: Tensor, D: Tensor, group: NDArray[np.int64]) -> None:
+    """The curvature that is left must be positive: 1 − leverage > 0."""
+    smallest = float(torch.linalg.eigvals(inner).real.min()) if len(A) else 1.0
+    if smallest < 1e-10:
+        raise _singular(group, f"leverage {float(torch.linalg.eigvals(A @ D).real.max()):.6f}")
+
+
+def _singular(group: NDArray[np.int64], how: str) -> NotPositiveDefinite:
+    message = (
+        f"Removing rows {group[:5].tolist()} leaves no curvature in some direction ({how}): they alone determine a "
+        "parameter. Without them the fit is not unique. Add a penalty or damping, or remove other rows."
+    )
+    return NotPositiveDefinite(message)
+
+
+def _remaining(
+    objective: Objective, sweep: Sweep, groups: list[NDArray[np.int64]], change: Tensor, risk_gradient: Tensor
+) -> Tensor:
+    """∇R without each group at θ̂ + Δ, less the gradient that was there before: (g, p)."""
+    loss = objective.linear.loss  # type: ignore[union-attr]
+    g, K = len(groups), objective.linear.n_outputs  # type: ignore[union-attr]
+
+    def slopes_after(batch: Any, moves: Tensor) -> Tensor:
+        """(b, g, K) slopes at θ̂ + Δ."""
+        X = batch[0].double() if isinstance(batch[0], Tensor) else batch[0]
+        eta = linear.predictor(objective, X)[:, None, :] + linear.directional(objective, X, moves)
+        return torch.stack([loss.slope(eta[:, j], batch[1]) for j in range(len(moves))], 1)
+
+    def total(batch: Any, weights: Tensor) -> Tensor:
+        X = batch[0].double() if isinstance(batch[0], Tensor) else batch[0]
+        return linear.transposed(objective, X, slopes_after(batch, change) * weights[:, None, None])
+
+    gradient = sweep.fold(total, vectors=g * max(1, K // 2), label="removal error") / sweep.n
+    n_total = float(sweep.examples.weights.sum())
+    penalty = torch.stack([calculus.penalty_gradient(objective.at(objective.theta + step)) for step in change])
+    for j, group in enumerate(groups):
+        batch = sweep.examples.batch(group)
+        weights = torch.from_numpy(sweep.examples.weights[group])
+        X = batch[0].double() if isinstance(batch[0], Tensor) else batch[0]
+        mine = slopes_after(batch, change[j : j + 1]) * weights[:, None, None]
+        gradient[j] -= linear.transposed(objective, X, mine)[0] / sweep.n
+        share = float(sweep.examples.weights[group].sum()) / n_total if objective.folded else 0.0
+        gradient[j] += (1 - share) * penalty[j]
+    return gradient - risk_gradient

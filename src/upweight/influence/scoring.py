@@ -1,0 +1,154 @@
+"""From gradients to solutions to Scores: the steps that all questions share.
+
+    gradients of queries  →  S = (C + λI)⁻¹ ∇f  →  products S · ∇L(zᵢ)  →  values, their standard error, the certificate
+
+A stochastic solver gives several independent S; every product is then formed for each of them, and their spread is the
+standard error. `Products` holds both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight.data.examples import Examples
+from upweight.influence import per_row
+from upweight.influence.scores import Certificate, Scores
+from upweight.influence.system import System
+from upweight.model import layers
+from upweight.model.objective import Objective
+from upweight.model.sweep import Sweep
+from upweight.operators.linear import LinearHessian
+from upweight.runs.store import Store
+from upweight.solvers import Solution
+
+
+@dataclass(frozen=True)
+class Products:
+    """S · g for every query and row: their `mean`, and one layer per independent estimate of S, if there are any."""
+
+    mean: Float[NDArray[np.float64], "q r"]
+    replicas: Float[NDArray[np.float64], "m q r"] | None = None
+
+    def grouped(self, columns: list[NDArray[np.int64]]) -> Products:
+        """The sums over groups of columns."""
+
+        def add(array: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.stack([array[..., group].sum(-1) for group in columns], -1)
+
+        return Products(add(self.mean), None if self.replicas is None else add(self.replicas))
+
+    def scaled(self, factors: Float[NDArray[np.float64], " r"]) -> Products:
+        """Every column times its factor."""
+        return Products(self.mean * factors, None if self.replicas is None else self.replicas * factors)
+
+    def standard_error(self) -> Float[NDArray[np.float64], "q r"] | None:
+        """Standard deviation of the estimates over √m, or None when there are no independent estimates."""
+        if self.replicas is None or len(self.replicas) < 2:
+            return None
+        return self.replicas.std(0, ddof=1) / np.sqrt(len(self.replicas))
+
+
+def solutions(system: System, queries: Examples, measured: Objective | None = None) -> Solution:
+    """S = (C + λI)⁻¹ ∇f of every query; f is the loss, or what another objective measures."""
+    return system.solve(per_row.gradients(system.sweep.over(measured or system.objective, queries)))
+
+
+def with_rows(
+    system: System,
+    solution: Solution,
+    constant: Float[Tensor, " p"],
+    *,
+    rows: NDArray[np.int64] | None = None,
+    store: Store | None = None,
+) -> Products:
+    """S · (∇L(zᵢ) + constant) for training rows, by one sweep that never forms their gradients.
+
+    Args:
+        system: whose training rows they are.
+        solution: S, and its independent estimates.
+        constant: the rows' share of the penalty's gradient.
+        rows: which rows; None means all.
+        store: finished chunks of the mean are kept there.
+    """
+    operator, objective = system.operator, system.objective
+    known = operator if isinstance(operator, LinearHessian) else None  # it has the rows' slopes already
+
+    def run(S: Tensor, store: Store | None) -> NDArray[np.float64]:
+        shift = S @ constant
+        sweep, dots = known.dots(S) if known is not None else _layered(system, S)
+        return sweep.emit(
+            lambda batch, weights: dots(batch, weights).double().cpu() + shift,
+            vectors=len(S) + layers.vectors(objective, sweep.example_bytes),
+            rows=rows,
+            store=store,
+            label="scores",
+        ).T
+
+    mean = run(solution.x, store)
+    if solution.replicas is None:
+        return Products(mean)
+    m, q, p = solution.replicas.shape
+    return Products(mean, run(solution.replicas.reshape(m * q, p), None).reshape(m, q, -1))
+
+
+def _layered(system: System, S: Float[Tensor, "k p"]) -> tuple[Sweep, Callable[[Any, Tensor], Tensor]]:
+    """A sweep, and what gives ∇Lᵢᵀ s for every row of its batches and vector, through layers where there are any."""
+    objective = system.objective
+    V = S.to(objective.reference)  # cast once, not in every batch
+    return system.sweep, lambda batch, _: layers.dots(objective, batch, V)
+
+
+def with_gradients(solution: Solution, G: Float[Tensor, "r p"]) -> Products:
+    """S · g for gradients that are at hand."""
+    replicas = None if solution.replicas is None else (solution.replicas @ G.T).numpy()
+    return Products((solution.x @ G.T).numpy(), replicas)
+
+
+def certificate(system: System, solution: Solution) -> Certificate:
+    """What is known about how far a solution can be trusted."""
+    return Certificate(
+        residual=solution.residual.numpy(),
+        converged=solution.converged,
+        damping=system.damping,
+        gradient_norm=float(system.risk_gradient.norm()),
+        min_curvature=solution.min_curvature,
+        coverage=system.objective.coverage,
+        drift=-(solution.x @ system.risk_gradient).numpy(),
+        curvature=repr(system.curvature) + getattr(system.operator, "note", ""),
+        solver=repr(system.solver),
+        sweeps=solution.sweeps,
+        truncation=solution.truncation,
+        preconditioner_gap=None if solution.preconditioner_gap is None else solution.preconditioner_gap.numpy(),
+    )
+
+
+def scores(
+    system: System,
+    solution: Solution | Certificate,
+    changes: Products,
+    scale: NDArray[np.float64],
+    columns: NDArray[np.int64],
+    counterfactual: str,
+    queries: Examples,
+    measured: Objective | None = None,
+) -> Scores:
+    """Scores of predicted changes, with the certificate of the solution they come from and the queries' values now."""
+    measured = measured or system.objective
+    return Scores(
+        changes.mean,
+        counterfactual,
+        columns,
+        system.n,
+        solution if isinstance(solution, Certificate) else certificate(system, solution),
+        scale,
+        system.objective.measure if measured is system.objective else measured.name,
+        per_row.measures(system.sweep.over(measured, queries)),
+        changes.standard_error(),
+    )

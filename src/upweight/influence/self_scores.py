@@ -1,0 +1,107 @@
+"""Self-influence: every row's removal, measured on its own loss.
+
+    values[i] = (wᵢ/n) ∇Lᵢᵀ (C + λI)⁻¹ (∇Lᵢ + share)
+
+A factorised solver gives the quadratic forms of all rows by one triangular solve each, without their solutions; any
+other solver solves one system per row. `share` is what a row's gradient carries of the penalty's, 0 if r stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight.influence import pairs, per_row, scoring
+from upweight.influence.scores import Certificate, SelfScores
+from upweight.influence.scoring import Products
+from upweight.influence.system import System, solved
+from upweight.model import calculus, layers
+from upweight.model.layers import pieces
+from upweight.operators.kronecker import Kronecker
+from upweight.solvers import Quadratic, Solution
+from upweight.solvers.factored import Diagonalised
+
+_BLOCK = 256  # rows whose systems are solved together, if their gradients fit
+_BLOCK_NUMBERS = 2**24
+
+
+def of_self(system: System, rows: Any) -> SelfScores:
+    """The self-influence of these rows: `Influence.of_self`."""
+    rows = system.examples.rows(rows)
+    solver, prepared = system.for_many(len(rows))
+
+    def solve(V: Tensor) -> Solution:
+        return solved(prepared, V, repr(solver))
+
+    if isinstance(prepared, Quadratic):
+        products, known = _by_forms(system, rows, prepared, solve)
+    else:
+        products, known = _by_solutions(system, rows, solve)
+    scale = -system.examples.weights[rows] / system.n
+    error = products.standard_error()
+    return SelfScores(
+        values=-scale * products.mean[0],
+        rows=rows,
+        n=system.n,
+        certificate=replace(known, solver=repr(solver)),
+        scale=scale,
+        standard_error=None if error is None else np.abs(scale) * error[0],
+    )
+
+
+def _by_forms(
+    system: System, rows: NDArray[np.int64], prepared: Quadratic, solve: Callable[[Tensor], Solution]
+) -> tuple[Products, Certificate]:
+    objective, sweep = system.objective, system.sweep
+    pairwise = pairs.comparing(objective, prepared)
+    operator = system.operator
+    kronecker = operator if isinstance(operator, Kronecker) and isinstance(prepared, Diagonalised) else None
+    sizes = {name: block.numel() for name, block in objective.blocks.items()}
+    witnesses = rows[np.unique(np.linspace(0, len(rows) - 1, pairs.WITNESSES).astype(np.int64))]
+    solution = solve(per_row.gradients(sweep, witnesses))
+    across = solve(torch.stack([system.risk_gradient, system.penalty_share])).x
+
+    def forms(batch: Any, _: Tensor) -> Tensor:
+        if kronecker is not None:
+            captured = kronecker.pieces(batch)
+            own = kronecker.weigh(captured, prepared.inverse)  # type: ignore[attr-defined]
+            along = pieces.along(captured, across.to(objective.reference), sizes)[:, :, 0].T
+            return torch.cat([own[:, None], along.double().cpu()], 1)
+        if pairwise is not None:
+            own = pairwise.own(*pairs.features(objective, batch))
+            return torch.cat([own[:, None], calculus.dots(objective, batch, across)], 1)
+        G = layers.gradients(objective, batch).double().cpu()
+        return torch.cat([prepared.forms(G)[:, None], G @ across.T], 1)
+
+    light = 8 if pairwise is not None else 3 + layers.vectors(objective, sweep.example_bytes)
+    vectors = light if pairwise is not None or kronecker is not None else per_row.width(sweep)
+    values = sweep.emit(forms, vectors=vectors, rows=rows, label="self-influence")
+    known = scoring.certificate(system, solution)
+    drift = np.full(len(rows), np.nan) if objective.folded else -values[:, 1]
+    known = replace(known, residual=np.full(len(rows), float(solution.residual.max())), drift=drift)
+    return Products((values[:, 0] + values[:, 2])[None]), known
+
+
+def _by_solutions(
+    system: System, rows: NDArray[np.int64], solve: Callable[[Tensor], Solution]
+) -> tuple[Products, Certificate]:
+    means, replicas, certificates = [], [], []
+    size = max(1, min(_BLOCK, _BLOCK_NUMBERS // system.objective.size))
+    for start in range(0, len(rows), size):
+        G = per_row.gradients(system.sweep, rows[start : start + size])
+        solution = solve(G + system.penalty_share)
+        means.append((solution.x * G).sum(1)[None].numpy())
+        if solution.replicas is not None:
+            replicas.append((solution.replicas * G).sum(2)[:, None].numpy())
+        known = scoring.certificate(system, solution)
+        if system.objective.folded:  # the penalty's share was in the right-hand sides; a row's own loss has none
+            known = replace(known, drift=np.full(len(G), np.nan))
+        certificates.append(known)
+    mean = np.concatenate(means, 1)
+    return Products(mean, np.concatenate(replicas, 2) if replicas else None), Certificate.joined(certificates)

@@ -1,0 +1,276 @@
+"""What every question is a function of: the linear system (C + λI) x = v of one objective on its data.
+
+Each part is prepared once, when first needed: the curvature, the damping, the factorisation, ∇R. What was not named is
+chosen by `defaults`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight.data.examples import Examples, as_tensor
+from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, TheoryWarning
+from upweight.influence import defaults, per_row
+from upweight.model import calculus, routes
+from upweight.model.encoders import Encoder, PlainEncoder, training_examples
+from upweight.model.objective import Objective
+from upweight.model.sweep import Sweep
+from upweight.model.transforms import undisturbed
+from upweight.operators import Curvature, Dense, Hessian, Operator
+from upweight.operators.linear import LinearHessian
+from upweight.solvers import Prepared, Solution, Solver
+from upweight.solvers.base import checked_damping
+
+PROBE = 3  # examples that a route is tried on
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """(C + λI) x = v of one objective on one data set, and how queries become examples of it.
+
+    Args:
+        sweep: the objective, at θ̂, and the rows it averages over.
+        encoder: how queries and new labels become examples.
+        curvature: the specification of C.
+        solver: the specification of how systems are solved.
+        named_damping: λ if the user named it; None lets `defaults` choose.
+        solver_is_named: whether the user named the solver; `for_many` may take another one if not.
+    """
+
+    sweep: Sweep
+    encoder: Encoder
+    curvature: Curvature
+    solver: Solver
+    named_damping: float | None = None
+    solver_is_named: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        objective: Objective,
+        data: Any,
+        *,
+        curvature: Curvature | None = None,
+        solver: Solver | None = None,
+        damping: float | None = None,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+        encoder: Encoder | None = None,
+    ) -> System:
+        """The system of an objective on training data, with `defaults` for what is None; arguments as for Influence.
+
+        Cost: the losses of a few rows, to find the way autograd takes.
+
+        Raises:
+            InvalidInput: if a setting or the data cannot be used.
+        """
+        encoder = encoder or PlainEncoder()
+        check_specification(curvature, "bind", "curvature", "operators.Hessian()")
+        check_specification(solver, "prepare", "solver", "solvers.CG()")
+        examples = training_examples(data, encoder)
+        probe = examples.batch(examples.spread(PROBE))
+        objective = routes.probe(objective, probe)
+        sweep = Sweep(objective, examples, batch_size, progress, defaults.example_bytes(objective, probe))
+        chosen = curvature or defaults.curvature(objective)
+        completed = defaults.completed(solver, objective, examples, chosen)
+        known = None if damping is None else checked_damping(damping)
+        return cls(sweep, encoder, chosen, completed, known, solver is not None)
+
+    # ---- what it is made of ------------------------------------------------------------------------------------------
+
+    @property
+    def objective(self) -> Objective:
+        """What was minimised, at θ̂."""
+        return self.sweep.objective
+
+    @property
+    def examples(self) -> Examples:
+        """The training rows."""
+        return self.sweep.examples
+
+    @property
+    def n(self) -> int:
+        """The number of training rows."""
+        return len(self.examples)
+
+    @property
+    def exact_curvature(self) -> Curvature:
+        """The curvature without the way it is stored."""
+        return self.curvature.of if isinstance(self.curvature, Dense) else self.curvature
+
+    # ---- what is prepared once ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def operator(self) -> Operator:
+        """The curvature, bound to the objective and the data."""
+        with undisturbed():
+            return self.curvature.bind(self.sweep)
+
+    @cached_property
+    def damping(self) -> float:
+        """The λ that acts."""
+        if self.named_damping is not None:
+            return self.named_damping
+        known = (self.objective, self.curvature, self.operator)
+        return defaults.damping(*known, lambda: per_row.rows_from_minimum(self.sweep, self.risk_gradient))
+
+    @property
+    def known_damping(self) -> float | None:
+        """λ if it was named, or chosen already; None before. It chooses nothing."""
+        return self.__dict__.get("damping", self.named_damping)
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The solver, ready for right-hand sides."""
+        with undisturbed():
+            prepared = self.solver.prepare(self.operator, self.damping)
+        self._look_at_the_minimum()
+        return prepared
+
+    @cached_property
+    def risk_gradient(self) -> Float[Tensor, " p"]:
+        """∇R(θ̂), which is 0 at a minimum.  Cost: one sweep, once."""
+        objective = self.objective
+        if isinstance(self.operator, LinearHessian):
+            mean = self.operator.gradient()
+        else:
+            pulled = self.sweep.fold(lambda batch, w: calculus.pull(objective, batch, w[None]), label="gradient")
+            mean = pulled[0] / self.n
+        return mean + calculus.penalty_gradient(objective)
+
+    @property
+    def penalty_share(self) -> Float[Tensor, " p"]:
+        """What a row's gradient carries of the penalty's: (n/Σw)∇r if removing a row removes its share, else 0."""
+        return calculus.penalty_share(self.objective, float(self.examples.weights.sum()), self.n)
+
+    @cached_property
+    def _factorised(self) -> dict[str, Prepared]:
+        """Solvers that `for_many` took in place of the own one, prepared; by their names."""
+        return {}
+
+    # ---- solving -----------------------------------------------------------------------------------------------------
+
+    def for_many(self, systems: int) -> tuple[Solver, Prepared]:
+        """The solver, or a direct one that costs less for so many systems, if the choice was left to `defaults`."""
+        known = (self.objective, self.examples, self.curvature)
+        solver = self.solver if self.solver_is_named else defaults.solver(*known, systems=systems)
+        if solver == self.solver:
+            return solver, self.prepared
+        name = repr(solver)
+        if name not in self._factorised:
+            try:
+                self._factorised[name] = solver.prepare(self.operator, self.damping)
+            except NotPositiveDefinite:  # an iteration may still solve what a factorisation must refuse
+                return self.solver, self.prepared
+        return solver, self._factorised[name]
+
+    def solve(self, V: Float[Tensor, "k p"]) -> Solution:
+        """(C + λI)⁻¹ v for every row v, refused if the solver did not keep its promise."""
+        with undisturbed():
+            return solved(self.prepared, V, repr(self.solver))
+
+    # ---- inputs ------------------------------------------------------------------------------------------------------
+
+    def queries(self, on: Any) -> Examples:
+        """The queries of a question: (Xq, yq), Examples, or (Dataset,), as examples that have targets.
+
+        Raises:
+            InvalidInput: if `on` is something else.
+        """
+        if isinstance(on, Examples):
+            return self.encoded(on)
+        if isinstance(on, tuple) and 1 <= len(on) <= 2:
+            return self.encoded(*on)
+        kind = f"{len(on)} things" if isinstance(on, tuple) else f"a {type(on).__name__}"
+        message = f"on is {kind}. Pass the pair on=(Xq, yq), or upweight.Examples."
+        raise InvalidInput(message)
+
+    def encoded(self, X: Any, y: Any = None) -> Examples:
+        """X and y as examples whose loss is defined.
+
+        Raises:
+            InvalidInput: if they have no targets, and the training rows have.
+        """
+        queries = self.encoder.examples(X, y)
+        if self.examples.y is not None and queries.y is None and queries.x is not None:
+            message = (
+                f"These {len(queries)} examples have no y, and the training rows have one, so their loss is not "
+                "defined. Pass the pair (X, y)."
+            )
+            raise InvalidInput(message)
+        return queries
+
+    def class_weights(self, examples: Examples) -> NDArray[np.float64]:
+        """The part of wᵢ that belongs to the label of each example."""
+        return np.ones(len(examples)) if examples.y is None else self.encoder.class_weights(as_tensor(examples.y))
+
+    # ---- inner steps -------------------------------------------------------------------------------------------------
+
+    def _look_at_the_minimum(self) -> None:
+        """A TheoryWarning when a network's Hessian is used further from a minimum than one row's effect."""
+        objective = self.objective
+        if not isinstance(self.exact_curvature, Hessian) or objective.linear is not None:
+            return  # the scikit-learn adapter has looked already
+        missed = per_row.rows_from_minimum(self.sweep, self.risk_gradient)
+        if missed < 1:
+            return
+        message = (
+            f"{objective.name} is not at a minimum: ‖∇R‖ = {float(self.risk_gradient.norm()):.3g}, as much as "
+            f"{missed:.3g} rows. Train further, check that the penalty is the one it was trained with, or use "
+            "curvature=GaussNewton(); see influence.check()."
+        )
+        warnings.warn(message, TheoryWarning, stacklevel=4)
+
+
+class Explained(Protocol):
+    """Whatever holds a System: an `Influence`."""
+
+    @property
+    def system(self) -> System:
+        """What its questions are functions of."""
+        ...
+
+
+def solved(
+    prepared: Prepared, V: Float[Tensor, "k p"], solver: str, *, state: Mapping[str, Tensor] | None = None
+) -> Solution:
+    """The solutions of a prepared solver, if they are what it promised; `solver` names it in messages.
+
+    Raises:
+        NotConverged: if a residual that was promised is not reached.
+    """
+    solution = prepared.solve(V, state=state)
+    if not solution.converged and solution.replicas is None:
+        message = (
+            f"{solver} left a relative residual of {float(solution.residual.max()):.2g}: C + λI is too badly "
+            f"conditioned for float64 (smallest curvature {solution.min_curvature:.2g}). Try a larger damping, or "
+            "drop collinear features."
+        )
+        raise NotConverged(message, solution)
+    if not solution.converged:
+        message = (
+            f"{solver} has not settled (residual {float(solution.residual.max()):.2g}): its values may carry "
+            "a bias that their standard errors do not contain. Raise depth, or use CG() for exact answers."
+        )
+        warnings.warn(message, TheoryWarning, stacklevel=5)
+    return solution
+
+
+def check_specification(value: object, method: str, name: str, example: str) -> None:
+    """Refuse what is not an object with this method.
+
+    Raises:
+        InvalidInput: if it is a name or a class, or lacks the method.
+    """
+    if value is not None and (isinstance(value, type | str) or not hasattr(value, method)):
+        message = f"{name}={value!r} is not a {name} specification. Pass an object such as {name}=uw.{example}."
+        raise InvalidInput(message)

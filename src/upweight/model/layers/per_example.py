@@ -1,0 +1,317 @@
+"""How parameters act inside a model, found by watching one forward pass; gradients of examples from it.
+
+While the loss of one example runs under vmap, every torch function that is given a parameter, or a view of one, is
+seen. Where the function multiplies (linear, matmul, convolutions, embeddings) its output gets an offset of zeros, one
+per example; the gradient with respect to the offset is the output gradient, and with the input that was seen it makes
+a `pieces.Product` or `Lookup`. Any other use (norms, lone biases, positional tables, whatever a user writes) gets the
+offset on the parameter itself, and its gradient is a `Direct`: autograd's own answer, still exact. So every use of
+every parameter has a rule, shared and functional uses included, and the model is neither wrapped nor hooked.
+
+`plan` traces once, and compares with plain autograd on the same examples; `capture` then works on any batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from upweight.data.trees import batch_length, leaves, tree_map
+from upweight.errors import first_line
+from upweight.model import calculus
+from upweight.model.layers import pieces
+from upweight.model.layers.pieces import Direct, Lookup, Piece, Product, merged
+from upweight.model.layers.watching import Use, Watch
+from upweight.model.objective import Objective
+from upweight.model.transforms import vmap
+
+_FEW = 3
+_TOLERANCE = {torch.float64: 1e-8}  # of captured gradients against autograd; 1e-3 in lower precision
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every use of every parameter, in the order in which the model makes them.
+
+    Args:
+        uses: what was seen.
+        rules: for every block of θ the rules that cover it, in words.
+        structured: whether `capture` goes by the uses; otherwise by autograd, example by example.
+        reason: why not, if so.
+        sizes: numbers in every block.
+        bytes: memory that the captured pieces of one example need, for one cotangent.
+        shapes: of the tensors of an example; another shape needs another plan.
+    """
+
+    uses: tuple[Use, ...]
+    rules: dict[str, str]
+    structured: bool
+    reason: str
+    sizes: dict[str, int]
+    bytes: int
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+
+def plan(objective: Objective, batch: Any) -> Plan:
+    """The uses of every parameter, found on a few examples and compared with plain autograd on them.
+
+    Cost: one forward and backward pass over `batch`, twice.
+    """
+    sizes = {name: block.numel() for name, block in objective.blocks.items()}
+    batch = calculus.ready(objective, batch)
+    shapes = _shapes(batch)
+
+    def unstructured(reason: str) -> Plan:
+        return Plan((), dict.fromkeys(sizes, "autograd"), False, reason, sizes, 8 * objective.size, shapes)
+
+    if objective.route.examples != "vmap":
+        return unstructured(objective.route.reason or "vmap cannot follow the loss")
+    try:
+        return _structured(objective, batch, sizes, shapes, unstructured)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        return unstructured(f"the loss cannot be watched: {first_line(error)}")
+
+
+def _structured(
+    objective: Objective,
+    batch: Any,
+    sizes: dict[str, int],
+    shapes: tuple[tuple[int, ...], ...],
+    unstructured: Callable[[str], Plan],
+) -> Plan:
+    """The plan by what is seen, if nothing else acts and its gradients are right on this batch."""
+    params = calculus.leaves_of(objective)
+    watch = Watch(objective, params)
+    values = vmap(lambda example: _watched(watch, objective.loss, params, example))(batch)
+    unseen = [name for name, acts in calculus.depends(values, params, sizes).items() if acts]
+    if unseen:
+        return unstructured(f"'{unseen[0]}' acts where it cannot be seen, such as in a compiled function")
+    uses = tuple(watch.uses)
+    rules = {name: [use.rule for use in uses if name in (use.block, use.bias)] for name in sizes}
+    words = {
+        name: " + ".join(dict.fromkeys(found)) if found else "not used by the loss" for name, found in rules.items()
+    }
+    found = Plan(uses, words, True, "", sizes, watch.bytes, shapes)
+    truth = calculus.gradients(objective, batch)
+    ours = pieces.rows(capture(objective, found, batch), sizes)[:, 0]
+    rtol = _TOLERANCE.get(objective.reference.dtype, 1e-3)
+    if torch.allclose(ours, truth, rtol=rtol, atol=rtol * float(truth.abs().max() + 1e-12)):
+        return found
+    return unstructured(f"captured gradients differ from autograd's by {float((ours - truth).abs().max()):.2g}")
+
+
+def capture(
+    objective: Objective, found: Plan, batch: Any, cotangents: Float[Tensor, "m b K"] | None = None
+) -> list[Piece]:
+    """The pieces of a batch: of each example's loss, or of u·f for m cotangents u of its flattened outputs f.
+
+    Cost: one forward pass, and one backward pass per cotangent.
+
+    Args:
+        objective: whose θ̂ it is.
+        found: of `plan`.
+        batch: b examples.
+        cotangents: u; None means the loss.
+    """
+    batch = calculus.ready(objective, batch)
+    if found.structured and found.shapes != _shapes(batch):
+        few = tree_map(lambda leaf: leaf[:_FEW], batch)
+        found = plan(objective, few)
+    if not found.structured:
+        return _by_autograd(objective, found, batch, cotangents)
+    offsets = [
+        torch.zeros(
+            batch_length(batch), *use.offset, dtype=objective.reference.dtype, device=objective.reference.device
+        )
+        for use in found.uses
+    ]
+    for offset in offsets:
+        offset.requires_grad_()
+    function = objective.loss if cotangents is None else calculus.flat_outputs(objective)
+
+    def one(example: Any, *offsets: Tensor) -> tuple[Tensor, list[Tensor]]:
+        watch = Watch(objective, objective.params, offsets)
+        value = _watched(watch, function, objective.params, example)
+        return value, watch.inputs
+
+    values, inputs = vmap(one)(batch, *offsets)
+    slopes = calculus.slopes(objective, values, offsets, cotangents)
+    found_pieces = [_piece(use, x.detach(), slope) for use, x, slope in zip(found.uses, inputs, slopes, strict=True)]
+    return merged([piece for group in found_pieces for piece in group])
+
+
+def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
+    """∇L(z_b, θ̂) for every example, from its pieces where the model has structure.  Memory: b × p numbers."""
+    found = objective.route.plan
+    if objective.linear is not None or found is None or not found.structured:
+        return calculus.gradients(objective, batch)
+    return pieces.rows(capture(objective, found, batch), found.sizes)[:, 0]
+
+
+def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Tensor, "b k"]:
+    """∇L(z_b)ᵀ v for every example and vector.
+
+    Cost: a forward and a backward pass whatever k is, then 2·k·p flops per example, and where a weight acts at t > 1
+    positions 2·t·p more to write its gradient out, one layer at a time.
+    """
+    found = objective.route.plan
+    if objective.linear is not None or found is None or not found.structured:
+        return calculus.dots(objective, batch, V)
+    captured = capture(objective, found, batch)
+    return pieces.along(captured, V.to(objective.reference), found.sizes)[:, :, 0].T
+
+
+def squares(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
+    """‖∇L(z_b)‖² for every example; where a weight acts at one position its gradient is never written out."""
+    found = objective.route.plan
+    if objective.linear is not None or found is None or not found.structured:
+        return (calculus.gradients(objective, batch).double() ** 2).sum(1)
+    return pieces.squares(capture(objective, found, batch))[:, 0].double()
+
+
+def rules(objective: Objective) -> dict[str, str]:
+    """For every parameter, in words, how the gradients of examples in it are computed."""
+    found = objective.route.plan
+    if objective.linear is not None:
+        return dict.fromkeys(objective.blocks, "closed form of a linear predictor")
+    if found is None:
+        return dict.fromkeys(objective.blocks, "autograd")
+    return found.rules if found.structured else dict.fromkeys(objective.blocks, f"autograd ({found.reason})")
+
+
+def written_out(objective: Objective, batch: Any) -> dict[str, int]:
+    """The weights whose gradients are written out, one layer at a time, for k > 1 vectors, and their positions t.
+
+    At one position 2·k·i·o flops give all products; at t positions factors would take 2·k·t·i·o, and the matrix
+    2·(t + k)·i·o.
+    """
+    found = objective.route.plan
+    if objective.linear is not None or found is None or not found.structured:
+        return {}
+    products = [piece for piece in capture(objective, found, batch) if isinstance(piece, Product)]
+    return {piece.block: piece.inputs.shape[2] for piece in products if piece.inputs.shape[2] > 1}
+
+
+def vectors(objective: Objective, example_bytes: int) -> int:
+    """How many vectors' memory the pieces of one example are worth, with the largest weight's gradient written out."""
+    found = objective.route.plan
+    if found is None or not found.structured:
+        return 0
+    return 1 + (found.bytes + 8 * max(found.sizes.values())) // example_bytes
+
+
+# ---- inner steps -----------------------------------------------------------------------------------------------------
+
+
+def _watched(watch: Watch, function: Callable[[Any, Any], Tensor], params: Any, example: Any) -> Tensor:
+    with watch:
+        return function(params, example)
+
+
+def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+    """The shape of every tensor of one example."""
+    return tuple(tuple(leaf.shape[1:]) for leaf in leaves(batch))
+
+
+# ---- from uses to pieces ---------------------------------------------------------------------------------------------
+
+
+def _piece(use: Use, x: Tensor, slope: Tensor) -> list[Piece]:
+    """What an input (b, …) and a slope (m, b, …) say about the parameters of a use."""
+    m, b = slope.shape[:2]
+    if use.rule.startswith("autograd"):
+        return [Direct(use.block, slope.reshape(m, b, -1), use.shape, use.where)]
+    if use.rule == "embedding":
+        indices = x.reshape(b, -1)
+        read = slope.reshape(m, b, -1, use.shape[1])
+        return [Lookup(use.block, torch.where(indices == use.settings["padding"], -1, indices), read, use.shape)]
+    if use.rule.startswith("conv_transpose"):
+        inputs, slopes = _transposed_factors(use, x, slope)
+        lone = [] if use.bias is None else [_lone_bias(use, _over_positions(use, slope))]
+        return [Product(use.block, None, inputs, slopes, use.shape, use.where), *lone]
+    if use.rule.startswith("conv"):
+        inputs, slopes = _convolution_factors(use, x, slope)
+    elif use.settings.get("columns"):  # W X: positions are columns
+        inputs, slopes = x.transpose(-1, -2)[:, None], slope.transpose(-1, -2)[:, :, None]
+    else:
+        inputs = x.reshape(b, 1, -1, x.shape[-1])
+        slopes = slope.reshape(m, b, 1, -1, slope.shape[-1])
+    if use.bias is not None and use.bias_where is not None:
+        lone = _lone_bias(use, slopes.sum(3).flatten(2))
+        return [Product(use.block, None, inputs, slopes, use.shape, use.where), lone]
+    return [Product(use.block, use.bias, inputs, slopes, use.shape, use.where)]
+
+
+def _lone_bias(use: Use, values: Tensor) -> Direct:
+    assert use.bias is not None  # only uses with a bias come here
+    return Direct(use.bias, values, use.bias_shape, use.bias_where)
+
+
+def _convolution_factors(use: Use, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    axes, groups = len(use.settings["kernel"]), use.settings["groups"]
+    b, m = len(x), len(slope)
+    images = x.reshape(-1, *x.shape[-axes - 1 :])
+    N = len(images) // b
+    inputs = _unrolled(_windows(images, use.settings, slope.shape[-axes:]), N, groups)
+    outputs = slope.reshape(m, b, N, groups, slope.shape[-axes - 1] // groups, -1)
+    slopes = outputs.permute(0, 1, 3, 2, 5, 4).reshape(m, b, groups, -1, outputs.shape[4])
+    return inputs, slopes
+
+
+def _transposed_factors(use: Use, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    axes, groups = len(use.settings["kernel"]), use.settings["groups"]
+    b, m = len(x), len(slope)
+    N, positions = x[0].numel() // math.prod(x.shape[-axes - 1 :]), math.prod(x.shape[-axes:])
+    inputs = x.reshape(b, N, groups, x.shape[-axes - 1] // groups, positions)
+    inputs = inputs.permute(0, 2, 1, 4, 3).reshape(b, groups, N * positions, -1)
+    images = slope.reshape(-1, *slope.shape[-axes - 1 :])
+    slopes = _unrolled(_windows(images, use.settings, x.shape[-axes:]), N, groups)
+    return inputs, slopes.unflatten(0, (m, b))
+
+
+def _over_positions(use: Use, slope: Tensor) -> Tensor:
+    """(m, b, channels): slopes of a convolution summed over images and positions."""
+    axes, (m, b) = len(use.settings["kernel"]), slope.shape[:2]
+    channels = slope.shape[-axes - 1]
+    return slope.reshape(m, b, -1, channels, math.prod(slope.shape[-axes:])).sum((2, 4))
+
+
+def _windows(images: Tensor, settings: dict[str, Any], count: Any) -> Tensor:
+    """(images, C, *count, *kernel): what a convolution's kernel sees at each of `count` positions along the axes."""
+    kernel, dilation, stride = settings["kernel"], settings["dilation"], settings["stride"]
+    spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    padding = settings["padding"]
+    if padding == "same":
+        sides = [(span // 2, span - span // 2) for span in spans]
+    else:
+        sides = [(side, side) for side in ((0,) * len(kernel) if padding == "valid" else padding)]
+    out = functional.pad(images, [side for pair in reversed(sides) for side in pair])
+    for axis, (span, step, every, positions) in enumerate(zip(spans, stride, dilation, count, strict=True)):
+        out = out.unfold(2 + axis, span + 1, step)[..., ::every].narrow(2 + axis, 0, positions)
+    return out
+
+
+def _unrolled(windows: Tensor, N: int, groups: int) -> Tensor:
+    """Windows of b·N images as (b, groups, N·positions, C/groups·kernel), copied once; positions lie last in memory."""
+    axes = (windows.ndim - 2) // 2
+    apart = windows.unflatten(1, (groups, -1)).unflatten(0, (-1, N))  # (b, N, groups, C/groups, *count, *kernel)
+    order = (0, 2, 3, *range(4 + axes, 4 + 2 * axes), 1, *range(4, 4 + axes))
+    b, inner = len(apart), math.prod(windows.shape[2 + axes :]) * apart.shape[3]
+    return apart.permute(order).reshape(b, groups, inner, -1).transpose(-1, -2)
+
+
+def _by_autograd(objective: Objective, found: Plan, batch: Any, cotangents: Tensor | None) -> list[Piece]:
+    """Every block as a Direct, example by example."""
+    if cotangents is None:
+        J = calculus.gradients(objective, batch)[None]
+    else:
+        J = torch.einsum("mbk,bkp->mbp", cotangents, calculus.output_jacobians(objective, batch).to(cotangents))
+    shapes = {name: tuple(block.shape) for name, block in objective.blocks.items()}
+    parts = J.split(list(found.sizes.values()), 2)
+    return [Direct(name, part, shapes[name]) for name, part in zip(found.sizes, parts, strict=True)]

@@ -1,0 +1,446 @@
+"""What was minimised: the loss of ONE example, the penalty, and the fitted θ̂.
+
+    R(θ) = (1/n) Σᵢ wᵢ L(zᵢ, θ) + r(θ)
+
+n is the number of training rows (not Σw), L has no reduction, and r is the `penalty`. This is the one place where
+the formula stands; everything else follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from upweight.data.trees import like, tree_map
+from upweight.errors import InvalidInput, UnsupportedModel, first_line
+from upweight.model.losses import Loss
+from upweight.model.transforms import functional_call
+
+Params = Tensor | dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class L2:
+    """The penalty r(θ) = Σ_blocks ½ λ_block ‖θ_block‖² + tilt_block · θ_block; a block that is not named is free.
+
+    A strength, and a tilt, may be a tensor that broadcasts against its block. The tilt is what an l1 penalty is where
+    no parameter changes its sign; it has no curvature.
+    """
+
+    strengths: Mapping[str, float | Tensor]
+    tilt: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+    def __call__(self, params: Params) -> Tensor:
+        """r(θ), a scalar."""
+        blocks = _as_blocks(params)
+        terms = [(strength * blocks[name] ** 2).sum() / 2 for name, strength in self.strengths.items()]
+        terms += [(slope * blocks[name]).sum() for name, slope in self.tilt.items()]
+        return torch.stack(terms).sum() if terms else next(iter(blocks.values())).new_zeros(())
+
+    def __repr__(self) -> str:
+        inside = ", ".join(
+            f"{name}={value:.3g}" if isinstance(value, int | float) else name for name, value in self.strengths.items()
+        )
+        return f"L2({inside}{''.join(f', tilted {name}' for name in self.tilt)})"
+
+    def scaled(self, factor: float) -> L2:
+        """factor · r."""
+        return L2(
+            {name: factor * strength for name, strength in self.strengths.items()},
+            {name: factor * slope for name, slope in self.tilt.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Structure: L(z, θ) = ℓ(η, y) and η = coef · x + intercept, so all derivatives have closed forms.
+
+    θ has the blocks `coef` (K, d) and, if `intercept`, `intercept` (K,), in that order. `reported` is the loss that
+    people are shown the values of, when `loss` is a smooth stand-in for it.
+    """
+
+    loss: Loss
+    n_outputs: int
+    n_features: int
+    intercept: bool
+    reported: Loss | None = None
+
+
+@dataclass(frozen=True)
+class Route:
+    """How autograd runs on this objective, found by a probe: see `routes.probe`; `plan` is that of `layers.plan`."""
+
+    examples: str = "vmap"
+    cotangents: str = "batched"
+    reason: str = ""
+    plan: Any = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        return f"{self.examples} over examples, {self.cotangents} over vectors" + (
+            f" ({self.reason})" if self.reason else ""
+        )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The training objective R(θ) = (1/n) Σᵢ wᵢ L(zᵢ, θ) + r(θ), at its fitted parameters θ̂.
+
+    The weights wᵢ live with the data, in `Examples`.
+
+    Args:
+        loss: `loss(params, example)` → scalar tensor, the loss of one example; no mean, no sum, no penalty.
+        params: θ̂, a floating-point tensor or a dict of them. Only what is here is differentiated.
+        penalty: r. A float λ means (λ/2)‖θ‖² over all of `params`, biases included (torch's weight_decay); a callable
+            gets `params` and returns a scalar; None means no penalty.
+        penalty_per_example: what removing a row does to r. True: the row takes its share wᵢ/Σw of r along (the
+            paper, which folds the penalty into L). False or None: r stays as it is.
+        outputs, output_loss: the same loss in two steps, L = output_loss(outputs(params, example), example), which the
+            Gauss–Newton matrix needs; `from_module` sets both.
+        linear: the closed-form structure, set by the scikit-learn adapters.
+        gauge: a function that projects (k, p) vectors off the directions in which R is constant by construction.
+        route: how autograd runs; set by `routes.probe`.
+        coverage: fraction of the model's parameters that `params` holds.
+        name: what this objective belongs to, for people.
+
+    Raises:
+        InvalidInput: if params are empty, not floating point, or not finite; or the penalty is no number ≥ 0.
+    """
+
+    loss: Callable[[Any, Any], Tensor]
+    params: Params
+    _: KW_ONLY
+    penalty: float | Callable[[Any], Tensor] | None = None
+    penalty_per_example: bool | None = None
+    outputs: Callable[[Any, Any], Tensor] | None = None
+    output_loss: Callable[[Tensor, Any], Tensor] | None = None
+    linear: Linear | None = None
+    gauge: Callable[[Tensor], Tensor] | None = None
+    route: Route = field(default_factory=Route)
+    coverage: float = 1.0
+    name: str = "loss"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", _checked_params(self.params))
+        if self.penalty_per_example not in (None, True, False):
+            message = f"penalty_per_example={self.penalty_per_example!r}. It is True, False, or None for the default."
+            raise InvalidInput(message)
+        penalty = self.penalty
+        if isinstance(penalty, int | float | np.number) and not isinstance(penalty, bool):
+            if not (np.isfinite(penalty) and penalty >= 0):
+                message = (
+                    f"penalty={penalty}. A number λ means (λ/2)‖θ‖² and must be finite and ≥ 0; for anything else "
+                    "pass a function of params."
+                )
+                raise InvalidInput(message)
+            object.__setattr__(
+                self, "penalty", L2({name: float(penalty) for name in self.blocks}) if penalty > 0 else None
+            )
+        elif isinstance(penalty, L2):
+            _check_strengths(penalty, self.blocks)
+        elif penalty is not None and not callable(penalty):
+            message = (
+                f"penalty is a {type(penalty).__name__}. Pass a float λ for (λ/2)‖θ‖², a function of params, or None."
+            )
+            raise InvalidInput(message)
+
+    @property
+    def blocks(self) -> dict[str, Tensor]:
+        """θ̂ as named blocks, in the order of the flat vector."""
+        return _as_blocks(self.params)
+
+    @property
+    def size(self) -> int:
+        """p, the number of differentiated parameters."""
+        return sum(block.numel() for block in self.blocks.values())
+
+    @property
+    def reference(self) -> Tensor:
+        """A tensor that carries the dtype and the device of θ̂."""
+        return next(iter(self.blocks.values()))
+
+    @property
+    def folded(self) -> bool:
+        """Whether removing a row removes its share of the penalty."""
+        return bool(self.penalty_per_example) and self.penalty is not None
+
+    @property
+    def measure(self) -> str:
+        """What a query's value is, in words: "loss", or the name of the loss that a smooth one stands for."""
+        return "loss" if self.linear is None or self.linear.reported is None else self.linear.reported.name
+
+    @property
+    def autograd(self) -> str:
+        """How derivatives are computed, in words."""
+        return repr(self.route) if self.linear is None else "closed form of a linear predictor"
+
+    @property
+    def theta(self) -> Float[Tensor, " p"]:
+        """θ̂ as one flat float64 vector."""
+        return self.ravel(self.params).double()
+
+    def ravel(self, params: Params) -> Float[Tensor, " p"]:
+        """The blocks of `params`, flattened and joined."""
+        return torch.cat([block.reshape(-1) for block in _as_blocks(params).values()])
+
+    def unravel(self, vector: Float[Tensor, " p"]) -> Params:
+        """A flat vector in the shape of `params`, in the dtype of θ̂."""
+        pieces = {}
+        start = 0
+        for name, block in self.blocks.items():
+            pieces[name] = vector[start : start + block.numel()].reshape(block.shape).to(block)
+            start += block.numel()
+        return pieces if isinstance(self.params, dict) else next(iter(pieces.values()))
+
+    def at(self, theta: Float[Tensor, " p"]) -> Objective:
+        """The same objective at other parameters."""
+        return replace(self, params=self.unravel(theta))
+
+    def measuring(self, measure: Callable[[Any, Any], Tensor]) -> Objective:
+        """An objective whose loss is any other scalar of (params, example); for what a query asks."""
+        return replace(
+            self,
+            loss=measure,
+            outputs=None,
+            output_loss=None,
+            linear=None,
+            route=Route(),
+            name=getattr(measure, "__name__", "measure"),
+        )
+
+    def reporting(self) -> Objective:
+        """An objective with the loss that is reported, for values; the same one unless its loss is a stand-in."""
+        if self.linear is None or self.linear.reported is None:
+            return self
+        return replace(self, linear=replace(self.linear, loss=self.linear.reported, reported=None))
+
+    def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """V without its part along the gauge directions."""
+        return V if self.gauge is None else self.gauge(V)
+
+    @classmethod
+    def from_module(
+        cls,
+        model: torch.nn.Module,
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        *,
+        penalty: float | Callable[[Any], Tensor] | None = None,
+        penalty_per_example: bool | None = None,
+        parameters: Iterable[str] | Callable[[str], bool] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Objective:
+        """The objective of a torch module: an example (x, y) costs criterion(model(x[None]), y[None]).
+
+        The module is never changed; its chosen parameters are copied, so later training does not move θ̂.
+
+        Args:
+            model: in the mode it should be explained in, normally after `model.eval()`.
+            criterion: of a batch of one, for example `torch.nn.functional.cross_entropy`.
+            penalty: as for Objective.
+            penalty_per_example: as for Objective.
+            parameters: names (or a test on names) of the parameters to differentiate; None takes all with
+                requires_grad.
+            dtype: precision of the arithmetic; None means the precision of the weights.
+
+        Raises:
+            UnsupportedModel: if nothing is left to differentiate, or dropout or batch statistics are active.
+        """
+        refuse_training_mode(model)
+        chosen = _chosen_parameters(model, parameters)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        params = {name: parameter.detach().clone() for name, parameter in chosen.items()}
+        fixed = {
+            name: tensor.detach().clone()
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if name not in chosen
+        }
+        if dtype is not None:
+            params = {name: tensor.to(dtype) for name, tensor in params.items()}
+            fixed = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in fixed.items()}
+
+        def outputs(params: dict[str, Tensor], example: Any) -> Tensor:
+            refuse_training_mode(model)  # the user may have called model.train() since
+            one = tree_map(lambda leaf: leaf[None], like(example[0], next(iter(params.values()))))
+            return forward(model, {**fixed, **params}, one)
+
+        def output_loss(output: Tensor, example: Any) -> Tensor:
+            return criterion(output, example[1][None])
+
+        def loss(params: dict[str, Tensor], example: Any) -> Tensor:
+            return output_loss(outputs(params, example), example)
+
+        return cls(
+            loss,
+            params,
+            penalty=penalty,
+            penalty_per_example=penalty_per_example,
+            outputs=outputs,
+            output_loss=output_loss,
+            coverage=sum(tensor.numel() for tensor in params.values()) / total,
+            name=f"{type(model).__name__} with {getattr(criterion, '__name__', type(criterion).__name__)}",
+        )
+
+
+def forward(model: torch.nn.Module, state: Mapping[str, Tensor], x: Any) -> Tensor:
+    """The module's output for a batch, with other parameters and buffers than its own; the module is not changed.
+
+    A dict of inputs is passed by keywords, a tuple by position. Attention runs in its plain form, for the fused kernels
+    can be differentiated once or not at all.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            if isinstance(x, Mapping):
+                return functional_call(model, dict(state), (), dict(x))
+            return functional_call(model, dict(state), tuple(x) if isinstance(x, tuple | list) else (x,))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def refuse_training_mode(model: torch.nn.Module) -> None:
+    """Raises when a module of `model` would make an example's loss random or dependent on its batch.
+
+    Raises:
+        UnsupportedModel: if dropout is active, batch statistics are being used, or an embedding scales its gradients
+            or shortens its rows.
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if getattr(module, "scale_grad_by_freq", False):
+            message = (
+                f"'{name}' ({kind}, scale_grad_by_freq=True) divides gradients by how often a word is in the batch, so "
+                "they are not those of any loss of single examples. Build it with scale_grad_by_freq=False."
+            )
+            raise UnsupportedModel(message)
+        if getattr(module, "max_norm", None) is not None:
+            message = (
+                f"'{name}' ({kind}, max_norm={module.max_norm}) shortens its rows in every forward pass, so θ̂ would "
+                "move while it is explained. Run the model once on its training inputs, which shortens the rows that "
+                "they use, then set its max_norm to None."
+            )
+            raise UnsupportedModel(message)
+        if "BatchNorm" in kind and not getattr(module, "track_running_stats", True):
+            message = (
+                f"'{name}' ({kind}) keeps no running statistics, so even in eval mode the loss of one example depends "
+                "on the others in its batch. Use track_running_stats=True, or a GroupNorm."
+            )
+            raise UnsupportedModel(message)
+        if not module.training:
+            continue
+        if "Dropout" in kind and getattr(module, "p", 1) > 0:
+            message = (
+                f"Dropout is active in '{name}' ({kind}, p={getattr(module, 'p', '?')}), so the loss of an example "
+                "is random. Call model.eval() first."
+            )
+            raise UnsupportedModel(message)
+        if "BatchNorm" in kind:
+            message = (
+                f"'{name}' ({kind}) is in training mode, so the loss of one example depends on the others in its "
+                "batch and there is no per-example loss to differentiate. Call model.eval() first: it then uses its "
+                "running statistics."
+            )
+            raise UnsupportedModel(message)
+
+
+def _chosen_parameters(
+    model: torch.nn.Module, parameters: Iterable[str] | Callable[[str], bool] | None
+) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    if not named:
+        message = (
+            f"{type(model).__name__} has no parameters, so nothing was learned from data and there is no influence "
+            "to compute."
+        )
+        raise UnsupportedModel(message)
+    if parameters is None:
+        chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        if not chosen:
+            message = (
+                f"All {len(named)} parameters of {type(model).__name__} are frozen (requires_grad=False), so there "
+                "is nothing to differentiate. "
+                "Call requires_grad_(True) on what was trained, or name it: parameters=[...]."
+            )
+            raise UnsupportedModel(message)
+        return chosen
+    if callable(parameters):
+        wanted = [name for name in named if parameters(name)]
+    else:
+        wanted = [parameters] if isinstance(parameters, str) else list(parameters)
+    unknown = [name for name in wanted if name not in named]
+    if unknown or not wanted:
+        problem = (
+            f"parameters names {unknown}, which the model does not have" if unknown else "parameters selects nothing"
+        )
+        message = f"{problem}. The model has: {', '.join(named)}."
+        raise InvalidInput(message)
+    return {name: parameter for name, parameter in named.items() if name in set(wanted)}
+
+
+def _check_strengths(penalty: L2, blocks: Mapping[str, Tensor]) -> None:
+    for name, strength in penalty.strengths.items():
+        if name not in blocks:
+            message = f"L2 penalises '{name}', and the parameters are {', '.join(blocks)}. Name one of them."
+            raise InvalidInput(message)
+        try:
+            spread = torch.as_tensor(strength, dtype=torch.float64).expand(blocks[name].shape)
+        except (RuntimeError, TypeError, ValueError) as error:
+            message = (
+                f"L2's strength for '{name}' does not fit its shape {tuple(blocks[name].shape)} ({first_line(error)})."
+            )
+            raise InvalidInput(message + " Pass one number λ ≥ 0.") from error
+        if not bool(torch.isfinite(spread).all()) or float(spread.min()) < 0:
+            message = f"L2 has the strength {float(spread.min()):g} for '{name}'. λ must be finite and ≥ 0."
+            raise InvalidInput(message)
+    for name, slope in penalty.tilt.items():
+        if name not in blocks or not bool(torch.isfinite(torch.as_tensor(slope)).all()):
+            message = f"L2 tilts '{name}' by {slope}; a tilt is finite, and the parameters are {', '.join(blocks)}."
+            raise InvalidInput(message + " Name one of them.")
+
+
+def _as_blocks(params: Params) -> dict[str, Tensor]:
+    return params if isinstance(params, dict) else {"theta": params}
+
+
+def _checked_params(params: Any) -> Params:
+    """Copies, so that later training does not move θ̂: all finite and floating-point."""
+
+    def check(name: str, value: Any) -> Tensor:
+        try:
+            tensor = value.detach().clone() if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
+        except (TypeError, ValueError) as error:
+            message = (
+                f"Parameter '{name}' is a {type(value).__name__}, which is no tensor ({error}). Pass a dict of tensors."
+            )
+            raise InvalidInput(message) from error
+        if not tensor.is_floating_point():
+            message = (
+                f"Parameter '{name}' has dtype {tensor.dtype}; only floating-point parameters can be "
+                "differentiated. Convert it with .double()."
+            )
+            raise InvalidInput(message)
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            message = (
+                f"Parameter '{name}' holds {bad} NaN or infinite values: training diverged. Refit the model before "
+                "explaining it."
+            )
+            raise InvalidInput(message)
+        return tensor
+
+    if isinstance(params, Mapping):
+        if not params:
+            message = "params is empty, so there is nothing to differentiate. Pass a dict of tensors, or one tensor."
+            raise InvalidInput(message)
+        return {str(name): check(str(name), value) for name, value in params.items()}
+    tensor = check("params", params)
+    if tensor.numel() == 0:
+        message = "params has no elements, so there is nothing to differentiate."
+        raise InvalidInput(message)
+    return tensor

@@ -1,0 +1,172 @@
+"""Which way autograd can take through an objective, found by trying on a few examples.
+
+vmap cannot follow control flow that depends on data, nor fused recurrent cells; such models run example by example. A
+loss whose value depends on chance, or on the other examples of its batch, has no influence and is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upweight.data.trees import batch_length, take
+from upweight.errors import InvalidInput, NotDeterministic, UnsupportedModel, UpweightError, first_line
+from upweight.model import calculus, layers
+from upweight.model.objective import Objective, Route
+from upweight.model.transforms import undisturbed
+
+_ROUTES = (("vmap", "batched"), ("vmap", "loop"), ("loop", "batched"), ("loop", "loop"))
+_REPEATS = 4  # dropout of small p leaves a few examples alone now and then
+_TRIES = 200  # where numbers are drawn: does what is drawn ever matter?
+_TOLERANCE = {torch.float64: 1e-8}  # of a fast route against the slow one; 1e-3 in lower precision
+
+
+@undisturbed()
+def probe(objective: Objective, batch: Any) -> Objective:
+    """The objective with the fastest route that gives right answers on this small batch.
+
+    Raises:
+        NotDeterministic: if the same example costs something else when asked again.
+        UnsupportedModel: if the loss of an example changes with the batch it is in, or has no second derivatives.
+        InvalidInput: if the loss fails, or does not return one finite number, or does not depend on the parameters.
+    """
+    if objective.linear is not None:
+        return objective
+    if torch.is_inference_mode_enabled():
+        message = f"{objective.name} is to be differentiated, which torch.inference_mode() forbids. Leave it first."
+        raise InvalidInput(message)
+    generator = torch.get_rng_state()
+    try:
+        slow = replace(objective, route=Route("loop", "loop"))
+        once = _checked_losses(slow, batch)
+        for _ in range(_REPEATS):
+            _refuse_chance(once, _checked_losses(slow, batch))
+        if not torch.equal(torch.get_rng_state(), generator):
+            for _ in range(_TRIES):
+                _refuse_chance(once, _checked_losses(slow, batch))
+        _refuse_broken_graphs(slow, batch)
+        truth = _answers(slow, batch)
+        reason = ""
+        for over_examples, over_vectors in _ROUTES:
+            candidate = replace(objective, route=Route(over_examples, over_vectors, reason))
+            try:
+                same = _agree(_answers(candidate, batch), truth, objective.reference.dtype)
+            except UpweightError:
+                raise
+            except Exception as error:
+                reason = reason or f"vmap or batched backward refused: {first_line(error)}"
+                continue
+            if same:
+                return replace(candidate, route=replace(candidate.route, plan=layers.plan(candidate, batch)))
+            reason = reason or "vmapped values differ from one-by-one values"
+    finally:
+        torch.set_rng_state(generator)
+    message = (
+        "The loss of an example changes with the examples computed beside it, so there is no per-example loss. Is a "
+        "normalisation layer in training mode? Call model.eval()."
+    )
+    raise UnsupportedModel(message)
+
+
+def _checked_losses(objective: Objective, batch: Any) -> Tensor:
+    examples = calculus.ready(objective, batch)
+    try:
+        with torch.no_grad():
+            values = [objective.loss(objective.params, take(examples, b)) for b in range(batch_length(examples))]
+    except UpweightError:
+        raise
+    except Exception as error:
+        message = (
+            f"The loss failed on one example: {type(error).__name__}: {first_line(error)}. It is called as "
+            "loss(params, example) with one example, without a batch axis."
+        )
+        raise InvalidInput(message) from error
+    first = values[0]
+    if not isinstance(first, Tensor) or first.shape != ():
+        shape = f"a tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else f"a {type(first).__name__}"
+        message = (
+            f"The loss of one example is {shape}; it must be one number, a tensor of shape (). Sum or average inside "
+            "the loss (criterion: reduction='mean')."
+        )
+        raise InvalidInput(message)
+    stacked = torch.stack(values)
+    if not torch.isfinite(stacked).all():
+        message = (
+            f"The loss of an example is {stacked[~torch.isfinite(stacked)][0]}. Scores would be NaN; check the "
+            "example, or clamp inside the loss (log of 0?)."
+        )
+        raise InvalidInput(message)
+    return stacked
+
+
+def _refuse_chance(once: Tensor, again: Tensor) -> None:
+    if torch.equal(once, again):
+        return
+    b = int((once - again).abs().argmax())
+    message = (
+        f"The loss of one example was {once[b]:.6g} and then {again[b]:.6g}: something in it is random, such as "
+        "dropout called as a function or a noise layer. Influence needs one value per example: call model.eval(), or "
+        "fix the randomness inside the loss."
+    )
+    raise NotDeterministic(message)
+
+
+def _refuse_broken_graphs(objective: Objective, batch: Any) -> None:
+    """A loss that does not depend on θ, or is differentiable only once, would pass for one without curvature."""
+    value, gradient = calculus.first_derivatives(objective, take(calculus.ready(objective, batch), 0))
+    if not gradient:
+        message = (
+            f"{objective.name} gives {float(value):.6g} whatever the parameters are, so nothing can move it. Compute "
+            "it from `params` (not from the module's own weights), without detach() or no_grad()."
+        )
+        raise InvalidInput(message)
+    waiting = [piece.grad_fn for piece in gradient]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if node.name() == "torch::autograd::Error":
+            message = (
+                "The loss cannot be differentiated twice: a part of it is differentiable only once. Use operations "
+                "with a second derivative, or a smoothed loss such as losses.smooth_hinge."
+            )
+            raise UnsupportedModel(message)
+        fresh = {parent for parent, _ in node.next_functions} - seen
+        seen |= fresh
+        waiting.extend(fresh)
+
+
+def _answers(objective: Objective, batch: Any) -> tuple[Tensor, ...]:
+    V = torch.randn(2, objective.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    try:
+        return (
+            calculus.losses(objective, batch),
+            calculus.gradients(objective, batch),
+            calculus.dots(objective, batch, V),
+            calculus.hvp(objective, batch, V),
+        )
+    except UpweightError:
+        raise
+    except Exception as error:
+        if objective.route != Route("loop", "loop"):
+            raise
+        bag = "embedding_bag" in str(error)
+        instead = (
+            "nn.Embedding and a mean over its positions instead of nn.EmbeddingBag"
+            if bag
+            else ("operations with a second derivative, or a smoothed loss such as losses.smooth_hinge")
+        )
+        message = f"The loss cannot be differentiated twice ({first_line(error)}). Use {instead}."
+        raise UnsupportedModel(message) from error
+
+
+def _agree(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
+    rtol = _TOLERANCE.get(dtype, 1e-3)
+    return all(
+        torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol * float(b.abs().max() + 1e-12))
+        for a, b in zip(ours, truth, strict=True)
+    )

@@ -1,0 +1,192 @@
+"""The one loop over data: `fold` sums over the examples, `emit` gives one output row per example.
+
+Rows are visited in chunks of fixed boundaries. Within a chunk, batches are as large as memory allows; a batch that
+does not fit is halved without moving a chunk boundary. Sums are kept in float64 and added in chunk order, so the batch
+size changes a result by rounding at most.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from upweight.data.examples import Examples
+from upweight.errors import InvalidInput, UpweightError, checked_count, first_line
+from upweight.model.objective import Objective
+from upweight.model.transforms import undisturbed
+from upweight.runs.store import Store
+
+CHUNK = 1024
+MEMORY = 2**30
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An objective, its examples, and how to walk over them.
+
+    Args:
+        objective: what is evaluated at every example.
+        examples: the data.
+        batch_size: examples per batch; None fits a batch and its vectors into `memory`.
+        progress: True and False force the progress bar on and off; None shows it on a terminal only.
+        example_bytes: memory that one example needs, per vector and once more; see `defaults.example_bytes`.
+        memory: bytes that one batch may take.
+
+    Raises:
+        InvalidInput: if batch_size is not a positive whole number.
+    """
+
+    objective: Objective
+    examples: Examples
+    batch_size: int | None = None
+    progress: bool | None = None
+    example_bytes: int = 8192
+    memory: int = MEMORY
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            checked_count(self.batch_size, "batch_size", hint="None fits the memory")
+
+    def over(self, objective: Objective, examples: Examples) -> Sweep:
+        """The same way of walking, over other examples."""
+        return replace(self, objective=objective, examples=examples)
+
+    @property
+    def n(self) -> int:
+        """The number of examples."""
+        return len(self.examples)
+
+    def fold(
+        self,
+        function: Callable[[Any, Tensor], Tensor],
+        *,
+        vectors: int = 1,
+        rows: NDArray[np.int64] | None = None,
+        label: str = "fold",
+        chunk: int = CHUNK,
+    ) -> Tensor:
+        """The sum of function(batch, weights) over all batches, float64.
+
+        Args:
+            function: maps a batch and its (b,) sample weights to a tensor that is a sum over the batch.
+            vectors: how many vectors the function works on at once, for the batch size.
+            rows: the rows to visit; None means all.
+            label: what the progress bar says.
+            chunk: rows summed before the sum is added to the total; narrow rows can do with longer chunks.
+        """
+        total: Tensor | None = None
+        for _, place in self._chunks(rows, label, chunk):
+            inside: Tensor | None = None
+            for _, values in self._batches(function, place, vectors, label):
+                inside = values.double().cpu() if inside is None else inside.add_(values.cpu())
+            assert inside is not None  # a chunk has at least one row
+            total = inside if total is None else total.add_(inside)
+        assert total is not None  # there is at least one row
+        if not torch.isfinite(total).all():
+            raise _not_finite(label, "a sum over the rows is")
+        return total
+
+    def emit(
+        self,
+        function: Callable[[Any, Tensor], Tensor],
+        *,
+        vectors: int = 1,
+        rows: NDArray[np.int64] | None = None,
+        store: Store | None = None,
+        label: str = "emit",
+    ) -> NDArray[np.float64]:
+        """function(batch, weights), one output row per example, joined: (n, …) float64.
+
+        Args:
+            function: maps a batch and its (b,) sample weights to a tensor whose first axis is the batch.
+            vectors: how many vectors the function works on at once, for the batch size.
+            rows: the rows to visit; None means all.
+            store: finished chunks are kept there and not computed again.
+            label: what the progress bar says.
+        """
+        outputs: NDArray[np.float64] | None = None
+        for number, chunk in self._chunks(rows, label):
+            if store is not None and number in store:
+                values = store.read(number)
+            else:
+                parts = []
+                for numbers, batch in self._batches(function, chunk, vectors, label):
+                    parts.append(batch.double().cpu().numpy())
+                    bad = np.flatnonzero(~np.isfinite(parts[-1]).reshape(len(batch), -1).all(1))
+                    if bad.size:
+                        raise _not_finite(label, f"row {numbers[int(bad[0])]} gives")
+                values = np.concatenate(parts)
+                if store is not None:
+                    store.write(number, values)
+            if outputs is None:
+                outputs = np.empty((self.n if rows is None else len(rows), *values.shape[1:]))
+            outputs[number * CHUNK : number * CHUNK + len(values)] = values
+        assert outputs is not None  # there is at least one row
+        return outputs
+
+    def _chunks(
+        self, rows: NDArray[np.int64] | None, label: str, size: int = CHUNK
+    ) -> Iterator[tuple[int, slice | NDArray[np.int64]]]:
+        n = self.n if rows is None else len(rows)
+        hidden = not sys.stderr.isatty() if self.progress is None else not self.progress
+        with tqdm(
+            total=n, desc=label, unit="row", unit_scale=True, leave=False, disable=hidden, file=sys.stderr
+        ) as bar:
+            for number, start in enumerate(range(0, n, size)):
+                stop = min(start + size, n)
+                yield number, slice(start, stop) if rows is None else rows[start:stop]
+                bar.update(stop - start)
+
+    def _batches(
+        self, function: Callable[[Any, Tensor], Tensor], chunk: slice | NDArray[np.int64], vectors: int, label: str
+    ) -> Iterator[tuple[range | NDArray[np.int64], Tensor]]:
+        """Row numbers and results, in batches that fit; one that does not is tried again at half the size."""
+        numbers = range(chunk.start, chunk.stop) if isinstance(chunk, slice) else chunk
+        size = self.batch_size or max(1, self.memory // (self.example_bytes * (1 + vectors)))
+        start = 0
+        while start < len(numbers):
+            inside = numbers[start : start + size]
+            rows = slice(inside.start, inside.stop) if isinstance(inside, range) else inside
+            try:
+                with undisturbed():
+                    values = function(self.examples.batch(rows), torch.from_numpy(self.examples.weights[rows]))
+            except UpweightError:
+                raise
+            except (MemoryError, RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+                if _out_of_memory(error) and len(inside) > 1:
+                    size = len(inside) // 2
+                    continue
+                if _out_of_memory(error):
+                    raise
+                if torch.is_inference_mode_enabled():
+                    message = f"{label}: torch.inference_mode() forbids to differentiate the loss. Leave it first."
+                    raise InvalidInput(message) from error
+                message = (
+                    f"{label}: the loss failed on rows {inside[0]} to {inside[-1]} "
+                    f"({type(error).__name__}: {first_line(error)}). Usual reasons: a label that the model has no "
+                    "output for, or inputs of another shape or kind than in training."
+                )
+                raise InvalidInput(message) from error
+            yield inside, values
+            start += len(inside)
+
+
+def _not_finite(label: str, what: str) -> InvalidInput:
+    message = (
+        f"{label}: {what} NaN or infinite. Usual reasons: a label that the loss ignores (ignore_index), log(0) or an "
+        "overflow inside the loss. Leave such rows out, or clamp inside the loss."
+    )
+    return InvalidInput(message)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    told = ("can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in told)

@@ -1,0 +1,377 @@
+"""Really training again, to compare with what was predicted.
+
+A `Retrain` maps example weights and a seed to parameters. The weights multiply the examples' own sample weights: all
+ones is the training set as it was, one zero is leave-one-out. Reference retrainers minimise, from θ̂,
+
+    R_m(θ) = (1/n) Σᵢ mᵢ wᵢ L(zᵢ, θ) + c r(θ)
+
+with c = Σ mᵢwᵢ / Σ wᵢ when the penalty is folded into the rows, else 1; n does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import scipy.optimize
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight.data.examples import Examples
+from upweight.errors import InvalidInput, NotConverged
+from upweight.influence import defaults, per_row
+from upweight.influence.face import Influence
+from upweight.model import calculus, linear
+from upweight.model.encoders import Refitting
+from upweight.model.objective import L2, Objective
+from upweight.model.sweep import Sweep
+from upweight.operators import Dense, Hessian
+from upweight.solvers import CG, Cholesky, Prepared
+
+_ROUNDING_SLACK = 10  # L-BFGS may end on rounding in R, a little above the gradient that was asked
+_WORTHWHILE = (
+    0.2  # a Newton step with an old factor must shrink the gradient to this share, else the curvature is renewed
+)
+
+
+@runtime_checkable
+class Retrain(Protocol):
+    """A training procedure: (example weights, seed) → θ, as `params` or as one flat vector."""
+
+    def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Any:
+        """The parameters that training finds with these weights."""
+        ...
+
+
+@runtime_checkable
+class RetrainMany(Retrain, Protocol):
+    """A training procedure that can train several models at once, which is faster for small ones."""
+
+    @property
+    def together(self) -> int:
+        """How many models it takes at a time."""
+        ...
+
+    def many(self, weights: Float[NDArray[np.float64], "m n"], seeds: Sequence[int]) -> Sequence[Any]:
+        """The parameters of m models, each with its own line of weights and its own seed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Newton:
+    """Newton's method for objectives with a linear predictor, to a gradient far below one row's effect.
+
+    The curvature at θ̂ is factorised once and used again as long as it shrinks the gradient; it is renewed when it
+    does not.
+
+    Args:
+        rtol: ‖∇R_m‖ to reach, relative to the root mean square of ‖wᵢ∇Lᵢ‖/n.
+        max_steps: steps after which NotConverged is raised.
+    """
+
+    rtol: float = 1e-8
+    max_steps: int = 200
+
+    def bind(self, influence: Influence) -> BoundNewton:
+        """The retrainer of this objective on these examples; the factorisation at θ̂ is shared with the influence."""
+        sweep = influence.sweep
+        exact = isinstance(influence.curvature, Hessian) and isinstance(influence.solver, Cholesky)
+        factor = influence.prepared if exact and influence.damping == 0 else _factor(sweep)
+        classes = _Classes.of(influence) if _free_intercept(influence.objective) else None
+        return BoundNewton(self, sweep, per_row.typical_row(sweep), factor, classes)
+
+
+@dataclass(frozen=True)
+class BoundNewton:
+    """A Newton retrainer with the curvature at θ̂ at hand."""
+
+    spec: Newton
+    sweep: Sweep
+    typical: float
+    factor: Prepared
+    classes: _Classes | None = None  # None where there is a minimum whichever rows are left
+
+    def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Float[Tensor, " p"]:  # noqa: ARG002
+        """θ at the minimum of R_m.
+
+        Raises:
+            NotConverged: if the gradient does not become small enough, or there is no minimum for want of a class.
+        """
+        lost = "" if self.classes is None else self.classes.lost(weights)
+        if lost:
+            message = f"{lost} There is no minimum to find: no curvature holds the free intercept."
+            raise NotConverged(message)
+        sweep = reweighted(self.sweep, weights)
+        theta, factor = sweep.objective.theta, self.factor
+        value, gradient = _value_and_gradient(sweep, theta)
+        for _ in range(self.spec.max_steps):
+            size = float(gradient.norm())
+            if size <= self.spec.rtol * self.typical:
+                return theta
+            candidate = theta - factor.solve(gradient[None]).x[0]
+            new_value, new_gradient = _value_and_gradient(sweep, candidate)
+            if not float(new_gradient.norm()) <= _WORTHWHILE * size:
+                factor = _factor(replace(sweep, objective=sweep.objective.at(theta)))
+                step = factor.solve(gradient[None]).x[0]
+                candidate, new_value, new_gradient = _descend(sweep, theta, step, value, gradient)
+                if float(new_gradient.norm()) >= size and size <= 1e3 * self.spec.rtol * self.typical:
+                    return theta  # rounding, not curvature, is what is left
+            theta, value, gradient = candidate, new_value, new_gradient
+        message = (
+            f"Newton's method left ‖∇R‖ = {float(gradient.norm()):.3g} after {self.spec.max_steps} steps. The "
+            "objective may have no minimum without these rows; add a penalty."
+        )
+        raise NotConverged(message)
+
+
+@dataclass(frozen=True)
+class LBFGS:
+    """L-BFGS from θ̂ on the full data, for modules and any other objective; deterministic.
+
+    Args:
+        rtol: ‖∇R_m‖ to reach, relative to the root mean square of ‖wᵢ∇Lᵢ‖/n: a small part of one row's effect.
+        max_steps: iterations after which NotConverged is raised.
+    """
+
+    rtol: float = 1e-4
+    max_steps: int = 5000
+
+    def bind(self, influence: Influence) -> BoundLBFGS:
+        """The retrainer of this objective on these examples."""
+        return BoundLBFGS(self, influence.sweep, per_row.typical_row(influence.sweep))
+
+
+@dataclass(frozen=True)
+class BoundLBFGS:
+    """An L-BFGS retrainer."""
+
+    spec: LBFGS
+    sweep: Sweep
+    typical: float
+
+    def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Float[Tensor, " p"]:  # noqa: ARG002
+        """θ at a minimum of R_m near θ̂.
+
+        Raises:
+            NotConverged: if the gradient does not become small enough.
+        """
+        sweep = reweighted(self.sweep, weights)
+
+        def function(vector: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            value, gradient = _value_and_gradient(sweep, torch.from_numpy(vector))
+            return value, gradient.numpy()
+
+        goal = self.spec.rtol * self.typical
+        options = {
+            "maxiter": self.spec.max_steps,
+            "maxfun": 2 * self.spec.max_steps,
+            "gtol": goal / sweep.objective.size**0.5,
+            "ftol": 0.0,
+            "maxcor": 30,
+        }
+        start = sweep.objective.theta.numpy().copy()
+        result = scipy.optimize.minimize(function, start, jac=True, method="L-BFGS-B", options=options)
+        left = float(np.linalg.norm(result.jac))
+        if left > _ROUNDING_SLACK * goal:
+            message = (
+                f"L-BFGS stopped with ‖∇R‖ = {left:.3g} after {result.nit} iterations ({result.message}); {goal:.3g} "
+                f"was asked, which is {self.spec.rtol:g} of one row's effect. Raise max_steps, accept less with "
+                "LBFGS(rtol=…), or pass your own retrain=."
+            )
+            raise NotConverged(message)
+        return torch.from_numpy(result.x)
+
+
+@dataclass(frozen=True)
+class Refit:
+    """scikit-learn's own fit(), once more: for estimators whose optimum is not smooth, or not reached.
+
+    The transformers of a Pipeline, class weights and what cross-validation chose stay as they are; the penalty follows
+    `penalty_per_example`. A random_state of None becomes the seed.
+    """
+
+    def bind(self, influence: Influence) -> BoundRefit:
+        """The retrainer of this estimator on these examples.
+
+        Raises:
+            InvalidInput: if the influence does not come from a scikit-learn estimator that can be fitted with weights.
+        """
+        refit = influence.encoder.refit
+        if refit is None:
+            message = (
+                f"Refit() runs the fit() of a scikit-learn estimator, and {influence.objective.name} has none that "
+                "takes these rows with weights. Use Newton(), LBFGS(), or your own retrain=(weights, seed) → θ."
+            )
+            raise InvalidInput(message)
+        return BoundRefit(influence, refit)
+
+
+@dataclass(frozen=True)
+class BoundRefit:
+    """An estimator that is fitted again."""
+
+    influence: Influence
+    refit: Refitting
+
+    def stage(self, on: Any) -> tuple[Objective, Examples]:
+        """Where its parameters are measured: the objective and the queries, with all features that fit() may take in.
+
+        A refit of a lasso may leave the active set that is explained.
+        """
+        whole = self.refit.whole
+        if whole is None:
+            return self.influence.objective, self.influence.queries(on)
+        encoder = self.influence.encoder.unselected()
+        return whole, encoder.examples(on) if isinstance(on, Examples) else encoder.examples(*on)
+
+    def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Any:
+        """The parameters that fit() finds with these weights, of the objective of `stage`.
+
+        Raises:
+            InvalidInput: if no row of a class is left.
+        """
+        return self.with_penalty(weights, seed)[0]
+
+    def with_penalty(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> tuple[Any, L2 | None]:
+        """The same, and the penalty where it depends on what fit() found."""
+        old = self.influence.examples.weights
+        new = old * weights
+        classes = _Classes.of(self.influence)
+        lost = "" if classes is None else classes.lost(weights)
+        if lost:
+            raise InvalidInput(lost)
+        folded = bool(self.influence.objective.folded)
+        return self.refit(new, float(new.sum() / old.sum()), folded=folded, seed=seed)
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """The classes of a scikit-learn classifier's rows. Without all rows of one there is another problem, or no minimum.
+
+    Args:
+        names: (K,) labels.
+        numbers: (n,) the class number of each row.
+        weights: (n,) wᵢ.
+    """
+
+    names: list[Any]
+    numbers: NDArray[np.int64]
+    weights: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, influence: Influence) -> _Classes | None:
+        """None where targets are no class numbers: regressors, modules, and RidgeClassifier, which regresses on ±1."""
+        names = getattr(getattr(influence.encoder, "estimator", None), "classes_", None)
+        if names is None or influence.examples.y is None:
+            return None
+        numbers = np.asarray(influence.examples.y)
+        if numbers.ndim != 1 or numbers.dtype.kind != "i":
+            return None
+        return cls(np.asarray(names).tolist(), numbers, np.asarray(influence.examples.weights))
+
+    def lost(self, weights: Float[NDArray[np.float64], " n"]) -> str:
+        """What to say about the classes that have no weight left, and their rows; "" if there are none."""
+        before = self.weights > 0
+        left = before & (np.asarray(weights) > 0)
+        present = np.unique(self.numbers[left])
+        lost = np.setdiff1d(np.arange(len(self.names)), present)
+        if not len(lost):
+            return ""
+        gone = np.flatnonzero(before & ~left & np.isin(self.numbers, lost)).tolist()
+        rows = ", ".join(map(str, gone[:5])) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
+        start = f"Without row(s) {rows} no" if gone else "With the labels as they are now, no"
+        return (
+            f"{start} row of class {', '.join(repr(self.names[k]) for k in lost)} is left, so fit() "
+            f"solves another problem, of {len(present)} instead of {len(self.names)} classes. "
+            "Leave out or change other rows, or merge the class with another and fit again."
+        )
+
+
+def _free_intercept(objective: Objective) -> bool:
+    """Whether there is an intercept without a penalty: with one class left it runs away and there is no minimum."""
+    structure, penalty = objective.linear, objective.penalty
+    if structure is None or not structure.intercept:
+        return False
+    return penalty is None or (isinstance(penalty, L2) and list(objective.blocks)[-1] not in penalty.strengths)
+
+
+def reference(objective: Objective) -> Newton | LBFGS:
+    """The retrainer for an objective when none is given and its minimum is what training ends at."""
+    return Newton() if objective.linear is not None else LBFGS()
+
+
+def bound(retrain: Any, influence: Influence) -> Retrain:
+    """A retrainer from a specification, a function (weights, seed) → θ, or None.
+
+    Raises:
+        InvalidInput: if it is none of them.
+    """
+    if retrain is None:
+        refit = influence.encoder.refit
+        retrain = Refit() if refit is not None and refit.preferred else reference(influence.objective)
+    if hasattr(retrain, "bind") and not isinstance(retrain, type):
+        return retrain.bind(influence)
+    if not callable(retrain) or isinstance(retrain, type):
+        message = (
+            f"retrain is {retrain!r}. Pass a function (weights, seed) → params, or an object: Newton() or LBFGS() or "
+            "Refit()."
+        )
+        raise InvalidInput(message)
+    return retrain
+
+
+def reweighted(sweep: Sweep, weights: Float[NDArray[np.float64], " n"]) -> Sweep:
+    """The same work with the examples' weights multiplied, and the penalty's share of them."""
+    examples = copy(sweep.examples)
+    examples.weights, examples.sample_weight = (
+        before * weights for before in (sweep.examples.weights, sweep.examples.sample_weight)
+    )
+    objective = shared(sweep.objective, float(examples.weights.sum() / sweep.examples.weights.sum()))
+    return replace(sweep, examples=examples, objective=objective, progress=False)
+
+
+def shared(objective: Objective, share: float) -> Objective:
+    """The objective of a training set whose weights sum to `share` of what they did: a folded penalty follows."""
+    penalty: Any = objective.penalty
+    if not objective.folded or share == 1:
+        return objective
+    scaled = penalty.scaled(share) if isinstance(penalty, L2) else lambda params: share * penalty(params)
+    return replace(objective, penalty=scaled)
+
+
+def _value_and_gradient(sweep: Sweep, theta: Tensor) -> tuple[float, Tensor]:
+    objective = sweep.objective.at(theta)
+
+    def both(batch: Any, weights: Tensor) -> Tensor:
+        if objective.linear is not None:
+            return linear.value_and_gradient(objective, batch, weights)
+        values = calculus.losses(objective, batch).double().cpu() @ weights
+        return torch.cat([values[None], calculus.pull(objective, batch, weights[None])[0].double().cpu()])
+
+    total = sweep.fold(both) / sweep.n
+    return float(total[0]) + calculus.penalty_value(objective), total[1:] + calculus.penalty_gradient(objective)
+
+
+def _descend(sweep: Sweep, theta: Tensor, step: Tensor, value: float, gradient: Tensor) -> tuple[Tensor, float, Tensor]:
+    """The longest of θ − step, θ − step/2, … that lowers R (Armijo)."""
+    slope = float(gradient @ step)
+    length = 1.0
+    for _ in range(40):
+        candidate = theta - length * step
+        new_value, new_gradient = _value_and_gradient(sweep, candidate)
+        if new_value <= value - 1e-4 * length * slope or abs(slope) < 1e-14 * max(abs(value), 1e-300):
+            break
+        length /= 2
+    return candidate, new_value, new_gradient
+
+
+def _factor(sweep: Sweep) -> Prepared:
+    quiet = replace(sweep, progress=False)
+    if sweep.objective.size <= defaults.DIRECT_UP_TO:
+        return Cholesky().prepare(Dense(Hessian()).bind(quiet))
+    return CG(rtol=1e-4).prepare(Hessian().bind(quiet))

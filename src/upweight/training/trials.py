@@ -1,0 +1,190 @@
+"""Training again and measuring the queries: the step that every comparison with what really happens shares.
+
+A trial is one job (example weights, seed) → θ → the measure of every query at θ. A retrainer that can train many models
+at once is given as many jobs as it takes together.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from upweight.data.trees import tree_map
+from upweight.errors import InvalidInput, first_line
+from upweight.influence.face import Influence
+from upweight.model import calculus, routes
+from upweight.model.objective import Objective
+from upweight.runs import identity
+from upweight.training.predictions import decision
+from upweight.training.retrainers import BoundRefit, Retrain, RetrainMany, bound
+
+Job = tuple[NDArray[np.float64], int]
+_PROBED = 3  # queries on which a measure is tried
+
+
+@dataclass(frozen=True)
+class Trials:
+    """A retrainer, and where its parameters are measured.
+
+    Args:
+        train: (weights, seed) → θ.
+        objective: the objective that θ belongs to.
+        measured: the same with the measure in place of the loss.
+        queries: the batch of queries.
+        measure: what is measured, in words.
+        retrainer: the retrainer, in words.
+        decide: from outputs to class numbers; None where outputs are no classes.
+    """
+
+    train: Retrain
+    objective: Objective
+    measured: Objective
+    queries: Any
+    measure: str
+    retrainer: str
+    decide: Callable[[NDArray[np.float64]], NDArray[np.int64]] | None = None
+
+    @classmethod
+    def of(
+        cls, influence: Influence, on: Any, retrain: Any, measure: Callable[[Any, Any], Tensor] | None = None
+    ) -> Trials:
+        """What is trained and measured for these queries.
+
+        Raises:
+            InvalidInput: if the queries or the retrainer cannot be used.
+        """
+        influence.queries(on)  # refuses what is no query
+        train = bound(retrain, influence)
+        refit = isinstance(train, BoundRefit)
+        objective, asked = train.stage(on) if refit else (influence.objective, influence.queries(on))
+        queries = asked.batch(slice(None))
+        if measure is None:
+            measured, name = objective.reporting(), objective.measure
+        else:
+            measured = routes.probe(objective.measuring(measure), tree_map(lambda leaf: leaf[:_PROBED], queries))
+            name = measured.name
+        return cls(train, objective, measured, queries, name, _in_words(retrain, train), decision(influence))
+
+    def now(self) -> Float[NDArray[np.float64], " q"]:
+        """The measure of every query at θ̂, the model as it is."""
+        return calculus.losses(self.measured, self.queries).double().cpu().numpy()
+
+    def at(self, params: Any) -> Float[NDArray[np.float64], " q"]:
+        """The measure of every query at what a retrainer returned."""
+        return replaced(self.measured, flat(self.objective, params), self.queries)
+
+    def labels(self, params: Any = None) -> NDArray[np.int64] | None:
+        """The class that the model gives every query, at θ̂ or at other parameters; None where outputs are no classes.
+
+        Class numbers are places in `upweight.classes`.
+        """
+        if self.decide is None:
+            return None
+        objective = self.objective if params is None else self.objective.at(flat(self.objective, params))
+        return self.decide(calculus.outputs(objective, self.queries).double().cpu().numpy())
+
+    def parameters(
+        self, jobs: Iterable[Job], total: int, *, progress: bool | None = None, label: str = "retraining"
+    ) -> Iterator[Any]:
+        """What the retrainer returns for every one of `total` jobs, in order."""
+        hidden = not sys.stderr.isatty() if progress is None else not progress
+        bar = tqdm(total=total, desc=label, disable=hidden, file=sys.stderr, leave=False)
+        with bar:
+            for theta in trained(self.train, jobs):
+                bar.update()
+                yield theta
+
+    def run(
+        self, jobs: Iterable[Job], total: int, *, progress: bool | None = None, label: str = "retraining"
+    ) -> Iterator[Float[NDArray[np.float64], " q"]]:
+        """The measure of every query after every one of `total` jobs, in order."""
+        return (self.at(theta) for theta in self.parameters(jobs, total, progress=progress, label=label))
+
+
+def trained(train: Retrain, jobs: Iterable[Job]) -> Iterator[Any]:
+    """θ of every job in order; several at a time where the retrainer can.
+
+    Raises:
+        InvalidInput: if a retrainer that takes many jobs returns another number of models.
+    """
+    if not isinstance(train, RetrainMany):
+        yield from (train(weights, seed) for weights, seed in jobs)
+        return
+    left = iter(jobs)
+    while block := list(islice(left, train.together)):
+        models = train.many(np.stack([weights for weights, _ in block]), [seed for _, seed in block])
+        if len(models) != len(block):
+            message = (
+                f"retrain.many returned {len(models)} models for {len(block)} lines of weights. Return one for each."
+            )
+            raise InvalidInput(message)
+        yield from models
+
+
+def replaced(measured: Objective, theta: Tensor, queries: Any) -> Float[NDArray[np.float64], " q"]:
+    """The measure of every query at a flat θ."""
+    return calculus.losses(measured.at(theta), queries).double().cpu().numpy()
+
+
+def flat(objective: Objective, params: Any) -> Float[Tensor, " p"]:
+    """Whatever a retrainer returned, as a flat vector.
+
+    Raises:
+        InvalidInput: if it does not fit θ̂.
+    """
+    if isinstance(params, dict):
+        missing = [name for name in objective.blocks if name not in params]
+        if missing:
+            message = (
+                f"retrain returned parameters without '{missing[0]}'. Return a dict with the names "
+                f"{list(objective.blocks)}, or one flat vector."
+            )
+            raise InvalidInput(message)
+        parts = [params[name] for name in objective.blocks]
+    else:
+        parts = [params]
+    try:
+        tensors = [
+            part.detach() if isinstance(part, Tensor) else torch.as_tensor(part, dtype=torch.float64) for part in parts
+        ]
+        vector = torch.cat([part.reshape(-1).double() for part in tensors])
+    except (TypeError, ValueError, RuntimeError) as error:
+        message = (
+            f"retrain returned a {type(params).__name__} ({first_line(error)}). Return the parameters: a dict with the "
+            f"names {list(objective.blocks)}, or one flat vector."
+        )
+        raise InvalidInput(message) from error
+    if len(vector) != objective.size:
+        message = (
+            f"retrain returned {len(vector)} numbers, and the objective has {objective.size} parameters "
+            f"({', '.join(objective.blocks)})."
+        )
+        raise InvalidInput(message)
+    if not torch.isfinite(vector).all():
+        message = "retrain returned NaN or infinite parameters: training diverged. Check its step size."
+        raise InvalidInput(message)
+    return vector
+
+
+def _in_words(retrain: Any, train: Any) -> str:
+    """A retrainer's settings, or a function's name and a digest of what it does; never an address, which no other
+    process shares.
+
+    What was bound adds its `origin`, if it has one.
+    """
+    retrain = train if retrain is None else retrain
+    spec = getattr(retrain, "spec", retrain)
+    text = f"{spec!r}{getattr(train, 'origin', '')}"
+    if " at 0x" not in text:
+        return text
+    return f"{getattr(spec, '__qualname__', type(spec).__qualname__)} #{identity.digest(spec)}"
