@@ -10,7 +10,7 @@ import pytest
 import upweight as uw
 
 APPS = sorted((Path(__file__).parents[2] / "src" / "upweight" / "apps").glob("*.py"))
-MODULES = ("upweight", "upweight.errors", "upweight.show.plots")
+MODULES = ("upweight", "upweight.errors")
 
 
 @pytest.mark.parametrize("path", APPS, ids=lambda path: path.name)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from upweight import plots
 from upweight.errors import InvalidInput, first_line
-from upweight.show import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

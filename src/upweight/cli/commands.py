@@ -1,4 +1,4 @@
-"""The command line: `upweight demo | check | score | top | validate`, and the four uses in `cli_apps`.
+"""The command line: `upweight demo | check | score | top | validate`, and the four uses in `app_commands`.
 
 A model of your own is named by `module:function`, a function that returns an upweight.Study. Results go to stdout and
 progress to stderr. Exit codes: 0 done; 2 wrong usage; 3 an input or a computation was refused, with the reason on
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upweight.cli import app_commands  # noqa: F401 its commands join the application
 from upweight.cli.console import ASSUMPTIONS_FAIL, REFUSED, Json, K, StudyName, app, line, load, one, show
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
