@@ -1,4 +1,5 @@
-"""The command line: `upweight demo | check | score | top | validate`, and the four uses in `app_commands`.
+"""The command line: `upweight demo | check | score | top | validate`, and the uses of the answers:
+`understand | mismatch | contrast | repair | attack`.
 
 A model of your own is named by `module:function`, a function that returns an upweight.Study. Results go to stdout and
 progress to stderr. Exit codes: 0 done; 2 wrong usage; 3 an input or a computation was refused, with the reason on
