@@ -250,6 +250,19 @@ def test_help_ends_with_0(upweight, arguments):
     assert "usage: upweight" in out
 
 
+def test_help_of_an_unknown_command_is_an_error(upweight):
+    code, out, err = upweight("explian", "--help")
+    assert code == 2
+    assert not out
+    assert "Unrecognized options: explian" in err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+def test_help_names_no_module_of_ours(upweight, arguments):
+    _, out, _ = upweight(*arguments)
+    assert not re.search(r"app_commands|console|cli_|upweight\.(?!Study)\w", out)
+
+
 @pytest.fixture(scope="module")
 def story():
     from upweight.cli import demo

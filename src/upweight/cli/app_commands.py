@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upweight.cli.console import Json, K, StudyName, app, line, load, one, show
+from upweight.cli.console import Json, K, StudyName, command, line, load, one, show
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
     from upweight.cli.study import Study
 
 
-@app.command
+@command
 def understand(study: StudyName, query: int = 0, k: K = 5, plot: Path | None = None, json: Json = False) -> int:
     """What the answer to one query rests on: rows that help and harm, their class and distance, how few carry it.
 
@@ -34,7 +34,7 @@ def understand(study: StudyName, query: int = 0, k: K = 5, plot: Path | None = N
     return 0
 
 
-@app.command
+@command
 def mismatch(
     study: StudyName,
     query: int | None = None,
@@ -65,7 +65,7 @@ def mismatch(
     return 0
 
 
-@app.command
+@command
 def contrast(
     study: StudyName, query: int | None = None, most: int | None = None, refits: int = 1, json: Json = False
 ) -> int:
@@ -146,7 +146,7 @@ def _lines(file: Path) -> list[str]:
     return file.read_text(encoding="utf-8").splitlines()
 
 
-@app.command
+@command
 def repair(
     study: StudyName,
     inspect: str = "10%",
@@ -234,7 +234,7 @@ def _share(inspect: str) -> float:
     return share
 
 
-@app.command
+@command
 def attack(
     study: StudyName,
     query: int = 0,

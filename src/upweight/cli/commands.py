@@ -14,13 +14,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upweight.cli import app_commands  # noqa: F401 its commands join the application
-from upweight.cli.console import ASSUMPTIONS_FAIL, REFUSED, Json, K, StudyName, app, line, load, one, show
+from upweight.cli.console import (
+    ASSUMPTIONS_FAIL,
+    NAMES,
+    REFUSED,
+    Json,
+    K,
+    StudyName,
+    app,
+    command,
+    line,
+    load,
+    one,
+    show,
+)
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
     from upweight.influence.scores import Scores
 
 
-@app.command
+@command
 def demo(out: Path = Path("upweight-demo"), rows: int = 40, json: Json = False) -> int:
     """Explain a misclassified digit, retrain to check, and write an HTML report (scikit-learn's digits; no network).
 
@@ -41,7 +54,7 @@ def demo(out: Path = Path("upweight-demo"), rows: int = 40, json: Json = False) 
     return 0
 
 
-@app.command
+@command
 def check(study: StudyName, json: Json = False) -> int:
     """Whether the theory's assumptions hold: gradient, curvature, residuals, coverage, drift.
 
@@ -55,7 +68,7 @@ def check(study: StudyName, json: Json = False) -> int:
     return 0 if report.ok else ASSUMPTIONS_FAIL
 
 
-@app.command
+@command
 def score(study: StudyName, out: Path, store: Path | None = None, json: Json = False) -> int:
     """Score every training row on every query of the study, and save the scores.
 
@@ -78,7 +91,7 @@ def score(study: StudyName, out: Path, store: Path | None = None, json: Json = F
     return 0
 
 
-@app.command
+@command
 def top(study: StudyName, query: int = 0, k: K = 10, json: Json = False) -> int:
     """The training rows that help and harm one query most.
 
@@ -119,7 +132,7 @@ def top(study: StudyName, query: int = 0, k: K = 10, json: Json = False) -> int:
     return 0
 
 
-@app.command
+@command
 def validate(study: StudyName, query: int = 0, rows: int = 20, json: Json = False) -> int:
     """Retrain without each of a query's most influential rows, and compare with the prediction.
 
@@ -163,8 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point; ends the process with the documented exit code."""
     from upweight.errors import UpweightError
 
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and not words[0].startswith("-") and words[0] not in NAMES:
+        words = words[:1]  # an unknown command is an error, also before --help
     try:
-        code = app.cli(prog="upweight", description=__doc__, args=arguments)
+        code = app.cli(prog="upweight", description=__doc__, args=words)
     except UpweightError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         code = REFUSED

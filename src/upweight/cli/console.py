@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -16,7 +17,14 @@ REFUSED, ASSUMPTIONS_FAIL = 3, 4
 StudyName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODULE:FUNCTION")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 K = Annotated[int, tyro.conf.arg(aliases=["-k"])]
+NAMES: list[str] = []  # of the commands
 app = tyro.extras.SubcommandApp()
+
+
+def command(function: Callable[..., int]) -> Callable[..., int]:
+    """A function as a command of its name."""
+    NAMES.append(function.__name__)
+    return app.command(function)
 
 
 def load(name: str) -> Study:
