@@ -8,7 +8,7 @@
 # Expected: `d_params` is documented as the one-step approximation to deleting one observation. One Newton step uses
 #   the observed Hessian, misses at second order only, and so ought to beat a step with the expected one.
 # Where upweight works around it: src/upweight/influence, `of_removing`, takes the row's own score and the observed
-#   Hessian without the row. The statistics in src/upweight/evaluation, `summary_frame`, keep statsmodels' columns on
+#   Hessian without the row. The statistics in src/upweight/influence, `summary_frame`, keep statsmodels' columns on
 #   purpose, so that tables agree, and say so.
 #
 # Seen:

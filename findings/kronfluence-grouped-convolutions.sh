@@ -7,7 +7,7 @@
 #   it pads with zeros. The layer is listed as tracked, no warning appears, and the scores have the right shape.
 # Expected: with strategy="identity" there is no curvature, and a pairwise score is the inner product of two gradients,
 #   which torch.autograd gives too. For a plain convolution the two agree to float32.
-# Where upweight works around it: src/upweight/model, the gradients through layers, function `_convolution_factors`: each
+# Where upweight works around it: src/upweight/model, gradients through layers, function `_convolution_factors`: each
 #   group keeps its own channels, and a border that is no padding of zeros reaches it as an operation of its own. The
 #   function `_structured` beside it compares all captured gradients with autograd's before they are used.
 #

@@ -41,7 +41,7 @@ def influence(loss=squared, row=None, theta=None, weight=1.0, **settings):
     X, y, *_ = data()
     if row is not None:
         X[row] += 1.0
-    theta = np.linalg.lstsq(X, y)[0] if theta is None else theta
+    theta = np.linalg.lstsq(X, y, rcond=None)[0] if theta is None else theta
     weights = np.r_[weight, np.ones(n - 1)]
     examples = uw.Examples(X, y, sample_weight=weights)
     settings = {"solver": uw.solvers.CG(rtol=1e-8), "damping": 0.01} | settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 
 import generated
 import pytest
@@ -12,6 +13,9 @@ NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 @pytest.mark.parametrize(("page", "write"), [("docs/cli.md", generated.cli_page), ("docs/api.md", generated.api_page)])
 def test_a_generated_page_is_up_to_date(page, write):
+    pinned = (generated.ROOT / "constraints.txt").read_text().split()
+    if page == "docs/cli.md" and f"tyro=={version('tyro')}" not in pinned:
+        pytest.skip("tyro lays the help texts out, and docs/cli.md shows that of constraints.txt")
     assert (generated.ROOT / page).read_text() == write(), "run scripts/docs"
 
 

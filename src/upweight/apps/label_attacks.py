@@ -340,8 +340,8 @@ def _pool(pool: Any) -> tuple[Any, NDArray[Any]]:
     if not isinstance(pool, tuple) or len(pool) != 2:
         message = f"pool is a {type(pool).__name__}. Pass the pair pool=(Xp, yp) of arrays."
         raise InvalidInput(message)
-    X, y = (part if hasattr(part, "__getitem__") and hasattr(part, "shape") else np.asarray(part) for part in pool)
-    X = getattr(X, "tocsr", lambda: X)()
+    parts = (part.tocsr() if hasattr(part, "tocsr") else part for part in pool)  # COO has no lines to take
+    X, y = (part if hasattr(part, "__getitem__") and hasattr(part, "shape") else np.asarray(part) for part in parts)
     if X.shape[0] != len(y) or not len(y):
         message = f"The pool has {X.shape[0]} inputs and {len(y)} labels. Pass one label for each, at least one."
         raise InvalidInput(message)

@@ -27,7 +27,7 @@ def save(ax: Axes, file: Path) -> None:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        ax.get_figure(root=True).savefig(file, dpi=150)  # type: ignore[union-attr]
+        ax.figure.savefig(file, dpi=150)  # type: ignore[union-attr]
     except ValueError as error:
         message = f"No picture was written to {file}: {first_line(error)}. End the name in .png, .svg or .pdf."
         raise InvalidInput(message) from error

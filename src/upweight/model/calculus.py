@@ -267,8 +267,8 @@ def pulled_back(function: Callable[[Tensor], Tensor], x: Float[Tensor, "1 ..."],
 
 
 def pushed_forward(
-    function: Callable[[Tensor], Tensor], x: Float[Tensor, "1 ..."], delta: Float[Tensor, ...]
-) -> Float[Tensor, ...]:
+    function: Callable[[Tensor], Tensor], x: Float[Tensor, "1 ..."], delta: Float[Tensor, "*delta"]
+) -> Float[Tensor, "*h"]:
     """(∂h/∂x) δ, h = function(x), x a batch of one; float64.  Cost: two backward passes."""
     moved = x.clone().requires_grad_()
     h = function(moved)[0]

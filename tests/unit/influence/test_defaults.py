@@ -1,0 +1,102 @@
+"""Every automatic choice, and that it shows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cases
+import upweight as uw
+from small import XQ, YQ, D, X, Y, Z, classifier, logistic, regressor, ridge
+from upweight import defaults
+from upweight.operators import EKFAC, Dense, EmpiricalFisher, GaussNewton, Hessian, Identity, Nystroem
+from upweight.solvers import CG, Cholesky
+
+
+def one_function():
+    return uw.Objective(lambda params, z: (params @ z[0] - z[1]) ** 2, torch.ones(D, dtype=torch.float64))
+
+
+def test_curvature_is_exact_for_linear_predictors_and_single_functions_and_positive_for_modules():
+    assert logistic().curvature == Hessian()
+    assert uw.Influence(one_function(), (X, Z)).curvature == Hessian()
+    assert classifier().curvature == GaussNewton()
+
+
+@pytest.mark.parametrize(("p", "expected"), [(4000, Cholesky()), (4001, CG(rtol=1e-6))])
+def test_solver_is_direct_up_to_4000_parameters(p, expected):
+    objective = uw.Objective(lambda params, z: params.sum(), torch.ones(p))
+    assert defaults.solver(objective, uw.Examples(X, Z), Hessian()) == expected
+
+
+@pytest.mark.parametrize("curvature", [Hessian(), GaussNewton(), EmpiricalFisher(), Identity()], ids=repr)
+def test_estimators_are_never_damped(curvature):
+    assert ridge(curvature=curvature).damping == 0
+    assert logistic(curvature=curvature).damping == 0
+
+
+@pytest.mark.parametrize("curvature", [Hessian(), Identity()], ids=repr)
+def test_exact_hessians_are_never_damped(curvature):
+    assert classifier(curvature=curvature, penalty=None).damping == 0
+
+
+@pytest.mark.parametrize("curvature", [GaussNewton(), EmpiricalFisher(), Dense(GaussNewton()), EKFAC()], ids=repr)
+@pytest.mark.parametrize("penalty", [None, 0.1, uw.L2({"2.bias": 0.1}), lambda p: p["2.bias"].square().sum()])
+def test_networks_away_from_a_minimum_are_damped_by_the_mean_eigenvalue(curvature, penalty):
+    if isinstance(curvature, EKFAC) and callable(penalty) and not isinstance(penalty, uw.L2):
+        pytest.skip("Kronecker factors ask for a separable penalty")
+    influence = classifier(curvature=curvature, penalty=penalty)
+    mean = float(influence.operator.matrix().trace()) / influence.objective.size
+    assert influence.damping == pytest.approx(mean, rel=0.5)
+    assert influence.damping == classifier(curvature=curvature, penalty=penalty).damping
+
+
+@pytest.mark.parametrize("curvature", [GaussNewton(), EmpiricalFisher(), Nystroem(3)], ids=repr)
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_at_a_minimum_a_penalty_on_everything_is_damping_enough(curvature, name):
+    case = cases.make(name)
+    assert case.influence(curvature=curvature).damping == 0
+    moved = uw.Influence(case.objective(theta=case.theta + 0.1), uw.Examples(case.X, case.y), curvature=curvature)
+    assert moved.damping > 0
+
+
+def test_damping_given_is_the_damping_that_acts():
+    influence = classifier(damping=0.25)
+    assert influence.damping == 0.25
+    assert influence.on_loss(XQ, YQ).certificate.damping == 0.25
+    assert influence.check().damping == 0.25
+
+
+def test_choices_show_before_and_after_the_first_question():
+    influence = classifier(penalty=None)
+    assert "damping=chosen when first needed" in repr(influence)
+    influence.on_loss(XQ, YQ)
+    for part in ("n=40, p=26", "curvature=GaussNewton()", "solver=Cholesky()", f"damping={influence.damping:.4g}"):
+        assert part in repr(influence)
+    assert "penalty=None" in repr(influence)
+
+
+def test_the_penalty_of_a_removed_row_stays_by_default():
+    assert not logistic().objective.folded
+    assert not classifier().objective.folded
+    assert classifier(penalty_per_example=True).objective.folded
+    assert not classifier(penalty=None, penalty_per_example=True).objective.folded
+
+
+def test_memory_per_example_grows_with_the_activations():
+    def deep(width):
+        model = nn.Sequential(nn.Linear(D, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2))
+        return classifier(model.double().eval()).sweep.example_bytes
+
+    assert deep(400) > 3 * deep(40)
+    assert logistic().sweep.example_bytes < 1000
+
+
+def test_memory_of_an_example_does_not_depend_on_how_many_there_are():
+    assert (
+        regressor().sweep.example_bytes
+        == regressor(X=np.tile(X, (5, 1)), y=np.tile(Z[:, None], (5, 1))).sweep.example_bytes
+    )
+    assert classifier().sweep.example_bytes == classifier(X=X[:8], y=Y[:8]).sweep.example_bytes
