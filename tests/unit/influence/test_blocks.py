@@ -8,7 +8,7 @@ import scipy.sparse
 from sklearn.linear_model import LogisticRegression
 
 import upweight as uw
-from upweight.influence import face as room
+from upweight.influence import removal as room
 
 
 @pytest.fixture(scope="module")
