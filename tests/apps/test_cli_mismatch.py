@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from small import NAMES, XQ, YQ, ZQ, X, classifier, logistic
 
 import upweight as uw
+from small import NAMES, XQ, YQ, ZQ, X, classifier, logistic
 from upweight.apps import pictures
 from upweight.cli import commands as cli
 

@@ -6,9 +6,9 @@ import json
 import sys
 
 import pytest
-from small import XQ, YQ, classifier, ridge
 
 import upweight as uw
+from small import XQ, YQ, classifier, ridge
 from upweight.cli import commands as cli
 
 SOURCE = """

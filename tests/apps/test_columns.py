@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.sparse
 from sklearn.linear_model import LogisticRegression
-from small import refuses
 
 import upweight as uw
+from small import refuses
 from upweight.apps import mismatch, one_hot_groups
 from upweight.apps.columns import grouped_columns
 

@@ -15,10 +15,10 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
-from small import refuses
 from torch import nn
 
 import upweight as uw
+from small import refuses
 from upweight.apps import contrast, contrast_by_removal
 from upweight.errors import NotConverged
 

@@ -12,10 +12,10 @@ from sklearn.datasets import load_digits, load_iris
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import SVC, LinearSVC
-from small import refuses
 from torch import nn
 
 import upweight as uw
+from small import refuses
 from upweight.apps import contrast, contrast_by_removal, pictures
 from upweight.apps.contrast import _Control
 

@@ -13,9 +13,9 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
-from small import XQ, YQ, Items as items_of, classifier, refuses
 
 import upweight as uw
+from small import XQ, YQ, Items as items_of, classifier, refuses
 from upweight.apps import Mismatch, mismatch, one_hot_groups
 
 N = 240
