@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -36,6 +37,23 @@ def _leave_randomness_alone():
     before = torch.get_rng_state()
     yield
     torch.set_rng_state(before)
+
+
+@pytest.fixture
+def upweight(request, tmp_path, monkeypatch, capsys):
+    """The command line in a folder that holds the test file's SOURCE as cli_studies.py: exit code, stdout, stderr."""
+    from upweight.cli import commands
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            commands.main([str(argument) for argument in arguments])
+        return end.value.code, *capsys.readouterr()
+
+    (tmp_path / "cli_studies.py").write_text(request.module.SOURCE)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.chdir(tmp_path)
+    yield run
+    sys.modules.pop("cli_studies", None)
 
 
 def pytest_collection_modifyitems(config, items):

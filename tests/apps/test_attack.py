@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import warnings
 
 import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -251,20 +249,6 @@ def test_rows_are_named_as_everywhere(digits):
     ranked = uw.apps.vulnerability(influence, on, level=1 / 16)
     assert uw.apps.attack(influence, on, **few).rows.tolist() == ranked.top(1).tolist()
     assert uw.apps.attack(influence, on, count=3, **few).rows.tolist() == ranked.top(3).tolist()
-
-
-@pytest.fixture(scope="module")
-def stopped_early():
-    """A model far from its minimum, the one that training on gives, and test rows that the two disagree on."""
-    X, y = load_digits(return_X_y=True)
-    X = X / 16
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = LogisticRegression(max_iter=8).fit(X[:600], y[:600])
-        influence = uw.explain(model, X[:600], y[:600])
-    whole = LogisticRegression(**TIGHT).fit(X[:600], y[:600])
-    given, trained = model.predict(X), whole.predict(X)
-    return influence, whole, X, y, np.flatnonzero((given == y) & (trained != y) & (np.arange(len(y)) >= 600))
 
 
 def test_what_training_again_alone_flips_is_not_the_attacks_doing(stopped_early):

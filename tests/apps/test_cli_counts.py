@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-
-from upweight.cli import commands as cli
 
 SOURCE = """
 from small import NAMESQ, XQ, logistic
@@ -16,15 +12,6 @@ from upweight import Study
 def errors():
     return Study(logistic(), (XQ, ["no" if name == "yes" else "yes" for name in NAMESQ]))
 """
-
-
-@pytest.fixture(autouse=True)
-def _studies(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    (tmp_path / "cli_counts.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    yield
-    sys.modules.pop("cli_counts", None)
 
 
 @pytest.mark.parametrize(
@@ -38,11 +25,9 @@ def _studies(tmp_path, monkeypatch):
         (("contrast", "--refits", 0), "refits=0. It must be a whole number ≥ 1; 1 confirms the predicted set"),
     ],
 )
-def test_no_rows(arguments, message, capsys):
-    command, *options = map(str, arguments)
-    with pytest.raises(SystemExit) as end:
-        cli.main([command, "cli_counts:errors", *options])
-    out, err = capsys.readouterr()
-    assert end.value.code == 3
+def test_no_rows(upweight, arguments, message):
+    command, *options = arguments
+    code, out, err = upweight(command, "cli_studies:errors", *options)
+    assert code == 3
     assert not out
     assert message in err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import pytest
 import upweight as uw
 from small import NAMES, XQ, YQ, ZQ, X, classifier, logistic
 from upweight.apps import pictures
-from upweight.cli import commands as cli
 
 SOURCE = """
 import numpy as np
@@ -39,25 +37,6 @@ def alone():
 OTHER = np.where(NAMES[:4] == "yes", "no", "yes")
 
 
-@pytest.fixture(autouse=True)
-def _studies(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    (tmp_path / "cli_errors.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    yield
-    sys.modules.pop("cli_errors", None)
-
-
-@pytest.fixture
-def upweight(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(argument) for argument in arguments])
-        return end.value.code, *capsys.readouterr()
-
-    return run
-
-
 def test_all_errors_of_a_study(upweight, tmp_path):
     said = uw.predict(logistic(), XQ).labels
     wanted = np.array([OTHER[0], *NAMES[1:3], OTHER[3]])
@@ -66,7 +45,7 @@ def test_all_errors_of_a_study(upweight, tmp_path):
     (tmp_path / "source.txt").write_text("\n".join("ab"[row % 2] for row in range(40)))
     picture = tmp_path / "new" / "a.svg"
     code, out, _ = upweight(
-        "mismatch", "cli_errors:errors", "-k", 3, "--groups", "source.txt", "--plot", picture, "--json"
+        "mismatch", "cli_studies:errors", "-k", 3, "--groups", "source.txt", "--plot", picture, "--json"
     )
     assert code == 0
     numbers = json.loads(out)
@@ -82,16 +61,16 @@ def test_all_errors_of_a_study(upweight, tmp_path):
 
 
 def test_one_query(upweight):
-    code, out, _ = upweight("mismatch", "cli_errors:right", "--query", 2)
+    code, out, _ = upweight("mismatch", "cli_studies:right", "--query", 2)
     assert code == 0
     assert str(uw.apps.mismatch(logistic(), (XQ[2:3], NAMES[2:3]))) == out.strip("\n")
-    code, out, _ = upweight("mismatch", "cli_errors:line", "--json")  # no classes: all queries
+    code, out, _ = upweight("mismatch", "cli_studies:line", "--json")  # no classes: all queries
     assert code == 0
     assert json.loads(out)["queries"] == len(ZQ)
 
 
 def test_the_smallest_sets(upweight):
-    code, out, _ = upweight("contrast", "cli_errors:errors", "--json")
+    code, out, _ = upweight("contrast", "cli_studies:errors", "--json")
     assert code == 0
     numbers = json.loads(out)
     assert set(numbers) == {"labels changed", "rows removed"}
@@ -99,7 +78,7 @@ def test_the_smallest_sets(upweight):
     assert numbers["labels changed"]["queries"] == len(found.answers)
     assert [a["rows"] for a in numbers["labels changed"]["answers"]] == [a.rows.tolist() for a in found.answers]
     query = found.answers[0].query
-    code, out, _ = upweight("contrast", "cli_errors:errors", "--query", query, "--most", 30, "--refits", 2)
+    code, out, _ = upweight("contrast", "cli_studies:errors", "--query", query, "--most", 30, "--refits", 2)
     assert code == 0
     assert "1 wrong predictions, labels changed" in out
     assert "1 wrong predictions, rows removed" in out
@@ -108,13 +87,13 @@ def test_the_smallest_sets(upweight):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mismatch", "cli_errors:right"), "right about all 4 queries"),
-        (("mismatch", "cli_errors:right", "--query", 9), "Query 9 does not exist"),
-        (("mismatch", "cli_errors:errors", "--groups", "nothing.txt"), "There is no file at nothing.txt"),
-        (("contrast", "cli_errors:right"), "All 4 predictions"),
-        (("contrast", "cli_errors:errors", "--query", 9), "Query 9 does not exist"),
-        (("contrast", "cli_errors:alone"), "Give it the pair"),
-        (("contrast", "cli_errors:line"), "no classes"),
+        (("mismatch", "cli_studies:right"), "right about all 4 queries"),
+        (("mismatch", "cli_studies:right", "--query", 9), "Query 9 does not exist"),
+        (("mismatch", "cli_studies:errors", "--groups", "nothing.txt"), "There is no file at nothing.txt"),
+        (("contrast", "cli_studies:right"), "All 4 predictions"),
+        (("contrast", "cli_studies:errors", "--query", 9), "Query 9 does not exist"),
+        (("contrast", "cli_studies:alone"), "Give it the pair"),
+        (("contrast", "cli_studies:line"), "no classes"),
     ],
 )
 def test_what_is_refused(upweight, arguments, message):

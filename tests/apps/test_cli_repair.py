@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
+from functools import partial
 
 import pytest
-
-from upweight.cli import commands as cli
 
 SOURCE = """
 import csv
@@ -39,27 +37,13 @@ def flowers():
 """
 
 
-@pytest.fixture(autouse=True)
-def _studies(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    (tmp_path / "flower_study.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    yield
-    sys.modules.pop("flower_study", None)
-
-
 @pytest.fixture
-def upweight(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            cli.main(["repair", "flower_study:flowers", *map(str, arguments)])
-        return end.value.code, *capsys.readouterr()
-
-    return run
+def repair(upweight):
+    return partial(upweight, "repair", "cli_studies:flowers")
 
 
-def test_from_review_to_corrected_labels_and_back(upweight, tmp_path):
-    code, out, _ = upweight("--inspect", "4%", "--out", "review.csv")
+def test_from_review_to_corrected_labels_and_back(repair, tmp_path):
+    code, out, _ = repair("--inspect", "4%", "--out", "review.csv")
     assert code == 0
     assert "6 of 150 rows" in out
     assert "review.csv" in out
@@ -72,10 +56,10 @@ def test_from_review_to_corrected_labels_and_back(upweight, tmp_path):
         writer = csv.DictWriter(stream, lines[0].keys())
         writer.writeheader()
         writer.writerows(lines)
-    code, _, err = upweight("--inspect", "4%", "--out", "review.csv")
+    code, _, err = repair("--inspect", "4%", "--out", "review.csv")
     assert code == 3
     assert "there already" in err
-    code, out, _ = upweight("--corrections", "review.csv", "--out", "new", "--json")
+    code, out, _ = repair("--corrections", "review.csv", "--out", "new", "--json")
     assert code == 0
     told = json.loads(out)
     assert told["corrected"] == 3
@@ -83,13 +67,13 @@ def test_from_review_to_corrected_labels_and_back(upweight, tmp_path):
     assert told["control"] == pytest.approx(told["before"], rel=1e-5)
     first = (tmp_path / "new" / "patch.csv").read_text()
     (tmp_path / "new" / "labels.csv").rename(tmp_path / "labels.csv")  # the study reads new/labels.csv
-    code, _, err = upweight("--corrections", "review.csv", "--out", "new")
+    code, _, err = repair("--corrections", "review.csv", "--out", "new")
     assert code == 3
     assert "patch.csv is there already" in err
     assert (tmp_path / "new" / "patch.csv").read_text() == first
     assert not (tmp_path / "new" / "labels.csv").exists()
-    assert upweight("--corrections", "review.csv", "--out", "new", "--overwrite")[0] == 0
-    code, out, _ = upweight("--patch", "new/patch.csv", "--revert", "--out", "old")  # the study reads new/labels.csv
+    assert repair("--corrections", "review.csv", "--out", "new", "--overwrite")[0] == 0
+    code, out, _ = repair("--patch", "new/patch.csv", "--revert", "--out", "old")  # the study reads new/labels.csv
     assert code == 0
     assert "3 labels corrected" in out
     back = [line["label"] for line in csv.DictReader((tmp_path / "old" / "labels.csv").read_text().splitlines())]
@@ -107,21 +91,21 @@ def test_from_review_to_corrected_labels_and_back(upweight, tmp_path):
         (("--corrections", "a.csv", "--patch", "b.csv"), "one of them"),
         (("--inspect", "3", "--revert"), "none was given"),
         (("--inspect", "3", "--out", "."), "is a folder"),
-        (("--corrections", "a.csv", "--out", "flower_study.py"), "no folder"),
+        (("--corrections", "a.csv", "--out", "cli_studies.py"), "no folder"),
     ],
 )
-def test_what_is_refused(upweight, arguments, text):
-    code, _, err = upweight(*arguments)
+def test_what_is_refused(repair, arguments, text):
+    code, _, err = repair(*arguments)
     assert code == 3
     assert text in err
 
 
-def test_shares_and_numbers(upweight):
+def test_shares_and_numbers(repair):
     for inspect in ("10%", "0.1", "15"):
-        code, out, _ = upweight("--inspect", inspect, "--json")
+        code, out, _ = repair("--inspect", inspect, "--json")
         assert code == 0
         assert json.loads(out)["inspected"] == 15
     for inspect, count in (("100%", 150), ("1.0", 150), ("1", 1)):
-        code, out, _ = upweight("--inspect", inspect, "--json")
+        code, out, _ = repair("--inspect", inspect, "--json")
         assert code == 0
         assert json.loads(out)["inspected"] == count

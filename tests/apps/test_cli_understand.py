@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
-
-import pytest
 
 import upweight as uw
 from small import XQ, YQ, classifier, ridge
-from upweight.cli import commands as cli
 
 SOURCE = """
 from small import XQ, YQ, ZQ, classifier, ridge
@@ -23,25 +19,6 @@ def module():
 def line():
     return Study(ridge(), (XQ, ZQ))
 """
-
-
-@pytest.fixture(autouse=True)
-def _studies(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    (tmp_path / "cli_studies.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    yield
-    sys.modules.pop("cli_studies", None)
-
-
-@pytest.fixture
-def upweight(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(argument) for argument in arguments])
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 def test_it_says_what_the_app_says(upweight, tmp_path):

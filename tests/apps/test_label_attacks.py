@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import tracemalloc
-import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
 import torch
-from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.svm import SVC
 from torch import nn
@@ -120,20 +118,6 @@ def test_a_pool_comes_as_the_model_takes_it(digits):
     )
     on, pool = (thin.tocsr()[200:201], names[200:201]), (thin.tocsr()[220:260].tocoo(), names[220:260])
     assert uw.apps.replace_rows(sparse, pool, on, 2).pool_rows.tolist() == expected.pool_rows.tolist()
-
-
-@pytest.fixture(scope="module")
-def stopped_early():
-    """A model far from its minimum, the one that training on gives, and test rows that the two disagree on."""
-    X, y = load_digits(return_X_y=True)
-    X = X / 16
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = LogisticRegression(max_iter=8).fit(X[:600], y[:600])
-        influence = uw.explain(model, X[:600], y[:600])
-    whole = LogisticRegression(**TIGHT).fit(X[:600], y[:600])
-    given, trained = model.predict(X), whole.predict(X)
-    return influence, whole, X, y, np.flatnonzero((given == y) & (trained != y) & (np.arange(len(y)) >= 600))
 
 
 @pytest.mark.parametrize("app", ["flip", "replace"])

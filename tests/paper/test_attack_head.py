@@ -10,16 +10,8 @@ import pytest
 import upweight as uw
 
 ROOT = Path(__file__).parents[2]
-if not (ROOT / "paper").is_dir():
-    pytest.skip("a source distribution has no paper/", allow_module_level=True)
-pytest.importorskip("sklearn")
 
 PENALTY, N = 0.01, 120
-
-
-@pytest.fixture(autouse=True)
-def _root_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
 
 
 @pytest.fixture

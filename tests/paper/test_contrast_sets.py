@@ -11,15 +11,6 @@ import pytest
 from upweight import datasets
 
 ROOT = Path(__file__).parents[2]
-if not (ROOT / "paper").is_dir():
-    pytest.skip("a source distribution has no paper/", allow_module_level=True)
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
-
-
-@pytest.fixture(autouse=True)
-def _root_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
 
 
 def committed():

@@ -13,8 +13,6 @@ import torch
 from upweight import datasets, errors
 
 ROOT = Path(__file__).parents[2]
-if not (ROOT / "paper").is_dir():
-    pytest.skip("a source distribution has no paper/", allow_module_level=True)
 SQUEEZENET = pytest.mark.skipif(
     datasets.local("squeezenet1_1") is None or datasets.local("dogfish_imagenette") is None,
     reason="UPWEIGHT_DATA has no squeezenet1_1 or dogfish_imagenette folder",
@@ -22,11 +20,6 @@ SQUEEZENET = pytest.mark.skipif(
 INCEPTION = pytest.mark.skipif(datasets.local("inception_v3_nsfwjs") is None, reason="UPWEIGHT_DATA has no inception")
 PUBLISHED = {"squeezenet": "squeezenet1_1", "efficientnet_lite0": "efficientnet_lite0"}
 RIGHT = {"squeezenet": 595, "efficientnet_lite0": 600}
-
-
-@pytest.fixture(autouse=True)
-def _root_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
 
 
 def load(name):

@@ -61,25 +61,6 @@ def number():
 """
 
 
-@pytest.fixture(autouse=True)
-def _studies(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    (tmp_path / "cli_studies.py").write_text(SOURCE)
-    monkeypatch.chdir(tmp_path)
-    yield
-    sys.modules.pop("cli_studies", None)
-
-
-@pytest.fixture
-def upweight(capsys):
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(argument) for argument in arguments])
-        return end.value.code, *capsys.readouterr()
-
-    return run
-
-
 def strict(text):
     """JSON as the standard has it: no NaN, no Infinity."""
 
@@ -297,6 +278,6 @@ def made():
 """
     )
     command = [sys.executable, "-c", "from upweight.cli import main; main()", "top", "sklearn_study:made", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert len(strict(done.stdout)["helpful"]) == 4
     assert not done.stderr
