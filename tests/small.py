@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import upweight as uw
 from upweight.errors import UpweightError
-from upweight.influence.scores import Certificate, Scores
+from upweight.influence.certificate import Certificate
+from upweight.influence.scores import Scores
 
 N, D = 40, 3
 _DRAW = np.random.default_rng(0)

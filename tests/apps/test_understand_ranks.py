@@ -13,7 +13,7 @@ from sklearn.svm import LinearSVC
 
 import upweight as uw
 from upweight.apps import pictures
-from upweight.apps.understand import distances
+from upweight.apps.distances import distances
 
 DRAW = np.random.default_rng(0)
 X = np.vstack([DRAW.normal(size=(60, 2)) - 2.5, DRAW.normal(size=(60, 2)) + 2.5])

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from upweight.adapters.estimators.built import Again, Built
 from upweight.adapters.estimators.inputs import AsGiven, Features, Inputs
-from upweight.data.examples import Examples, as_array, as_tensor, with_lines
+from upweight.data.arrays import as_array, as_tensor, with_lines
+from upweight.data.examples import Examples
 from upweight.errors import InvalidInput
 from upweight.model.encoders import whole_examples
 

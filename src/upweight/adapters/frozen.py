@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from upweight.data.examples import Examples, as_tensor
+from upweight.data.arrays import as_tensor
+from upweight.data.examples import Examples
 from upweight.data.trees import batch_length, leaves, like, tree_map
 from upweight.errors import InvalidInput, UnsupportedModel
 from upweight.model import calculus, losses
 from upweight.model.encoders import Encoder, Movable
-from upweight.model.objective import Linear, Objective, forward, refuse_training_mode
+from upweight.model.modules import forward, refuse_training_mode
+from upweight.model.objective import Linear, Objective
 from upweight.model.sweep import Sweep
 
 _PROBED = 2  # examples on which the model is compared with its head on features

@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.adapters import frozen
-from upweight.data.examples import Examples, as_array, as_tensor
+from upweight.data.arrays import as_array, as_tensor
+from upweight.data.examples import Examples
 from upweight.data.trees import batch_length, leaves, take, tree_map
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, first_line
 from upweight.influence import defaults
 from upweight.influence.face import Influence
 from upweight.model import calculus, routes
 from upweight.model.encoders import Movable, whole_examples
-from upweight.model.objective import Objective, forward
+from upweight.model.modules import forward
+from upweight.model.objective import Objective
 
 _SPREAD_ROWS = 8
 _LABEL_ROWS = 64  # at most so many more rows, one for each distinct label: class weights show only across labels

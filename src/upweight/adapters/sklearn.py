@@ -25,7 +25,8 @@ from upweight.adapters.estimators import (
     networks,
 )
 from upweight.adapters.estimators.built import Builder, Built, Fit
-from upweight.data.examples import Examples, as_tensor, checked_weights
+from upweight.data.arrays import as_tensor, checked_weights
+from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, NotFitted, TheoryWarning, UnsupportedModel, require
 from upweight.influence.face import Influence
 from upweight.influence.per_row import rows_from_minimum

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import upweight as uw
-from upweight.apps.attack import accuracies, check_retrain, flips_in_words, newly_wrong, outcome_in_words, tested
 from upweight.apps.mean_loss import MeanLoss, losses_of
+from upweight.apps.outcome import accuracies, check_retrain, flips_in_words, newly_wrong, outcome_in_words, tested
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 
 

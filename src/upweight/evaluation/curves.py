@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.data.examples import checked_rows
+from upweight.data.arrays import checked_rows
 from upweight.errors import InvalidInput, TheoryWarning, checked_count
 from upweight.evaluation.leave_one_out import of_others
 from upweight.influence.face import Influence

@@ -22,7 +22,8 @@ from upweight.data.examples import Examples
 from upweight.data.trees import batch_length, leaves
 from upweight.errors import InvalidInput, checked_count, first_line
 from upweight.influence import per_row, removal
-from upweight.influence.scores import Certificate, Scores
+from upweight.influence.certificate import Certificate
+from upweight.influence.scores import Scores
 from upweight.influence.system import Explained, System, solved
 from upweight.model import layers
 from upweight.solvers import Quadratic

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from upweight.data.examples import Examples
 from upweight.influence import per_row, scoring
-from upweight.influence.scores import Certificate
+from upweight.influence.certificate import Certificate
 from upweight.influence.scoring import Products
 from upweight.influence.system import System
 from upweight.model import linear

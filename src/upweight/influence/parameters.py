@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from upweight.data.examples import as_array, as_tensor, check_finite
+from upweight.data.arrays import as_array, as_tensor, check_finite
 from upweight.errors import InvalidInput
 from upweight.influence import per_row
 from upweight.influence.edits import new_examples

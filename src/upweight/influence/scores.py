@@ -11,7 +11,7 @@ import html
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from upweight.errors import InvalidInput, Undefined, first_line, require
+from upweight.influence.certificate import Certificate, packed, unpacked
 from upweight.runs.store import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -30,105 +31,6 @@ class TopK(NamedTuple):
 
     rows: Int[NDArray[np.int64], "q k"]
     values: Float[NDArray[np.float64], "q k"]
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """How far the numbers can be trusted.
-
-    Args:
-        residual: (q,) relative residuals of the linear systems, ‖v − (C + λI) x‖ / ‖v‖, recomputed from the definition.
-        converged: whether the solver kept its promise for every query.
-        damping: the λ that acted.
-        gradient_norm: ‖∇R(θ̂)‖; the theory asks for 0.
-        min_curvature: smallest eigenvalue of C, exact for Cholesky, an upper bound for CG, NaN when unknown.
-        coverage: fraction of the model's parameters that were differentiated.
-        drift: (q,) change of the query's measure if training simply went on to the minimum, −∇f_qᵀ(C + λI)⁻¹∇R
-            (paper, appendix B). It is not due to any row.
-        curvature: the operator, in words.
-        solver: the solver, in words.
-        sweeps: products with C that the solution took.
-        truncation: bound on the relative bias of a recursion that was stopped early (LiSSA), else 0.
-        preconditioner_gap: (q,) how far the preconditioner alone was from the answer, ‖x₀ − x‖/‖x‖ in the norm of
-            C + λI with x₀ = (Ĉ + λI)⁻¹v, as a fraction; None where no other curvature preconditioned.
-        members: the certificates of the models that were averaged, one each; empty for a single model. The numbers
-            above are then the worst of them: largest residual, damping and gradient, smallest curvature and coverage;
-            drift is their mean.
-    """
-
-    residual: Float[NDArray[np.float64], " q"]
-    converged: bool
-    damping: float
-    gradient_norm: float
-    min_curvature: float
-    coverage: float
-    drift: Float[NDArray[np.float64], " q"]
-    curvature: str = ""
-    solver: str = ""
-    sweeps: int = 0
-    truncation: float = 0.0
-    preconditioner_gap: Float[NDArray[np.float64], " q"] | None = None
-    members: tuple[Certificate, ...] = ()
-
-    @staticmethod
-    def joined(parts: Sequence[Certificate]) -> Certificate:
-        """One certificate for queries that were solved in several blocks."""
-        return replace(
-            parts[0],
-            residual=np.concatenate([part.residual for part in parts]),
-            drift=np.concatenate([part.drift for part in parts]),
-            converged=all(part.converged for part in parts),
-            truncation=max(part.truncation for part in parts),
-            preconditioner_gap=_each(parts, np.concatenate),
-            sweeps=sum(part.sweeps for part in parts),
-            min_curvature=float(np.fmin.reduce([part.min_curvature for part in parts])),
-            members=tuple(Certificate.joined(blocks) for blocks in zip(*(part.members for part in parts), strict=True)),
-        )
-
-    @staticmethod
-    def averaged(members: Sequence[Certificate]) -> Certificate:
-        """One certificate for the mean over several models, with theirs kept."""
-
-        def distinct(texts: Iterable[str]) -> str:
-            return " and ".join(dict.fromkeys(texts))
-
-        return Certificate(
-            residual=np.max([member.residual for member in members], 0),
-            converged=all(member.converged for member in members),
-            damping=max(member.damping for member in members),
-            gradient_norm=max(member.gradient_norm for member in members),
-            min_curvature=float(np.fmin.reduce([member.min_curvature for member in members])),
-            coverage=min(member.coverage for member in members),
-            drift=np.mean([member.drift for member in members], 0),
-            curvature=f"mean of {len(members)} models: {distinct(member.curvature for member in members)}",
-            solver=distinct(member.solver for member in members),
-            sweeps=sum(member.sweeps for member in members),
-            truncation=max(member.truncation for member in members),
-            preconditioner_gap=_each(members, lambda gaps: np.max(gaps, 0)),
-            members=tuple(members),
-        )
-
-    @staticmethod
-    def unsolved(queries: int, coverage: float, what: str) -> Certificate:
-        """For numbers that need no linear system: no residual, no damping, and nothing said about a minimum."""
-        nothing = np.full(queries, np.nan)
-        return Certificate(np.zeros(queries), True, 0.0, float("nan"), float("nan"), coverage, nothing, what)
-
-    def __str__(self) -> str:
-        if not self.solver:
-            return f"{self.curvature}; no linear system; {self.coverage:.0%} of parameters"
-        parts = [
-            f"{self.curvature} + {self.damping:.3g}·I solved by {self.solver}",
-            f"residual ≤ {float(np.max(self.residual)):.1e}" + ("" if self.converged else ", NOT converged"),
-            f"‖∇R‖ = {self.gradient_norm:.1e}",
-            f"smallest curvature {self.min_curvature:.2e}",
-            f"{self.coverage:.0%} of parameters",
-        ]
-        if self.preconditioner_gap is not None:
-            parts.insert(2, f"its preconditioner alone was off by up to {float(np.max(self.preconditioner_gap)):.2g}")
-        if self.truncation:
-            parts.append(f"truncation bias ≤ {self.truncation:.1%}")
-        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -222,7 +124,7 @@ class Scores:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""
         arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
-        card, parts = _packed(self.certificate, "certificate")
+        card, parts = packed(self.certificate, "certificate")
         text = {
             "counterfactual": self.counterfactual,
             "measure": self.measure,
@@ -241,7 +143,7 @@ class Scores:
         arrays, metadata = read_tensors(path)
         try:
             text = json.loads(metadata["upweight"])
-            card = _unpacked(text["certificate"], arrays, "certificate")
+            card = unpacked(text["certificate"], arrays, "certificate")
             named = {name: text[name] for name in ("counterfactual", "measure", "n")}
             return cls(certificate=card, **named, **arrays)  # type: ignore[arg-type]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -362,35 +264,6 @@ class SelfScores:
     def __repr__(self) -> str:
         what = f"change of a row's own loss, {self.counterfactual}"
         return f"SelfScores({len(self.values)} rows: {what}; {self.certificate})"
-
-
-def _packed(certificate: Certificate, name: str) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
-    """A certificate as text and arrays; its members' too, at any depth."""
-    values = {one.name: getattr(certificate, one.name) for one in fields(certificate) if one.name != "members"}
-    arrays = {f"{name}.{key}": value for key, value in values.items() if isinstance(value, np.ndarray)}
-    card = {key: value for key, value in values.items() if not isinstance(value, np.ndarray)}
-    card["members"] = []
-    for number, member in enumerate(certificate.members):
-        text, parts = _packed(member, f"{name}.{number}")
-        card["members"].append(text)
-        arrays |= parts
-    return card, arrays
-
-
-def _unpacked(card: dict[str, Any], arrays: dict[str, NDArray[Any]], name: str) -> Certificate:
-    """The certificate that `_packed` wrote; its arrays leave `arrays`."""
-    inside = [_unpacked(text, arrays, f"{name}.{number}") for number, text in enumerate(card.get("members", []))]
-    known: dict[str, Any] = {**card, "members": tuple(inside)}
-    for one in fields(Certificate):
-        if f"{name}.{one.name}" in arrays:
-            known[one.name] = arrays.pop(f"{name}.{one.name}")
-    return Certificate(**known)
-
-
-def _each(parts: Sequence[Certificate], join: Any) -> NDArray[np.float64] | None:
-    """The gaps of all parts, joined; None if one has none."""
-    gaps = [part.preconditioner_gap for part in parts if part.preconditioner_gap is not None]
-    return join(gaps) if len(gaps) == len(parts) else None
 
 
 _ARRAYS = ("values", "rows", "scale", "query_values", "standard_error", "error")

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from upweight.data.examples import Examples
 from upweight.influence import per_row
-from upweight.influence.scores import Certificate, Scores
+from upweight.influence.certificate import Certificate
+from upweight.influence.scores import Scores
 from upweight.influence.system import System
 from upweight.model import layers
 from upweight.model.objective import Objective

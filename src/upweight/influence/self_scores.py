@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.influence import pairs, per_row, scoring
-from upweight.influence.scores import Certificate, SelfScores
+from upweight.influence.certificate import Certificate
+from upweight.influence.scores import SelfScores
 from upweight.influence.scoring import Products
 from upweight.influence.system import System, solved
 from upweight.model import calculus, layers

@@ -17,7 +17,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.data.examples import Examples, as_tensor
+from upweight.data.arrays import as_tensor
+from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, TheoryWarning
 from upweight.influence import defaults, per_row
 from upweight.model import calculus, routes

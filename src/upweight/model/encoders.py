@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.data.examples import Examples, as_array, as_tensor
+from upweight.data.arrays import as_array, as_tensor
+from upweight.data.examples import Examples
 from upweight.errors import InvalidInput
 from upweight.model.objective import L2, Objective
 

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upweight.data.trees import like, tree_map
-from upweight.errors import InvalidInput, UnsupportedModel, first_line
+from upweight.errors import InvalidInput, first_line
 from upweight.model.losses import Loss
-from upweight.model.transforms import functional_call
+from upweight.model.modules import chosen_parameters, forward, refuse_training_mode
 
 Params = Tensor | dict[str, Tensor]
 
@@ -252,7 +251,7 @@ class Objective:
             UnsupportedModel: if nothing is left to differentiate, or dropout or batch statistics are active.
         """
         refuse_training_mode(model)
-        chosen = _chosen_parameters(model, parameters)
+        chosen = chosen_parameters(model, parameters)
         total = sum(parameter.numel() for parameter in model.parameters())
         params = {name: parameter.detach().clone() for name, parameter in chosen.items()}
         fixed = {
@@ -285,102 +284,6 @@ class Objective:
             coverage=sum(tensor.numel() for tensor in params.values()) / total,
             name=f"{type(model).__name__} with {getattr(criterion, '__name__', type(criterion).__name__)}",
         )
-
-
-def forward(model: torch.nn.Module, state: Mapping[str, Tensor], x: Any) -> Tensor:
-    """The module's output for a batch, with other parameters and buffers than its own; the module is not changed.
-
-    A dict of inputs is passed by keywords, a tuple by position. Attention runs in its plain form, for the fused kernels
-    can be differentiated once or not at all.
-    """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            if isinstance(x, Mapping):
-                return functional_call(model, dict(state), (), dict(x))
-            return functional_call(model, dict(state), tuple(x) if isinstance(x, tuple | list) else (x,))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def refuse_training_mode(model: torch.nn.Module) -> None:
-    """Raises when a module of `model` would make an example's loss random or dependent on its batch.
-
-    Raises:
-        UnsupportedModel: if dropout is active, batch statistics are being used, or an embedding scales its gradients
-            or shortens its rows.
-    """
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if getattr(module, "scale_grad_by_freq", False):
-            message = (
-                f"'{name}' ({kind}, scale_grad_by_freq=True) divides gradients by how often a word is in the batch, so "
-                "they are not those of any loss of single examples. Build it with scale_grad_by_freq=False."
-            )
-            raise UnsupportedModel(message)
-        if getattr(module, "max_norm", None) is not None:
-            message = (
-                f"'{name}' ({kind}, max_norm={module.max_norm}) shortens its rows in every forward pass, so θ̂ would "
-                "move while it is explained. Run the model once on its training inputs, which shortens the rows that "
-                "they use, then set its max_norm to None."
-            )
-            raise UnsupportedModel(message)
-        if "BatchNorm" in kind and not getattr(module, "track_running_stats", True):
-            message = (
-                f"'{name}' ({kind}) keeps no running statistics, so even in eval mode the loss of one example depends "
-                "on the others in its batch. Use track_running_stats=True, or a GroupNorm."
-            )
-            raise UnsupportedModel(message)
-        if not module.training:
-            continue
-        if "Dropout" in kind and getattr(module, "p", 1) > 0:
-            message = (
-                f"Dropout is active in '{name}' ({kind}, p={getattr(module, 'p', '?')}), so the loss of an example "
-                "is random. Call model.eval() first."
-            )
-            raise UnsupportedModel(message)
-        if "BatchNorm" in kind:
-            message = (
-                f"'{name}' ({kind}) is in training mode, so the loss of one example depends on the others in its "
-                "batch and there is no per-example loss to differentiate. Call model.eval() first: it then uses its "
-                "running statistics."
-            )
-            raise UnsupportedModel(message)
-
-
-def _chosen_parameters(
-    model: torch.nn.Module, parameters: Iterable[str] | Callable[[str], bool] | None
-) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    if not named:
-        message = (
-            f"{type(model).__name__} has no parameters, so nothing was learned from data and there is no influence "
-            "to compute."
-        )
-        raise UnsupportedModel(message)
-    if parameters is None:
-        chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-        if not chosen:
-            message = (
-                f"All {len(named)} parameters of {type(model).__name__} are frozen (requires_grad=False), so there "
-                "is nothing to differentiate. "
-                "Call requires_grad_(True) on what was trained, or name it: parameters=[...]."
-            )
-            raise UnsupportedModel(message)
-        return chosen
-    if callable(parameters):
-        wanted = [name for name in named if parameters(name)]
-    else:
-        wanted = [parameters] if isinstance(parameters, str) else list(parameters)
-    unknown = [name for name in wanted if name not in named]
-    if unknown or not wanted:
-        problem = (
-            f"parameters names {unknown}, which the model does not have" if unknown else "parameters selects nothing"
-        )
-        message = f"{problem}. The model has: {', '.join(named)}."
-        raise InvalidInput(message)
-    return {name: parameter for name, parameter in named.items() if name in set(wanted)}
 
 
 def _check_strengths(penalty: L2, blocks: Mapping[str, Tensor]) -> None:

@@ -44,7 +44,40 @@ _BLOCK_NUMBERS = 2**24  # of the vectors that are rotated at once
 
 
 @dataclass(frozen=True)
-class KFAC:
+class _Factors:
+    """What KFAC and EKFAC are told."""
+
+    of: Curvature = field(default_factory=GaussNewton)
+    samples: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if not isinstance(self.of, GaussNewton | EmpiricalFisher):
+            message = (
+                f"{name}(of={self.of!r}). Kronecker factors are known for means of outer products of gradients only: "
+                "pass of=GaussNewton() or of=EmpiricalFisher()."
+            )
+            raise InvalidInput(message)
+        if self.samples is None:
+            return
+        checked_count(self.samples, "samples", hint="None takes the expectation exactly")
+        if isinstance(self.of, EmpiricalFisher):
+            message = (
+                f"{name}(of=EmpiricalFisher(), samples={self.samples}). The empirical Fisher uses the observed "
+                "targets, so nothing is drawn. Leave samples out, or take of=GaussNewton()."
+            )
+            raise InvalidInput(message)
+
+    def source(self) -> Source:
+        """Whose second moment in the outputs is taken."""
+        if isinstance(self.of, EmpiricalFisher):
+            return Observed()
+        return Exact() if self.samples is None else Signs(self.samples, self.seed)
+
+
+@dataclass(frozen=True)
+class KFAC(_Factors):
     """Kronecker factors of the Gauss–Newton matrix, one pair per layer: C ≈ B ⊗ A on each, and ∇²r.
 
     With A = Σᵢ wᵢ Σ_t a aᵀ / Σᵢ wᵢ t of the inputs a, and B = (1/n) Σᵢ wᵢ Σ_t E[d dᵀ] of the output gradients d. Exact
@@ -74,13 +107,6 @@ class KFAC:
     True
     """
 
-    of: Curvature = field(default_factory=GaussNewton)
-    samples: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check(self)
-
     def bind(self, sweep: Sweep) -> Kronecker:
         """The operator of this objective on these examples.
 
@@ -88,11 +114,11 @@ class KFAC:
             UnsupportedModel: if the objective does not know its outputs, has too many for an exact expectation, or is
                 not convex in them; or its penalty is not separable.
         """
-        return _factored(sweep, _source(self))
+        return _factored(sweep, self.source())
 
 
 @dataclass(frozen=True)
-class EKFAC:
+class EKFAC(_Factors):
     """KFAC's eigenvectors with the curvature measured along each: Λ = (1/n) Σᵢ wᵢ E[(Q_Bᵀ Gᵢ Q_A)²].
 
     The best diagonal in that basis: its error in Frobenius norm is never larger than KFAC's. Exact where KFAC is, and
@@ -114,13 +140,6 @@ class EKFAC:
     EKFAC(of=GaussNewton(), samples=1, seed=0)
     """
 
-    of: Curvature = field(default_factory=GaussNewton)
-    samples: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check(self)
-
     def bind(self, sweep: Sweep) -> Kronecker:
         """The operator of this objective on these examples.
 
@@ -128,7 +147,7 @@ class EKFAC:
             UnsupportedModel: if the objective does not know its outputs, has too many for an exact expectation, or is
                 not convex in them; or its penalty is not separable.
         """
-        source = _source(self)
+        source = self.source()
         return _corrected(_factored(sweep, source), source)
 
 
@@ -216,31 +235,6 @@ class Kronecker:
 
 Read = tuple[str, Callable[..., list[Tensor]]]  # a layer's name, and what it reads from (pieces, weights)
 Source = Exact | Signs | Observed
-
-
-def _source(spec: KFAC | EKFAC) -> Source:
-    if isinstance(spec.of, EmpiricalFisher):
-        return Observed()
-    return Exact() if spec.samples is None else Signs(spec.samples, spec.seed)
-
-
-def _check(spec: KFAC | EKFAC) -> None:
-    name = type(spec).__name__
-    if not isinstance(spec.of, GaussNewton | EmpiricalFisher):
-        message = (
-            f"{name}(of={spec.of!r}). Kronecker factors are known for means of outer products of gradients only: pass "
-            "of=GaussNewton() or of=EmpiricalFisher()."
-        )
-        raise InvalidInput(message)
-    if spec.samples is None:
-        return
-    checked_count(spec.samples, "samples", hint="None takes the expectation exactly")
-    if isinstance(spec.of, EmpiricalFisher):
-        message = (
-            f"{name}(of=EmpiricalFisher(), samples={spec.samples}). The empirical Fisher uses the observed targets, so "
-            "nothing is drawn. Leave samples out, or take of=GaussNewton()."
-        )
-        raise InvalidInput(message)
 
 
 def _factored(sweep: Sweep, source: Source) -> Kronecker:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from upweight.data.examples import as_tensor
+from upweight.data.arrays import as_tensor
 from upweight.model import calculus
 from upweight.model.objective import Linear
 from upweight.operators.linear import LinearHessian, mean_factors

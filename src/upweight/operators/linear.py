@@ -11,7 +11,7 @@ chunks of rows that stay in cache. Nothing of size n × p is ever formed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -23,10 +23,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.data.examples import as_tensor
+from upweight.data.arrays import as_tensor
 from upweight.model import calculus, linear
 from upweight.model.objective import Linear
 from upweight.model.sweep import Sweep
+from upweight.operators.shift import Shift, shift_invariant
 
 _CHUNK_BYTES = 2**23  # of X in one chunk, a few times the cache of a core
 _PADDED = 16  # columns: with fewer, X V in float32 runs at half the speed; float64 and RᵀX do not
@@ -193,7 +194,7 @@ class LinearHessian:
         """
         K, d = self._structure.n_outputs, self._structure.n_features
         strengths = calculus.penalty_diagonal(self.sweep.objective)[: K * d].reshape(K, d)
-        coupled = self.curvatures.shape[1] > K and _shift_invariant(self.curvatures, K)
+        coupled = self.curvatures.shape[1] > K and shift_invariant(self.curvatures, K)
         if not coupled or not bool((strengths == strengths[0]).all()) or float(strengths.min()) <= 0:
             return None
         return Shift(K, strengths[0])
@@ -289,7 +290,7 @@ class LinearHessian:
                 pair: np.asarray((X.T @ X.multiply(_entry(h, K, *pair).numpy()[:, None]).tocsr()).toarray())
                 for pair in pairs
             }
-        if h.shape[1] > K and _shift_invariant(h, K):
+        if h.shape[1] > K and shift_invariant(h, K):
             off = self._weighted_gram([pair for pair in pairs if pair[0] != pair[1]])
             for i in range(K):
                 off[i, i] = -sum(block for pair, block in off.items() if i in pair and pair[0] != pair[1])  # type: ignore[assignment]
@@ -384,47 +385,6 @@ def mean_factors(operator: LinearHessian) -> tuple[Float[Tensor, "w w"], Float[T
     return operator.rows_with_curvatures.fold(outer, vectors=width // 8 + 1, label="preconditioner") / len(h), B
 
 
-@dataclass(frozen=True)
-class Shift:
-    """The common shift of each feature's K coefficients, an eigenspace of C of its own.
-
-    Args:
-        outputs: K.
-        curvature: (d,) C's value there: the penalty's strength.
-    """
-
-    outputs: int
-    curvature: Float[Tensor, " d"]
-
-    def part(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
-        """The part of V that is a common shift."""
-        K, d = self.outputs, len(self.curvature)
-        out = torch.zeros_like(V)
-        out[:, : K * d] = V[:, : K * d].reshape(len(V), K, d).mean(1).repeat(1, K)
-        return out
-
-    def curved(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
-        """C v for shifts v."""
-        return V * self._everywhere(V)
-
-    def solved(self, V: Float[Tensor, "k p"], damping: float) -> Float[Tensor, "k p"]:
-        """(C + λI)⁻¹ v for shifts v."""
-        return V / (self._everywhere(V) + damping)
-
-    def fill(self, matrix: Float[Tensor, "p p"]) -> None:
-        """Give shifts the curvature that their coefficients have on average, in place; the rest is untouched."""
-        K, d = self.outputs, len(self.curvature)
-        size = matrix.diagonal()[: K * d].reshape(K, d).mean(0)
-        for k in range(K):
-            for j in range(K):
-                matrix[k * d : (k + 1) * d, j * d : (j + 1) * d].diagonal().add_(size / K)
-
-    def _everywhere(self, V: Tensor) -> Tensor:
-        whole = torch.ones(V.shape[1], dtype=V.dtype)
-        whole[: self.outputs * len(self.curvature)] = self.curvature.repeat(self.outputs)
-        return whole
-
-
 def _sparse_product(
     across: NDArray[np.float64], shift: Tensor | None, shape: tuple[int, int], kept: list[Tensor] | None
 ) -> Callable[[Any, Tensor], Tensor]:
@@ -454,12 +414,6 @@ def _entry(h: Tensor, K: int, i: int, j: int) -> Tensor:
 
 def _diagonals(h: Tensor, K: int) -> Tensor:
     return h if h.shape[1] == K else h[:, :K] - h[:, K:] ** 2
-
-
-def _shift_invariant(h: Tensor, K: int) -> bool:
-    """Whether every hᵢ maps (1, …, 1) to 0, so that its diagonal follows from the rest."""
-    a, u = h[:, :K], h[:, K:]
-    return bool(((a - u * u.sum(1, keepdim=True)).abs() <= 1e-12 * a.abs().max()).all())
 
 
 def _cast(x: Any, precision: torch.dtype) -> Any:

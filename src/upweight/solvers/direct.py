@@ -16,7 +16,7 @@ from torch import Tensor
 
 from upweight.errors import NotPositiveDefinite
 from upweight.operators.base import Operator
-from upweight.operators.linear import Shift
+from upweight.operators.shift import Shift
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 from upweight.solvers.lanczos import rounded_up, smallest_eigenvalue
 

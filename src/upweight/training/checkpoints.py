@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from upweight.adapters import explain
 from upweight.errors import InvalidInput, first_line
 from upweight.influence import baselines, per_row
+from upweight.influence.certificate import Certificate
 from upweight.influence.face import Influence
-from upweight.influence.scores import Certificate, Scores, SelfScores
+from upweight.influence.scores import Scores, SelfScores
 from upweight.model import layers
 from upweight.training.ensembles import same_rows
 

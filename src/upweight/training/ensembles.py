@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.adapters.estimators.inputs import AsGiven
-from upweight.data.examples import PROBE_ROWS, as_tensor
+from upweight.data.arrays import as_tensor
+from upweight.data.examples import PROBE_ROWS
 from upweight.data.trees import leaves
 from upweight.errors import InvalidInput
+from upweight.influence.certificate import Certificate
 from upweight.influence.face import Influence
-from upweight.influence.scores import Certificate, Scores, SelfScores
+from upweight.influence.scores import Scores, SelfScores
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from upweight.data.trees import like, tree_map
 from upweight.errors import InvalidInput, NotConverged, UnsupportedModel, checked_count, first_line
 from upweight.influence.face import Influence
 from upweight.model import calculus
-from upweight.model.objective import Objective, forward
+from upweight.model.modules import forward
+from upweight.model.objective import Objective
 from upweight.model.transforms import grad, vmap
 from upweight.runs import identity
 from upweight.training.minibatch import SGD, Adam, Batches

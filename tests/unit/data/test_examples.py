@@ -9,7 +9,8 @@ import torch
 
 import upweight as uw
 from small import Items, N, X, Y, changed, pairs, refuses
-from upweight.data.examples import PROBE_ROWS, checked_rows
+from upweight.data.arrays import checked_rows
+from upweight.data.examples import PROBE_ROWS
 from upweight.data.trees import batch_length, leaves, like, take, tree_map
 
 

@@ -29,7 +29,8 @@ from small import (
     refuses,
     ridge,
 )
-from upweight.influence.scores import Certificate, top_columns
+from upweight.influence.certificate import Certificate
+from upweight.influence.scores import top_columns
 from upweight.solvers import LiSSA
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has not settled:upweight.errors.TheoryWarning")  # a short LiSSA

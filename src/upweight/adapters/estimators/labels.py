@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from upweight.data.examples import as_array, check_finite
+from upweight.data.arrays import as_array, check_finite
 from upweight.errors import InvalidInput, require
 
 

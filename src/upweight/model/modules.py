@@ -1,0 +1,115 @@
+"""A torch module as a function of its parameters: its output, which of them are explained, and what it may not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from upweight.errors import InvalidInput, UnsupportedModel
+from upweight.model.transforms import functional_call
+
+
+def forward(model: torch.nn.Module, state: Mapping[str, Tensor], x: Any) -> Tensor:
+    """The module's output for a batch, with other parameters and buffers than its own; the module is not changed.
+
+    A dict of inputs is passed by keywords, a tuple by position. Attention runs in its plain form, for the fused kernels
+    can be differentiated once or not at all.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            if isinstance(x, Mapping):
+                return functional_call(model, dict(state), (), dict(x))
+            return functional_call(model, dict(state), tuple(x) if isinstance(x, tuple | list) else (x,))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def refuse_training_mode(model: torch.nn.Module) -> None:
+    """Raises when a module of `model` would make an example's loss random or dependent on its batch.
+
+    Raises:
+        UnsupportedModel: if dropout is active, batch statistics are being used, or an embedding scales its gradients
+            or shortens its rows.
+    """
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if getattr(module, "scale_grad_by_freq", False):
+            message = (
+                f"'{name}' ({kind}, scale_grad_by_freq=True) divides gradients by how often a word is in the batch, so "
+                "they are not those of any loss of single examples. Build it with scale_grad_by_freq=False."
+            )
+            raise UnsupportedModel(message)
+        if getattr(module, "max_norm", None) is not None:
+            message = (
+                f"'{name}' ({kind}, max_norm={module.max_norm}) shortens its rows in every forward pass, so θ̂ would "
+                "move while it is explained. Run the model once on its training inputs, which shortens the rows that "
+                "they use, then set its max_norm to None."
+            )
+            raise UnsupportedModel(message)
+        if "BatchNorm" in kind and not getattr(module, "track_running_stats", True):
+            message = (
+                f"'{name}' ({kind}) keeps no running statistics, so even in eval mode the loss of one example depends "
+                "on the others in its batch. Use track_running_stats=True, or a GroupNorm."
+            )
+            raise UnsupportedModel(message)
+        if not module.training:
+            continue
+        if "Dropout" in kind and getattr(module, "p", 1) > 0:
+            message = (
+                f"Dropout is active in '{name}' ({kind}, p={getattr(module, 'p', '?')}), so the loss of an example "
+                "is random. Call model.eval() first."
+            )
+            raise UnsupportedModel(message)
+        if "BatchNorm" in kind:
+            message = (
+                f"'{name}' ({kind}) is in training mode, so the loss of one example depends on the others in its "
+                "batch and there is no per-example loss to differentiate. Call model.eval() first: it then uses its "
+                "running statistics."
+            )
+            raise UnsupportedModel(message)
+
+
+def chosen_parameters(
+    model: torch.nn.Module, parameters: Iterable[str] | Callable[[str], bool] | None
+) -> dict[str, Tensor]:
+    """The parameters that are explained, in the module's order: those named, or all that are not frozen.
+
+    Raises:
+        UnsupportedModel: if there are none, or all are frozen.
+        InvalidInput: if a name is none of the module's, or nothing is selected.
+    """
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    if not named:
+        message = (
+            f"{type(model).__name__} has no parameters, so nothing was learned from data and there is no influence "
+            "to compute."
+        )
+        raise UnsupportedModel(message)
+    if parameters is None:
+        chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        if not chosen:
+            message = (
+                f"All {len(named)} parameters of {type(model).__name__} are frozen (requires_grad=False), so there "
+                "is nothing to differentiate. "
+                "Call requires_grad_(True) on what was trained, or name it: parameters=[...]."
+            )
+            raise UnsupportedModel(message)
+        return chosen
+    if callable(parameters):
+        wanted = [name for name in named if parameters(name)]
+    else:
+        wanted = [parameters] if isinstance(parameters, str) else list(parameters)
+    unknown = [name for name in wanted if name not in named]
+    if unknown or not wanted:
+        problem = (
+            f"parameters names {unknown}, which the model does not have" if unknown else "parameters selects nothing"
+        )
+        message = f"{problem}. The model has: {', '.join(named)}."
+        raise InvalidInput(message)
+    return {name: parameter for name, parameter in named.items() if name in set(wanted)}
