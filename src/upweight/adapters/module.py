@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.adapters import frozen
+from upweight.adapters.criteria import Criterion, Reduction
 from upweight.data.arrays import as_array, as_tensor
 from upweight.data.examples import Examples
 from upweight.data.trees import batch_length, leaves, take, tree_map
-from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, first_line
+from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, UpweightError, first_line
 from upweight.influence import defaults
 from upweight.influence.face import Influence
 from upweight.model import calculus, routes
@@ -26,8 +28,6 @@ from upweight.model.objective import Objective
 
 _SPREAD_ROWS = 8
 _LABEL_ROWS = 64  # at most so many more rows, one for each distinct label: class weights show only across labels
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 def explain(
@@ -53,7 +53,6 @@ def explain(
         InvalidInput: if the criterion is no mean (or sum) of single-example losses, or refuses the data.
         UnsupportedModel: if nothing can be differentiated, or the loss is random or depends on the batch.
     """
-    _refuse_class_weights(loss)
     if parameters is not None and not callable(parameters) and not isinstance(parameters, str):
         parameters = list(parameters)  # it is gone through more than once
     examples = whole_examples(X, y, sample_weight) or Examples(X, y, sample_weight=sample_weight)
@@ -73,29 +72,55 @@ def explain(
         if features is not None:
             return _explain_head(*parts, examples, features, asked, settings)
 
-    def build(reading: Reading) -> Objective:
+    def build(reading: Reading, reduction: Reduction) -> Objective:
         return Objective.from_module(
             model,
-            reading.criterion(loss),
-            penalty=penalty,
-            penalty_per_example=penalty_per_example,
+            reading.criterion(reduction, reduction.name),
+            penalty=reduction.penalty(penalty, len(examples)),
+            penalty_per_example=reduction.penalty_per_example(penalty_per_example),
             parameters=parameters,
             dtype=reading.dtype,
         )
 
-    reading, objective = _working(build, _readings(probe, defaults.precision(model)), probe)
-    _refuse_batch_effects(model, reading.criterion(loss), objective, reading.batch(probe))
+    reduction = Reduction.of(loss)
+    readings = _readings(probe, defaults.precision(model))
+    reading, objective = _working(lambda reading: build(reading, reduction), readings, probe)
     if examples.x is not None:
-        examples = Examples(
-            reading.inputs(examples.x), reading.labels(examples.y), sample_weight=examples.sample_weight
-        )
+        labels = reading.labels(examples.y)
+        examples = Examples(reading.inputs(examples.x), labels, sample_weight=examples.sample_weight)
+    seen = examples if examples.x is not None else probe
+    if reduction.counts_alike(_targets(reading, seen)):
+        objective = build(reading, reduction.plain())
+        scale = 1.0
+    else:
+        examples = copy(examples)
+        counted = reduction.counted(_targets(reading, examples))
+        scale = reduction.scale(counted)
+        examples.weights = examples.sample_weight * counted * scale
+        _name_ignored(reduction, counted)
+    _refuse_batch_effects(model, reading.criterion(loss), objective, reading.batch(probe), reduction)
     objective = replace(objective, name=f"{objective.name}{_precision_in_words(model, reading, objective)}")
-    return Influence(
-        objective,
-        examples,
-        encoder=ModuleEncoder(reading),
-        **settings,
+    encoder = ModuleEncoder(reading, reduction, scale)
+    return Influence(objective, examples, encoder=encoder, **settings)
+
+
+def _targets(reading: Reading, seen: Any) -> Tensor:
+    """The targets of Examples, or of a batch, as they are read."""
+    y = seen.targets() if isinstance(seen, Examples) else seen[1]
+    return reading.labels(y)
+
+
+def _name_ignored(reduction: Reduction, counted: NDArray[np.float64]) -> None:
+    """A TheoryWarning about training rows that the criterion does not count at all."""
+    rows = np.flatnonzero(counted == 0)
+    if not len(rows):
+        return
+    listed = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+    message = (
+        f"{reduction.name} does not count row(s) {listed} (label {reduction.ignore_index}, or a class of weight 0): "
+        "they have weight 0 and no influence."
     )
+    warnings.warn(message, TheoryWarning, stacklevel=4)
 
 
 def _explain_head(
@@ -138,14 +163,14 @@ class Reading:
     x_floats: bool
     y_kind: str
 
-    def criterion(self, loss: Criterion) -> Criterion:
+    def criterion(self, loss: Criterion, name: str = "criterion") -> Criterion:
         """`loss` on targets of this reading; also reads those that a Dataset returns."""
 
         def read(output: Tensor, target: Tensor) -> Tensor:
             target = self._target(target)
             return loss(output, target.to(output.dtype) if target.is_floating_point() else target)
 
-        read.__name__ = getattr(loss, "__name__", type(loss).__name__)
+        read.__name__ = name
         return read
 
     def batch(self, batch: Any) -> tuple[Any, Tensor]:
@@ -186,9 +211,17 @@ class Reading:
 
 @dataclass(frozen=True)
 class ModuleEncoder:
-    """Queries and new labels, read as the training data were."""
+    """Queries and new labels, read as the training data were.
+
+    Args:
+        reading: how numbers are read.
+        reduction: how the criterion weighs examples.
+        scale: n/Σc, from what an example counts in the criterion to its weight.
+    """
 
     reading: Reading
+    reduction: Reduction
+    scale: float = 1.0
 
     @property
     def refit(self) -> None:
@@ -220,19 +253,32 @@ class ModuleEncoder:
         return self
 
     def examples(self, X: Any, y: Any = None) -> Examples:
-        """X and y as examples."""
+        """X and y as examples.
+
+        Raises:
+            InvalidInput: if the criterion counts nothing of one of them, so that it has no loss.
+        """
         whole = whole_examples(X, y) or Examples(X, y)
         if whole.x is None:
             return whole
-        return Examples(self.reading.inputs(whole.x), self.reading.labels(whole.y), sample_weight=whole.sample_weight)
+        labels = self.reading.labels(whole.y)
+        if labels is not None and X is not whole:
+            none = np.flatnonzero(self.reduction.counted(as_tensor(labels)) == 0)
+            if len(none):
+                message = (
+                    f"Row {none[0]} has no label that {self.reduction.name} counts (ignore_index="
+                    f"{self.reduction.ignore_index}), so its loss is not defined: torch gives NaN. Leave it out."
+                )
+                raise InvalidInput(message)
+        return Examples(self.reading.inputs(whole.x), labels, sample_weight=whole.sample_weight)
 
     def targets(self, y: Any) -> Tensor:
         """y as a tensor."""
         return as_tensor(self.reading.labels(as_array(y, "y_new")))
 
     def class_weights(self, y: Tensor) -> NDArray[np.float64]:
-        """Ones: a module's criterion has no class weights."""
-        return np.ones(len(y))
+        """What each target counts in the criterion's mean, in units of a row."""
+        return self.reduction.counted(y) * self.scale
 
 
 def _probe_rows(examples: Examples) -> NDArray[np.int64]:
@@ -291,24 +337,14 @@ def _readings(probe: Any, precision: torch.dtype) -> Iterable[Reading]:
                 yield Reading(dtype, x_floats, kind)
 
 
-def _refuse_class_weights(loss: Any) -> None:
-    """A criterion object with unequal class weights; in a batch of one they cancel, so the probe might not see them."""
-    weight = getattr(loss, "weight", None)
-    if isinstance(weight, Tensor) and weight.numel() > 1 and float(weight.max()) > float(weight.min()):
-        message = (
-            f"{type(loss).__name__} weighs examples unequally: its class weights reach from {float(weight.min()):g} to "
-            f"{float(weight.max()):g}. Pass the criterion without weight=, and the weight of each row's class as "
-            "sample_weight."
-        )
-        raise InvalidInput(message)
-
-
-def _refuse_batch_effects(model: torch.nn.Module, criterion: Criterion, objective: Objective, probe: Any) -> None:
+def _refuse_batch_effects(
+    model: torch.nn.Module, criterion: Criterion, objective: Objective, probe: Any, reduction: Reduction
+) -> None:
     """What the module and its criterion give for a batch must be what they give one by one, and its mean or sum.
 
     Raises:
         UnsupportedModel: if the output for an example depends on the others in its batch.
-        InvalidInput: if the criterion weighs examples unequally, as with class weights, ignored labels or token means.
+        InvalidInput: if the criterion weighs examples unequally in a way that is not known.
     """
     reference = objective.reference
     cast = calculus.ready(objective, probe)
@@ -333,7 +369,8 @@ def _refuse_batch_effects(model: torch.nn.Module, criterion: Criterion, objectiv
             row = int(torch.nonzero(~torch.isfinite(singles))[0])
             message = (
                 f"The loss of an example alone is {float(singles[row])} (target {cast[1][row].tolist()}): an ignored "
-                "label (ignore_index), or log(0). Such rows have no influence and must not be counted: leave them out."
+                "label (ignore_index) inside a function, or log(0). Pass the criterion itself, such as "
+                "torch.nn.CrossEntropyLoss(), whose ignored labels become weights of 0; or leave such rows out."
             )
             raise InvalidInput(message)
         if rows[0].ndim == 0:
@@ -353,7 +390,9 @@ def _refuse_batch_effects(model: torch.nn.Module, criterion: Criterion, objectiv
             )
             raise InvalidInput(message) from error
     _compare_outputs(model, together, one_by_one)
-    _compare_losses(model, singles, batch, tuple(together.shape), [tuple(leaf.shape) for leaf in leaves(cast[1])])
+    shapes = (tuple(together.shape), [tuple(leaf.shape) for leaf in leaves(cast[1])])
+    _compare_losses(reduction, singles, reduction.counted(cast[1]), batch, shapes)
+    _name_a_sum(reduction, singles, batch, objective)
 
 
 def _compare_outputs(model: torch.nn.Module, together: Tensor, one_by_one: Tensor) -> None:
@@ -368,20 +407,39 @@ def _compare_outputs(model: torch.nn.Module, together: Tensor, one_by_one: Tenso
         raise UnsupportedModel(message)
 
 
-def _compare_losses(model: torch.nn.Module, singles: Tensor, batch: Tensor, output: Any, targets: Any) -> None:
+def _compare_losses(
+    reduction: Reduction, singles: Tensor, counted: NDArray[np.float64], batch: Tensor, shapes: tuple[Any, Any]
+) -> None:
     if batch.shape != ():
         message = (
             f"The criterion returns a tensor of shape {tuple(batch.shape)} for a batch; it must return one number. "
             "Use reduction='mean'."
         )
         raise InvalidInput(message)
-    mean, total, value = float(singles.mean()), float(singles.sum()), float(batch)
+    share = torch.from_numpy(counted / counted.sum()).to(singles)
+    mean, total, value = float(singles @ share), float(singles.sum()), float(batch)
     size = float(singles.abs().max()) + 1e-12
     if abs(value - mean) > 1e-5 * size and abs(value - total) > 1e-5 * size * len(singles):
         message = (
-            f"The criterion gives {value:.6g} for {len(singles)} examples whose single values have the mean {mean:.6g} "
-            f"and the sum {total:.6g}. It weighs examples unequally (class weights, ignore_index, token means) or "
-            f"broadcasts outputs {output} against targets {targets}. Pass an unweighted criterion to "
-            f"{type(model).__name__} and put the weights into sample_weight; make output and target shapes equal."
+            f"{reduction.name} gives {value:.6g} for {len(singles)} examples whose single values have the mean "
+            f"{mean:.6g} and the sum {total:.6g}. It weighs examples unequally in a way that is not known, compares "
+            f"the examples of a batch, or broadcasts outputs {shapes[0]} against targets {shapes[1]}. Class weights, "
+            "ignored labels and means over tokens are read off torch.nn.CrossEntropyLoss and NLLLoss, or a "
+            "functools.partial of their functions: pass one of them in place of a function of your own; make output "
+            "and target shapes equal for the others."
         )
         raise InvalidInput(message)
+
+
+def _name_a_sum(reduction: Reduction, singles: Tensor, batch: Tensor, objective: Objective) -> None:
+    """A TheoryWarning about a function that sums over a batch, beside whose sum a penalty would weigh otherwise."""
+    mean, total, value = float(singles.mean()), float(singles.sum()), float(batch)
+    summing = abs(value - total) < abs(value - mean) and not reduction.total
+    if not summing or objective.penalty is None:
+        return
+    message = (
+        f"{reduction.name} gives the sum over a batch. As a plain function it is taken for the loss of one example, "
+        "and the penalty stands beside the mean: R(θ) = (1/n) Σ L + penalty. If training minimised the sum + penalty, "
+        "pass penalty=penalty/n and penalty_per_example=False, or a torch.nn criterion with reduction='sum'."
+    )
+    warnings.warn(message, TheoryWarning, stacklevel=5)

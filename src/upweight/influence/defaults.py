@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from upweight.data.examples import Examples
 from upweight.data.trees import leaves, like, take
+from upweight.errors import NotPositiveDefinite
 from upweight.model import calculus
 from upweight.model.objective import L2, Objective
 from upweight.operators import (
@@ -163,6 +164,9 @@ def damping(objective: Objective, spec: Curvature, operator: Operator, missed: C
         spec: the curvature.
         operator: the same, bound.
         missed: how many rows' worth of gradient θ̂ is from a minimum, if it comes to that.
+
+    Raises:
+        NotPositiveDefinite: if C has no positive mean eigenvalue to take.
     """
     stands_for: Any = spec
     while hasattr(stands_for, "of"):  # KFAC(of=…), Nystroem(…, of=…), Dense(EKFAC())
@@ -175,12 +179,29 @@ def damping(objective: Objective, spec: Curvature, operator: Operator, missed: C
     covered = isinstance(objective.penalty, L2) and float(calculus.penalty_diagonal(objective).min()) > 0
     if covered and (closed or missed() < AT_MINIMUM):
         return 0.0
-    return max(mean_eigenvalue(operator), 1e-12)
+    return _positive_mean(operator)
 
 
 def dampings(operator: Operator) -> NDArray[np.float64]:
-    """The λ of a damping path when none are named: nine, from a thousandth of C's mean eigenvalue to ten times it."""
-    return max(mean_eigenvalue(operator), 1e-12) * np.geomspace(1e-3, 10, 9)
+    """The λ of a damping path when none are named: nine, from a thousandth of C's mean eigenvalue to ten times it.
+
+    Raises:
+        NotPositiveDefinite: if C has no positive mean eigenvalue to take.
+    """
+    return _positive_mean(operator) * np.geomspace(1e-3, 10, 9)
+
+
+def _positive_mean(operator: Operator) -> float:
+    """tr(C)/p; a made-up floor in its place would divide by rounding."""
+    mean = mean_eigenvalue(operator)
+    if mean > 0:
+        return mean
+    message = (
+        f"C's mean eigenvalue is {mean:.3g}, so there is no curvature of the data to choose a damping by: the loss is "
+        "flat, or bends down, where the model is. Usual reasons: a loss that is not convex in the model's output, or "
+        "rows that are all fitted exactly. Name the damping: damping=0.1, and see influence.check()."
+    )
+    raise NotPositiveDefinite(message)
 
 
 def mean_eigenvalue(operator: Operator) -> float:

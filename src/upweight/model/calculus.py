@@ -204,6 +204,11 @@ def output_products(objective: Objective, batch: Any, U: Float[Tensor, "k b K"])
     return _pull_rows(objective, first, f, U).reshape(U.shape) if first.requires_grad else torch.zeros_like(U)
 
 
+def output_slopes(objective: Objective, batch: Any) -> Float[Tensor, "b K"]:
+    """∂ℓ/∂f of every example, with f the flattened model output.  Cost: one backward pass of the output loss."""
+    return _output_slopes(objective, ready(objective, batch))[0].detach()
+
+
 def _output_slopes(objective: Objective, batch: Any) -> tuple[Float[Tensor, "b K"], Float[Tensor, "b K"]]:
     """∂ℓ/∂f of every example, with its graph, and the outputs f that it is a function of."""
     output, output_loss = _structure(objective)

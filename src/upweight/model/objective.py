@@ -242,7 +242,9 @@ class Objective:
             model: in the mode it should be explained in, normally after `model.eval()`.
             criterion: of a batch of one, for example `torch.nn.functional.cross_entropy`.
             penalty: as for Objective.
-            penalty_per_example: as for Objective.
+            penalty_per_example: as for Objective, but None means True unless the criterion says reduction="sum": a
+                script that minimises a mean + penalty keeps the penalty when a row is deleted, so that the row takes
+                its share along (ADR 4).
             parameters: names (or a test on names) of the parameters to differentiate; None takes all with
                 requires_grad.
             dtype: precision of the arithmetic; None means the precision of the weights.
@@ -251,6 +253,7 @@ class Objective:
             UnsupportedModel: if nothing is left to differentiate, or dropout or batch statistics are active.
         """
         refuse_training_mode(model)
+        share = getattr(criterion, "reduction", "mean") != "sum" if penalty_per_example is None else penalty_per_example
         chosen = chosen_parameters(model, parameters)
         total = sum(parameter.numel() for parameter in model.parameters())
         params = {name: parameter.detach().clone() for name, parameter in chosen.items()}
@@ -278,7 +281,7 @@ class Objective:
             loss,
             params,
             penalty=penalty,
-            penalty_per_example=penalty_per_example,
+            penalty_per_example=share,
             outputs=outputs,
             output_loss=output_loss,
             coverage=sum(tensor.numel() for tensor in params.values()) / total,

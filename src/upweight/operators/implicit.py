@@ -17,6 +17,7 @@ from upweight.model import calculus, layers
 from upweight.model.layers import pieces
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
+from upweight.operators.cut import cut
 from upweight.operators.layered import LayeredGaussNewton, kept_bytes
 from upweight.operators.linear import LinearHessian
 
@@ -95,16 +96,25 @@ class Hessian:
     """
 
     def bind(self, sweep: Sweep) -> Implicit | LinearHessian:
-        """The operator of this objective on these examples; closed forms for a linear predictor."""
-        return Implicit(sweep, calculus.hvp, None) if sweep.objective.linear is None else LinearHessian(sweep)
+        """The operator of this objective on these examples; closed forms for a linear predictor.
+
+        Raises:
+            UnsupportedModel: if the objective knows its outputs, and its loss has no curvature in them.
+        """
+        if sweep.objective.linear is not None:
+            return LinearHessian(sweep)
+        cut(sweep)  # a loss without second derivative has no Hessian that its minimum would follow
+        return Implicit(sweep, calculus.hvp, None)
 
 
 @dataclass(frozen=True)
 class GaussNewton:
     """The generalised Gauss–Newton matrix: C = (1/n) Σᵢ wᵢ Jᵢᵀ (∂²ℓ/∂f²) Jᵢ + ∇²r, with f the model's output.
 
-    Positive semi-definite when ℓ is convex in f (cross-entropy, squared error), so it suits networks that are not at a
-    minimum. Equal to the Hessian for linear predictors, and wherever the residuals vanish.
+    f is the output before a last LogSoftmax, Softmax, Sigmoid or the like, if the rest is convex in it (see `cut`), so
+    that `nll_loss` of log-probabilities, `BCELoss` of probabilities and their fused forms have the same C. Positive
+    semi-definite when ℓ is convex in f (cross-entropy, squared error), so it suits networks that are not at a minimum.
+    Equal to the Hessian for linear predictors, and wherever the residuals vanish.
     Cost of a product: two matrix products a layer when the activations and output gradients of all rows fit into
     `keep` bytes (`LayeredGaussNewton`), else one sweep of three backward passes.
 
@@ -128,10 +138,11 @@ class GaussNewton:
         """The operator of this objective on these examples.
 
         Raises:
-            UnsupportedModel: if the objective does not know its outputs.
+            UnsupportedModel: if the objective does not know its outputs, or its loss has no curvature in them.
         """
         if sweep.objective.linear is not None:
             return LinearHessian(sweep)
+        sweep = cut(sweep)
         first = sweep.examples.batch([0])
         outputs = calculus.outputs(sweep.objective, first)
         n_outputs, middle = outputs.shape[1], outputs.element_size() * outputs.shape[1] ** 2 * sweep.n

@@ -35,6 +35,7 @@ from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
 from upweight.operators.base import Curvature
 from upweight.operators.cotangents import Exact, Observed, Signs
+from upweight.operators.cut import cut
 from upweight.operators.factors import DENSE, Basis, Layer, Whole, layers_of
 from upweight.operators.implicit import EmpiricalFisher, GaussNewton
 
@@ -68,6 +69,10 @@ class _Factors:
                 "targets, so nothing is drawn. Leave samples out, or take of=GaussNewton()."
             )
             raise InvalidInput(message)
+
+    def cut(self, sweep: Sweep) -> Sweep:
+        """The same work with outputs in which the loss bends, if their second derivative is what is taken."""
+        return sweep if isinstance(self.of, EmpiricalFisher) else cut(sweep)
 
     def source(self) -> Source:
         """Whose second moment in the outputs is taken."""
@@ -114,7 +119,7 @@ class KFAC(_Factors):
             UnsupportedModel: if the objective does not know its outputs, has too many for an exact expectation, or is
                 not convex in them; or its penalty is not separable.
         """
-        return _factored(sweep, self.source())
+        return _factored(self.cut(sweep), self.source())
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ class EKFAC(_Factors):
                 not convex in them; or its penalty is not separable.
         """
         source = self.source()
-        return _corrected(_factored(sweep, source), source)
+        return _corrected(_factored(self.cut(sweep), source), source)
 
 
 class Kronecker:
