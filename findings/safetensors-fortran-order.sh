@@ -36,12 +36,12 @@ print(
 errors = {}
 for order, array in (("C", np.ascontiguousarray(Q)), ("Fortran", Q)):
     again = load(save({"Q": array}))["Q"]
-    assert again.shape == Q.shape and again.dtype == Q.dtype
-    assert np.array_equal(np.sort(again, axis=None), np.sort(Q, axis=None))  # the same numbers, somewhere
+    kept = again.shape == Q.shape and again.dtype == Q.dtype
+    kept &= np.array_equal(np.sort(again, axis=None), np.sort(Q, axis=None))  # the same numbers, somewhere
     errors[order] = float(np.abs(again - Q).max())
     missed = float(np.abs(again.T @ A @ again - np.diag(values)).max())
     print(f"{f'in {order} order:':<18} largest error {errors[order]:.3g}, |Q' A Q - diagonal| {missed:.3g}")
 
-if not (flags.f_contiguous and not flags.c_contiguous and errors["C"] == 0 and errors["Fortran"] > 0.1):
+if not (kept and flags.f_contiguous and not flags.c_contiguous and errors["C"] == 0 and errors["Fortran"] > 0.1):
     sys.exit("No longer so: the round trip of an array in Fortran order has changed.")
 PYTHON

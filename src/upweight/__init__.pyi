@@ -60,4 +60,5 @@ from .training.retrainers import (
 )
 from .training.stacked import StackedTraining as StackedTraining
 
+__all__: list[str]
 __version__: str

@@ -14,7 +14,7 @@ LIST = re.search(r"src/upweight/\n(.*?)```", (ROOT / "ARCHITECTURE.md").read_tex
 ROOMS = re.findall(r"^  (\w+)(?:\.py|/)(?=\s)", LIST, re.M)
 EVERY = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in SOURCE.rglob("*.py")}
 EVERY = {name.removesuffix(".__init__"): path for name, path in EVERY.items()}
-FILES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "__init__.py")
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 PUBLIC = {
     alias.name: f"upweight.{node.module}" if node.module else f"upweight.{alias.name}"
     for node in ast.parse((SOURCE / "__init__.pyi").read_text()).body

@@ -1,4 +1,4 @@
-"""The pictures in ARCHITECTURE.md name files and functions that are there, in the house's own order of calls."""
+"""The pictures in ARCHITECTURE.md name files and functions that are there."""
 
 from __future__ import annotations
 

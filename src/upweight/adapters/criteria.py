@@ -130,7 +130,7 @@ class Reduction:
             return given.scaled(1 / n)
         if callable(given):
             return lambda params: given(params) / n
-        return float(given) / n if isinstance(given, int | float | np.number) else given
+        return float(given) / n if isinstance(given, int | float | np.number) else given  # else refused
 
     def penalty_per_example(self, given: bool | None) -> bool:
         """Whether a row that is left out takes its share of r along: beside a mean it does, beside a sum not."""

@@ -23,7 +23,6 @@ from upweight.apps.mean_loss import losses_of
 from upweight.apps.suggestions import suggested
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 
-BASELINES = ("loss", "margin", "random")
 
 
 @dataclass(frozen=True)

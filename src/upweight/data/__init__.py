@@ -1,6 +1,6 @@
 """Indexed data: arrays, frames, Datasets and what they hold, as examples whose row i keeps the number i.
 
-`Examples` is the noun; `trees` walks nested tuples, lists and dicts of tensors; `datasets` downloads what the paper and
+`Examples` is the noun; `arrays` reads what a user passes as numbers; `trees` walks nested tuples, lists and dicts of tensors; `datasets` downloads what the paper and
 the recipes use.
 """
 

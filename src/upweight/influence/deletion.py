@@ -2,7 +2,7 @@
 
     M = nC = Σ wⱼφ″ⱼ x̃ⱼx̃ⱼᵀ + n∇²r        u = M⁻¹x̃        h = wφ″ x̃ᵀu        Δ = −u a/(1 − h)
 
-Every public name takes an Influence whose objective has K = 1; n, φ, x̃ and a as in `diagnostics`. When a removed row
+Every system here has an objective of one output, K = 1; n, φ, x̃ and a as in `diagnostics`. When a removed row
 takes its share s = wᵢ/Σw of the penalty along, M loses s·n∇²r, and Δ = −u a/(1 − h) + s(g + wφ″(x̃·g)/(1 − h)·u) with
 g = M⁻¹n∇r. Products with M⁻¹ are solved in blocks of rows, so nothing of size n × n exists.
 """

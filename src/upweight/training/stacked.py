@@ -5,7 +5,7 @@ removing rows really does. `StackedTraining` runs m of them side by side, each w
 seed for the first parameters, the order of the rows and dropout; the result is that of training one by one, to
 rounding. What each step minimises is the batch's share of R:
 
-    (1/b) Σ_{i in batch} mᵢ wᵢ L(zᵢ, θ) + c r(θ)          b: places in the batch, c as in `retrain`
+    (1/b) Σ_{i in batch} mᵢ wᵢ L(zᵢ, θ) + c r(θ)          b: places in the batch, c as in `retrainers`
 """
 
 from __future__ import annotations
