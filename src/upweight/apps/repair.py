@@ -24,7 +24,6 @@ from upweight.apps.suggestions import suggested
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 
 
-
 @dataclass(frozen=True)
 class Repair:
     """Rows to inspect, a suggestion for each, and the order in which each score would inspect them.

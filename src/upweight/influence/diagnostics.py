@@ -306,7 +306,9 @@ def _check(system: System) -> None:
     objective, structure = system.objective, system.objective.linear
     curvature = system.curvature.of if isinstance(system.curvature, Dense) else system.curvature
     if structure is None:
-        why = f"{objective.name} has no linear predictor. Use of_self() for its self-influence, leave_one_out to retrain"
+        why = (
+            f"{objective.name} has no linear predictor. Use of_self() for its self-influence, leave_one_out to retrain"
+        )
     elif structure.n_outputs != 1 or objective.size != structure.n_features + structure.intercept:
         why = (
             f"{objective.name} has {structure.n_outputs} outputs and {objective.size} parameters. Fit one model per "

@@ -75,6 +75,17 @@ def refuse_training_mode(model: torch.nn.Module) -> None:
             raise UnsupportedModel(message)
 
 
+def moving_buffers(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the buffers that a forward pass in training mode changes: running statistics, power iterations."""
+    found = []
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            running = name.startswith("running_") or "moving" in name or name in {"_u", "_v", "weight_u", "weight_v"}
+            if running and buffer is not None and getattr(module, "track_running_stats", True):
+                found.append(f"{path}.{name}" if path else name)
+    return tuple(found)
+
+
 def chosen_parameters(
     model: torch.nn.Module, parameters: Iterable[str] | Callable[[str], bool] | None
 ) -> dict[str, Tensor]:

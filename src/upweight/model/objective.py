@@ -20,7 +20,7 @@ from torch import Tensor
 from upweight.data.trees import like, tree_map
 from upweight.errors import InvalidInput, first_line
 from upweight.model.losses import Loss
-from upweight.model.modules import chosen_parameters, forward, refuse_training_mode
+from upweight.model.modules import chosen_parameters, forward, moving_buffers, refuse_training_mode
 
 Params = Tensor | dict[str, Tensor]
 
@@ -105,6 +105,8 @@ class Objective:
         linear: the closed-form structure, set by the scikit-learn adapters.
         gauge: a function that projects (k, p) vectors off the directions in which R is constant by construction.
         route: how autograd runs; set by `routes.probe`.
+        fixed: what the loss reads beside `params`, by name: buffers, and parameters that are not differentiated.
+        moving: the names in `fixed` that training changes by itself, as BatchNorm's running statistics.
         coverage: fraction of the model's parameters that `params` holds.
         name: what this objective belongs to, for people.
 
@@ -122,6 +124,8 @@ class Objective:
     linear: Linear | None = None
     gauge: Callable[[Tensor], Tensor] | None = None
     route: Route = field(default_factory=Route)
+    fixed: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    moving: tuple[str, ...] = ()
     coverage: float = 1.0
     name: str = "loss"
 
@@ -200,6 +204,21 @@ class Objective:
     def at(self, theta: Float[Tensor, " p"]) -> Objective:
         """The same objective at other parameters."""
         return replace(self, params=self.unravel(theta))
+
+    def beside(self, fixed: Mapping[str, Tensor]) -> Objective:
+        """The same objective with other values of some of what is `fixed`."""
+        if not fixed:
+            return self
+
+        def reading(function: Callable[[Any, Any], Tensor] | None) -> Callable[[Any, Any], Tensor] | None:
+            return function and (lambda params, example: function({**params, **fixed}, example))
+
+        return replace(
+            self,
+            loss=reading(self.loss),
+            outputs=reading(self.outputs),
+            fixed={**self.fixed, **fixed},  # type: ignore[arg-type]
+        )
 
     def measuring(self, measure: Callable[[Any, Any], Tensor]) -> Objective:
         """An objective whose loss is any other scalar of (params, example); for what a query asks."""
@@ -284,6 +303,8 @@ class Objective:
             penalty_per_example=share,
             outputs=outputs,
             output_loss=output_loss,
+            fixed=fixed,
+            moving=moving_buffers(model),
             coverage=sum(tensor.numel() for tensor in params.values()) / total,
             name=f"{type(model).__name__} with {getattr(criterion, '__name__', type(criterion).__name__)}",
         )

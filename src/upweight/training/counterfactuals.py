@@ -19,7 +19,7 @@ from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, UnsupportedModel
 from upweight.influence.face import Influence, Rows
 from upweight.training.retrainers import BoundRefit, bound, reweighted, shared
-from upweight.training.trials import flat
+from upweight.training.trials import placed
 
 
 def edited(influence: Influence, rows: Rows, X_new: Any = None, y_new: Any = None) -> Influence:
@@ -124,7 +124,7 @@ def retrained(
         train.with_penalty(factors, seed) if isinstance(train, BoundRefit) else (train(factors, seed), None)
     )
     after = reweighted(influence.sweep, factors)
-    objective = after.objective.at(flat(influence.objective, params))
+    objective = placed(after.objective, params, by_user=train is retrain)
     if penalty is not None:
         objective = replace(objective, penalty=penalty)
     encoder = influence.encoder.reweighted(float(after.examples.weights.sum() / influence.examples.weights.sum()))

@@ -41,7 +41,10 @@ _WORTHWHILE = (
 
 @runtime_checkable
 class Retrain(Protocol):
-    """A training procedure: (example weights, seed) → θ, as `params` or as one flat vector."""
+    """A training procedure: (example weights, seed) → θ, as `params` or one flat vector, a state dict, or a module.
+
+    Buffers that training changes, such as BatchNorm's running statistics, come with a state dict or a module.
+    """
 
     def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Any:
         """The parameters that training finds with these weights."""

@@ -44,6 +44,7 @@ class Trials:
         measure: what is measured, in words.
         retrainer: the retrainer, in words.
         decide: from outputs to class numbers; None where outputs are no classes.
+        by_user: whether the retrainer is a function of the user's.
     """
 
     train: Retrain
@@ -53,6 +54,7 @@ class Trials:
     measure: str
     retrainer: str
     decide: Callable[[NDArray[np.float64]], NDArray[np.int64]] | None = None
+    by_user: bool = False
 
     @classmethod
     def of(
@@ -73,7 +75,9 @@ class Trials:
         else:
             measured = routes.probe(objective.measuring(measure), tree_map(lambda leaf: leaf[:_PROBED], queries))
             name = measured.name
-        return cls(train, objective, measured, queries, name, _in_words(retrain, train), decision(influence))
+        return cls(
+            train, objective, measured, queries, name, _in_words(retrain, train), decision(influence), train is retrain
+        )
 
     def now(self) -> Float[NDArray[np.float64], " q"]:
         """The measure of every query at θ̂, the model as it is."""
@@ -81,7 +85,8 @@ class Trials:
 
     def at(self, params: Any) -> Float[NDArray[np.float64], " q"]:
         """The measure of every query at what a retrainer returned."""
-        return replaced(self.measured, flat(self.objective, params), self.queries)
+        there = placed(self.measured, params, by_user=self.by_user, like=self.objective)
+        return calculus.losses(there, self.queries).double().cpu().numpy()
 
     def labels(self, params: Any = None) -> NDArray[np.int64] | None:
         """The class that the model gives every query, at θ̂ or at other parameters; None where outputs are no classes.
@@ -90,7 +95,9 @@ class Trials:
         """
         if self.decide is None:
             return None
-        objective = self.objective if params is None else self.objective.at(flat(self.objective, params))
+        objective = self.objective
+        if params is not None:
+            objective = placed(objective, params, by_user=self.by_user)
         return self.decide(calculus.outputs(objective, self.queries).double().cpu().numpy())
 
     def parameters(
@@ -131,9 +138,46 @@ def trained(train: Retrain, jobs: Iterable[Job]) -> Iterator[Any]:
         yield from models
 
 
-def replaced(measured: Objective, theta: Tensor, queries: Any) -> Float[NDArray[np.float64], " q"]:
-    """The measure of every query at a flat θ."""
-    return calculus.losses(measured.at(theta), queries).double().cpu().numpy()
+def placed(objective: Objective, returned: Any, *, by_user: bool, like: Objective | None = None) -> Objective:
+    """The objective at what a retrainer returned: θ, a state dict, or a module, whose buffers come along.
+
+    Args:
+        objective: what is to be evaluated there.
+        returned: by the retrainer.
+        by_user: whether the retrainer is a function of the user's, which may have changed buffers too. Those of this
+            library train with the buffers as they are.
+        like: the objective whose parameters they are, if it is another one.
+
+    Raises:
+        InvalidInput: if they do not fit θ̂, or buffers that training changes are missing.
+    """
+    like = objective if like is None else like
+    if isinstance(returned, torch.nn.Module):
+        returned = {**dict(returned.named_parameters()), **dict(returned.named_buffers())}
+    theta = flat(like, returned)
+    given = returned if isinstance(returned, dict) else {}
+    left = [name for name in like.moving if name not in given]
+    if by_user and left:
+        message = (
+            f"retrain returned parameters without '{left[0]}', which training changes too ({len(left)} such buffers): "
+            "with the old ones the new parameters are another model. Return the trained module itself, or its "
+            "state_dict()."
+        )
+        raise InvalidInput(message)
+    beside = {}
+    for name, old in like.fixed.items():
+        if name not in given:
+            continue
+        new = torch.as_tensor(given[name]).detach()
+        if new.shape != old.shape or not bool(torch.isfinite(new).all()):
+            message = (
+                f"retrain returned '{name}' of shape {tuple(new.shape)}, and the model that is explained has "
+                f"{tuple(old.shape)}; its values must be finite. Return a model of the same architecture."
+            )
+            raise InvalidInput(message)
+        if not torch.equal(new.to(old), old):
+            beside[name] = new.to(old, copy=True)
+    return objective.at(theta).beside(beside)
 
 
 def flat(objective: Objective, params: Any) -> Float[Tensor, " p"]:
@@ -146,8 +190,8 @@ def flat(objective: Objective, params: Any) -> Float[Tensor, " p"]:
         missing = [name for name in objective.blocks if name not in params]
         if missing:
             message = (
-                f"retrain returned parameters without '{missing[0]}'. Return a dict with the names "
-                f"{list(objective.blocks)}, or one flat vector."
+                f"retrain returned parameters without '{missing[0]}'. Return the trained module, its state_dict(), a "
+                f"dict with the names {list(objective.blocks)}, or one flat vector."
             )
             raise InvalidInput(message)
         parts = [params[name] for name in objective.blocks]
@@ -160,8 +204,8 @@ def flat(objective: Objective, params: Any) -> Float[Tensor, " p"]:
         vector = torch.cat([part.reshape(-1).double() for part in tensors])
     except (TypeError, ValueError, RuntimeError) as error:
         message = (
-            f"retrain returned a {type(params).__name__} ({first_line(error)}). Return the parameters: a dict with the "
-            f"names {list(objective.blocks)}, or one flat vector."
+            f"retrain returned a {type(params).__name__} ({first_line(error)}). Return the trained module, its "
+            f"state_dict(), a dict with the names {list(objective.blocks)}, or one flat vector."
         )
         raise InvalidInput(message) from error
     if len(vector) != objective.size:

@@ -226,7 +226,7 @@ def test_more_than_one_output_is_refused():
 def test_a_module_is_refused_with_what_to_do_instead():
     module = torch.nn.Linear(3, 1).double()
     influence = uw.explain(module, X, Y[:, None], loss=torch.nn.functional.mse_loss)
-    with pytest.raises(uw.errors.UnsupportedModel, match=r"no linear predictor. Use of_self\(\) for its self-influence"):
+    with pytest.raises(uw.errors.UnsupportedModel, match=r"Use of_self\(\) for its self-influence, leave"):
         influence.summary_frame()
 
 
