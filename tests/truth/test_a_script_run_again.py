@@ -236,3 +236,16 @@ def test_a_subclass_is_taken_by_its_numbers_not_its_name():
 
     own = uw.explain(plain().double(), X, Y, loss=Focal(weight=WEIGHT), damping=0.1)
     assert (own.examples.weights == 1).all()
+
+
+@pytest.mark.parametrize("penalty", [0.1, lambda params: (params["weight"] ** 4).sum()], ids=["number", "function"])
+def test_the_share_of_the_penalty_is_there_where_nothing_is_recorded(penalty):
+    def values():
+        influence = uw.explain(plain().double(), X, Y, loss=mean, penalty=penalty, damping=0.1)
+        return influence.on_loss(X[:2], Y[:2]).values
+
+    torch.manual_seed(0)
+    expected = values()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        np.testing.assert_allclose(values(), expected, rtol=1e-10)

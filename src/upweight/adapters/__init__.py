@@ -39,14 +39,17 @@ def explain(
             off it; or a torch module, in the mode it should be explained in.
         X: the training inputs, in the order of training; or a map-style Dataset of (x, y), with y omitted.
         y: the training targets.
-        loss: for a module, criterion(output, target), for example torch.nn.functional.cross_entropy; for an estimator
+        loss: for a module, the criterion(output, target) that training minimised, for example
+            torch.nn.functional.cross_entropy; class weights, ignored labels and token means of CrossEntropyLoss and
+            NLLLoss become weights of the rows, wᵢ = n cᵢ/Σc with cᵢ what row i counts in the mean. For an estimator
             whose loss has kinks, the smooth one that stands for it: losses.smooth_hinge(t), 0.001 by default.
-        penalty: for a module, what was added to the mean loss: a float λ means (λ/2)‖θ‖² (weight_decay), a function of
-            params anything else.
+        penalty: for a module, what was added to the criterion of all rows: a float λ means (λ/2)‖θ‖² (weight_decay), a
+            function of params anything else. Beside reduction="sum" it is the penalty of the sum.
         parameters: for a module, the names (or a test on names) to differentiate; None takes all with requires_grad.
         sample_weight: the weights that were given to fit().
         penalty_per_example: whether removing a row removes its share of the penalty; None means the estimator's own
-            meaning of leaving a row out (sample_weight=0; for SGD a smaller sum, so True), and False for modules.
+            meaning of leaving a row out (sample_weight=0; for SGD a smaller sum, so True), and that of deleting it from
+            the script for modules: True beside a mean, False beside a sum.
         curvature: an operator specification; None lets `defaults` choose.
         solver: a solver specification; None lets `defaults` choose.
         damping: λ of (C + λI) x = v; None means 0 for scikit-learn, and the rule in `defaults` for modules.

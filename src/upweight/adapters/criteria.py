@@ -45,11 +45,12 @@ class Reduction:
     """A criterion, and what is known of how it reduces a batch.
 
     Args:
-        criterion: as it was given.
+        criterion: as it was given, with its class weights in the precision of the outputs.
         total: whether it says that it takes the sum.
         summed: the sum over the counted positions of a batch; None where the criterion is not one of classes.
         weight: (K,) of the classes, or None.
         ignore_index: the label that is not counted.
+        name: the criterion's own.
     """
 
     criterion: Criterion
@@ -57,6 +58,7 @@ class Reduction:
     summed: Criterion | None = None
     weight: Tensor | None = None
     ignore_index: int = -100
+    name: str = "criterion"
 
     @classmethod
     def of(cls, criterion: Any) -> Reduction:
@@ -69,22 +71,23 @@ class Reduction:
         while isinstance(function, functools.partial) and not function.args:
             function, settings = function.func, {**function.keywords, **settings}
         reduction = settings.get("reduction") or "mean"
-        named = _OF_CLASSES.get(function) if reduction == "mean" else None
+        named = _OF_CLASSES.get(function) if reduction in {"mean", "sum"} else None
+        said = getattr(criterion, "__name__", type(criterion).__name__)
         if named is None:
-            return cls(criterion, reduction == "sum")
+            return cls(criterion, reduction == "sum", name=said)
         weight = settings.get("weight")
         others = {name: settings[name] for name in _SETTINGS[1:] if settings.get(name) is not None}
 
-        def summed(output: Tensor, target: Tensor) -> Tensor:
-            own = None if weight is None else weight.to(output)
-            return named(output, target, weight=own, reduction="sum", **others)
+        def reducing(how: str) -> Criterion:
+            def reduced(output: Tensor, target: Tensor) -> Tensor:
+                own = None if weight is None else weight.to(output)
+                return named(output, target, weight=own, reduction=how, **others)
 
-        return cls(criterion, False, summed, weight, int(others.get("ignore_index", -100)))
+            return reduced
 
-    @property
-    def name(self) -> str:
-        """The criterion's own name."""
-        return getattr(self.criterion, "__name__", type(self.criterion).__name__)
+        if reduction == "sum":
+            return cls(reducing("sum"), total=True, name=said)
+        return cls(reducing("mean"), False, reducing("sum"), weight, int(others.get("ignore_index", -100)), said)
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         """The criterion of a batch of one; 0 where nothing of it is counted, which torch calls NaN."""

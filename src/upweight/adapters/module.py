@@ -98,7 +98,7 @@ def explain(
         scale = reduction.scale(counted)
         examples.weights = examples.sample_weight * counted * scale
         _name_ignored(reduction, counted)
-    _refuse_batch_effects(model, reading.criterion(loss), objective, reading.batch(probe), reduction)
+    _refuse_batch_effects(model, reading.criterion(reduction.criterion), objective, reading.batch(probe), reduction)
     objective = replace(objective, name=f"{objective.name}{_precision_in_words(model, reading, objective)}")
     encoder = ModuleEncoder(reading, reduction, scale)
     return Influence(objective, examples, encoder=encoder, **settings)
@@ -417,7 +417,7 @@ def _compare_losses(
         )
         raise InvalidInput(message)
     share = torch.from_numpy(counted / counted.sum()).to(singles)
-    mean, total, value = float(singles @ share), float(singles.sum()), float(batch)
+    mean, total, value = float((singles * share).sum()), float(singles.sum()), float(batch)
     size = float(singles.abs().max()) + 1e-12
     if abs(value - mean) > 1e-5 * size and abs(value - total) > 1e-5 * size * len(singles):
         message = (

@@ -22,7 +22,7 @@ from upweight.data.trees import batch_length, like, take, tree_map
 from upweight.errors import InvalidInput, UnsupportedModel, first_line
 from upweight.model import linear
 from upweight.model.objective import L2, Objective
-from upweight.model.transforms import grad, vmap
+from upweight.model.transforms import grad, undisturbed, vmap
 
 
 def losses(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
@@ -287,6 +287,7 @@ def penalty_value(objective: Objective) -> float:
     return 0.0 if objective.penalty is None else float(_penalty(objective)(objective.params))
 
 
+@undisturbed()
 def penalty_gradient(objective: Objective) -> Float[Tensor, " p"]:
     """∇r(θ̂), float64."""
     if objective.penalty is None:
@@ -305,6 +306,7 @@ def penalty_share(objective: Objective, total_weight: float, n: int) -> Float[Te
     return penalty_gradient(objective) * (n / total_weight)
 
 
+@undisturbed()
 def penalty_hvp(objective: Objective, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
     """∇²r(θ̂) V, float64."""
     if objective.penalty is None:

@@ -95,8 +95,9 @@ def _checked_losses(objective: Objective, batch: Any) -> Tensor:
     stacked = torch.stack(values)
     if not torch.isfinite(stacked).all():
         message = (
-            f"The loss of an example is {stacked[~torch.isfinite(stacked)][0]}. Scores would be NaN; check the "
-            "example, or clamp inside the loss (log of 0?)."
+            f"The loss of an example is {stacked[~torch.isfinite(stacked)][0]}. Scores would be NaN. Usual reasons: "
+            "log(0), so clamp inside the loss; or a label that the criterion ignores (ignore_index) inside a function: "
+            "pass the criterion itself, torch.nn.CrossEntropyLoss(), whose ignored labels become weights of 0."
         )
         raise InvalidInput(message)
     return stacked

@@ -79,7 +79,8 @@ def whole(net, x, y, **settings):
         return bce(out, example[1][None])
 
     params = {"head.weight": net.head.weight.detach()}
-    return uw.Influence(uw.Objective(loss, params, penalty=0.01), (x, y), curvature=uw.operators.Hessian(), **settings)
+    objective = uw.Objective(loss, params, penalty=0.01, penalty_per_example=True)
+    return uw.Influence(objective, (x, y), curvature=uw.operators.Hessian(), **settings)
 
 
 def test_it_is_the_whole_network_s_influence(binary, pictures):
@@ -265,7 +266,8 @@ def test_a_head_tied_to_what_comes_before_it_is_explained_as_a_whole():
         w = params["head.weight"]
         return F.cross_entropy((torch.tanh(example[0] @ w.T) @ w.T)[None], example[1][None])
 
-    hand = uw.Influence(uw.Objective(loss, params, penalty=0.1), (x, y), curvature=uw.operators.Identity(), damping=0.1)
+    objective = uw.Objective(loss, params, penalty=0.1, penalty_per_example=True)
+    hand = uw.Influence(objective, (x, y), curvature=uw.operators.Identity(), damping=0.1)
     same = uw.explain(net, x, y, parameters=["head.weight"], curvature=uw.operators.Identity(), **settings)
     np.testing.assert_allclose(same.on_loss(x, y).values, hand.on_loss(x, y).values, atol=1e-10)
 

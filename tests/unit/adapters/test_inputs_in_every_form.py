@@ -265,7 +265,8 @@ def test_one_feature_of_a_module_is_the_estimator():
     layer = nn.Linear(1, 1, bias=False).double()
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(model.coef_[None]))
-    module = regressor(layer, X=x, penalty=2 / N).on_loss(xq, ZQ[:, None])
+    stays = {"penalty_per_example": False}  # as beside Ridge's sum
+    module = regressor(layer, X=x, penalty=2 / N, **stays).on_loss(xq, ZQ[:, None])
     close(module.values, uw.explain(model, x, Z).on_loss(xq, ZQ).values)
 
 
@@ -280,7 +281,7 @@ def test_one_or_two_rows(n):
     layer = nn.Linear(D, 1, bias=False).double()
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(model.coef_[None]))
-    module = regressor(layer, X=X[:n], y=Z[:n, None], penalty=2 / n)
+    module = regressor(layer, X=X[:n], y=Z[:n, None], penalty=2 / n, penalty_per_example=False)
     close(module.on_loss(XQ, ZQ[:, None]).values, expected)
     assert len(influence.of_self().values) == n
     assert influence.of_groups([list(range(n))], on=(XQ, ZQ)).values.shape == (4, 1)
@@ -538,8 +539,9 @@ def test_the_last_layer_alone_is_a_model_of_its_features(choice):
 
 
 def test_a_criterion_that_sums_is_one_that_averages():
-    summed = classifier(loss=nn.CrossEntropyLoss(reduction="sum"))
-    close(summed.on_loss(XQ, YQ).values, classifier().on_loss(XQ, YQ).values)
+    summed = classifier(loss=nn.CrossEntropyLoss(reduction="sum"), penalty=N * 0.1)
+    averaged = classifier(penalty_per_example=False)
+    close(summed.on_loss(XQ, YQ).values, averaged.on_loss(XQ, YQ).values)
 
 
 def test_explaining_changes_nothing():

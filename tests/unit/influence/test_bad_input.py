@@ -241,16 +241,19 @@ test_labels_never_seen_are_refused = check(
     ),
     row("ridge classifier", ValueError, "never saw: 7", lambda: uw.explain(_rows(), X, Y).on_loss(XQ[:1], [7])),
     row("99 in a query", ValueError, "rows 0 to 0", lambda: classifier().on_loss(XQ[:1], [99])),
-    row("−100 in a query", ValueError, "row 0 gives NaN|ignore_index", lambda: classifier().on_loss(XQ[:1], [-100])),
-    row("−100 among queries", ValueError, "row 2 gives NaN", lambda: classifier().on_loss(XQ, changed(YQ, 2, -100))),
-    row("99 in training", ValueError, "99|loss failed|batch of", lambda: classifier(y=changed(Y, 10, 99))),
-    row("−100 in row 10", ValueError, "ignore_index", lambda: classifier(y=changed(Y, 10, -100)).on_loss(XQ, YQ)),
-    row("−100 in an item", ValueError, "ignore_index", lambda: _ignoring_item().on_loss(XQ, YQ)),
     row(
-        "own ignore_index",
+        "−100 in a query",
         ValueError,
-        "ignore_index|is nan",
-        lambda: classifier(loss=nn.CrossEntropyLoss(ignore_index=1)),
+        "Row 0 has no label.*ignore_index=-100",
+        lambda: classifier().on_loss(XQ[:1], [-100]),
+    ),
+    row("−100 among queries", ValueError, "Row 2 has no label", lambda: classifier().on_loss(XQ, changed(YQ, 2, -100))),
+    row("99 in training", ValueError, "99|loss failed|batch of", lambda: classifier(y=changed(Y, 10, 99))),
+    row(
+        "−100 in a function",
+        ValueError,
+        "ignore_index.*CrossEntropyLoss",
+        lambda: classifier(y=changed(Y, 0, -100), loss=_own),
     ),
     row("half a class", ValueError, "1.5", lambda: classifier().of_relabeling([0], [1.5], on=(XQ, YQ))),
     row("half a class on floats", ValueError, "1.5", lambda: classifier(y=Y * 1.0).of_relabeling([0], [1.5], on=ON)),
@@ -264,8 +267,8 @@ def _rows():
     return RidgeClassifier().fit(X, Y)
 
 
-def _ignoring_item():
-    return classifier(X=pairs(X, changed(Y, 10, -100)), y=None)
+def _own(output, target):
+    return cross_entropy(output, target)
 
 
 def _without_targets():
@@ -471,8 +474,12 @@ def _frozen():
 
 def _weighing_classes(dtype):
     order = np.argsort(Y, kind="stable")
-    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0], dtype=dtype))
-    return classifier(net(dtype=dtype), X=X[order], y=Y[order], loss=loss)
+    weight = torch.tensor([1.0, 5.0], dtype=dtype)
+
+    def inside(output, target):
+        return cross_entropy(output, target, weight=weight.to(output))
+
+    return classifier(net(dtype=dtype), X=X[order], y=Y[order], loss=inside)
 
 
 test_modules_without_a_loss_of_each_example_are_refused = check(
@@ -491,7 +498,7 @@ test_modules_without_a_loss_of_each_example_are_refused = check(
     row("vector loss", ValueError, "loss of one example is a tensor", lambda: classifier(loss=_unreduced)),
     row("number loss", ValueError, "is a float", lambda: classifier(loss=lambda f, y: float(cross_entropy(f, y)))),
     row("detached loss", ValueError, "whatever the param", lambda: classifier(loss=lambda f, y: f.detach().sum())),
-    row("class weights", ValueError, "unequally.*sample_weight", lambda: _weighing_classes(torch.float64)),
+    row("class weights", ValueError, "unequally.*CrossEntropyLoss", lambda: _weighing_classes(torch.float64)),
     row("class weights, float32", ValueError, "unequally", lambda: _weighing_classes(torch.float32)),
     row("no second derivative", TypeError, "differentiated twice", lambda: classifier(Functional(Once.apply))),
     row("vector objective", ValueError, r"shape \(3,\)", lambda: plain(loss=lambda p, z: p * z[1])),

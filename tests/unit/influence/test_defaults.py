@@ -78,10 +78,11 @@ def test_choices_show_before_and_after_the_first_question():
     assert "penalty=None" in repr(influence)
 
 
-def test_the_penalty_of_a_removed_row_stays_by_default():
-    assert not logistic().objective.folded
-    assert not classifier().objective.folded
-    assert classifier(penalty_per_example=True).objective.folded
+def test_the_share_of_the_penalty_that_a_removed_row_takes_by_default():
+    assert not logistic().objective.folded  # scikit-learn's sum + penalty
+    assert classifier().objective.folded  # a mean + penalty
+    assert not classifier(loss=nn.CrossEntropyLoss(reduction="sum")).objective.folded
+    assert not classifier(penalty_per_example=False).objective.folded
     assert not classifier(penalty=None, penalty_per_example=True).objective.folded
 
 

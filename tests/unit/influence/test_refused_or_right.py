@@ -32,13 +32,6 @@ def test_examples_of_another_influence_are_refused():
         uw.explain(MODEL, first.examples)
 
 
-def test_a_class_weighted_criterion_is_refused_for_a_dataset_too():
-    data = TensorDataset(torch.as_tensor(X), torch.as_tensor(Y - 1))
-    module = torch.nn.Linear(3, 2).double()
-    with pytest.raises(uw.errors.InvalidInput, match="class weights reach from 1 to 20"):
-        uw.explain(module, data, loss=torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 20.0])))
-
-
 def test_agreement_refuses_outcomes_of_other_queries():
     influence = uw.explain(MODEL, X, Y)
     outcomes = uw.leave_one_out(influence, (X[:1], Y[:1]), range(3))

@@ -60,13 +60,6 @@ def test_equal_queries_that_are_not_solved_in_time_can_go_on():
     assert torch.allclose(done.x[0], done.x[1], rtol=1e-4, atol=1e-6)
 
 
-def test_a_label_that_the_criterion_ignores_is_refused():
-    X, y = data()
-    y[5] = -100
-    with pytest.raises(errors.InvalidInput, match="ignore_index"):
-        uw.explain(network(), X, y, loss=cross_entropy)
-
-
 def test_a_written_out_curvature_is_damped_like_the_one_it_stands_for():
     X, y = data()
     settings = {"loss": cross_entropy, "penalty": 1e-4}

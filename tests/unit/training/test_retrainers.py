@@ -93,7 +93,7 @@ def test_a_folded_penalty_loses_the_share_of_the_rows(penalty):
     half = reweighted(influence.sweep, np.r_[np.ones(20), np.zeros(20)]).objective
     params = influence.objective.params
     assert float(half.penalty(params)) == pytest.approx(float(influence.objective.penalty(params)) / 2)
-    fixed = classifier(penalty=penalty)
+    fixed = classifier(penalty=penalty, penalty_per_example=False)
     same = reweighted(fixed.sweep, np.r_[np.ones(20), np.zeros(20)]).objective
     assert float(same.penalty(params)) == pytest.approx(float(fixed.objective.penalty(params)))
 
