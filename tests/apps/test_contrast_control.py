@@ -212,9 +212,8 @@ def least_squares(y, keep=slice(None)):
 @pytest.mark.parametrize("ask", [contrast, contrast_by_removal])
 def test_least_squares_on_zero_and_one_change_their_class_at_a_half(ask):
     network = nn.Sequential(nn.Linear(2, 1), nn.Flatten(0)).double().eval()
-    start = uw.explain(
-        network, torch.from_numpy(LINE), torch.from_numpy(BIT), loss=nn.functional.mse_loss, penalty=DECAY
-    )
+    settings = {"loss": nn.functional.mse_loss, "penalty": DECAY, "penalty_per_example": False}
+    start = uw.explain(network, torch.from_numpy(LINE), torch.from_numpy(BIT), **settings)
     influence = uw.retrained(start)
     wide = np.column_stack([ASKED, np.ones(50)])
     outputs = wide @ least_squares(BIT)

@@ -131,9 +131,13 @@ class Reduction:
             return given
         if isinstance(given, L2):
             return given.scaled(1 / n)
-        if callable(given):
-            return lambda params: given(params) / n
-        return float(given) / n if isinstance(given, int | float | np.number) else given  # else refused
+        if isinstance(given, int | float | np.number):
+            return float(given) / n
+
+        def share(params: Any) -> Any:
+            return given(params) / n
+
+        return share if callable(given) else given  # what is neither is refused where it is used
 
     def penalty_per_example(self, given: bool | None) -> bool:
         """Whether a row that is left out takes its share of r along: beside a mean it does, beside a sum not."""

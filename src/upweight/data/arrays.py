@@ -11,6 +11,7 @@ import scipy.sparse
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from upweight.errors import InvalidInput, RowOutOfRange
 
@@ -51,6 +52,19 @@ def as_array(values: Any, name: str) -> Any:
     """
     if scipy.sparse.issparse(values):
         return scipy.sparse.csr_matrix(values)
+    if isinstance(values, DataLoader):
+        message = (
+            f"{name} is a DataLoader, which batches and may shuffle, so its rows have no numbers of their own. Pass what "
+            "it loads: loader.dataset."
+        )
+        raise InvalidInput(message)
+    if isinstance(values, IterableDataset):
+        message = (
+            f"{name} is an IterableDataset ({type(values).__name__}), which can only be read from its start, and "
+            "influence asks for row i again. Pass a map-style Dataset, with __getitem__ and __len__; or read it once: "
+            "X, y = map(torch.stack, zip(*dataset))."
+        )
+        raise InvalidInput(message)
     if isinstance(values, Mapping | str | bytes):
         message = (
             f"{name} is a {type(values).__name__}, not an array. For inputs of several parts pass a map-style Dataset "

@@ -8,17 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from upweight.data.trees import batch_length, take, tree_map
-from upweight.errors import SolverError, TheoryWarning
+from upweight.errors import SolverError, TheoryWarning, UpweightError
 from upweight.influence import defaults, per_row, scoring
 from upweight.influence.system import System
 from upweight.model import calculus, layers
+from upweight.operators import Arnoldi, EmpiricalFisher, Hessian, Identity, Nystroem
 from upweight.solvers import Cholesky
 from upweight.solvers.lanczos import smallest_eigenvalue, suggest_damping
 
 _NEARLY = 0.3
 _CURVED_ROWS = 8
+_COMPARED = 2  # directions of either kind along which C is compared with the Hessian
+_HELD = 0.1  # of a query's form: what damping may hold back without a word
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,12 @@ class Report:
         residual: largest relative residual of the probed linear systems; NaN if unsolved.
         damping: the λ that acts.
         suggested_damping: a damping that makes C + λI positive, if the present one does not; else None.
+        beside_hessian: Σ vᵀCv / Σ vᵀHv with the exact Hessian H, along random v and along gradients of probed queries:
+            1 if C leaves nothing out, below 1 if it misses curvature, above 1 if it has too much (a
+            Hessian far from a minimum may be smaller than any positive curvature). None where it is not compared: C is
+            the Hessian, or stands for none.
+        held_back: by how much damping alone makes the probed values smaller: the largest λ‖x‖²/xᵀ(C + λI)x with
+            (C + λI)x = ∇f_q, between 0 and 1; NaN if unsolved.
         coverage: fraction of the model's parameters that are differentiated.
         batch_drift: largest change of an example's loss when it is computed alone instead of in a batch.
         curvature: in words.
@@ -67,6 +77,8 @@ class Report:
     curvature: str
     solver: str
     autograd: str
+    beside_hessian: tuple[float, float] | None = None
+    held_back: float = float("nan")
     problem: str = ""
     costs: str = ""
     rules: dict[str, str] = field(default_factory=dict)
@@ -82,33 +94,56 @@ class Report:
         """Whether θ̂ is at a minimum, C + λI is positive and the systems were solved."""
         return self.at_minimum and self.min_curvature + self.damping > 0 and not self.problem
 
+    @property
+    def verdict(self) -> str:
+        """One line: whether the theory applies, and what stands against it."""
+        against = []
+        if self.problem:
+            against.append(f"the systems were not solved ({self.problem.split('. ')[0]})")
+        if not self.at_minimum:
+            against.append(
+                f"θ̂ is {self.rows_from_minimum:.3g} rows away from a minimum, so values are effects on the present θ̂"
+            )
+        if not self.min_curvature + self.damping > 0:
+            against.append(f"C + λI is not positive ({self.min_curvature:.3g} + {self.damping:.3g})")
+        known = []
+        if self.at_minimum and self.held_back > _HELD:
+            known.append(
+                f"damping={self.damping:.3g} alone makes values up to {self.held_back:.0%} smaller than refits: name a "
+                "smaller one"
+            )
+        start = "not ok: " + "; ".join(against) if against else "ok"
+        return f"{start}; but {'; '.join(known)}" if known else start
+
     def to_dict(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
-        return asdict(self) | {"at_minimum": self.at_minimum, "ok": self.ok}
+        return asdict(self) | {"at_minimum": self.at_minimum, "ok": self.ok, "verdict": self.verdict}
 
     def __str__(self) -> str:
-        if self.rows_from_minimum < _NEARLY:
-            verdict = "at a minimum"
-        elif self.at_minimum:
-            verdict = "nearly at a minimum"
-        else:
-            verdict = "NOT at a minimum: train further, or read values as effects on the present θ̂ (appendix B)"
+        at = "at a minimum" if self.rows_from_minimum < _NEARLY else "nearly at a minimum"
+        if not self.at_minimum:
+            at = "NOT at a minimum: train further, or read values as effects on the present θ̂ (appendix B)"
         positive = self.min_curvature + self.damping > 0
         lines = [
             f"rows                 {self.n}",
             f"parameters           {self.p} ({self.coverage:.1%} of the model)",
-            f"gradient             ‖∇R‖ = {self.gradient_norm:.3g}, as much as {self.rows_from_minimum:.3g} rows: "
-            f"{verdict}",
+            f"gradient             ‖∇R‖ = {self.gradient_norm:.3g}, as much as {self.rows_from_minimum:.3g} rows: {at}",
             f"drift                {self.drift:.3g} in a query's loss if training went on; |Σᵢ Iᵢ| = "
             f"{self.sum_of_influences:.3g}",
             f"curvature            {self.curvature} + {self.damping:.3g}·I, smallest eigenvalue of C "
             f"{self.min_curvature:.3g}: {'positive' if positive else 'NOT positive'}",
+            f"damping              holds back up to {self.held_back:.0%} of a probed query's value",
             f"solver               {self.solver}, residual {self.residual:.2g}",
             f"cost of a query      {self.costs}",
             f"autograd             {self.autograd}; one by one instead of in a batch moves a loss by "
             f"{self.batch_drift:.1g}",
         ]
         lines += [f"{'' if number else 'layers':<21}{line}" for number, line in enumerate(_grouped(self.rules))]
+        if self.beside_hessian is not None:
+            random, queries = self.beside_hessian
+            lines.append(
+                f"beside the Hessian   vᵀCv is {random:.3g} of vᵀHv along random vectors, {queries:.3g} along queries"
+            )
         if self.written_out:
             places = ", ".join(f"{name} ({count})" for name, count in self.written_out.items())
             lines.append(f"{'written out':<21}{places}: at many positions a matrix costs fewer flops than its factors")
@@ -119,7 +154,7 @@ class Report:
             )
         if self.problem:
             lines.append(f"problem              {self.problem}")
-        return "\n".join([*lines, f"verdict              {'ok' if self.ok else 'see above'}"])
+        return "\n".join([*lines, f"verdict              {self.verdict}"])
 
     def __repr__(self) -> str:
         return f"Report\n{self}"
@@ -133,8 +168,7 @@ def examine(system: System, on: Any = None) -> Report:
     V = calculus.gradients(objective, queries).double().cpu()
     problem, residual, drift, total, suggested = "", float("nan"), float("nan"), float("nan"), None
     missed = per_row.rows_from_minimum(system.sweep, system.risk_gradient)
-    lowest = float("nan")
-    damping = float("nan")
+    lowest, damping, held = float("nan"), float("nan"), float("nan")
     try:
         damping = system.damping
         with warnings.catch_warnings():
@@ -142,6 +176,8 @@ def examine(system: System, on: Any = None) -> Report:
             solution = system.prepared.solve(V)
         residual = float(solution.residual.max())
         drift = float((solution.x @ gradient).abs().max())
+        forms = (solution.x * V).sum(1)
+        held = float((damping * solution.x.square().sum(1) / forms.clamp(min=1e-300)).clamp(0, 1).max())
         lowest = solution.min_curvature
         share = calculus.penalty_gradient(objective) * (system.n / float(system.examples.weights.sum()))
         every = scoring.with_rows(system, replace(solution, replicas=None), share)
@@ -172,11 +208,35 @@ def examine(system: System, on: Any = None) -> Report:
         curvature=repr(system.curvature),
         solver=repr(system.solver),
         autograd=objective.autograd,
+        beside_hessian=_beside_the_hessian(system, V),
+        held_back=held,
         problem=problem,
         costs="; ".join(map(str, defaults.costs(objective, system.examples, system.curvature))),
         rules=layers.rules(objective),
         written_out=layers.written_out(objective, queries),
     )
+
+
+def _beside_the_hessian(system: System, V: Tensor) -> tuple[float, float] | None:
+    """Σ vᵀCv / Σ vᵀHv along random vectors and along some of V.  Cost: one sweep of 4 Hessian products."""
+    stands_for: Any = system.curvature
+    while hasattr(stands_for, "of"):
+        stands_for = stands_for.of
+    if isinstance(stands_for, Hessian | Identity) and not isinstance(system.curvature, Arnoldi | Nystroem):
+        return None
+    if system.objective.linear is not None and not isinstance(system.curvature, Arnoldi | Nystroem | EmpiricalFisher):
+        return None
+    draw = torch.Generator().manual_seed(0)
+    signs = 2.0 * torch.randint(0, 2, (_COMPARED, system.objective.size), generator=draw, dtype=torch.float64) - 1
+    both = torch.cat([signs, V[:_COMPARED]])
+    try:
+        exact = Hessian().bind(system.sweep).apply(both)
+        ours = system.operator.apply(both)
+    except UpweightError:
+        return None
+    forms = [(both * images).sum(1) for images in (ours, exact)]
+    ratios = [float(ours.sum() / exact.sum()) for ours, exact in zip(*(f.split(_COMPARED) for f in forms), strict=True)]
+    return ratios[0], ratios[1]
 
 
 def _grouped(rules: dict[str, str]) -> list[str]:

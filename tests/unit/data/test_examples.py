@@ -164,3 +164,21 @@ def test_the_text_tells_the_shape():
 
 def test_no_weight_for_a_missing_row():
     refuses(lambda: uw.Examples(X, sample_weight=np.ones(N + 1)), ValueError, r"\(41,\), and there are 40")
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([(torch.ones(2), torch.tensor(0)), (torch.zeros(2), torch.tensor(1))])
+
+
+def test_a_loader_and_a_stream_are_refused_with_what_to_pass():
+    data = torch.utils.data.TensorDataset(torch.randn(6, 2), torch.arange(6) % 2)
+    loader = torch.utils.data.DataLoader(data, 2, shuffle=True)
+    for bad, text in ((loader, r"DataLoader.*loader\.dataset"), (_Stream(), r"_Stream.*map\(torch\.stack")):
+        with pytest.raises(uw.errors.InvalidInput, match=text):
+            uw.Examples(bad)
+    settings = {"loss": torch.nn.functional.cross_entropy, "damping": 0.1}
+    model = torch.nn.Linear(2, 2).eval()
+    assert uw.explain(model, loader.dataset, **settings).n == 6  # what the messages say to type
+    inputs, labels = map(torch.stack, zip(*_Stream(), strict=True))
+    assert uw.explain(model, inputs, labels, **settings).n == 2
