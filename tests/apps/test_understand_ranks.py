@@ -107,7 +107,7 @@ def test_distances_in_blocks_of_pairs_and_columns(monkeypatch):
 
     table = np.round(DRAW.normal(size=(30, 7))) + 1e8
     whole = distances(table[:5], table)
-    monkeypatch.setattr(sys.modules["upweight.apps.understand"], "_BLOCK", 20)
+    monkeypatch.setattr(sys.modules["upweight.apps.distances"], "_BLOCK", 20)
     np.testing.assert_allclose(distances(table[:5], table), whole)
     np.testing.assert_allclose(whole, exact(table[:5], table))
     sparse = scipy.sparse.csr_matrix(table)

@@ -54,8 +54,8 @@ def as_array(values: Any, name: str) -> Any:
         return scipy.sparse.csr_matrix(values)
     if isinstance(values, DataLoader):
         message = (
-            f"{name} is a DataLoader, which batches and may shuffle, so its rows have no numbers of their own. Pass what "
-            "it loads: loader.dataset."
+            f"{name} is a DataLoader, which batches and may shuffle, so its rows have no numbers of their own. Pass "
+            "what it loads: loader.dataset."
         )
         raise InvalidInput(message)
     if isinstance(values, IterableDataset):

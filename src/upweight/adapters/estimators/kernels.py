@@ -11,6 +11,7 @@ Directions with S ≤ n·2.2e-16 times the largest are rounding and left out.  C
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -32,7 +33,7 @@ from upweight.adapters.estimators.margins import (
     vector_targets,
     vector_weights,
 )
-from upweight.errors import UnsupportedModel, require
+from upweight.errors import TheoryWarning, UnsupportedModel, require
 from upweight.model import losses
 from upweight.model.objective import L2
 
@@ -66,6 +67,8 @@ def support_vectors(fit: Fit) -> Built:
     model = fit.estimator
     if model.kernel == "linear":
         return linear_kernel(fit)
+    if (callable(model.kernel) or model.kernel == "precomputed") and fit.sample_weight is not None:
+        _name_other_vectors(fit)
     features = _features(fit, lambda X, rows: _vector_kernel(model, X, rows))
 
     def read(fitted: Any) -> dict[str, Any]:
@@ -99,6 +102,22 @@ def support_vectors(fit: Fit) -> Built:
         stretched=stretched + held,
         again=again,
     )
+
+
+def _name_other_vectors(fit: Fit) -> None:
+    """A TheoryWarning where libsvm numbers the rows that weigh, and its numbers are used among all rows."""
+    weights = np.asarray(fit.sample_weight)
+    support = fit.estimator.support_
+    other = support[np.flatnonzero(weights > 0)[support] != support]
+    if not len(other):
+        return
+    message = (
+        f"{fit.name} with a kernel that is no name was fitted with {int((weights == 0).sum())} rows of weight 0. "
+        "scikit-learn numbers its support vectors without them and looks the numbers up among all rows (row "
+        f"{other[0]} is not the one that was meant), so its own predictions are wrong. Fit and explain the rows of "
+        "positive weight: X[w > 0], y[w > 0], sample_weight=w[w > 0]."
+    )
+    warnings.warn(message, TheoryWarning, stacklevel=6)
 
 
 def _fixed_width(model: Any) -> Any:

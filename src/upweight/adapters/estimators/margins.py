@@ -159,7 +159,8 @@ def _identified(fit: Fit, targets: NDArray[Any]) -> NDArray[np.bool_]:
     """For each intercept, whether a support vector of it is strictly inside its bounds 0 and C wᵢ."""
     model = fit.estimator
     weights = np.ones(fit.n) if fit.sample_weight is None else fit.sample_weight
-    bounds = model.C * (weights * vector_weights(fit)(targets))[model.support_]
+    rows = np.flatnonzero(weights > 0)[model.support_]  # support_ counts the rows that libsvm keeps
+    bounds = model.C * (weights * vector_weights(fit)(targets))[rows]
     return np.array(
         [
             bool((np.abs(dual) < bounds[place] * (1 - 1e-6)).any() & (np.abs(dual) > 0).any())
