@@ -7,6 +7,7 @@ groups     which sources the rows come from: what removing all rows of a source 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 import upweight as uw
 from upweight.apps.columns import grouped_columns, one_hot_groups, unique
 from upweight.apps.effects import FeatureEffects, GroupEffects, feature_lines, group_lines
-from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, checked_count, first_line
+from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, UpweightError, checked_count, first_line
 
 _NUMBERS = 2**24  # of equation 5 at once: 128 MB
 
@@ -318,16 +319,16 @@ def _newton_steps(
     """
     steps = np.full(len(groups), np.nan)
     try:
-        steps[chosen] = influence.of_removing([groups[g] for g in chosen], on=queries).values.mean(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TheoryWarning)  # the reasons are told one by one
+            steps[chosen] = influence.of_removing([groups[g] for g in chosen], on=queries).values.mean(0)
     except UnsupportedModel as error:  # of the model: no group has a step
         return steps, first_line(error), {}
     except UpweightError as error:
         if len(chosen) == 1:
             return steps, first_line(error), {}
-    else:
-        return steps, "", {}
     without = {}
-    for g in chosen:
+    for g in [g for g in chosen if np.isnan(steps[g])]:
         try:
             steps[g] = influence.of_removing([groups[g]], on=queries).values.mean()
         except UpweightError as error:

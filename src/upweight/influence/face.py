@@ -358,7 +358,8 @@ class Influence:
         Raises:
             UnsupportedModel: if the model has no linear predictor, the curvature is not its Hessian, or the solver is
                 stochastic.
-            NotPositiveDefinite: if what is left does not determine the fit.
+            NotPositiveDefinite: if what is left does not determine the fit, whichever removal is made; where only some
+                of them leave too little, theirs are NaN, with a TheoryWarning.
         """
         return groups_of_rows.of_removing(self.system, groups, on)
 

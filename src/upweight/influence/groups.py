@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 
-from upweight.errors import UnsupportedModel
+from upweight.errors import TheoryWarning, UnsupportedModel
 from upweight.influence import newton_step, per_row, scoring
 from upweight.influence.scores import Scores
 from upweight.influence.system import System
@@ -30,7 +31,10 @@ def of_groups(system: System, groups: Any, on: Any) -> Scores:
 def of_removing(system: System, groups: Any, on: Any) -> Scores:
     """By the removal's own Newton step: `Influence.of_removing`.
 
+    A removal without which the fit is not unique is NaN, with a TheoryWarning, if others have a value.
+
     Raises:
+        NotPositiveDefinite: if no removal has a value.
         UnsupportedModel: if the model has no linear predictor, the curvature is not its Hessian, or the solver is
             stochastic.
     """
@@ -47,6 +51,13 @@ def of_removing(system: System, groups: Any, on: Any) -> Scores:
         message = f"of_removing needs exact solutions, and {system.solver} gives estimates. Use Cholesky() or CG()."
         raise UnsupportedModel(message)
     step = newton_step.newton_steps(system, members)
+    if step.impossible:
+        numbers = list(step.impossible)
+        message = (
+            f"{len(numbers)} of {len(members)} removals (first: number {numbers[0]}) have no value and are NaN: "
+            f"{step.impossible[numbers[0]]}"
+        )
+        warnings.warn(message, TheoryWarning, stacklevel=3)
     single = all(len(group) == 1 for group in members)
     reported = system.objective.reporting()
     changes = newton_step.changes(reported, queries, step.theta_change)

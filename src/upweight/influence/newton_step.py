@@ -14,7 +14,7 @@ Reference: Pregibon (1981); paper, section 2 (leave-one-out), taken one step bey
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,14 @@ _SHARE_RTOL = 1e-12
 
 @dataclass(frozen=True)
 class NewtonStep:
-    """The move of θ̂ when each group is removed, (g, p), and the step that would come next, (g, p): its error."""
+    """The move of θ̂ when each group is removed, (g, p), and the step that would come next, (g, p): its error.
+
+    `impossible` says for the number of a group why it has none; its lines are NaN.
+    """
 
     theta_change: Float[Tensor, "g p"]
     next_step: Float[Tensor, "g p"]
+    impossible: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,33 @@ class _Rest:
 def newton_steps(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep:
     """The Newton step of removing each group, and the one that would follow it with the same curvature.
 
-    Squared losses are quadratic, so there the step is repeated once, which removes the solver's own error.
+    Squared losses are quadratic, so there the step is repeated once, which removes the solver's own error. A group
+    without which the fit is not unique has no step.
+
+    Raises:
+        NotPositiveDefinite: if no group has one.
     """
+    try:
+        return _steps_of_all(system, groups)
+    except NotPositiveDefinite:
+        if len(groups) == 1:
+            raise
+    nothing = torch.full((1, system.objective.size), torch.nan, dtype=torch.float64)
+    impossible, found = {}, []
+    for number, group in enumerate(groups):
+        try:
+            found.append(_steps_of_all(system, [group]))
+        except NotPositiveDefinite as error:
+            if len(impossible) == len(groups) - 1:
+                raise
+            impossible[number] = str(error)
+            found.append(NewtonStep(nothing, nothing))
+    changes, following = ([getattr(step, name) for step in found] for name in ("theta_change", "next_step"))
+    return NewtonStep(torch.cat(changes), torch.cat(following), impossible)
+
+
+def _steps_of_all(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep:
+    """The steps of all groups, refused if one has none."""
     objective, sweep, risk_gradient = system.objective, system.sweep, system.risk_gradient
     if objective.folded and not isinstance(objective.penalty, L2):
         message = (
