@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from upweight.data.trees import batch_length, take
+from upweight.data.trees import batch_length, leaves, take
 from upweight.errors import UnsupportedModel
 from upweight.model import calculus
 from upweight.model.objective import Objective
@@ -88,11 +88,12 @@ class _Watch(TorchFunctionMode):
         out = func(*args, **kwargs)
         if not isinstance(out, Tensor):
             return out
-        taken = _tensors((args, kwargs))
+        taken = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         known = getattr(func, "__name__", "") in _ACTIVATIONS | _SHAPES and len(taken) == 1
         if not known:
-            self.others.update(map(id, taken))
-            self.kept += taken
+            if self.current is not None:  # only then is it asked who else takes a tensor
+                self.others.update(map(id, taken))
+                self.kept += taken
             return out
         place = {id(taken[0]): _HELD}
         step = _Step(
@@ -108,6 +109,7 @@ class _Watch(TorchFunctionMode):
             self.kept.append(taken[0])
         elif self.current is not None:
             self.others.add(id(taken[0]))
+            self.kept.append(taken[0])
         self.given_by[id(out)] = (out, taken[0], step)
         return out
 
@@ -285,13 +287,3 @@ def _refuse_flat(objective: Objective, batch: Any) -> None:
         "which uses slopes only."
     )
     raise UnsupportedModel(message)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, tuple | list):
-        return [leaf for part in tree for leaf in _tensors(part)]
-    if isinstance(tree, dict):
-        return [leaf for part in tree.values() for leaf in _tensors(part)]
-    return []
