@@ -140,7 +140,7 @@ def output_jacobians(objective: Objective, batch: Any) -> Float[Tensor, "b K p"]
 
 def flat_outputs(objective: Objective) -> Callable[[Any, Any], Tensor]:
     """The model's output for one example as one flat vector, a function of (params, example)."""
-    output, _ = _structure(objective)
+    output, _ = structure(objective)
     return lambda params, example: output(params, example).reshape(-1)
 
 
@@ -211,7 +211,7 @@ def output_slopes(objective: Objective, batch: Any) -> Float[Tensor, "b K"]:
 
 def _output_slopes(objective: Objective, batch: Any) -> tuple[Float[Tensor, "b K"], Float[Tensor, "b K"]]:
     """∂ℓ/∂f of every example, with its graph, and the outputs f that it is a function of."""
-    output, output_loss = _structure(objective)
+    output, output_loss = structure(objective)
     shape = output(objective.params, take(batch, 0)).shape
     with torch.no_grad():
         f = _outputs(objective, objective.params, batch)
@@ -404,7 +404,12 @@ def _penalty(objective: Objective) -> Callable[[Any], Tensor]:
     return value
 
 
-def _structure(objective: Objective) -> tuple[Callable[[Any, Any], Tensor], Callable[[Tensor, Any], Tensor]]:
+def structure(objective: Objective) -> tuple[Callable[[Any, Any], Tensor], Callable[[Tensor, Any], Tensor]]:
+    """The model's output, and the loss as a function of it.
+
+    Raises:
+        UnsupportedModel: if the objective is one function.
+    """
     if objective.outputs is None or objective.output_loss is None:
         message = (
             f"Gauss–Newton needs the model's output apart from its loss, and {objective.name} is one function. "
@@ -423,7 +428,7 @@ def _losses(objective: Objective, params: Any, batch: Any) -> Tensor:
 
 def _outputs(objective: Objective, params: Any, batch: Any) -> Tensor:
     """(b, K): the flattened outputs."""
-    output, _ = _structure(objective)
+    output, _ = structure(objective)
     if objective.route.examples == "vmap":
         values = vmap(output, in_dims=(None, 0))(params, batch)
         return values.reshape(len(values), -1)

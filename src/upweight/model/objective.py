@@ -210,15 +210,11 @@ class Objective:
         if not fixed:
             return self
 
-        def reading(function: Callable[[Any, Any], Tensor] | None) -> Callable[[Any, Any], Tensor] | None:
-            return function and (lambda params, example: function({**params, **fixed}, example))
+        def reading(function: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+            return lambda params, example: function({**params, **fixed}, example)
 
-        return replace(
-            self,
-            loss=reading(self.loss),
-            outputs=reading(self.outputs),
-            fixed={**self.fixed, **fixed},  # type: ignore[arg-type]
-        )
+        outputs = None if self.outputs is None else reading(self.outputs)
+        return replace(self, loss=reading(self.loss), outputs=outputs, fixed={**self.fixed, **fixed})
 
     def measuring(self, measure: Callable[[Any, Any], Tensor]) -> Objective:
         """An objective whose loss is any other scalar of (params, example); for what a query asks."""

@@ -157,9 +157,7 @@ def _first_convex(objective: Objective, batch: Any) -> Objective:
 
 def _earlier(objective: Objective, example: Any) -> list[Objective]:
     """The objective cut before the activations that end the module, the earliest first."""
-    whole, criterion = objective.outputs, objective.output_loss
-    assert whole is not None
-    assert criterion is not None
+    whole, criterion = calculus.structure(objective)
     with torch.no_grad(), _Watch() as seen:
         output = whole(objective.params, example)
     chain = seen.back(output) if isinstance(output, Tensor) else []
@@ -190,9 +188,7 @@ def _earlier(objective: Objective, example: Any) -> list[Objective]:
 
 def _later(objective: Objective, example: Any) -> list[Objective]:
     """The objective cut after the activations that begin the criterion, the earliest first."""
-    whole, criterion = objective.outputs, objective.output_loss
-    assert whole is not None
-    assert criterion is not None
+    whole, criterion = calculus.structure(objective)
     with torch.no_grad():
         output = whole(objective.params, example)
         if not isinstance(output, Tensor):
@@ -222,16 +218,14 @@ def _later(objective: Objective, example: Any) -> list[Objective]:
 
 def _same(objective: Objective, other: Objective, batch: Any) -> bool:
     """Whether both give the same losses, in two steps each."""
+
+    def losses(one: Objective) -> Tensor:
+        outputs, criterion = calculus.structure(one)
+        few = (take(batch, b) for b in range(min(4, batch_length(batch))))
+        return torch.stack([criterion(outputs(one.params, example), example) for example in few])
+
     with torch.no_grad():
-        ours, theirs = (
-            torch.stack(
-                [
-                    one.output_loss(one.outputs(one.params, example), example)  # type: ignore[misc]
-                    for example in (take(batch, b) for b in range(min(4, batch_length(batch))))
-                ]
-            )
-            for one in (objective, other)
-        )
+        ours, theirs = losses(objective), losses(other)
     return torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
@@ -240,8 +234,7 @@ def _forms(objective: Objective, batch: Any, around: float) -> tuple[Tensor, Ten
     draw = torch.Generator().manual_seed(0)
     f = calculus.outputs(objective, batch)
     b, K = f.shape
-    whole = objective.outputs
-    assert whole is not None
+    whole, _ = calculus.structure(objective)
     shape = whole(objective.params, take(batch, 0)).shape
     shift = around * torch.randn(shape, generator=draw, dtype=torch.float64).to(f)
     moved = replace(objective, outputs=lambda params, example: whole(params, example) + shift)
