@@ -149,9 +149,7 @@ def test_weights_are_shares_of_the_mean():
 
 
 def test_a_new_label_brings_the_weight_of_its_class():
-    """Against the script with the label changed: d/dε of the weighted mean, by refits of a 2 % step is not possible,
-    so the whole change is made and the Newton step's leverage is small.
-    """
+    """The script with the label changed; the divisor of its mean changes too, and the penalty's share with it."""
     name, row = "class weights", 20
     everyone = np.arange(N)
     model = script(name, everyone, 0.05)
@@ -249,3 +247,27 @@ def test_the_share_of_the_penalty_is_there_where_nothing_is_recorded(penalty):
     torch.manual_seed(0)
     with torch.no_grad():
         np.testing.assert_allclose(values(), expected, rtol=1e-10)
+
+
+def test_a_criterion_that_says_sum_and_gives_the_mean_is_refused():
+    class Says(nn.Module):
+        reduction = "sum"
+
+        def forward(self, z, y):
+            return F.cross_entropy(z, y)
+
+    criterion = Says()
+    with pytest.raises(uw.errors.InvalidInput, match=r"says reduction='sum' and gives the mean"):
+        uw.explain(plain().double(), X, Y, loss=criterion)
+    criterion.reduction = "mean"
+    assert uw.explain(plain().double(), X, Y, loss=criterion, penalty=0.1).objective.folded
+
+
+@pytest.mark.filterwarnings("ignore:.*does not count row:upweight.errors.TheoryWarning")
+def test_rows_that_are_not_counted_leave_the_classes_what_they_are():
+    influence = uw.explain(plain().double(), X, SOME, loss=F.cross_entropy, damping=0.1)
+    assert uw.predict(influence, X[:5]).labels.tolist() == uw.predict(influence, X[:5]).outputs.argmax(1).tolist()
+    with pytest.raises(uw.errors.InvalidInput, match="Row 3 has no label"):
+        influence.on_loss(torch.utils.data.TensorDataset(X[:5], SOME[:5]))
+    gone = influence.of_relabeling([0], [-100], on=(X[:2], Y[:2])).values[:, 0]
+    np.testing.assert_allclose(gone, influence.on_loss(X[:2], Y[:2]).values[:, 0], rtol=1e-9)

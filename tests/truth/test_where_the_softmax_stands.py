@@ -209,11 +209,27 @@ def test_the_named_stand_ins_work(criterion):
 
 
 def test_no_floor_takes_the_place_of_a_missing_curvature():
-    """A loss that bends down has no mean eigenvalue to be damped by."""
-    flat = uw.operators.GaussNewton()
-    influence = uw.explain(network(), X, several(Y), loss=lambda f, y: -((f - y) ** 2).mean(), curvature=flat)
-    with pytest.raises(uw.errors.NotPositiveDefinite, match=r"damping=0\.1"):
+    """A loss that bends down has no mean eigenvalue to be damped by; what the message says to type is enough."""
+    settings = {"loss": lambda f, y: -((f - y) ** 2).mean(), "curvature": uw.operators.GaussNewton()}
+    influence = uw.explain(network(), X, several(Y), **settings)
+    with pytest.raises(uw.errors.NotPositiveDefinite, match=r"damping=influence\.check\(\)\.suggested_damping"):
         influence.on_loss(XQ, several(YQ))
+    report = influence.check()
+    assert not report.ok
+    typed = uw.explain(network(), X, several(Y), damping=report.suggested_damping, **settings)
+    assert float(torch.linalg.eigvalsh(typed.operator.matrix()).min()) + typed.damping > 0
+    assert typed.on_loss(XQ, several(YQ)).certificate.converged
+
+
+def test_rows_that_are_fitted_exactly_have_no_empirical_fisher():
+    model = network()
+    with torch.no_grad():
+        targets = model(X)
+    settings = {"loss": F.mse_loss, "curvature": uw.operators.EmpiricalFisher()}
+    with pytest.raises(uw.errors.NotPositiveDefinite, match=r"damping=0\.1"):
+        uw.explain(model, X, targets, **settings).on_loss(XQ, several(YQ))
+    values = uw.explain(model, X, targets, damping=0.1, **settings).on_loss(XQ, several(YQ)).values
+    assert not values.any()  # no row has a gradient
 
 
 def test_predictions_stay_those_of_the_module():

@@ -142,6 +142,7 @@ def _explain_head(
     objective = replace(
         frozen.closed_form(inner.objective, head, features, as_tensor(inner.examples.y)),
         coverage=inner.objective.size / count,
+        settled={name: tensor for name, tensor in extractor.state.items() if not name.startswith(f"{extractor.path}.")},
         name=f"{name}, '{head.path}' on its features",
     )
     inner.examples.encoded_by = extractor
@@ -259,9 +260,11 @@ class ModuleEncoder:
             InvalidInput: if the criterion counts nothing of one of them, so that it has no loss.
         """
         whole = whole_examples(X, y) or Examples(X, y)
-        if whole.x is None:
-            return whole
-        labels = self.reading.labels(whole.y)
+        items = whole.x is None
+        labels = whole.y
+        if items and X is not whole and self.reduction.summed is not None:
+            labels = whole.targets()
+        labels = self.reading.labels(labels)
         if labels is not None and X is not whole:
             none = np.flatnonzero(self.reduction.counted(as_tensor(labels)) == 0)
             if len(none):
@@ -270,6 +273,8 @@ class ModuleEncoder:
                     f"{self.reduction.ignore_index}), so its loss is not defined: torch gives NaN. Leave it out."
                 )
                 raise InvalidInput(message)
+        if items:
+            return whole
         return Examples(self.reading.inputs(whole.x), labels, sample_weight=whole.sample_weight)
 
     def targets(self, y: Any) -> Tensor:
@@ -419,7 +424,14 @@ def _compare_losses(
     share = torch.from_numpy(counted / counted.sum()).to(singles)
     mean, total, value = float((singles * share).sum()), float(singles.sum()), float(batch)
     size = float(singles.abs().max()) + 1e-12
-    if abs(value - mean) > 1e-5 * size and abs(value - total) > 1e-5 * size * len(singles):
+    is_mean, is_sum = abs(value - mean) <= 1e-5 * size, abs(value - total) <= 1e-5 * size * len(singles)
+    if reduction.total and is_mean and not is_sum:
+        message = (
+            f"{reduction.name} says reduction='sum' and gives the mean over a batch, {value:.6g} of {len(singles)} "
+            "examples, so that what a penalty stands beside is not known. Pass it with reduction='mean', or sum."
+        )
+        raise InvalidInput(message)
+    if not is_mean and not is_sum:
         message = (
             f"{reduction.name} gives {value:.6g} for {len(singles)} examples whose single values have the mean "
             f"{mean:.6g} and the sum {total:.6g}. It weighs examples unequally in a way that is not known, compares "

@@ -198,6 +198,13 @@ def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
         raise InvalidInput(message)
     predicted = scores.values[:, [place[int(row)] for row in outcomes.rows]].ravel()
     actual = outcomes.actual.ravel()
+    nothing = sorted({int(row) for row in outcomes.rows if np.isnan(scores.values[:, place[int(row)]]).any()})
+    if nothing:
+        message = (
+            f"The scores of row(s) {nothing[:5]} are NaN: without them the fit is not unique, so there is nothing to "
+            "compare. Leave those rows out of the outcomes: leave_one_out(…, rows without them)."
+        )
+        raise InvalidInput(message)
     if len(predicted) < 2 or np.ptp(predicted) == 0:
         message = (
             f"{len(predicted)} pair(s) with a spread of {np.ptp(predicted):.3g} in the prediction: a slope needs at "

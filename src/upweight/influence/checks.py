@@ -104,7 +104,7 @@ class Report:
             against.append(
                 f"θ̂ is {self.rows_from_minimum:.3g} rows away from a minimum, so values are effects on the present θ̂"
             )
-        if not self.min_curvature + self.damping > 0:
+        if self.min_curvature + self.damping <= 0:
             against.append(f"C + λI is not positive ({self.min_curvature:.3g} + {self.damping:.3g})")
         known = []
         if self.at_minimum and self.held_back > _HELD:
@@ -132,13 +132,14 @@ class Report:
             f"{self.sum_of_influences:.3g}",
             f"curvature            {self.curvature} + {self.damping:.3g}·I, smallest eigenvalue of C "
             f"{self.min_curvature:.3g}: {'positive' if positive else 'NOT positive'}",
-            f"damping              holds back up to {self.held_back:.0%} of a probed query's value",
             f"solver               {self.solver}, residual {self.residual:.2g}",
             f"cost of a query      {self.costs}",
             f"autograd             {self.autograd}; one by one instead of in a batch moves a loss by "
             f"{self.batch_drift:.1g}",
         ]
         lines += [f"{'' if number else 'layers':<21}{line}" for number, line in enumerate(_grouped(self.rules))]
+        if self.held_back > 0:
+            lines.append(f"damping              holds back up to {self.held_back:.0%} of a probed query's value")
         if self.beside_hessian is not None:
             random, queries = self.beside_hessian
             lines.append(
@@ -190,8 +191,9 @@ def examine(system: System, on: Any = None) -> Report:
         problem = str(error)
     if problem or not np.isfinite(lowest) or not isinstance(system.solver, Cholesky):
         lowest = smallest_eigenvalue(system.operator)[0]
-    if lowest + damping <= 0:
-        suggested, lowest = suggest_damping(system.operator, damping)
+    acting = damping if np.isfinite(damping) else 0.0  # none could be chosen
+    if lowest + acting <= 0:
+        suggested, lowest = suggest_damping(system.operator, acting)
     return Report(
         n=system.n,
         p=objective.size,

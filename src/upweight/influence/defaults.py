@@ -199,7 +199,8 @@ def _positive_mean(operator: Operator) -> float:
     message = (
         f"C's mean eigenvalue is {mean:.3g}, so there is no curvature of the data to choose a damping by: the loss is "
         "flat, or bends down, where the model is. Usual reasons: a loss that is not convex in the model's output, or "
-        "rows that are all fitted exactly. Name the damping: damping=0.1, and see influence.check()."
+        "rows that are all fitted exactly. Name the damping: "
+        + ("damping=influence.check().suggested_damping is large enough." if mean < 0 else "damping=0.1.")
     )
     raise NotPositiveDefinite(message)
 

@@ -70,23 +70,27 @@ def newton_steps(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep:
     Raises:
         NotPositiveDefinite: if no group has one.
     """
+    step = _steps_of_most(system, groups)
+    if len(step.impossible) == len(groups):
+        raise NotPositiveDefinite(step.impossible[0])
+    return step
+
+
+def _steps_of_most(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep:
+    """The steps of all groups that have one; halves are tried apart, so that one group costs the others little."""
     try:
         return _steps_of_all(system, groups)
-    except NotPositiveDefinite:
+    except NotPositiveDefinite as error:
         if len(groups) == 1:
-            raise
-    nothing = torch.full((1, system.objective.size), torch.nan, dtype=torch.float64)
-    impossible, found = {}, []
-    for number, group in enumerate(groups):
-        try:
-            found.append(_steps_of_all(system, [group]))
-        except NotPositiveDefinite as error:
-            if len(impossible) == len(groups) - 1:
-                raise
-            impossible[number] = str(error)
-            found.append(NewtonStep(nothing, nothing))
-    changes, following = ([getattr(step, name) for step in found] for name in ("theta_change", "next_step"))
-    return NewtonStep(torch.cat(changes), torch.cat(following), impossible)
+            nothing = torch.full((1, system.objective.size), torch.nan, dtype=torch.float64)
+            return NewtonStep(nothing, nothing, {0: str(error)})
+    half = len(groups) // 2
+    first, second = _steps_of_most(system, groups[:half]), _steps_of_most(system, groups[half:])
+    return NewtonStep(
+        torch.cat([first.theta_change, second.theta_change]),
+        torch.cat([first.next_step, second.next_step]),
+        first.impossible | {half + number: why for number, why in second.impossible.items()},
+    )
 
 
 def _steps_of_all(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep:

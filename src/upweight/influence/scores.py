@@ -270,7 +270,7 @@ _ARRAYS = ("values", "rows", "scale", "query_values", "standard_error", "error")
 
 
 def top_columns(keys: Float[NDArray[np.float64], "q r"], k: int) -> Int[NDArray[np.int64], "q k"]:
-    """The columns of the k smallest keys of every line, smallest first; ties go to the lower column.
+    """The columns of the k smallest keys of every line, smallest first, NaN last; ties go to the lower column.
 
     Raises:
         InvalidInput: if k is not between 1 and the number of columns.
@@ -282,6 +282,8 @@ def top_columns(keys: Float[NDArray[np.float64], "q r"], k: int) -> Int[NDArray[
 
 
 def _smallest(line: NDArray[np.float64], k: int) -> NDArray[np.int64]:
+    if np.isnan(line).any():
+        return np.argsort(line, kind="stable")[:k]  # which puts NaN last
     threshold = np.partition(line, k - 1)[k - 1]
     candidates: NDArray[Any] = np.flatnonzero(line <= threshold)
     return candidates[np.argsort(line[candidates], kind="stable")][:k]

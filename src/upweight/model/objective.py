@@ -106,6 +106,7 @@ class Objective:
         gauge: a function that projects (k, p) vectors off the directions in which R is constant by construction.
         route: how autograd runs; set by `routes.probe`.
         fixed: what the loss reads beside `params`, by name: buffers, and parameters that are not differentiated.
+        settled: the state of a frozen body, by name: examples are its features already, so it cannot change.
         moving: the names in `fixed` that training changes by itself, as BatchNorm's running statistics.
         coverage: fraction of the model's parameters that `params` holds.
         name: what this objective belongs to, for people.
@@ -125,6 +126,7 @@ class Objective:
     gauge: Callable[[Tensor], Tensor] | None = None
     route: Route = field(default_factory=Route)
     fixed: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    settled: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     moving: tuple[str, ...] = ()
     coverage: float = 1.0
     name: str = "loss"

@@ -149,8 +149,8 @@ def classes(influence: Influence) -> list[Any] | None:
     """The user's names of the classes, in the order of the model's outputs; None where outputs are no classes.
 
     For a scikit-learn classifier its `classes_`. For a module the whole numbers 0 … K−1 if it has K > 1 outputs and
-    every training target is one of them; the two targets if it has one output, they are 0 and 1, or −1 and 1, and
-    there is an output, 0 or ½, at which both cost the same: that is where the class changes.
+    every training target that weighs is one of them; the two targets if it has one output, they are 0 and 1, or −1 and
+    1, and there is an output, 0 or ½, at which both cost the same: that is where the class changes.
     """
     estimator = getattr(influence.encoder, "estimator", None)
     if estimator is not None:
@@ -159,7 +159,7 @@ def classes(influence: Influence) -> list[Any] | None:
     y = _column(influence.examples.targets())
     if y is None or y.ndim != 1 or not bool((y == y.round()).all()):
         return None
-    values = np.unique(y.cpu().numpy())
+    values = np.unique(y.cpu().numpy()[influence.examples.weights > 0])  # an ignored label is of no class
     K = _output_count(influence)
     if K > 1:
         return list(range(K)) if values[0] >= 0 and values[-1] < K else None

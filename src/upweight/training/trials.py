@@ -164,6 +164,14 @@ def placed(objective: Objective, returned: Any, *, by_user: bool, like: Objectiv
             "state_dict()."
         )
         raise InvalidInput(message)
+    others = [name for name, old in like.settled.items() if name in given and not _same(given[name], old)]
+    if others:
+        message = (
+            f"retrain returned another '{others[0]}' ({len(others)} such tensors before the head), and the head that "
+            "is explained sees features of the old one. Keep what is before the head frozen, or explain the whole "
+            "module: leave parameters= out."
+        )
+        raise InvalidInput(message)
     beside = {}
     for name, old in like.fixed.items():
         if name not in given:
@@ -175,9 +183,15 @@ def placed(objective: Objective, returned: Any, *, by_user: bool, like: Objectiv
                 f"{tuple(old.shape)}; its values must be finite. Return a model of the same architecture."
             )
             raise InvalidInput(message)
-        if not torch.equal(new.to(old), old):
+        if not _same(new, old):
             beside[name] = new.to(old, copy=True)
     return objective.at(theta).beside(beside)
+
+
+def _same(given: Any, old: Tensor) -> bool:
+    """Whether a returned tensor is what it was."""
+    new = torch.as_tensor(given).detach()
+    return new.shape == old.shape and torch.equal(new.to(old), old)
 
 
 def flat(objective: Objective, params: Any) -> Float[Tensor, " p"]:

@@ -46,3 +46,29 @@ def test_alone_it_is_refused(influence):
         influence.of_removing([11], on=ON)
     with pytest.raises(uw.errors.NotPositiveDefinite, match="alone determine"):
         influence.of_removing([[11], [0, 11]], on=ON)
+
+
+@pytest.mark.filterwarnings("ignore::upweight.errors.TheoryWarning")
+def test_what_has_no_value_comes_last_and_is_compared_with_nothing(influence):
+    scores = influence.of_removing(range(12), on=ON)
+    for rows in (scores.helpful(12).rows, scores.harmful(12).rows):
+        assert rows[:, -1].tolist() == [11, 11]
+        assert sorted(rows[0]) == list(range(12))
+    outcomes = uw.leave_one_out(influence, ON, range(12), uw.Refit())
+    with pytest.raises(uw.errors.InvalidInput, match=r"row\(s\) \[11\] are NaN"):
+        uw.agreement(scores, outcomes)
+    others = uw.leave_one_out(influence, ON, range(11), uw.Refit())  # what it says to do
+    assert uw.agreement(scores, others).slope == pytest.approx(1, abs=1e-8)
+
+
+def test_one_group_costs_the_others_little(influence, monkeypatch):
+    from upweight.influence import newton_step
+
+    tried = []
+    plain = newton_step._steps_of_all
+    monkeypatch.setattr(
+        newton_step, "_steps_of_all", lambda system, groups: tried.append(len(groups)) or plain(system, groups)
+    )
+    with pytest.warns(uw.errors.TheoryWarning):
+        influence.of_removing(range(12), on=ON)
+    assert len(tried) <= 2 * 4 + 1  # halves of halves, not one by one

@@ -119,3 +119,18 @@ def test_parameters_that_are_not_differentiated_come_along():
     influence = uw.explain(net.eval(), X, Y, loss=MSE, damping=0.1, parameters=["2.weight", "2.bias"])
     out = uw.leave_one_out(influence, ON, [5], lambda weights, seed: again)
     np.testing.assert_allclose(out.control, losses(again) - losses(net), rtol=1e-4)
+
+
+def test_a_body_that_was_trained_too_is_refused_where_only_its_head_is_explained():
+    torch.manual_seed(1)
+    net, again = (nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).eval() for _ in range(2))
+    head = uw.explain(net, X, Y, loss=MSE, damping=0.1, parameters=["2.weight", "2.bias"])
+    with pytest.raises(uw.errors.InvalidInput, match=r"another '0.weight' \(2 such tensors.*leave parameters= out"):
+        uw.leave_one_out(head, ON, [5], lambda weights, seed: again)
+    whole = uw.explain(net, X, Y, loss=MSE, damping=0.1)  # what it says to do
+    out = uw.leave_one_out(whole, ON, [5], lambda weights, seed: again)
+    np.testing.assert_allclose(out.control, losses(again) - losses(net), rtol=1e-4)
+    frozen = {**net.state_dict(), "2.weight": again[2].weight, "2.bias": again[2].bias}
+    out = uw.leave_one_out(head, ON, [5], lambda weights, seed: frozen)
+    both = nn.Sequential(net[0], net[1], again[2])
+    np.testing.assert_allclose(out.control, losses(both) - losses(net), rtol=1e-4, atol=1e-6)
