@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.sparse
-from estimators import ESTIMATORS, ROWS, TIGHT, D, N, close, made, plain, signed_squares, squares, targets
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import upweight as uw
+from estimators import ESTIMATORS, ROWS, TIGHT, D, N, close, made, plain, signed_squares, squares, targets
 
 
 @pytest.fixture(scope="module", params=ESTIMATORS)

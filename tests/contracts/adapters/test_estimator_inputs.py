@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from estimators import NEW_CV, close
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
 from sklearn.decomposition import PCA
@@ -37,6 +36,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler, TargetEncoder
 from sklearn.svm import SVC, LinearSVC, NuSVC, NuSVR
 
 import upweight as uw
+from estimators import NEW_CV, close
 from small import ELASTIC
 
 WORDS = np.array(str.split("good bad fine poor great awful film plot actor scene the a of and was is very quite"))

@@ -10,6 +10,15 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from sklearn.base import clone
+from sklearn.linear_model import SGDClassifier, SGDRegressor
+from sklearn.metrics.pairwise import rbf_kernel
+from sklearn.neural_network import MLPClassifier, MLPRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, SVR, LinearSVC, LinearSVR
+
+import upweight as uw
 from estimators import (
     QUERIES,
     N,
@@ -24,15 +33,6 @@ from estimators import (
     targets,
     tube,
 )
-from sklearn.base import clone
-from sklearn.linear_model import SGDClassifier, SGDRegressor
-from sklearn.metrics.pairwise import rbf_kernel
-from sklearn.neural_network import MLPClassifier, MLPRegressor
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC, SVR, LinearSVC, LinearSVR
-
-import upweight as uw
 from upweight import calculus
 
 
