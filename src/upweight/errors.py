@@ -6,7 +6,7 @@
     ├── RowOutOfRange        (IndexError)         a training row or a query that does not exist
     ├── UnsupportedModel     (TypeError)          the theory, or this version, has no answer for this model
     ├── NotDeterministic     (RuntimeError)       the loss or the dataset gives another answer when asked again
-    ├── Undefined            (ValueError)         the quantity does not exist for these scores
+    ├── Undefined            (ValueError)         the quantity does not exist for these scores or rows
     ├── SolverError          (ArithmeticError)    carries `.solution`, the work done so far
     │   ├── NotConverged                          the promised residual was not reached
     │   ├── NotPositiveDefinite                   curvature ≤ 0; carries `.suggested_damping`
@@ -70,7 +70,7 @@ class NotDeterministic(UpweightError, RuntimeError):
 
 
 class Undefined(UpweightError, ValueError):
-    """The quantity does not exist for these scores."""
+    """The quantity does not exist for these scores or rows."""
 
 
 class SolverError(UpweightError, ArithmeticError):
@@ -113,9 +113,9 @@ class TheoryWarning(UserWarning):
     """The theory is being stretched: the model is not at a minimum, or a curvature is negative."""
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException, length: int = 160) -> str:
     """The first line of an error's text, short enough to be quoted in another."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:length]
 
 
 def checked_count(value: Any, name: str, *, least: int = 1, hint: str = "") -> int:

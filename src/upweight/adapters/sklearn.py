@@ -29,6 +29,7 @@ from upweight.data.arrays import as_tensor, checked_weights
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, NotFitted, TheoryWarning, UnsupportedModel, require
 from upweight.influence.face import Influence
+from upweight.influence.minimum import distance
 from upweight.influence.per_row import rows_from_minimum
 from upweight.model.encoders import whole_examples
 
@@ -288,15 +289,22 @@ def _parts(transformer: Any) -> Iterator[Any]:
 
 
 def _warn(influence: Influence, fit: Fit, built: Built, transformers: Any) -> None:
-    """A TheoryWarning with the number, when θ̂ misses the minimum by more than the fit's own method explains."""
+    """A TheoryWarning with the number, when θ̂ misses the minimum by more than the fit's own method explains.
+
+    Of an iteration that stopped early by what the miss does to the values; of a closed form, which misses by rounding
+    only, any miss says that these are not the data of the fit.
+    """
     exact = built.closed_form and not scipy.sparse.issparse(influence.examples.x)
     missed = rows_from_minimum(influence.sweep, influence.risk_gradient)
     size = float(influence.risk_gradient.norm())
     if built.stretched:
-        message = f"{built.stretched}. There ‖∇R‖ = {size:.3g}, as much as {missed:.3g} rows."
+        message = f"{built.stretched}. There ‖∇R‖ = {size:.3g}, {distance(influence.system)}."
         warnings.warn(message, TheoryWarning, stacklevel=4)
         return
     if missed < (_ROWS_MISSED_BY_ROUNDING if exact else _ROWS_MISSED_BY_ITERATION) or size < 1e-12:
+        return
+    away = distance(influence.system)
+    if away.kept and not exact:
         return
     settings = [
         f"{name}={getattr(fit.estimator, name)}"
@@ -307,8 +315,7 @@ def _warn(influence: Influence, fit: Fit, built: Built, transformers: Any) -> No
     others = "X, y, sample_weight or a setting changed since fit() are not those of the fit" + _cross_fitted(
         transformers
     )
-    message = (
-        f"{fit.name} is not at a minimum of its objective on these data: ‖∇R‖ = {size:.3g}, as much as "
-        f"{missed:.3g} rows. " + (f"Probably {others}." if exact else f"Either {stopped}; or {others}.")
+    message = f"{fit.name} is not at a minimum of its objective on these data: ‖∇R‖ = {size:.3g}, {away}. " + (
+        f"Probably {others}." if exact else f"Either {stopped}; or {others}."
     )
     warnings.warn(message, TheoryWarning, stacklevel=4)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.errors import InvalidInput, checked_count
+from upweight.errors import InvalidInput, SolverError, TheoryWarning, Undefined, checked_count, first_line
 from upweight.influence.face import Influence
+from upweight.influence.minimum import distance
 from upweight.influence.scores import Scores
-from upweight.training.retrainers import Retrain
+from upweight.training.retrainers import BoundLBFGS, Retrain
 from upweight.training.trials import Trials
 
 
@@ -121,29 +123,43 @@ def leave_one_out(
         rows: the rows to leave out, one at a time.
         retrain: a function (weights, seed) → params (or flat θ), where weights multiply the examples' weights; or
             Newton(), LBFGS(), Refit() or StackedTraining(…). None takes scikit-learn's own fit where the minimum is not
-            smooth or not reached (hinge, lasso, kernels, SGD, MLP), else Newton for linear predictors and L-BFGS from
-            θ̂ otherwise.
+            smooth or not reached (hinge, lasso, kernels, SGD, MLP), else Newton for linear predictors and L-BFGS
+            otherwise: from θ̂ to the minimum of all rows, and from there.
         measure: scalar of (params, example); None is the loss.
         seed: given to `retrain` for every training, the control included.
         seeds: repetitions with seed, seed + 1, …; each has a control of its own. Only a retrainer with chance in it
             needs more than one.
         progress: True or False forces the progress bar on or off; None shows it on a terminal only.
 
+    A row without which there is nothing to train (all of a class, or a fit that is not unique) is NaN, with a
+    TheoryWarning that says why.
+
     Raises:
         RowOutOfRange: if a row does not exist.
-        InvalidInput: if `seeds` is no number ≥ 1, or the queries or the retrainer cannot be used.
+        InvalidInput: if `seeds` is no number ≥ 1, or the queries or the retrainer cannot be used, or a network is far
+            from a minimum and no retrainer was given.
+        NotConverged, NotPositiveDefinite, Undefined: if training with all rows fails, or without any one of them.
     """
     rows = influence.examples.rows(rows)
     checked_count(seeds, "seeds", hint="1 for a retrainer without chance")
     trials = Trials.of(influence, on, retrain, measure)
     now = trials.now()
+    if isinstance(trials.train, BoundLBFGS):
+        if retrain is None:
+            _refuse_far_from_a_minimum(influence)
+        # every training then goes the short way from one minimum, and not its own way from θ̂ to one of many
+        trials = replace(trials, train=trials.train.starting_at(trials.train(np.ones(influence.n), seed)))
 
     def without(row: int | None) -> NDArray[np.float64]:
         return np.ones(influence.n) if row is None else (np.arange(influence.n) != row).astype(np.float64)
 
     jobs = ((without(row), seed + k) for k in range(seeds) for row in (None, *rows.tolist()))  # None is the control
     total = seeds * (len(rows) + 1)
-    after = np.stack(list(trials.run(jobs, total, progress=progress))).reshape(seeds, len(rows) + 1, -1)
+    returned = list(trials.parameters(jobs, total, progress=progress, kept=(SolverError, Undefined)))
+    _name_failures(returned, rows)
+    nothing = np.full(len(now), np.nan)
+    values = [nothing if isinstance(theta, Exception) else trials.at(theta) for theta in returned]
+    after = np.stack(values).reshape(seeds, len(rows) + 1, -1)
     control = after[:, 0] - now
     actual = (after[:, 1:] - after[:, :1]).transpose(0, 2, 1)  # (m, q, r)
     return Outcomes(
@@ -155,6 +171,45 @@ def leave_one_out(
         actual if seeds > 1 else None,
         control if seeds > 1 else None,
     )
+
+
+def _refuse_far_from_a_minimum(influence: Influence) -> None:
+    """Raises at once, and not after an hour of training to somewhere else, where θ̂ is not at a minimum.
+
+    Raises:
+        InvalidInput: with the ways to go on.
+    """
+    away = distance(influence.system)
+    if away.kept:
+        return
+    message = (
+        f"{influence.objective.name} is not at a minimum of its objective, {away}, and without retrain= every training "
+        "goes on to one, so that it would tell about another model. Usual reasons: training stopped early, or its "
+        "weight decay was not passed as penalty=. Pass the training procedure that made the model: "
+        "retrain=StackedTraining(…), or a function (weights, seed) → module. Or ask about the model that training goes "
+        "on to: leave_one_out(uw.retrained(influence), …), or leave_one_out(…, retrain=uw.LBFGS())."
+    )
+    raise InvalidInput(message)
+
+
+def _name_failures(returned: list[Any], rows: NDArray[np.int64]) -> None:
+    """A TheoryWarning about rows without which training failed.
+
+    Raises:
+        UpweightError: what training raised, if it failed with all rows, or without any one of them.
+    """
+    wide = len(rows) + 1
+    failed = {place: one for place, one in enumerate(returned) if isinstance(one, Exception)}
+    controls = [one for place, one in failed.items() if place % wide == 0]
+    if controls or len(failed) == len(returned) - len(returned) // wide:
+        raise next(iter([*controls, *failed.values()]))
+    lost = sorted({int(rows[place % wide - 1]) for place in failed})
+    if lost:
+        message = (
+            f"Training without {len(lost)} of {len(rows)} rows (first: {lost[:5]}) gave nothing, and their changes are "
+            f"NaN: {first_line(next(iter(failed.values())), length=400)}"
+        )
+        warnings.warn(message, TheoryWarning, stacklevel=3)
 
 
 def of_others(scores: Scores, now: Float[NDArray[np.float64], " q"] | None) -> str:
@@ -199,10 +254,12 @@ def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
     predicted = scores.values[:, [place[int(row)] for row in outcomes.rows]].ravel()
     actual = outcomes.actual.ravel()
     nothing = sorted({int(row) for row in outcomes.rows if np.isnan(scores.values[:, place[int(row)]]).any()})
-    if nothing:
+    if nothing or np.isnan(actual).any():
+        lost = nothing or outcomes.rows[np.isnan(outcomes.actual).any(0)].tolist()
         message = (
-            f"The scores of row(s) {nothing[:5]} are NaN: without them the fit is not unique, so there is nothing to "
-            "compare. Leave those rows out of the outcomes: leave_one_out(…, rows without them)."
+            f"The {'scores' if nothing else 'outcomes'} of row(s) {lost[:5]} are NaN: without them the fit is not "
+            "unique, or there is none, so there is nothing to compare. Leave those rows out of the outcomes: "
+            "leave_one_out(…, rows without them)."
         )
         raise InvalidInput(message)
     if len(predicted) < 2 or np.ptp(predicted) == 0:

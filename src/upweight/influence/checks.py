@@ -13,14 +13,14 @@ from torch import Tensor
 from upweight.data.trees import batch_length, take, tree_map
 from upweight.errors import SolverError, TheoryWarning, UpweightError
 from upweight.influence import defaults, per_row, scoring
+from upweight.influence.minimum import Distance, distance
 from upweight.influence.system import System
 from upweight.model import calculus, layers
 from upweight.operators import Arnoldi, EmpiricalFisher, Hessian, Identity, Nystroem
 from upweight.solvers import Cholesky
 from upweight.solvers.lanczos import smallest_eigenvalue, suggest_damping
 
-_NEARLY = 0.3
-_CURVED_ROWS = 8
+_NEARLY = 0.3  # of a row's effect
 _COMPARED = 2  # directions of either kind along which C is compared with the Hessian
 _HELD = 0.1  # of a query's form: what damping may hold back without a word
 
@@ -34,8 +34,10 @@ class Report:
         p: differentiated parameters.
         gradient_norm: ‖∇R(θ̂)‖; 0 at a minimum.
         rows_from_minimum: by how many rows' worth of gradient θ̂ misses the minimum, ‖∇R‖ over the root mean square of
-            wᵢ‖∇Lᵢ‖/n; the larger of two norms, Euclidean and that of (C + λI)⁻¹, which no feature's units can hide
-            from. Below 1 the miss is smaller than the effect that is being estimated.
+            wᵢ‖∇Lᵢ‖/n in the norm of (C + λI)⁻¹, which no feature's units can hide from; Euclidean if unsolved. Below 1
+            the miss is smaller than the effect that is being estimated.
+        value_drift: by how much the probed values would change if training went on to the minimum, as a fraction of
+            them (`influence.minimum`); NaN if unsolved. Below 0.05 they are right, however many rows away it is.
         sum_of_influences: largest |Σᵢ wᵢ I(zᵢ, query)|/n over the probed queries, penalty folded; 0 at a minimum. It
             equals the drift.
         drift: largest predicted change of a probed query's loss if training went on to the minimum (appendix B); NaN
@@ -48,6 +50,7 @@ class Report:
             1 if C leaves nothing out, below 1 if it misses curvature, above 1 if it has too much (a
             Hessian far from a minimum may be smaller than any positive curvature). None where it is not compared: C is
             the Hessian, or stands for none.
+        flat: which columns the data do not tell apart, if any: answers are then those of minimum norm.
         held_back: by how much damping alone makes the probed values smaller: the largest λ‖x‖²/xᵀ(C + λI)x with
             (C + λI)x = ∇f_q, between 0 and 1; NaN if unsolved.
         coverage: fraction of the model's parameters that are differentiated.
@@ -66,6 +69,7 @@ class Report:
     p: int
     gradient_norm: float
     rows_from_minimum: float
+    value_drift: float
     sum_of_influences: float
     drift: float
     min_curvature: float
@@ -79,6 +83,7 @@ class Report:
     autograd: str
     beside_hessian: tuple[float, float] | None = None
     held_back: float = float("nan")
+    flat: str = ""
     problem: str = ""
     costs: str = ""
     rules: dict[str, str] = field(default_factory=dict)
@@ -86,8 +91,8 @@ class Report:
 
     @property
     def at_minimum(self) -> bool:
-        """Whether θ̂ is nearer to a minimum than one row's effect."""
-        return self.rows_from_minimum < 1
+        """Whether θ̂ is nearer to a minimum than one row's effect, or values would stay what they are on the way."""
+        return Distance(self.rows_from_minimum, self.value_drift).kept
 
     @property
     def ok(self) -> bool:
@@ -101,9 +106,7 @@ class Report:
         if self.problem:
             against.append(f"the systems were not solved ({self.problem.split('. ')[0]})")
         if not self.at_minimum:
-            against.append(
-                f"θ̂ is {self.rows_from_minimum:.3g} rows away from a minimum, so values are effects on the present θ̂"
-            )
+            against.append(f"θ̂ is not at a minimum, {self._away}, so values are effects on the present θ̂")
         if self.min_curvature + self.damping <= 0:
             against.append(f"C + λI is not positive ({self.min_curvature:.3g} + {self.damping:.3g})")
         known = []
@@ -112,8 +115,14 @@ class Report:
                 f"damping={self.damping:.3g} alone makes values up to {self.held_back:.0%} smaller than refits: name a "
                 "smaller one"
             )
+        elif self.at_minimum and self.rows_from_minimum >= 1:
+            known.append(f"θ̂ is not quite at a minimum, {self._away}")
         start = "not ok: " + "; ".join(against) if against else "ok"
         return f"{start}; but {'; '.join(known)}" if known else start
+
+    @property
+    def _away(self) -> str:
+        return str(Distance(self.rows_from_minimum, self.value_drift))
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""
@@ -127,7 +136,7 @@ class Report:
         lines = [
             f"rows                 {self.n}",
             f"parameters           {self.p} ({self.coverage:.1%} of the model)",
-            f"gradient             ‖∇R‖ = {self.gradient_norm:.3g}, as much as {self.rows_from_minimum:.3g} rows: {at}",
+            f"gradient             ‖∇R‖ = {self.gradient_norm:.3g}, {self._away}: {at}",
             f"drift                {self.drift:.3g} in a query's loss if training went on; |Σᵢ Iᵢ| = "
             f"{self.sum_of_influences:.3g}",
             f"curvature            {self.curvature} + {self.damping:.3g}·I, smallest eigenvalue of C "
@@ -140,6 +149,8 @@ class Report:
         lines += [f"{'' if number else 'layers':<21}{line}" for number, line in enumerate(_grouped(self.rules))]
         if self.held_back > 0:
             lines.append(f"damping              holds back up to {self.held_back:.0%} of a probed query's value")
+        if self.flat:
+            lines.append(f"flat                 {self.flat}: answers are those of minimum norm")
         if self.beside_hessian is not None:
             random, queries = self.beside_hessian
             lines.append(
@@ -163,28 +174,32 @@ class Report:
 
 def examine(system: System, on: Any = None) -> Report:
     """The report on a system, with the drift measured on a few queries: `Influence.check`."""
-    queries = system.examples.batch(slice(0, 8)) if on is None else system.queries(on).batch(slice(0, 64))
-    objective = system.objective
-    gradient = system.risk_gradient
+    asked = system.examples.subset(np.arange(min(system.n, 8))) if on is None else system.queries(on)
+    queries = asked.batch(slice(0, 64))
+    objective, gradient = system.objective, system.risk_gradient
     V = calculus.gradients(objective, queries).double().cpu()
     problem, residual, drift, total, suggested = "", float("nan"), float("nan"), float("nan"), None
-    missed = per_row.rows_from_minimum(system.sweep, system.risk_gradient)
-    lowest, damping, held = float("nan"), float("nan"), float("nan")
+    lowest, damping, held, flat = float("nan"), float("nan"), float("nan"), ""
+    missed = Distance(per_row.rows_from_minimum(system.sweep, gradient))
     try:
         damping = system.damping
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TheoryWarning)  # the report says it with more numbers
             solution = system.prepared.solve(V)
+            flat = system.why_flat
+            missed = distance(system, asked)
         residual = float(solution.residual.max())
-        drift = float((solution.x @ gradient).abs().max())
-        forms = (solution.x * V).sum(1)
-        held = float((damping * solution.x.square().sum(1) / forms.clamp(min=1e-300)).clamp(0, 1).max())
+        solved = ~solution.x.isnan().any(1)
+        if not bool(solved.all()):
+            problem = f"{int((~solved).sum())} of {len(V)} queries ask for what the rows do not determine"
+        x, V = solution.x[solved], V[solved]
         lowest = solution.min_curvature
-        share = calculus.penalty_gradient(objective) * (system.n / float(system.examples.weights.sum()))
-        every = scoring.with_rows(system, replace(solution, replicas=None), share)
-        total = float(np.abs(every.mean @ system.examples.weights).max()) / system.n
-        if solution.replicas is None:
-            missed = max(missed, _rows_in_the_curvature(system))
+        if len(x):
+            drift = float((x @ gradient).abs().max())
+            held = float((damping * x.square().sum(1) / (x * V).sum(1).clamp(min=1e-300)).clamp(0, 1).max())
+            share = calculus.penalty_gradient(objective) * (system.n / float(system.examples.weights.sum()))
+            every = scoring.with_rows(system, replace(solution, x=x, replicas=None), share)
+            total = float(np.abs(every.mean @ system.examples.weights).max()) / system.n
         if not solution.converged:
             problem = f"{system.solver} did not converge: residual {residual:.2g}"
     except SolverError as error:
@@ -192,13 +207,14 @@ def examine(system: System, on: Any = None) -> Report:
     if problem or not np.isfinite(lowest) or not isinstance(system.solver, Cholesky):
         lowest = smallest_eigenvalue(system.operator)[0]
     acting = damping if np.isfinite(damping) else 0.0  # none could be chosen
-    if lowest + acting <= 0:
+    if lowest + acting <= 0 and not flat:
         suggested, lowest = suggest_damping(system.operator, acting)
     return Report(
         n=system.n,
         p=objective.size,
         gradient_norm=float(gradient.norm()),
-        rows_from_minimum=missed,
+        rows_from_minimum=missed.rows,
+        value_drift=missed.values,
         sum_of_influences=total,
         drift=drift,
         min_curvature=lowest,
@@ -212,6 +228,7 @@ def examine(system: System, on: Any = None) -> Report:
         autograd=objective.autograd,
         beside_hessian=_beside_the_hessian(system, V),
         held_back=held,
+        flat=flat,
         problem=problem,
         costs="; ".join(map(str, defaults.costs(objective, system.examples, system.curvature))),
         rules=layers.rules(objective),
@@ -247,17 +264,6 @@ def _grouped(rules: dict[str, str]) -> list[str]:
     for name, rule in rules.items():
         names.setdefault(rule, []).append(name)
     return [f"{rule}: {', '.join(covered)}" for rule, covered in names.items()]
-
-
-def _rows_in_the_curvature(system: System) -> float:
-    """‖∇R‖ in units of a row's effect, both in the norm √(vᵀ(C + λI)⁻¹v): what a Newton step would still change."""
-    rows = system.examples.spread(_CURVED_ROWS)
-    G = per_row.gradients(system.sweep, rows) * torch.from_numpy(system.examples.weights[rows] / system.n)[:, None]
-    V = torch.cat([system.risk_gradient[None], G])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TheoryWarning)
-        forms = (system.prepared.solve(V).x * V).sum(1).clamp(min=0)
-    return float(forms[0].sqrt() / forms[1:].mean().sqrt().clamp(min=1e-300))
 
 
 def _batch_drift(system: System) -> float:

@@ -82,7 +82,8 @@ def summary_frame(influence: Explained) -> DataFrame:
     s(i)² is the residual variance of the refit, RSS(i)/(n − 1 − edf(i)), in closed form for ridge too. GLM columns are
     one-step approximations with s² = Pearson's X²/(n − edf) for gamma and Tweedie, 1 for binomial and Poisson. n counts
     rows of positive weight. A row of leverage 1 (it alone determines a parameter) or with φ″ < 0 is NaN elsewhere and
-    a TheoryWarning names it; what needs s or s(i) is NaN when no degree of freedom is left. Names are those of
+    a TheoryWarning names it; what needs s or s(i) is NaN when no degree of freedom is left. Of columns that repeat or
+    add up to others everything but the DFBETAS is determined; those are NaN and named. Names are those of
     `parameter_names`; the index is the row number. For lasso and elastic net "exact" means: on the same active set.
 
     Cost: one linear system per row (some ten if rows take their share of a penalty along) and one sweep; the result
@@ -107,6 +108,7 @@ def summary_frame(influence: Explained) -> DataFrame:
     for name, values in table.items():
         if name != "leverage":
             values[blank] = np.nan
+    _name_undetermined(system, "DFBETAS")
     names = [f"dfbetas_{name}" for name in parameter_names(influence)]
     flat = [column for name in table for column in (names if name == "dfbetas" else [name])]
     return pandas.DataFrame(np.column_stack(list(table.values())), columns=flat)
@@ -135,7 +137,8 @@ def ij_standard_errors(influence: Explained) -> Float[NDArray[np.float64], " p"]
     """Infinitesimal-jackknife standard errors of θ̂: √diag Σᵢ (wᵢ/n)² ψᵢψᵢᵀ, in the order of `objective.blocks`.
 
     ψᵢ = −(C + λI)⁻¹gᵢ is `on_params(i)`, so this is the sandwich M⁻¹(Σ wᵢ²gᵢgᵢᵀ)M⁻¹: HC0, without centring and without
-    a correction for degrees of freedom. It holds when the model is wrong, and for every model and loss.
+    a correction for degrees of freedom. It holds when the model is wrong, and for every model and loss. Coefficients
+    that the data do not determine have none: NaN, with a TheoryWarning.
 
     Cost: one linear system per row and one sweep.
 
@@ -154,7 +157,11 @@ def ij_standard_errors(influence: Explained) -> Float[NDArray[np.float64], " p"]
         w = torch.from_numpy(system.examples.weights[block])[:, None]
         psi = solve(system, per_row.gradients(system.sweep, block) + share)
         total += ((w * psi) ** 2).sum(0)
-    return (total.sqrt() / system.n).numpy()
+    errors = (total.sqrt() / system.n).numpy()
+    if system.flat is not None:
+        errors[system.flat.touched] = np.nan
+        _name_undetermined(system, "Standard errors")
+    return errors
 
 
 def parameter_names(influence: Explained) -> list[str]:
@@ -253,13 +260,14 @@ def _edf_without(system: System, edf: float, own: Vector) -> Vector:
     p = system.objective.size
     if not system.objective.folded:
         return edf - own
+    rank = p if system.flat is None else p - system.flat.plain.shape[1]
     w = system.examples.weights
     eye = torch.eye(p, dtype=torch.float64)
-    product = solve(system, calculus.penalty_hvp(system.objective, eye))  # rows of D M⁻¹
+    product = solve(system, system.project(calculus.penalty_hvp(system.objective, eye)))  # rows of D M⁻¹
     eigenvalues = torch.linalg.eigvals(product).real.numpy()
     shares, place = np.unique(w / w.sum(), return_inverse=True)
     traces = np.array([np.sum(eigenvalues / (1 - share * eigenvalues)) for share in shares])
-    return p - (1 - shares[place]) * (traces[place] + own)
+    return rank - (1 - shares[place]) * (traces[place] + own)
 
 
 def _pearson(w: Vector, slopes: Vector, expected: Vector) -> Vector:
@@ -318,8 +326,8 @@ def _check(system: System) -> None:
         why = f"{system.curvature} is not its Hessian. Leave curvature=None"
     elif system.damping != 0:
         why = (
-            f"damping={system.damping:g} is no part of the fit. Leave damping=None; if features are collinear, "
-            "drop some or refit with a penalty"
+            f"damping={system.damping:g} is no part of the fit. Leave damping=None; columns that repeat or add up to "
+            "others need none"
         )
     else:
         refuse_estimates(system)
@@ -349,6 +357,17 @@ def _family(system: System) -> Family:
         "have no variance to be divided by. leverage(), ij_standard_errors() and of_removing() exist for every loss."
     )
     raise UnsupportedModel(message)
+
+
+def _name_undetermined(system: System, what: str) -> None:
+    """A TheoryWarning that names the coefficients that the data do not determine, whose lines are NaN."""
+    if system.flat is None:
+        return
+    message = (
+        f"{what} of {', '.join(system.undetermined)} are NaN: {system.why_flat}, so the data determine predictions "
+        "but not these coefficients. Drop a column, or fit with a penalty."
+    )
+    warnings.warn(message, TheoryWarning, stacklevel=4)
 
 
 def _undefined(determined: NDArray[np.bool_], concave: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -360,6 +360,7 @@ class Influence:
                 stochastic.
             NotPositiveDefinite: if what is left does not determine the fit, whichever removal is made; where only some
                 of them leave too little, theirs are NaN, with a TheoryWarning.
+            Undefined: the same for removals of all rows of a class.
         """
         return groups_of_rows.of_removing(self.system, groups, on)
 

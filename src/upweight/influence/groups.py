@@ -31,10 +31,11 @@ def of_groups(system: System, groups: Any, on: Any) -> Scores:
 def of_removing(system: System, groups: Any, on: Any) -> Scores:
     """By the removal's own Newton step: `Influence.of_removing`.
 
-    A removal without which the fit is not unique is NaN, with a TheoryWarning, if others have a value.
+    A removal without which the fit is not unique, or a class has no row, is NaN, with a TheoryWarning, if others have a
+    value.
 
     Raises:
-        NotPositiveDefinite: if no removal has a value.
+        NotPositiveDefinite, Undefined: if no removal has a value.
         UnsupportedModel: if the model has no linear predictor, the curvature is not its Hessian, or the solver is
             stochastic.
     """
@@ -62,6 +63,7 @@ def of_removing(system: System, groups: Any, on: Any) -> Scores:
     reported = system.objective.reporting()
     changes = newton_step.changes(reported, queries, step.theta_change)
     further = newton_step.changes(reported, queries, step.theta_change + step.next_step)
+    changes[solution.x.isnan().any(1).numpy()] = np.nan  # queries that lean on what the data do not determine
     return Scores(
         changes,
         "row removed, Newton step" if single else "group removed, Newton step",

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.examples import Examples
-from upweight.errors import NotConverged, NotPositiveDefinite, UnsupportedModel
+from upweight.errors import NotConverged, NotPositiveDefinite, Undefined, UnsupportedModel
+from upweight.influence.classes import Classes
 from upweight.influence.system import System
 from upweight.model import calculus, linear, losses
 from upweight.model.objective import L2, Objective
@@ -65,15 +66,26 @@ def newton_steps(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep:
     """The Newton step of removing each group, and the one that would follow it with the same curvature.
 
     Squared losses are quadratic, so there the step is repeated once, which removes the solver's own error. A group
-    without which the fit is not unique has no step.
+    without which the fit is not unique, or a class has no row, has no step.
 
     Raises:
-        NotPositiveDefinite: if no group has one.
+        NotPositiveDefinite: if the fit is not unique whichever group is removed.
+        Undefined: if no group has a step, and one holds all rows of a class.
     """
-    step = _steps_of_most(system, groups)
-    if len(step.impossible) == len(groups):
-        raise NotPositiveDefinite(step.impossible[0])
-    return step
+    classes = Classes.of(system)
+    lost = {} if classes is None else {j: why for j, group in enumerate(groups) if (why := classes.without(group))}
+    places = [j for j in range(len(groups)) if j not in lost]
+    if not places:
+        raise Undefined(lost[0])
+    found = _steps_of_most(system, [groups[j] for j in places])
+    impossible = lost | {places[j]: why for j, why in found.impossible.items()}
+    if len(impossible) == len(groups):
+        raise Undefined(next(iter(lost.values()))) if lost else NotPositiveDefinite(impossible[0])
+    if not lost:
+        return found
+    moves = torch.full((2, len(groups), system.objective.size), torch.nan, dtype=torch.float64)
+    moves[:, places] = torch.stack([found.theta_change, found.next_step])
+    return NewtonStep(moves[0], moves[1], dict(sorted(impossible.items())))
 
 
 def _steps_of_most(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep:
@@ -111,10 +123,10 @@ def _steps_of_all(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep
         change = rest.step
         left = _remaining(objective, sweep, block, change, risk_gradient)
         if loss is losses.squared:
-            change = change - rest.inverse(left + system.damping * change)
+            change = change - rest.inverse(system.project(left + system.damping * change))
             left = _remaining(objective, sweep, block, change, risk_gradient)
         changes.append(change)
-        following.append(-rest.inverse(left))
+        following.append(-rest.inverse(system.project(left)))
     return NewtonStep(torch.cat(changes), torch.cat(following))
 
 
@@ -151,7 +163,7 @@ def _warm_rest(system: System, group: NDArray[np.int64]) -> _Rest:
     weights = torch.from_numpy(sweep.examples.weights[group])
     share = float(weights.sum()) / float(sweep.examples.weights.sum()) if objective.folded else 0.0
     strengths = share * calculus.penalty_diagonal(objective)
-    project = system.operator.project
+    project = system.project
     side = project(linear.pull(objective, batch, weights[None]) / n + share * calculus.penalty_gradient(objective))
 
     def without(V: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -92,7 +93,9 @@ def with_rows(
             label="scores",
         ).T
 
-    mean = run(solution.x, store)
+    leaning = solution.x.isnan().any(1)  # queries whose system has no solution
+    mean = run(torch.where(leaning[:, None], 0.0, solution.x), store)
+    mean[leaning.numpy()] = np.nan
     if solution.replicas is None:
         return Products(mean)
     m, q, p = solution.replicas.shape

@@ -66,7 +66,7 @@ def _by_forms(
     sizes = {name: block.numel() for name, block in objective.blocks.items()}
     witnesses = rows[np.unique(np.linspace(0, len(rows) - 1, pairs.WITNESSES).astype(np.int64))]
     solution = solve(per_row.gradients(sweep, witnesses))
-    across = solve(torch.stack([system.risk_gradient, system.penalty_share])).x
+    across = solve(system.project(torch.stack([system.risk_gradient, system.penalty_share]))).x
 
     def forms(batch: Any, _: Tensor) -> Tensor:
         if kronecker is not None:

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,6 +31,7 @@ from upweight.operators import Curvature, Dense, Hessian, Operator
 from upweight.operators.linear import LinearHessian
 from upweight.solvers import Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping
+from upweight.solvers.flat import Flat
 
 PROBE = 3  # examples that a route is tried on
 
@@ -175,9 +177,62 @@ class System:
         return solver, self._factorised[name]
 
     def solve(self, V: Float[Tensor, "k p"]) -> Solution:
-        """(C + λI)⁻¹ v for every row v, refused if the solver did not keep its promise."""
+        """(C + λI)⁻¹ v for every row v, refused if the solver did not keep its promise.
+
+        Rows that ask for what the data do not determine are NaN, with a TheoryWarning.
+
+        Raises:
+            NotPositiveDefinite: if all of them do.
+        """
         with undisturbed():
-            return solved(self.prepared, V, repr(self.solver))
+            solution = solved(self.prepared, V, repr(self.solver))
+        leaning = torch.nonzero(solution.x.isnan().any(1)).flatten().tolist()
+        if not leaning:
+            return solution
+        message = (
+            f"{len(leaning)} of {len(V)} systems (first: number {leaning[0]}) ask for what the training rows do not "
+            f"determine: {self.why_flat}, and {float(solution.residual.max()):.2g} of the gradient leans on "
+            "combinations that no row has. Ask about examples whose columns go together as they do in the training "
+            "rows, drop a column and fit again, or fit with a penalty."
+        )
+        if len(leaning) == len(V):
+            raise NotPositiveDefinite(message, solution)
+        warnings.warn(f"{message} Their values are NaN.", TheoryWarning, stacklevel=4)
+        return solution
+
+    @property
+    def flat(self) -> Flat | None:
+        """The directions that no training row sees, if the solver has met any."""
+        return getattr(self.prepared, "flat", None)
+
+    @property
+    def undetermined(self) -> list[str]:
+        """The columns whose coefficients the data do not determine, by name."""
+        structure = self.objective.linear
+        if self.flat is None or structure is None:
+            return []
+        places = np.flatnonzero(self.flat.touched)
+        K, d = structure.n_outputs, structure.n_features
+        features = sorted({int(place) % d for place in places if place < K * d})
+        known = self.encoder.feature_names or []
+        names = [known[j] if len(known) == d else f"x{j}" for j in features]
+        return [*names, *(["intercept"] if (places >= K * d).any() else [])]
+
+    @property
+    def why_flat(self) -> str:
+        """What no row tells apart, in words; "" if there is nothing."""
+        if self.flat is None:
+            return ""
+        names = self.undetermined
+        if not names:
+            return f"{self.flat.plain.shape[1]} combinations of parameters change no row's loss"
+        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return f"the columns {listed} repeat or add up to others, without a penalty on them"
+
+    def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """V without the directions in which R is constant, by construction or because no row sees them."""
+        V = self.operator.project(V)
+        return V if self.flat is None else self.flat.project(V)
 
     # ---- inputs ------------------------------------------------------------------------------------------------------
 
@@ -225,8 +280,8 @@ class System:
         if missed < 1:
             return
         message = (
-            f"{objective.name} is not at a minimum: ‖∇R‖ = {float(self.risk_gradient.norm()):.3g}, as much as "
-            f"{missed:.3g} rows. Train further, check that the penalty is the one it was trained with, or use "
+            f"{objective.name} is not at a minimum: ‖∇R‖ = {float(self.risk_gradient.norm()):.3g}, more than one row's "
+            "effect. Train further, check that the penalty is the one it was trained with, or use "
             "curvature=GaussNewton(); see influence.check()."
         )
         warnings.warn(message, TheoryWarning, stacklevel=4)

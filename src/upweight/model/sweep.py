@@ -7,7 +7,6 @@ size changes a result by rounding at most.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,12 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, UpweightError, checked_count, first_line
 from upweight.model.objective import Objective
 from upweight.model.transforms import undisturbed
+from upweight.runs.progress import bar
 from upweight.runs.store import Store
 
 CHUNK = 1024
@@ -136,14 +135,11 @@ class Sweep:
         self, rows: NDArray[np.int64] | None, label: str, size: int = CHUNK
     ) -> Iterator[tuple[int, slice | NDArray[np.int64]]]:
         n = self.n if rows is None else len(rows)
-        hidden = not sys.stderr.isatty() if self.progress is None else not self.progress
-        with tqdm(
-            total=n, desc=label, unit="row", unit_scale=True, leave=False, disable=hidden, file=sys.stderr
-        ) as bar:
+        with bar(n, label, self.progress, unit="row") as done:
             for number, start in enumerate(range(0, n, size)):
                 stop = min(start + size, n)
                 yield number, slice(start, stop) if rows is None else rows[start:stop]
-                bar.update(stop - start)
+                done(stop - start)
 
     def _batches(
         self, function: Callable[[Any, Tensor], Tensor], chunk: slice | NDArray[np.int64], vectors: int, label: str

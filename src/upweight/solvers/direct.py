@@ -18,6 +18,7 @@ from upweight.errors import NotPositiveDefinite
 from upweight.operators.base import Operator
 from upweight.operators.shift import Shift
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
+from upweight.solvers.flat import LEANS, Flat, directions
 from upweight.solvers.lanczos import rounded_up, smallest_eigenvalue
 
 _MIN_RECIPROCAL_CONDITION = 1e-12  # beyond it, forming C in float64 has lost what divides: errors of 1e-4 and more
@@ -56,31 +57,43 @@ class Factored:
         matrix = _filled(operator, self._shift)
         matrix[np.diag_indices_from(matrix)] += damping
         diagonal = np.diagonal(matrix).copy()
-        if not (diagonal > 0).all():
+        if not (diagonal >= 0).all():
             raise _refusal(matrix, damping)
-        self._scale = 1 / np.sqrt(diagonal)
+        self._scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
         for rows, scale in zip(_slices(matrix), _slices(self._scale), strict=True):
             rows *= scale[:, None]
             rows *= self._scale
-        norm = max(float(np.abs(rows).sum(1).max()) for rows in _slices(matrix))
-        # seen transposed, a symmetric matrix is in LAPACK's order; its upper triangle stays what it was
-        packed, failed = _potrf(matrix.T, lower=1, overwrite_a=1, clean=0)
-        reciprocal = 0.0 if failed else _pocon(packed, norm, uplo="L")[0]
+        packed, missing, reciprocal = _factorised(matrix)
+        self.flat: Flat | None = None
         if reciprocal < _MIN_RECIPROCAL_CONDITION:
-            np.fill_diagonal(packed, 1.0)
+            np.fill_diagonal(packed, diagonal > 0)
             whole = np.triu(packed) + np.triu(packed, 1).T
-            raise _refusal(whole / self._scale[:, None] / self._scale, damping)
+            if damping == 0 and self._shift is None:
+                self.flat = directions(operator, whole, self._scale)
+            if self.flat is not None:
+                packed, missing, reciprocal = _factorised(whole + self.flat.scaled @ self.flat.scaled.T)
+            if reciprocal < _MIN_RECIPROCAL_CONDITION:
+                raise _refusal(whole / self._scale[:, None] / self._scale, damping)
         self.factor = (packed, True)
-        self.operator = PackedOperator(packed, self._scale, damping, operator.project, self._shift)
+        self._gauge = operator.project
+        self.operator = PackedOperator(packed, missing, self._scale, damping, operator.project, self._shift, self.flat)
         lowest = -1 / smallest_eigenvalue(NegatedInverse(self), tolerance=_tolerance(len(packed)))[0] - damping
         self.min_curvature = lowest if self._shift is None else min(lowest, float(self._shift.curvature.min()))
 
     def solve(self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None) -> Solution:  # noqa: ARG002
-        """x with (C + λI) x = v for every row v, with its residuals recomputed from C."""
-        V = self.operator.project(checked_sides(V))
+        """x with (C + λI) x = v for every row v, with its residuals recomputed from C.
+
+        A v that leans on what is flat has no x: it is NaN, and its residual is the share of v that leans.
+        """
+        V = self._gauge(checked_sides(V))
         x = self.substitute(V)
         residual = residuals(self.operator, self.damping, x, V)
-        return Solution(x, residual, converged=bool((residual < _PROMISE).all()), min_curvature=self.min_curvature)
+        kept = residual < _PROMISE
+        if self.flat is not None:
+            share = self.flat.leaning(V)
+            leans = share > LEANS
+            x[leans], residual[leans], kept = torch.nan, share[leans], kept | leans
+        return Solution(x, residual, converged=bool(kept.all()), min_curvature=self.min_curvature)
 
     def substitute(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """(C + λI)⁻¹ v for every row v, without looking at the residual."""
@@ -100,7 +113,7 @@ class Factored:
 
     def forms(self, V: Float[Tensor, "k p"]) -> Float[Tensor, " k"]:
         """vᵀ (C + λI)⁻¹ v = ‖F⁻¹ D v‖² for every row v: one triangular solve, p² flops each."""
-        V = self.operator.project(checked_sides(V))
+        V = self._gauge(checked_sides(V))
         shift = None if self._shift is None else self._shift.part(V)
         rest = V if shift is None else V - shift
         if self.operator.size <= _EXACT_UP_TO:
@@ -110,6 +123,8 @@ class Factored:
                 1.0, self.factor[0], np.ascontiguousarray(rest.numpy() * self._scale).T, lower=1, overwrite_b=1
             )
             value = torch.from_numpy(np.einsum("pk,pk->k", half, half))
+        if self.flat is not None:
+            value[self.flat.leaning(V) > LEANS] = torch.nan
         if self._shift is None or shift is None:
             return value
         return value + (shift * self._shift.solved(shift, self.damping)).sum(1)
@@ -121,13 +136,16 @@ class PackedOperator:
     def __init__(
         self,
         packed: NDArray[np.float64],
+        missing: NDArray[np.float64],
         scale: NDArray[np.float64],
         damping: float,
         project: Callable[[Tensor], Tensor],
         shift: Shift | None = None,
+        flat: Flat | None = None,
     ) -> None:
-        self._packed, self._scale, self._damping, self._project, self._shift = packed, scale, damping, project, shift
-        self._missing = 1 - np.diagonal(packed)  # the scaled matrix has a unit diagonal, where the factor's stands now
+        self._packed, self._scale, self._damping, self._project = packed, scale, damping, project
+        self._missing = missing  # from the diagonal: where the scaled matrix had its own, the factor's stands now
+        self._shift, self._flat = shift, flat
 
     @property
     def size(self) -> int:
@@ -140,6 +158,8 @@ class PackedOperator:
         rest = V if shift is None else V - shift
         sides = np.ascontiguousarray(rest.numpy() / self._scale)
         image = _symm(1.0, self._packed, sides.T, lower=0).T + self._missing * sides
+        if self._flat is not None:
+            image -= (sides @ self._flat.scaled) @ self._flat.scaled.T  # what was added to be divided by
         whole = torch.from_numpy(np.ascontiguousarray(image / self._scale)) - self._damping * rest
         if self._shift is None or shift is None:
             return whole
@@ -150,8 +170,21 @@ class PackedOperator:
         return self.apply(torch.eye(self.size, dtype=torch.float64))
 
     def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
-        """V without the gauge directions."""
-        return self._project(V)
+        """V without the gauge directions, and without those that no row sees."""
+        V = self._project(V)
+        return V if self._flat is None else self._flat.project(V)
+
+
+def _factorised(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """The factor, with what was above the diagonal left there; what its diagonal lacks of the matrix's; 1/condition.
+
+    The last is 0 if the matrix is not positive.
+    """
+    diagonal = np.diagonal(matrix).copy()
+    norm = max(float(np.abs(rows).sum(1).max()) for rows in _slices(matrix))
+    # seen transposed, a symmetric matrix is in LAPACK's order; its upper triangle stays what it was
+    packed, failed = _potrf(matrix.T, lower=1, overwrite_a=1, clean=0)
+    return packed, diagonal - np.diagonal(packed), 0.0 if failed else float(_pocon(packed, norm, uplo="L")[0])
 
 
 def _filled(operator: Operator, shift: Shift | None) -> NDArray[np.float64]:

@@ -23,14 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.examples import Examples
-from upweight.errors import InvalidInput, NotConverged
+from upweight.errors import InvalidInput, NotConverged, Undefined
 from upweight.influence import defaults, per_row
+from upweight.influence.classes import Classes
 from upweight.influence.face import Influence
 from upweight.model import calculus, linear
 from upweight.model.encoders import Refitting
 from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
-from upweight.operators import Dense, Hessian
+from upweight.operators import Hessian
+from upweight.runs import progress
 from upweight.solvers import CG, Cholesky, Prepared
 
 _ROUNDING_SLACK = 10  # L-BFGS may end on rounding in R, a little above the gradient that was asked
@@ -85,8 +87,7 @@ class Newton:
         sweep = influence.sweep
         exact = isinstance(influence.curvature, Hessian) and isinstance(influence.solver, Cholesky)
         factor = influence.prepared if exact and influence.damping == 0 else _factor(sweep)
-        classes = _Classes.of(influence) if _free_intercept(influence.objective) else None
-        return BoundNewton(self, sweep, per_row.typical_row(sweep), factor, classes)
+        return BoundNewton(self, sweep, per_row.typical_row(sweep), factor, Classes.of(influence.system))
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,18 @@ class BoundNewton:
     sweep: Sweep
     typical: float
     factor: Prepared
-    classes: _Classes | None = None  # None where there is a minimum whichever rows are left
+    classes: Classes | None = None
 
     def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Float[Tensor, " p"]:  # noqa: ARG002
         """θ at the minimum of R_m.
 
         Raises:
-            NotConverged: if the gradient does not become small enough, or there is no minimum for want of a class.
+            NotConverged: if the gradient does not become small enough.
+            Undefined: if no row of a class is left.
         """
         lost = "" if self.classes is None else self.classes.lost(weights)
         if lost:
-            message = f"{lost} There is no minimum to find: no curvature holds the free intercept."
-            raise NotConverged(message)
+            raise Undefined(lost)
         sweep = reweighted(self.sweep, weights)
         theta, factor = sweep.objective.theta, self.factor
         value, gradient = _value_and_gradient(sweep, theta)
@@ -157,6 +158,10 @@ class BoundLBFGS:
     sweep: Sweep
     typical: float
 
+    def starting_at(self, theta: Float[Tensor, " p"]) -> BoundLBFGS:
+        """The same from other parameters than θ̂."""
+        return replace(self, sweep=replace(self.sweep, objective=self.sweep.objective.at(theta)))
+
     def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Float[Tensor, " p"]:  # noqa: ARG002
         """θ at a minimum of R_m near θ̂.
 
@@ -178,7 +183,10 @@ class BoundLBFGS:
             "maxcor": 30,
         }
         start = sweep.objective.theta.numpy().copy()
-        result = scipy.optimize.minimize(function, start, jac=True, method="L-BFGS-B", options=options)
+        with progress.count("L-BFGS", "step") as step:
+            result = scipy.optimize.minimize(
+                function, start, jac=True, method="L-BFGS-B", options=options, callback=lambda _: step()
+            )
         left = float(np.linalg.norm(result.jac))
         if left > _ROUNDING_SLACK * goal:
             message = (
@@ -236,7 +244,7 @@ class BoundRefit:
         """The parameters that fit() finds with these weights, of the objective of `stage`.
 
         Raises:
-            InvalidInput: if no row of a class is left.
+            Undefined: if no row of a class is left.
         """
         return self.with_penalty(weights, seed)[0]
 
@@ -244,63 +252,12 @@ class BoundRefit:
         """The same, and the penalty where it depends on what fit() found."""
         old = self.influence.examples.weights
         new = old * weights
-        classes = _Classes.of(self.influence)
+        classes = Classes.of(self.influence.system)
         lost = "" if classes is None else classes.lost(weights)
         if lost:
-            raise InvalidInput(lost)
+            raise Undefined(lost)
         folded = bool(self.influence.objective.folded)
         return self.refit(new, float(new.sum() / old.sum()), folded=folded, seed=seed)
-
-
-@dataclass(frozen=True)
-class _Classes:
-    """The classes of a scikit-learn classifier's rows. Without all rows of one there is another problem, or no minimum.
-
-    Args:
-        names: (K,) labels.
-        numbers: (n,) the class number of each row.
-        weights: (n,) wᵢ.
-    """
-
-    names: list[Any]
-    numbers: NDArray[np.int64]
-    weights: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, influence: Influence) -> _Classes | None:
-        """None where targets are no class numbers: regressors, modules, and RidgeClassifier, which regresses on ±1."""
-        names = getattr(getattr(influence.encoder, "estimator", None), "classes_", None)
-        if names is None or influence.examples.y is None:
-            return None
-        numbers = np.asarray(influence.examples.y)
-        if numbers.ndim != 1 or numbers.dtype.kind != "i":
-            return None
-        return cls(np.asarray(names).tolist(), numbers, np.asarray(influence.examples.weights))
-
-    def lost(self, weights: Float[NDArray[np.float64], " n"]) -> str:
-        """What to say about the classes that have no weight left, and their rows; "" if there are none."""
-        before = self.weights > 0
-        left = before & (np.asarray(weights) > 0)
-        present = np.unique(self.numbers[left])
-        lost = np.setdiff1d(np.arange(len(self.names)), present)
-        if not len(lost):
-            return ""
-        gone = np.flatnonzero(before & ~left & np.isin(self.numbers, lost)).tolist()
-        rows = ", ".join(map(str, gone[:5])) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
-        start = f"Without row(s) {rows} no" if gone else "With the labels as they are now, no"
-        return (
-            f"{start} row of class {', '.join(repr(self.names[k]) for k in lost)} is left, so fit() "
-            f"solves another problem, of {len(present)} instead of {len(self.names)} classes. "
-            "Leave out or change other rows, or merge the class with another and fit again."
-        )
-
-
-def _free_intercept(objective: Objective) -> bool:
-    """Whether there is an intercept without a penalty: with one class left it runs away and there is no minimum."""
-    structure, penalty = objective.linear, objective.penalty
-    if structure is None or not structure.intercept:
-        return False
-    return penalty is None or (isinstance(penalty, L2) and list(objective.blocks)[-1] not in penalty.strengths)
 
 
 def reference(objective: Objective) -> Newton | LBFGS:
@@ -376,5 +333,5 @@ def _descend(sweep: Sweep, theta: Tensor, step: Tensor, value: float, gradient: 
 def _factor(sweep: Sweep) -> Prepared:
     quiet = replace(sweep, progress=False)
     if sweep.objective.size <= defaults.DIRECT_UP_TO:
-        return Cholesky().prepare(Dense(Hessian()).bind(quiet))
+        return Cholesky().prepare(Hessian().bind(quiet))
     return CG(rtol=1e-4).prepare(Hessian().bind(quiet))

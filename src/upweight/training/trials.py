@@ -6,7 +6,6 @@ at once is given as many jobs as it takes together.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +16,6 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from upweight.data.trees import tree_map
 from upweight.errors import InvalidInput, first_line
@@ -25,6 +23,7 @@ from upweight.influence.face import Influence
 from upweight.model import calculus, routes
 from upweight.model.objective import Objective
 from upweight.runs import identity
+from upweight.runs.progress import bar
 from upweight.training.predictions import decision
 from upweight.training.retrainers import BoundRefit, Retrain, RetrainMany, bound
 
@@ -101,14 +100,18 @@ class Trials:
         return self.decide(calculus.outputs(objective, self.queries).double().cpu().numpy())
 
     def parameters(
-        self, jobs: Iterable[Job], total: int, *, progress: bool | None = None, label: str = "retraining"
+        self,
+        jobs: Iterable[Job],
+        total: int,
+        *,
+        progress: bool | None = None,
+        label: str = "retraining",
+        kept: tuple[type[Exception], ...] = (),
     ) -> Iterator[Any]:
-        """What the retrainer returns for every one of `total` jobs, in order."""
-        hidden = not sys.stderr.isatty() if progress is None else not progress
-        bar = tqdm(total=total, desc=label, disable=hidden, file=sys.stderr, leave=False)
-        with bar:
-            for theta in trained(self.train, jobs):
-                bar.update()
+        """What the retrainer returns for every one of `total` jobs, in order; errors that are `kept` in its place."""
+        with bar(total, label, progress, unit="training") as done:
+            for theta in trained(self.train, jobs, kept):
+                done(1)
                 yield theta
 
     def run(
@@ -118,14 +121,24 @@ class Trials:
         return (self.at(theta) for theta in self.parameters(jobs, total, progress=progress, label=label))
 
 
-def trained(train: Retrain, jobs: Iterable[Job]) -> Iterator[Any]:
+def trained(train: Retrain, jobs: Iterable[Job], kept: tuple[type[Exception], ...] = ()) -> Iterator[Any]:
     """θ of every job in order; several at a time where the retrainer can.
+
+    Args:
+        train: the retrainer.
+        jobs: weights and seeds.
+        kept: errors that stand in the place of a θ; others end the run.
 
     Raises:
         InvalidInput: if a retrainer that takes many jobs returns another number of models.
     """
     if not isinstance(train, RetrainMany):
-        yield from (train(weights, seed) for weights, seed in jobs)
+        for weights, seed in jobs:
+            try:
+                theta = train(weights, seed)
+            except kept as error:
+                theta = error
+            yield theta
         return
     left = iter(jobs)
     while block := list(islice(left, train.together)):
