@@ -32,9 +32,9 @@ from .influence.scores import (
     Extremes as Extremes,
     Scores as Scores,
     SelfScores as SelfScores,
-    TopK as TopK,
     extremes as extremes,
 )
+from .influence.top import TopK as TopK
 from .model import calculus as calculus, losses as losses
 from .model.objective import L2 as L2, Linear as Linear, Objective as Objective
 from .show import plots as plots

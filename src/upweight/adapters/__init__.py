@@ -25,6 +25,7 @@ def explain(
     penalty: float | Callable[[Any], Tensor] | None = None,
     parameters: Iterable[str] | Callable[[str], bool] | None = None,
     sample_weight: Any = None,
+    ids: Any = None,
     penalty_per_example: bool | None = None,
     curvature: Curvature | None = None,
     solver: Solver | None = None,
@@ -47,6 +48,8 @@ def explain(
             function of params anything else. Beside reduction="sum" it is the penalty of the sum.
         parameters: for a module, the names (or a test on names) to differentiate; None takes all with requires_grad.
         sample_weight: the weights that were given to fit().
+        ids: n different names of the rows, shown beside values in every table and file; None takes the index of a
+            DataFrame or Series, or a Dataset's column `id` or attribute `ids`, where that names every row once.
         penalty_per_example: whether removing a row removes its share of the penalty; None means the estimator's own
             meaning of leaving a row out (sample_weight=0; for SGD a smaller sum, so True), and that of deleting it from
             the script for modules: True beside a mean, False beside a sum.
@@ -68,6 +71,7 @@ def explain(
     """
     settings: dict[str, Any] = {
         "sample_weight": sample_weight,
+        "ids": ids,
         "penalty_per_example": penalty_per_example,
         "curvature": curvature,
         "solver": solver,

@@ -13,6 +13,7 @@ from upweight.adapters.estimators.built import Again, Built
 from upweight.adapters.estimators.inputs import AsGiven, Features, Inputs
 from upweight.data.arrays import as_array, as_tensor, with_lines
 from upweight.data.examples import Examples
+from upweight.data.ids import names_of
 from upweight.errors import InvalidInput
 from upweight.model.encoders import whole_examples
 
@@ -133,6 +134,7 @@ class SklearnEncoder:
         assert self.built is not None
         inputs = self.built.inputs(self.rows(X))
         made = Examples(inputs, None if y is None else self.built.targets(y), sample_weight=weights)
+        made.names = names_of(X, y, None, len(made)) if whole is None else whole.names
         made.encoded_by = self.mark
         return made
 

@@ -277,7 +277,7 @@ class FrozenEncoder:
         whole = X if isinstance(X, Examples) else Examples(X, y)
         features = extracted(self.extractor, whole, self.batch_size, self.progress)
         made = self.inner.examples(Examples(features, whole.targets(), sample_weight=whole.sample_weight))
-        made.encoded_by = self.extractor
+        made.encoded_by, made.names = self.extractor, whole.names
         return made
 
     def targets(self, y: Any) -> Tensor:

@@ -39,6 +39,7 @@ def explain(
     penalty: float | Callable[[Any], Tensor] | None = None,
     parameters: Iterable[str] | Callable[[str], bool] | None = None,
     sample_weight: Any = None,
+    ids: Any = None,
     penalty_per_example: bool | None = None,
     **settings: Any,
 ) -> Influence:
@@ -55,7 +56,8 @@ def explain(
     """
     if parameters is not None and not callable(parameters) and not isinstance(parameters, str):
         parameters = list(parameters)  # it is gone through more than once
-    examples = whole_examples(X, y, sample_weight) or Examples(X, y, sample_weight=sample_weight)
+    whole = whole_examples(X, y, sample_weight, ids)
+    examples = whole or Examples(X, y, sample_weight=sample_weight, ids=ids)
     probe = examples.batch(_probe_rows(examples))
     if not isinstance(probe, tuple | list) or len(probe) != 2:
         message = (
@@ -86,8 +88,7 @@ def explain(
     readings = _readings(probe, defaults.precision(model))
     reading, objective = _working(lambda reading: build(reading, reduction), readings, probe)
     if examples.x is not None:
-        labels = reading.labels(examples.y)
-        examples = Examples(reading.inputs(examples.x), labels, sample_weight=examples.sample_weight)
+        examples = _read(examples, reading, reading.labels(examples.y))
     seen = examples if examples.x is not None else probe
     if reduction.counts_alike(_targets(reading, seen)):
         objective = build(reading, reduction.plain())
@@ -102,6 +103,13 @@ def explain(
     objective = replace(objective, name=f"{objective.name}{_precision_in_words(model, reading, objective)}")
     encoder = ModuleEncoder(reading, reduction, scale)
     return Influence(objective, examples, encoder=encoder, **settings)
+
+
+def _read(examples: Examples, reading: Reading, labels: Any) -> Examples:
+    """The same rows with inputs and labels as they are read."""
+    made = Examples(reading.inputs(examples.x), labels, sample_weight=examples.sample_weight)
+    made.names = examples.names
+    return made
 
 
 def _targets(reading: Reading, seen: Any) -> Tensor:
@@ -136,6 +144,7 @@ def _explain_head(
     y = examples.targets()
     assert y is not None  # the examples are (x, y) pairs
     seen = Examples(features, y, sample_weight=examples.sample_weight)
+    seen.names = examples.names
     inner = explain(head, seen, parameters=lambda _: True, **asked, **settings)
     count = sum(parameter.numel() for parameter in extractor.model.parameters())
     name = inner.objective.name.replace(type(head).__name__, type(extractor.model).__name__)
@@ -275,7 +284,7 @@ class ModuleEncoder:
                 raise InvalidInput(message)
         if items:
             return whole
-        return Examples(self.reading.inputs(whole.x), labels, sample_weight=whole.sample_weight)
+        return _read(whole, self.reading, labels)
 
     def targets(self, y: Any) -> Tensor:
         """y as a tensor."""

@@ -27,6 +27,7 @@ from upweight.adapters.estimators import (
 from upweight.adapters.estimators.built import Builder, Built, Fit
 from upweight.data.arrays import as_tensor, checked_weights
 from upweight.data.examples import Examples
+from upweight.data.ids import names_of
 from upweight.errors import InvalidInput, NotFitted, TheoryWarning, UnsupportedModel, require
 from upweight.influence.face import Influence
 from upweight.influence.minimum import distance
@@ -130,6 +131,7 @@ def explain(
     *,
     loss: Any = None,
     sample_weight: Any = None,
+    ids: Any = None,
     penalty_per_example: bool | None = None,
     **settings: Any,
 ) -> Influence:
@@ -138,12 +140,12 @@ def explain(
     Raises:
         UnsupportedModel: if the estimator's objective has no second derivatives, or is not known yet.
         NotFitted: if it was not fitted.
-        InvalidInput: if X or y do not fit it, or it needs no other loss.
+        InvalidInput: if X or y do not fit it, or it needs no other loss, or names are no names.
     """
     transformers, estimator = _split(model)
     builder = _builder(estimator, inside=hasattr(model, "steps"))
     _require_fitted(model, estimator)
-    whole = whole_examples(X, y, sample_weight)
+    whole = whole_examples(X, y, sample_weight, ids)
     if whole is not None:
         refuse_encoded(whole)
         X, y, sample_weight = whole.x, whole.y, whole.sample_weight
@@ -154,6 +156,7 @@ def explain(
     if rows.shape[0] == 0:
         message = "There are no examples: X has 0 rows. Pass the X and y that fit() was given."
         raise InvalidInput(message)
+    names = names_of(X, y, ids, rows.shape[0]) if whole is None else whole.names
     weights = checked_weights(sample_weight, rows.shape[0])
     fit = Fit(estimator, rows, y, None if sample_weight is None else weights, loss, penalty_per_example)
     built = builder(fit)
@@ -164,6 +167,7 @@ def explain(
         )
         raise InvalidInput(message)
     examples = _examples(fit, built, weights)
+    examples.names = names
     encoder = SklearnEncoder(transformers, estimator, built)
     examples.encoded_by = encoder.mark
     _compare_predictors(fit, built)

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Int
 from numpy.typing import NDArray
 
+_SHOWN = 20  # answers in a text
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -86,7 +88,7 @@ class Contrast:
     """
 
     change: str
-    answers: tuple[Answer, ...]
+    answers: tuple[Answer, ...] = field(repr=False)
 
     @property
     def corrected(self) -> int:
@@ -151,7 +153,8 @@ class Contrast:
             f"corrected after training again ({control}); median set {self.median_set_size:g} rows; actual over "
             f"predicted change of the margin {self.calibration:.2f}"
         )
-        return "\n".join([head, *(_said(answer) for answer in self.answers)])
+        more = [f"  … and {len(self.answers) - _SHOWN} more"] if len(self.answers) > _SHOWN else []
+        return "\n".join([head, *(_said(answer) for answer in self.answers[:_SHOWN]), *more])
 
 
 def _said(answer: Answer) -> str:

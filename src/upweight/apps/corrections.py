@@ -1,8 +1,8 @@
 """Corrected labels: really trained, compared with training again on the old ones, written as a patch to take back.
 
-A review is a CSV file with a line per inspected row and an empty column `correction`; a person fills it in. A patch is
-a CSV file of row, old and new label. Both are checked against the study before anything happens: the old label must be
-the one that the study has.
+A review is a CSV file with a line per inspected row, by its number and name, and an empty column `correction`; a person
+fills it in. A patch is a CSV file of row, old and new label. Both are checked against the study before anything
+happens: the old label must be the one that the study has.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from upweight.errors import InvalidInput, PathNotFound, UnsupportedModel
 
 COLUMNS = (
     "row",
+    "id",
     "description",
     "label",
     "suggested",
@@ -53,7 +54,7 @@ class Corrected:
     """
 
     influence: uw.Influence = field(repr=False)
-    patch: Mapping[int, tuple[Any, Any]]
+    patch: Mapping[int, tuple[Any, Any]] = field(repr=False)
     labels: Shaped[NDArray[Any], " n"] = field(repr=False)
     before: Mapping[str, float]
     control: Mapping[str, float]
@@ -181,6 +182,7 @@ def write_review(
     lines = [
         [
             row,
+            "" if found.ids is None else found.ids[row],
             "" if describe is None else describe(int(row)),
             found.labels[row],
             found.suggested[place],

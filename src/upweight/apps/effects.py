@@ -45,7 +45,7 @@ class FeatureEffects:
         widest: (f,) the column with the largest Σᵢ |g| in each feature.
     """
 
-    names: list[str]
+    names: list[str] = field(repr=False)
     columns: list[NDArray[np.int64]] = field(repr=False)
     rows: Int[NDArray[np.int64], " r"]
     by_row: Float[NDArray[np.float64], "r f"] = field(repr=False)
@@ -157,6 +157,12 @@ class GroupEffects:
     newton: Float[NDArray[np.float64], " g"] | None
     refused: str = ""
     without: Mapping[Any, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"GroupEffects({len(self.names)} sources)"
+
+    def __str__(self) -> str:
+        return "\n".join(group_lines(self))
 
     def to_dict(self) -> dict[str, Any]:
         """One entry per source."""

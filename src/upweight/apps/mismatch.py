@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 
 import upweight as uw
 from upweight.apps.columns import grouped_columns, one_hot_groups, unique
 from upweight.apps.effects import FeatureEffects, GroupEffects, feature_lines, group_lines
+from upweight.apps.names import name_in_text, names_in_json
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, UpweightError, checked_count, first_line
 
+_SHOWN = 12  # rows of either kind in a text
 _NUMBERS = 2**24  # of equation 5 at once: 128 MB
 
 
@@ -34,12 +36,14 @@ class Side:
         values: (k,) mean over the queries of the predicted change of the loss if the row is removed.
         ratios: (k,) how many times larger a value is than the next one of its sign; infinite where there is none.
         stand_out: how many rows come before the largest finite ratio.
+        ids: (k,) names of the rows, None where they have none.
     """
 
     rows: Int[NDArray[np.int64], " k"]
     values: Float[NDArray[np.float64], " k"]
     ratios: Float[NDArray[np.float64], " k"]
     stand_out: int
+    ids: Shaped[NDArray[Any], " k"] | None = None
 
     @property
     def ratio(self) -> float:
@@ -59,6 +63,7 @@ class Side:
             "ratios": self.ratios.tolist(),
             "stand_out": self.stand_out,
             "ratio": self.ratio,
+            **names_in_json(self.ids, np.arange(len(self.rows))),
         }
 
 
@@ -104,7 +109,11 @@ class Mismatch:
         for name, verb, side in (("harmful", "fall", self.harmful), ("helpful", "rise", self.helpful)):
             if side.stand_out:
                 lines += ["", f"most {name}: {_said(side, verb)}"]
-                lines += [f"  row {row:>7}  {value:+.4g}" for row, value in zip(side.rows, side.values, strict=True)]
+                lines += [
+                    f"  row {row:>7}  {value:+.4g}{name_in_text(side.ids, place)}"
+                    for place, (row, value) in enumerate(zip(side.rows[:_SHOWN], side.values, strict=False))
+                ]
+                lines += [f"  … and {len(side.rows) - _SHOWN} more"] if len(side.rows) > _SHOWN else []
         if self.features is not None:
             lines += ["", *feature_lines(self.features)]
         if self.groups is not None:
@@ -154,7 +163,7 @@ def mismatch(
     queries = influence.queries(on)
     scores = influence.on_loss(queries)
     values = scores.values.mean(0)
-    harmful, helpful = _side(values, -1, k), _side(values, 1, k)
+    harmful, helpful = _side(values, scores.ids, -1, k), _side(values, scores.ids, 1, k)
     rows = np.concatenate([harmful.responsible, helpful.responsible])
     assert scores.query_values is not None
     return Mismatch(
@@ -167,7 +176,7 @@ def mismatch(
     )
 
 
-def _side(values: NDArray[np.float64], sign: int, k: int) -> Side:
+def _side(values: NDArray[np.float64], ids: NDArray[Any] | None, sign: int, k: int) -> Side:
     """The k rows whose values have this sign and the largest size."""
     order = np.argsort(-sign * values, kind="stable")[: k + 1]
     order = order[sign * values[order] > 0]
@@ -176,7 +185,8 @@ def _side(values: NDArray[np.float64], sign: int, k: int) -> Side:
     finite = np.isfinite(ratios)
     stand_out = int(np.argmax(np.where(finite, ratios, -1))) + 1 if finite.any() else len(ratios[: len(order)])
     rows = order[:k]
-    return Side(rows, values[rows], ratios[: len(rows)], min(stand_out, len(rows)))
+    names = None if ids is None else ids[rows]
+    return Side(rows, values[rows], ratios[: len(rows)], min(stand_out, len(rows)), names)
 
 
 def _features(

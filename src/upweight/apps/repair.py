@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 import upweight as uw
 from upweight.apps.mean_loss import losses_of
+from upweight.apps.names import name_in_text, names_in_json
 from upweight.apps.suggestions import suggested
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 
@@ -36,6 +37,7 @@ class Repair:
         labels: (n,) present labels of all rows.
         scores: for "self-influence", "loss", "margin" and "random" (n,) numbers, larger is more suspicious.
         certificate: of the self-influence.
+        ids: (n,) names of all rows, None where they have none.
     """
 
     rows: Int[NDArray[np.int64], " k"]
@@ -44,6 +46,7 @@ class Repair:
     labels: Shaped[NDArray[Any], " n"] = field(repr=False)
     scores: Mapping[str, Float[NDArray[np.float64], " n"]] = field(repr=False)
     certificate: uw.Certificate = field(repr=False)
+    ids: Shaped[NDArray[Any], " n"] | None = field(default=None, repr=False)
 
     def order(self, score: str) -> Int[NDArray[np.int64], " n"]:
         """All rows in the order in which a score would inspect them.
@@ -134,7 +137,7 @@ class Repair:
             arrow = "stays" if suggested == self.labels[row] else f"-> {suggested}"
             lines.append(
                 f"{row:>8} {self.scores['self-influence'][row]:>15.4g} {by_loss[place]:>13} {by_margin[place]:>10} "
-                f"{self.gain[place]:>8.3g}  {self.labels[row]} {arrow}"
+                f"{self.gain[place]:>8.3g}  {self.labels[row]} {arrow}{name_in_text(self.ids, row)}"
             )
         if len(self.rows) > 20:
             lines.append(f"… and {len(self.rows) - 20} more")
@@ -154,6 +157,7 @@ class Repair:
             "self_influence": self.scores["self-influence"][self.rows].tolist(),
             "rank_by_loss": self.ranks("loss").tolist(),
             "rank_by_margin": self.ranks("margin").tolist(),
+            **names_in_json(self.ids, self.rows),
         }
 
 
@@ -251,7 +255,7 @@ def repair(influence: uw.Influence, *, inspect: float = 0.1, candidates: int = 1
     rows = np.argsort(-own.values, kind="stable")[:count]
     present = np.array([names.index(label) for label in labels[rows].tolist()])
     best, gain = suggested(influence, rows, names, present, candidates)
-    return Repair(rows, np.asarray(names)[best], gain, labels, scores, own.certificate)
+    return Repair(rows, np.asarray(names)[best], gain, labels, scores, own.certificate, influence.examples.ids)
 
 
 def checked_share(inspect: Any, n: int) -> int:

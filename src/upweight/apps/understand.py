@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 import upweight as uw
 from upweight.apps.distances import distances
+from upweight.apps.names import name_in_text, names_in_json
 from upweight.errors import InvalidInput, RowOutOfRange, checked_count
 
 
@@ -33,6 +34,7 @@ class Ranked:
         labels: (k,) their labels, or None where targets are no classes.
         distances: (k,) from the query, in the inputs.
         feature_distances: (k,) from the query, in the features.
+        ids: (k,) names of the rows, None where they have none.
     """
 
     rows: Int[NDArray[np.int64], " k"]
@@ -40,6 +42,7 @@ class Ranked:
     labels: Shaped[NDArray[Any], " k"] | None
     distances: Float[NDArray[np.float64], " k"]
     feature_distances: Float[NDArray[np.float64], " k"]
+    ids: Shaped[NDArray[Any], " k"] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Understanding:
     distances: Float[NDArray[np.float64], "q n"] = field(repr=False)
     feature_distances: Float[NDArray[np.float64], "q n"] = field(repr=False)
     labels: Shaped[NDArray[Any], " n"] | None = field(repr=False)
-    targets: Shaped[NDArray[Any], " q"] | None
-    predicted: Shaped[NDArray[Any], " q"] | None
+    targets: Shaped[NDArray[Any], " q"] | None = field(repr=False)
+    predicted: Shaped[NDArray[Any], " q"] | None = field(repr=False)
     outputs: Float[NDArray[np.float64], "q K"] = field(repr=False)
     k: int = 5
     describe: Callable[[int], str] | None = field(default=None, repr=False)
@@ -141,6 +144,8 @@ class Understanding:
             labels = [None] * len(ranked.rows) if ranked.labels is None else ranked.labels.tolist()
             columns = (ranked.rows.tolist(), ranked.values.tolist(), labels)
             columns += (ranked.distances.tolist(), ranked.feature_distances.tolist())
+            if ranked.ids is not None:
+                names, columns = [*names, "id"], (*columns, *names_in_json(self.scores.ids, ranked.rows).values())
             return [dict(zip(names, line, strict=True)) for line in zip(*columns, strict=True)]
 
         return {
@@ -172,7 +177,8 @@ class Understanding:
             lines.append(f"  most {kind:<8} {'value':>12} {'label':>12} {'distance':>10} {'in features':>12}")
             for place, row in enumerate(ranked.rows):
                 label = "" if ranked.labels is None else str(ranked.labels[place])
-                words = "" if self.describe is None else f"  {self.describe(int(row))}"
+                words = name_in_text(self.scores.ids, row)
+                words += "" if self.describe is None else f"  {self.describe(int(row))}"
                 lines.append(
                     f"  row {row:>8}  {ranked.values[place]:>+12.4g} {label:>12} {ranked.distances[place]:>10.4g} "
                     f"{ranked.feature_distances[place]:>12.4g}{words}"
@@ -191,6 +197,7 @@ class Understanding:
             None if self.labels is None else self.labels[rows],
             self.distances[query, rows],
             self.feature_distances[query, rows],
+            None if self.scores.ids is None else self.scores.ids[rows],
         )
 
     def _place(self, query: int) -> int:

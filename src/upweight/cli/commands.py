@@ -101,6 +101,7 @@ def top(study: StudyName, query: int = 0, k: K = 10, json: Json = False) -> int:
         k: how many rows of each kind.
         json: print as JSON.
     """
+    from upweight.data.ids import in_json, text_of
     from upweight.influence.scores import Scores
 
     if _is_path(study):
@@ -112,17 +113,24 @@ def top(study: StudyName, query: int = 0, k: K = 10, json: Json = False) -> int:
         describe = loaded.describe
     k = min(k, scores.values.shape[1])
     up, down = scores.helpful(k), scores.harmful(k)
-    kinds = {"helpful": (up.rows[place], up.values[place]), "harmful": (down.rows[place], down.values[place])}
+    kinds = {
+        kind: (most.rows[place], most.values[place], None if most.ids is None else most.ids[place])
+        for kind, most in (("helpful", up), ("harmful", down))
+    }
     lines = [f"Query {query}: change of its {scores.measure}, {scores.counterfactual}"]
-    for kind, (rows, values) in kinds.items():
+    for kind, (rows, values, ids) in kinds.items():
+        names = [""] * k if ids is None else [f"  {text_of(name)}" for name in ids]
         lines += ["", f"  most {kind}"]
         lines += [
-            f"  row {row:>8} {value:>+14.6g}  {describe(int(row)) if describe else ''}".rstrip()
-            for row, value in zip(rows, values, strict=True)
+            f"  row {row:>8} {value:>+14.6g}{name}  {describe(int(row)) if describe else ''}".rstrip()
+            for row, value, name in zip(rows, values, names, strict=True)
         ]
     found = {
-        kind: [{"row": int(r), "value": float(v)} for r, v in zip(rows, values, strict=True)]
-        for kind, (rows, values) in kinds.items()
+        kind: [
+            {"row": int(row), "value": float(values[rank])} | ({} if ids is None else {"id": in_json(ids)[rank]})
+            for rank, row in enumerate(rows)
+        ]
+        for kind, (rows, values, ids) in kinds.items()
     }
     show(
         {"query": query, "measure": scores.measure, "counterfactual": scores.counterfactual} | found,

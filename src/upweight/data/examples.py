@@ -1,4 +1,4 @@
-"""Indexed data: row i of the training set, or of the queries, has the stable id i.
+"""Indexed data: row i of the training set, or of the queries, is asked for as i; it may have a name beside its number.
 
 An example is `(x, y)`, or just `x` when there is no target, or whatever item a map-style Dataset returns. A batch is
 the same nesting with a leading axis. Arrays are never copied as a whole; a batch is a view where the memory allows.
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from upweight.data.arrays import as_array, as_tensor, check_finite, checked_rows, checked_weights, with_lines
+from upweight.data.ids import named, names_of
 from upweight.data.trees import batch_length, leaves, take, tree_map
 from upweight.errors import InvalidInput, NotDeterministic
 
@@ -27,16 +28,20 @@ _SUMMED_ROWS = 4096
 
 
 class Examples:
-    """n examples with stable row ids 0 … n−1 and one weight each.
+    """n examples with row numbers 0 … n−1, one weight each, and names where they have some.
 
     Args:
         X: array, tensor, SciPy sparse matrix or DataFrame with n rows; or a map-style Dataset (`__len__` and
             `__getitem__`) of examples, for which `y` is omitted.
         y: array, tensor or Series with n rows; omitted when an example has no target.
         sample_weight: (n,) non-negative weights wᵢ of R(θ) = (1/n) Σ wᵢ L(zᵢ, θ) + r(θ); None means all ones.
+        ids: n different names, one for each row; None takes the index of a DataFrame or Series, or a Dataset's column
+            `id` or `idx` or its attribute `ids`, where that names every row once. Names stand beside values in every
+            table and file; rows are asked for by number.
 
     Raises:
-        InvalidInput: if there are no rows, lengths differ, or a value is NaN, infinite or not a number.
+        InvalidInput: if there are no rows, lengths differ, a value is NaN, infinite or not a number, two rows have one
+            name, or the indexes of X and y hold the same names in another order.
         NotDeterministic: if the dataset gives different items for the same index.
 
     >>> examples = Examples(np.eye(3), np.array([0, 1, 1]))
@@ -44,7 +49,7 @@ class Examples:
     (3, [(2, 3), (2,)])
     """
 
-    def __init__(self, X: Any, y: Any = None, *, sample_weight: Any = None) -> None:
+    def __init__(self, X: Any, y: Any = None, *, sample_weight: Any = None, ids: Any = None) -> None:
         self.dataset = X if _is_dataset(X) else None
         if self.dataset is not None and y is not None:
             message = (
@@ -70,6 +75,7 @@ class Examples:
             check_finite(array, name)
         if self.dataset is not None:
             self._check_dataset()
+        self.names = names_of(X, y, ids, self.length)
         self.sample_weight = checked_weights(sample_weight, self.length)
         self.weights = self.sample_weight  # an adapter multiplies the weight of each row's class in
         self._targets: Tensor | None = None  # of a Dataset, once they were read
@@ -82,6 +88,21 @@ class Examples:
     def __repr__(self) -> str:
         shapes = self.dataset.__class__.__name__ if self.x is None else f"X {tuple(self.x.shape)}"
         return f"Examples(n={self.length}, {shapes})"
+
+    @property
+    def ids(self) -> NDArray[Any] | None:
+        """(n,) the names of the rows; None if they have none."""
+        return None if self.names is None else self.names.values
+
+    def named(self, ids: Any) -> Examples:
+        """The same rows by these names; nothing is copied.
+
+        Raises:
+            InvalidInput: if they are not n different names.
+        """
+        other = copy(self)
+        other.names = named(ids, self.length)
+        return other
 
     def batch(self, rows: slice | Sequence[int] | NDArray[np.int64]) -> Any:
         """The examples of these rows, stacked along a new first axis."""
@@ -130,6 +151,7 @@ class Examples:
         """These rows, with their weights, as Examples of their own; arrays are copied."""
         other = copy(self)
         other.length = len(rows)
+        other.names = None if self.names is None else self.names.take(rows)
         other.sample_weight, other.weights = self.sample_weight[rows], self.weights[rows]
         if self.dataset is not None:
             other.dataset = _Rows(self.dataset, rows)
@@ -148,6 +170,7 @@ class Examples:
         y = None if self.y is None else self.y[[row]]
         one = Examples(_Rows(self.dataset, [row])) if whole else Examples(self.x[[row]], y)  # type: ignore[index]
         one.encoded_by = self.encoded_by
+        one.names = None if self.names is None else self.names.take([row])
         return one
 
     def targets(self) -> Tensor | None:
@@ -213,6 +236,7 @@ class Examples:
         new = as_before if bool((as_before == targets).all()) else targets
         other = Examples(batch[0], new) if self.dataset is None else Examples(_Stacked((batch[0], new)))
         other.encoded_by = self.encoded_by  # the inputs are as they were, and the targets are encoded
+        other.names = None if self.names is None else self.names.take(rows)
         return other
 
     def fingerprint(self) -> str:

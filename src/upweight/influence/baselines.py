@@ -23,7 +23,7 @@ from upweight.data.trees import batch_length, leaves
 from upweight.errors import InvalidInput, checked_count, first_line
 from upweight.influence import per_row, removal
 from upweight.influence.certificate import Certificate
-from upweight.influence.scores import Scores
+from upweight.influence.scores import Scores, naming
 from upweight.influence.system import Explained, System, solved
 from upweight.model import layers
 from upweight.solvers import Quadratic
@@ -275,6 +275,7 @@ def _scores(system: System, queries: Examples, values: NDArray[np.float64], what
         Certificate.unsolved(len(queries), system.objective.coverage, what),
         measure=system.objective.measure,
         query_values=per_row.measures(system.sweep.over(system.objective, queries)),
+        **naming(system.examples.names, queries.names),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -35,19 +35,19 @@ class Certificate:
             drift is their mean.
     """
 
-    residual: Float[NDArray[np.float64], " q"]
+    residual: Float[NDArray[np.float64], " q"] = field(repr=False)
     converged: bool
     damping: float
     gradient_norm: float
     min_curvature: float
     coverage: float
-    drift: Float[NDArray[np.float64], " q"]
+    drift: Float[NDArray[np.float64], " q"] = field(repr=False)
     curvature: str = ""
     solver: str = ""
     sweeps: int = 0
     truncation: float = 0.0
-    preconditioner_gap: Float[NDArray[np.float64], " q"] | None = None
-    members: tuple[Certificate, ...] = ()
+    preconditioner_gap: Float[NDArray[np.float64], " q"] | None = field(default=None, repr=False)
+    members: tuple[Certificate, ...] = field(default=(), repr=False)
 
     @staticmethod
     def joined(parts: Sequence[Certificate]) -> Certificate:

@@ -19,7 +19,7 @@ from torch import Tensor
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, require
 from upweight.influence import defaults, per_row, scoring
-from upweight.influence.scores import Scores
+from upweight.influence.scores import Scores, naming
 from upweight.influence.scoring import Products
 from upweight.influence.system import System, solved
 from upweight.operators import DenseOperator
@@ -163,6 +163,7 @@ def _block(system: System, queries: Examples, dampings: list[float], family: _Fa
                 system.objective.measure,
                 measured,
                 scaled.standard_error(),
+                **naming(system.examples.names, queries.names),
             )
         )
     return found[::-1]

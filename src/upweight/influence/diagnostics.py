@@ -44,6 +44,7 @@ from upweight.influence.deletion import (
     solve,
 )
 from upweight.influence.system import Explained, System
+from upweight.influence.top import index_of
 from upweight.model import calculus, linear
 from upweight.operators import Dense, GaussNewton, Hessian
 
@@ -84,7 +85,8 @@ def summary_frame(influence: Explained) -> DataFrame:
     rows of positive weight. A row of leverage 1 (it alone determines a parameter) or with φ″ < 0 is NaN elsewhere and
     a TheoryWarning names it; what needs s or s(i) is NaN when no degree of freedom is left. Of columns that repeat or
     add up to others everything but the DFBETAS is determined; those are NaN and named. Names are those of
-    `parameter_names`; the index is the row number. For lasso and elastic net "exact" means: on the same active set.
+    `parameter_names`; the index are the rows' names, or numbers where they have none. For lasso and elastic net "exact"
+    means: on the same active set.
 
     Cost: one linear system per row (some ten if rows take their share of a penalty along) and one sweep; the result
     holds n·(p + 5) numbers, and nothing of size n × n exists.
@@ -111,7 +113,9 @@ def summary_frame(influence: Explained) -> DataFrame:
     _name_undetermined(system, "DFBETAS")
     names = [f"dfbetas_{name}" for name in parameter_names(influence)]
     flat = [column for name in table for column in (names if name == "dfbetas" else [name])]
-    return pandas.DataFrame(np.column_stack(list(table.values())), columns=flat)
+    names = system.examples.names
+    index = None if names is None else index_of(names.values, None, names.name)
+    return pandas.DataFrame(np.column_stack(list(table.values())), columns=flat, index=index)
 
 
 def leverage(influence: Explained) -> Vector:

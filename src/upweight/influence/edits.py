@@ -42,7 +42,7 @@ def of_adding(system: System, X_new: Any, y_new: Any, on: Any) -> Scores:
     scale = system.class_weights(new) * new.sample_weight / system.n
     G = per_row.gradients(system.sweep.over(system.objective, new)) + system.penalty_share
     changes = scoring.with_gradients(solution, G).scaled(-scale)
-    return scoring.scores(system, solution, changes, scale, np.arange(len(new)), "example added", queries)
+    return scoring.scores(system, solution, changes, scale, scoring.Columns.of(new), "example added", queries)
 
 
 def new_examples(system: System, rows: NDArray[np.int64], X: Any, y: Any) -> Examples:
@@ -64,7 +64,8 @@ def _becoming(system: System, rows: NDArray[np.int64], new: Examples, counterfac
     solution = scoring.solutions(system, queries)
     changes = scoring.with_gradients(solution, _difference(system, rows, new) / -system.n)
     scale = system.examples.weights[rows] / system.n
-    return scoring.scores(system, solution, changes, scale, rows, counterfactual, queries)
+    columns = scoring.Columns.of(system.examples, rows)
+    return scoring.scores(system, solution, changes, scale, columns, counterfactual, queries)
 
 
 def _difference(system: System, rows: NDArray[np.int64], new: Examples) -> Float[Tensor, "r p"]:

@@ -59,6 +59,7 @@ class Influence:
         batch_size: examples per batch; None fits the memory. It changes results by rounding only.
         progress: True or False forces the progress bars (stderr) on or off; None shows them on a terminal only.
         encoder: how queries become examples; set by the adapters.
+        ids: n different names of the rows, as for Examples; None takes those that the data bring along.
 
     Raises:
         InvalidInput: if a setting or the data cannot be used; NotDeterministic or UnsupportedModel if the loss cannot.
@@ -84,10 +85,11 @@ class Influence:
         batch_size: int | None = None,
         progress: bool | None = None,
         encoder: Encoder | None = None,
+        ids: Any = None,
     ) -> None:
         self.settings = {"curvature": curvature, "solver": solver, "damping": damping}
         self.settings |= {"batch_size": batch_size, "progress": progress}
-        self.system = System.of(objective, examples, encoder=encoder, **self.settings)
+        self.system = System.of(objective, examples, encoder=encoder, ids=ids, **self.settings)
 
     def __repr__(self) -> str:
         known = self.system.known_damping
@@ -336,7 +338,8 @@ class Influence:
         """The change of each query's loss if a whole group of rows is removed, to first order: the sum over members.
 
         Args:
-            groups: lists of training rows, or a dict of them; column g of the result is group g in that order.
+            groups: lists of training rows, or a dict of them; column g of the result is group g in that order, and the
+                keys of a dict are the names of the columns.
             on: (Xq, yq), the queries.
         """
         return groups_of_rows.of_groups(self.system, groups, on)
@@ -352,7 +355,7 @@ class Influence:
         rows a few products with the curvature without it instead, whatever its size.
 
         Args:
-            groups: training rows, or lists of rows removed together; one column for each.
+            groups: training rows, or lists of rows removed together, or a dict of them; one column for each.
             on: (Xq, yq), the queries.
 
         Raises:

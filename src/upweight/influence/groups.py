@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from upweight.data.ids import of_keys
 from upweight.errors import TheoryWarning, UnsupportedModel
 from upweight.influence import newton_step, per_row, scoring
-from upweight.influence.scores import Scores
+from upweight.influence.scores import Scores, naming
 from upweight.influence.system import System
 from upweight.operators import GaussNewton, Hessian
 
@@ -25,7 +26,8 @@ def of_groups(system: System, groups: Any, on: Any) -> Scores:
         [np.searchsorted(union, group) for group in members]
     )
     scale = np.full(len(members), -1 / system.n)
-    return scoring.scores(system, solution, changes, scale, np.arange(len(members)), "group removed", queries)
+    columns = scoring.Columns(np.arange(len(members)), of_keys(groups))
+    return scoring.scores(system, solution, changes, scale, columns, "group removed", queries)
 
 
 def of_removing(system: System, groups: Any, on: Any) -> Scores:
@@ -64,13 +66,16 @@ def of_removing(system: System, groups: Any, on: Any) -> Scores:
     changes = newton_step.changes(reported, queries, step.theta_change)
     further = newton_step.changes(reported, queries, step.theta_change + step.next_step)
     changes[solution.x.isnan().any(1).numpy()] = np.nan  # queries that lean on what the data do not determine
+    rows = np.array([group[0] for group in members]) if single else np.arange(len(members))
+    own = scoring.Columns.of(system.examples, rows).names if single else None
     return Scores(
         changes,
         "row removed, Newton step" if single else "group removed, Newton step",
-        np.array([group[0] for group in members]) if single else np.arange(len(members)),
+        rows,
         system.n,
         scoring.certificate(system, solution),
         measure=system.objective.measure,
         query_values=per_row.measures(system.sweep.over(system.objective, queries)),
         error=further - changes,
+        **naming(of_keys(groups) or own, queries.names),
     )

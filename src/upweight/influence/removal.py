@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from upweight.data.examples import Examples
@@ -57,7 +56,7 @@ def _removed(system: System, measured: Objective, queries: Examples, store: Any)
     if store is None and len(queries) > size:
         return Scores.joined([_removed(system, measured, block, None) for block in queries.blocks(size)])
     weights = system.examples.weights / system.n
-    columns = np.arange(system.n)
+    columns = scoring.Columns.of(system.examples)
     if pairwise is not None:
         changes, known = pairs.products(system, queries, pairwise, system.solve)
         return scoring.scores(system, known, changes.scaled(weights), -weights, columns, "row removed", queries)

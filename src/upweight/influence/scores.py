@@ -7,30 +7,34 @@ the query, for the query's loss would rise without it. The paper's raw derivativ
 
 from __future__ import annotations
 
-import html
 import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 
+from upweight.data.ids import Ids, as_json, as_told, packed as packed_ids, same_names, unpacked as unpacked_ids
 from upweight.errors import InvalidInput, Undefined, first_line, require
 from upweight.influence.certificate import Certificate, packed, unpacked
+from upweight.influence.top import (
+    HARMFUL,
+    HELPFUL,
+    SHOWN,
+    TopK,
+    frame_of,
+    html_table,
+    index_of,
+    text_table,
+    top_columns,
+)
 from upweight.runs.store import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-class TopK(NamedTuple):
-    """The k rows that help or harm most, strongest first: `rows` and `values`, each (q, k)."""
-
-    rows: Int[NDArray[np.int64], "q k"]
-    values: Float[NDArray[np.float64], "q k"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,10 @@ class Scores:
         standard_error: (q, r) of a stochastic solver, or None. Of an ensemble: the spread of its members over √m, which
             says how far the mean over other models would lie, not how far the estimate is from a retraining.
         error: (q, r) estimate of what `values` still miss, or None.
+        ids: (r,) names of the rows, groups or new examples: of a DataFrame's index, of `ids=`, or the keys of a dict of
+            groups; None where they have none.
+        query_ids: (q,) names of the queries, None where they have none.
+        axes: what queries and columns are called in tables, such as the names of the two indexes.
     """
 
     values: Float[NDArray[np.float64], "q r"]
@@ -61,6 +69,9 @@ class Scores:
     query_values: Float[NDArray[np.float64], " q"] | None = None
     standard_error: Float[NDArray[np.float64], "q r"] | None = field(default=None, repr=False)
     error: Float[NDArray[np.float64], "q r"] | None = field(default=None, repr=False)
+    ids: Shaped[NDArray[Any], " r"] | None = field(default=None, repr=False)
+    query_ids: Shaped[NDArray[Any], " q"] | None = field(default=None, repr=False)
+    axes: tuple[Any, Any] = ("query", "row")
 
     @property
     def derivative(self) -> Float[NDArray[np.float64], "q r"]:
@@ -94,11 +105,29 @@ class Scores:
         """The k columns with the smallest values, smallest first; on removal, the rows that harm the query most."""
         return self._top(self.values, k)
 
+    def top(self, k: int = 10, data: Any = None) -> pd.DataFrame:
+        """A DataFrame of the k strongest rows of every query, the largest |value| first, and what they are.
+
+        Its index are the rows' names, or numbers where they have none; its columns the query, the row's number beside a
+        name, the value, and those of `data`.
+
+        Args:
+            k: rows for each query.
+            data: what the rows were made from, a line for each of the n training rows (for groups or added examples,
+                for each of these): a DataFrame of pandas or polars, a Series, array or list. Where both have names,
+                lines are looked up by name, whatever their order.
+
+        Raises:
+            InvalidInput: if k is larger than the number of rows, or data do not describe the rows.
+        """
+        apart = self.counterfactual.startswith(("group", "example"))
+        return frame_of(self._top(-np.abs(self.values), k), self.axes[1], data, len(self.rows) if apart else self.n)
+
     def to_pandas(self) -> pd.DataFrame:
-        """A DataFrame of values: one line per query, one column per row."""
+        """A DataFrame of values: one line per query, one column per row, by their names where they have some."""
         pandas = require("pandas", "pandas")
-        index = pandas.RangeIndex(len(self.values), name="query")
-        return pandas.DataFrame(self.values, index=index, columns=pandas.Index(self.rows, name="row"))
+        index = index_of(self.query_ids, range(len(self.values)), self.axes[0])
+        return pandas.DataFrame(self.values, index=index, columns=index_of(self.ids, self.rows, self.axes[1]))
 
     @staticmethod
     def joined(parts: Sequence[Scores]) -> Scores:
@@ -107,17 +136,20 @@ class Scores:
         Raises:
             InvalidInput: if there are none, or their columns are not the same rows.
         """
-        if not parts or any(not np.array_equal(part.rows, parts[0].rows) for part in parts):
+        if not parts or any(
+            not np.array_equal(part.rows, parts[0].rows) or not same_names(part.ids, parts[0].ids) for part in parts
+        ):
             message = f"{len(parts)} blocks of scores do not stand for the same rows. Join those of one question only."
             raise InvalidInput(message)
         first = parts[0]
 
         def stacked(name: str) -> Any:
-            return None if getattr(first, name) is None else np.concatenate([getattr(part, name) for part in parts])
+            arrays = [getattr(part, name) for part in parts]
+            return None if any(array is None for array in arrays) else np.concatenate(arrays)
 
         return replace(
             first,
-            **{name: stacked(name) for name in ("values", "query_values", "standard_error", "error")},
+            **{name: stacked(name) for name in ("values", "query_values", "standard_error", "error", "query_ids")},
             certificate=Certificate.joined([part.certificate for part in parts]),
         )
 
@@ -130,12 +162,14 @@ class Scores:
             "measure": self.measure,
             "n": self.n,
             "certificate": card,
+            "axes": [as_json(name) for name in self.axes],
         }
-        write_tensors(path, arrays | parts, {"upweight": json.dumps(text)})
+        names = {name: _letters(getattr(self, name)) for name in _NAMES if getattr(self, name) is not None}
+        write_tensors(path, arrays | parts | names, {"upweight": json.dumps(text)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
-        """Scores that were written by `save`.
+        """Scores that were written by `save`; a name that is no text, number, date or tuple comes back as its text.
 
         Raises:
             InvalidInput: if the file holds something else.
@@ -144,8 +178,11 @@ class Scores:
         try:
             text = json.loads(metadata["upweight"])
             card = unpacked(text["certificate"], arrays, "certificate")
-            named = {name: text[name] for name in ("counterfactual", "measure", "n")}
-            return cls(certificate=card, **named, **arrays)  # type: ignore[arg-type]
+            told = {name: text[name] for name in ("counterfactual", "measure", "n")}
+            if "axes" in text:  # older files have none, and no names
+                told["axes"] = tuple(as_told(name) for name in text["axes"])
+            names = {name: _names(arrays.pop(name)) for name in _NAMES if name in arrays}
+            return cls(certificate=card, **told, **arrays, **names)  # type: ignore[arg-type]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             message = (
                 f"{path} is a safetensors file without upweight scores in it, or a damaged one "
@@ -160,28 +197,26 @@ class Scores:
             f"{self.counterfactual}; {self.certificate})"
         )
 
-    def _repr_html_(self, queries: int = 5, k: int = 3) -> str:
+    def __str__(self) -> str:
+        return f"{self!r}\n{text_table(self._sides(), len(self.values))}"
+
+    def _repr_html_(self) -> str:
         """A small table for notebooks: for each of the first queries, the rows that help and harm most."""
-        up, down = self.helpful(min(k, self.values.shape[1])), self.harmful(min(k, self.values.shape[1]))
+        what = f"Change of the query's {self.measure}, {self.counterfactual}"
+        return html_table(what, self._sides(), len(self.values), str(self.certificate))
 
-        def cell(top: TopK, query: int) -> str:
-            return ", ".join(
-                f"{row}&nbsp;({value:+.3g})" for row, value in zip(top.rows[query], top.values[query], strict=True)
-            )
-
-        lines = [
-            f"<tr><td>{q}</td><td>{cell(up, q)}</td><td>{cell(down, q)}</td></tr>"
-            for q in range(min(queries, len(self.values)))
-        ]
-        more = f"<p>… and {len(self.values) - queries} more queries</p>" if len(self.values) > queries else ""
-        caption = html.escape(f"Change of the query's {self.measure}, {self.counterfactual}")
-        head = "<tr><th>query</th><th>most helpful (value rises)</th><th>most harmful (value falls)</th></tr>"
-        certificate = f"<p><small>{html.escape(str(self.certificate))}</small></p>"
-        return f"<table><caption>{caption}</caption>{head}{''.join(lines)}</table>{more}{certificate}"
+    def _sides(self) -> dict[str, TopK]:
+        """The first rows of the first queries, of either kind."""
+        shown = slice(SHOWN)
+        names = None if self.query_ids is None else self.query_ids[shown]
+        few = replace(self, values=self.values[shown], query_ids=names)
+        k = min(SHOWN, self.values.shape[1])
+        return {HELPFUL: few.helpful(k), HARMFUL: few.harmful(k)}
 
     def _top(self, keys: NDArray[np.float64], k: int) -> TopK:
         order = top_columns(keys, k)
-        return TopK(self.rows[order], np.take_along_axis(self.values, order, 1))
+        values = np.take_along_axis(self.values, order, 1)
+        return TopK(self.rows[order], values, None if self.ids is None else self.ids[order], self.query_ids)
 
 
 @dataclass(frozen=True)
@@ -199,6 +234,20 @@ class Extremes:
     harmful: TopK
     query_values: Float[NDArray[np.float64], " q"] | None
     certificate: Certificate
+
+    def __repr__(self) -> str:
+        queries, k = self.helpful.rows.shape
+        return f"Extremes({queries} queries × {k} rows of either kind; {self.certificate})"
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{text_table(self._sides(), len(self.helpful.rows))}"
+
+    def _repr_html_(self) -> str:
+        queries, k = self.helpful.rows.shape
+        return html_table(f"The {k} rows of either kind", self._sides(), queries, str(self.certificate))
+
+    def _sides(self) -> dict[str, TopK]:
+        return {HELPFUL: self.helpful, HARMFUL: self.harmful}
 
 
 def extremes(blocks: Iterable[Scores], k: int = 10) -> Extremes:
@@ -220,12 +269,8 @@ def extremes(blocks: Iterable[Scores], k: int = 10) -> Extremes:
     if not certificates:
         message = "There are no blocks of scores to reduce. Pass influence.on_loss_in_blocks(Xq, yq)."
         raise InvalidInput(message)
-
-    def joined(tops: list[TopK]) -> TopK:
-        return TopK(np.concatenate([top.rows for top in tops]), np.concatenate([top.values for top in tops]))
-
     known = None if values[0] is None else np.concatenate(values)
-    return Extremes(joined(helpful), joined(harmful), known, Certificate.joined(certificates))
+    return Extremes(TopK.joined(helpful), TopK.joined(harmful), known, Certificate.joined(certificates))
 
 
 @dataclass(frozen=True)
@@ -234,7 +279,8 @@ class SelfScores:
 
     They are ≥ 0 when the penalty is not folded and C + λI is positive.
 
-    Large values belong to rows that the model could not predict from the others: mislabelled, rare or atypical.
+    Large values belong to rows that the model could not predict from the others: mislabelled, rare or atypical. `ids`
+    (n,) are the names of the rows, None where they have none, and `axis` what these are called in tables.
     """
 
     values: Float[NDArray[np.float64], " n"]
@@ -244,6 +290,8 @@ class SelfScores:
     scale: Float[NDArray[np.float64], " n"] | None
     standard_error: Float[NDArray[np.float64], " n"] | None = field(default=None, repr=False)
     counterfactual: str = "row removed"
+    ids: Shaped[NDArray[Any], " n"] | None = field(default=None, repr=False)
+    axis: Any = "row"
 
     @property
     def derivative(self) -> Float[NDArray[np.float64], " n"]:
@@ -256,34 +304,71 @@ class SelfScores:
             self.values[None], self.counterfactual, self.rows, self.n, self.certificate, self.scale
         ).derivative[0]
 
-    def top(self, k: int = 10) -> TopK:
-        """The k rows with the largest values, largest first; `rows` and `values` are (k,)."""
+    @overload
+    def top(self, k: int = 10) -> TopK: ...
+
+    @overload
+    def top(self, k: int = 10, *, data: Any) -> pd.DataFrame: ...
+
+    def top(self, k: int = 10, *, data: Any = None) -> TopK | pd.DataFrame:
+        """The k rows with the largest values, largest first; `rows` and `values` are (k,).
+
+        With `data` the same rows as a DataFrame, their values beside what data hold of them: see `Scores.top`.
+
+        Args:
+            k: how many rows.
+            data: what the rows were made from, a line for each of the n training rows.
+
+        Raises:
+            InvalidInput: if k is larger than the number of rows, or data do not describe the rows.
+        """
         order = top_columns(-self.values[None], k)[0]
-        return TopK(self.rows[order], self.values[order])
+        found = TopK(self.rows[order], self.values[order], None if self.ids is None else self.ids[order])
+        return found if data is None else frame_of(found, self.axis, data, self.n)
 
     def __repr__(self) -> str:
         what = f"change of a row's own loss, {self.counterfactual}"
         return f"SelfScores({len(self.values)} rows: {what}; {self.certificate})"
 
+    def __str__(self) -> str:
+        return f"{self!r}\n{text_table(self._sides(), 0)}"
 
-_ARRAYS = ("values", "rows", "scale", "query_values", "standard_error", "error")
+    def _repr_html_(self) -> str:
+        what = f"Change of a row's own loss, {self.counterfactual}"
+        return html_table(what, self._sides(), 0, str(self.certificate))
+
+    def _sides(self) -> dict[str, TopK]:
+        return {"largest (value)": self.top(min(SHOWN, len(self.values)))}
 
 
-def top_columns(keys: Float[NDArray[np.float64], "q r"], k: int) -> Int[NDArray[np.int64], "q k"]:
-    """The columns of the k smallest keys of every line, smallest first, NaN last; ties go to the lower column.
+def naming(columns: Ids | None, queries: Ids | None) -> dict[str, Any]:
+    """The fields of Scores that hold names.
 
-    Raises:
-        InvalidInput: if k is not between 1 and the number of columns.
+    Args:
+        columns: of the rows, groups or new examples; None where they have none.
+        queries: of the queries.
     """
-    if isinstance(k, bool) or not hasattr(k, "__index__") or not 1 <= k <= keys.shape[1]:
-        message = f"k={k}, and there are {keys.shape[1]} columns to choose from. Ask for 1 to {keys.shape[1]}."
-        raise InvalidInput(message)
-    return np.stack([_smallest(line, k) for line in keys])
+    line = "query" if queries is None or queries.name is None else queries.name
+    return {
+        "ids": None if columns is None else columns.values,
+        "query_ids": None if queries is None else queries.values,
+        "axes": (line, called(columns)),
+    }
 
 
-def _smallest(line: NDArray[np.float64], k: int) -> NDArray[np.int64]:
-    if np.isnan(line).any():
-        return np.argsort(line, kind="stable")[:k]  # which puts NaN last
-    threshold = np.partition(line, k - 1)[k - 1]
-    candidates: NDArray[Any] = np.flatnonzero(line <= threshold)
-    return candidates[np.argsort(line[candidates], kind="stable")][:k]
+def called(rows: Ids | None) -> Any:
+    """What rows are called in tables: "row" where they are numbers, "id" where their names are called nothing else."""
+    return "row" if rows is None else "id" if rows.name is None else rows.name
+
+
+def _letters(names: NDArray[Any]) -> NDArray[np.uint8]:
+    """Names as the bytes of a text, for which the head of a safetensors file may be too short."""
+    return np.frombuffer(json.dumps(packed_ids(names)).encode(), dtype=np.uint8)
+
+
+def _names(letters: NDArray[np.uint8]) -> NDArray[Any]:
+    return unpacked_ids(json.loads(letters.tobytes()))
+
+
+_NAMES = ("ids", "query_ids")
+_ARRAYS = ("values", "rows", "scale", "query_values", "standard_error", "error")

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.examples import Examples
+from upweight.data.ids import Ids
 from upweight.influence import per_row
 from upweight.influence.certificate import Certificate
-from upweight.influence.scores import Scores
+from upweight.influence.scores import Scores, naming
 from upweight.influence.system import System
 from upweight.model import layers
 from upweight.model.objective import Objective
@@ -55,6 +56,20 @@ class Products:
         if self.replicas is None or len(self.replicas) < 2:
             return None
         return self.replicas.std(0, ddof=1) / np.sqrt(len(self.replicas))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of scores stand for: rows, or numbers of groups or new examples, and their names."""
+
+    rows: NDArray[np.int64]
+    names: Ids | None
+
+    @classmethod
+    def of(cls, examples: Examples, rows: NDArray[np.int64] | None = None) -> Columns:
+        """These examples; None means all."""
+        rows = np.arange(len(examples)) if rows is None else rows
+        return cls(rows, None if examples.names is None else examples.names.take(rows))
 
 
 def solutions(system: System, queries: Examples, measured: Objective | None = None) -> Solution:
@@ -138,7 +153,7 @@ def scores(
     solution: Solution | Certificate,
     changes: Products,
     scale: NDArray[np.float64],
-    columns: NDArray[np.int64],
+    columns: Columns,
     counterfactual: str,
     queries: Examples,
     measured: Objective | None = None,
@@ -148,11 +163,12 @@ def scores(
     return Scores(
         changes.mean,
         counterfactual,
-        columns,
+        columns.rows,
         system.n,
         solution if isinstance(solution, Certificate) else certificate(system, solution),
         scale,
         system.objective.measure if measured is system.objective else measured.name,
         per_row.measures(system.sweep.over(measured, queries)),
         changes.standard_error(),
+        **naming(columns.names, queries.names),
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from upweight.influence import pairs, per_row, scoring
 from upweight.influence.certificate import Certificate
-from upweight.influence.scores import SelfScores
+from upweight.influence.scores import SelfScores, called
 from upweight.influence.scoring import Products
 from upweight.influence.system import System, solved
 from upweight.model import calculus, layers
@@ -46,6 +46,7 @@ def of_self(system: System, rows: Any) -> SelfScores:
         products, known = _by_solutions(system, rows, solve)
     scale = -system.examples.weights[rows] / system.n
     error = products.standard_error()
+    names = scoring.Columns.of(system.examples, rows).names
     return SelfScores(
         values=-scale * products.mean[0],
         rows=rows,
@@ -53,6 +54,8 @@ def of_self(system: System, rows: Any) -> SelfScores:
         certificate=replace(known, solver=repr(solver)),
         scale=scale,
         standard_error=None if error is None else np.abs(scale) * error[0],
+        ids=None if names is None else names.values,
+        axis=called(names),
     )
 
 

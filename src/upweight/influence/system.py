@@ -68,6 +68,7 @@ class System:
         batch_size: int | None = None,
         progress: bool | None = None,
         encoder: Encoder | None = None,
+        ids: Any = None,
     ) -> System:
         """The system of an objective on training data, with `defaults` for what is None; arguments as for Influence.
 
@@ -79,7 +80,7 @@ class System:
         encoder = encoder or PlainEncoder()
         check_specification(curvature, "bind", "curvature", "operators.Hessian()")
         check_specification(solver, "prepare", "solver", "solvers.CG()")
-        examples = training_examples(data, encoder)
+        examples = training_examples(data, encoder, ids)
         probe = examples.batch(examples.spread(PROBE))
         objective = routes.probe(objective, probe)
         sweep = Sweep(objective, examples, batch_size, progress, defaults.example_bytes(objective, probe))

@@ -137,30 +137,33 @@ class PlainEncoder:
         return np.ones(len(y))
 
 
-def whole_examples(X: Any, y: Any, sample_weight: Any = None) -> Examples | None:
+def whole_examples(X: Any, y: Any, sample_weight: Any = None, ids: Any = None) -> Examples | None:
     """X itself if it is Examples already, else None.
 
     Raises:
-        InvalidInput: if X is Examples and targets or weights are given beside it.
+        InvalidInput: if X is Examples and targets, weights or names are given beside it.
     """
     if not isinstance(X, Examples):
         return None
-    if y is not None or sample_weight is not None:
-        name = "y" if y is not None else "sample_weight"
-        message = f"X is Examples, which hold their own targets and weights, and {name} was given too. Omit it."
+    given = {"y": y, "sample_weight": sample_weight, "ids": ids}
+    name = next((name for name, value in given.items() if value is not None), None)
+    if name is not None:
+        message = f"X is Examples, which hold their own targets, weights and names, and {name} was given too. Omit it."
         raise InvalidInput(message)
     return X
 
 
-def training_examples(data: Any, encoder: Encoder) -> Examples:
-    """Training data as examples: Examples, an (X, y) pair, a Dataset, or X alone.
+def training_examples(data: Any, encoder: Encoder, ids: Any = None) -> Examples:
+    """Training data as examples, by these names: Examples, an (X, y) pair, a Dataset, or X alone.
 
     Raises:
-        InvalidInput: if they are anything else.
+        InvalidInput: if they are anything else, or Examples are given names that they hold themselves.
     """
-    if isinstance(data, Examples):
-        return data
+    whole = whole_examples(data, None, ids=ids)
+    if whole is not None:
+        return whole
     if isinstance(data, tuple) and not 1 <= len(data) <= 2:
         message = f"examples is a tuple of {len(data)}. Pass the pair (X, y), Examples, a Dataset, or X alone."
         raise InvalidInput(message)
-    return encoder.examples(*data) if isinstance(data, tuple) else encoder.examples(data)
+    examples = encoder.examples(*data) if isinstance(data, tuple) else encoder.examples(data)
+    return examples if ids is None else examples.named(ids)

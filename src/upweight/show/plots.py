@@ -84,7 +84,7 @@ def leverage_residual(
         frame: what `Influence.summary_frame` returns; rows with NaN are left out.
         ax: where to draw; None makes a new figure.
         cooks: the Cook's distances whose contours are drawn, where they pass through the picture.
-        labels: how many rows get their number written beside them, those with the largest Cook's distance first.
+        labels: how many rows get their name, or number, beside them, those with the largest Cook's distance first.
 
     Raises:
         InvalidInput: if the frame lacks a column.
@@ -112,7 +112,7 @@ def leverage_residual(
     ax.scatter(h[shown], t[shown], s=16, alpha=0.6, color=BLUE, edgecolor="white", linewidth=0.3, zorder=2)
     distances = np.where(shown, frame["cooks_distance"].to_numpy(), -np.inf)
     for row in np.argsort(-distances, kind="stable")[: min(labels, int(shown.sum()))]:
-        ax.annotate(str(row), (h[row], t[row]), xytext=(4, 3), textcoords="offset points", fontsize=8)
+        ax.annotate(str(frame.index[row]), (h[row], t[row]), xytext=(4, 3), textcoords="offset points", fontsize=8)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=8, frameon=False, loc="best")
     ax.set(xlim=(0, right), ylim=(-top, top), xlabel="leverage", ylabel="studentised residual")

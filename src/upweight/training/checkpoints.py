@@ -16,7 +16,7 @@ from upweight.errors import InvalidInput, first_line
 from upweight.influence import baselines, per_row
 from upweight.influence.certificate import Certificate
 from upweight.influence.face import Influence
-from upweight.influence.scores import Scores, SelfScores
+from upweight.influence.scores import Scores, SelfScores, called, naming
 from upweight.model import layers
 from upweight.training.ensembles import same_rows
 
@@ -71,6 +71,7 @@ class TracIn:
             Certificate.averaged(certificates),
             measure=last.objective.measure,
             query_values=per_row.measures(last.sweep.over(last.objective, queries)),
+            **naming(last.examples.names, queries.names),
         )
 
     def of_self(self, rows: Any = None) -> SelfScores:
@@ -81,7 +82,9 @@ class TracIn:
             rate * self._squares(member, rows) for member, rate in zip(self.members, self.learning_rates, strict=True)
         )
         known = Certificate.averaged([self._certificate(member, len(rows)) for member in self.members])
-        return SelfScores(np.asarray(total), rows, last.n, known, None, counterfactual=self._counterfactual)
+        names = None if last.examples.names is None else last.examples.names.take(rows)
+        own = {"ids": None if names is None else names.values, "axis": called(names)}
+        return SelfScores(np.asarray(total), rows, last.n, known, None, counterfactual=self._counterfactual, **own)
 
     @property
     def _counterfactual(self) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from upweight.adapters.estimators.inputs import AsGiven
 from upweight.data.arrays import as_tensor
 from upweight.data.examples import PROBE_ROWS
+from upweight.data.ids import same_names
 from upweight.data.trees import leaves
 from upweight.errors import InvalidInput
 from upweight.influence.certificate import Certificate
@@ -210,6 +211,10 @@ def _difference(first: Influence, other: Influence) -> str:
     a, b = first.examples, other.examples
     if len(a) != len(b):
         return f"{len(b)} rows, not {len(a)}"
+    if a.ids is not None and b.ids is not None and not same_names(a.ids, b.ids):
+        pairs = zip(a.ids.tolist(), b.ids.tolist(), strict=True)
+        row, ours, theirs = next((row, one, other) for row, (one, other) in enumerate(pairs) if one != other)
+        return f"the name of row {row} is {theirs!r}, not {ours!r}"
     if a.y is not None and b.y is not None and a.y.shape == b.y.shape:
         differs = (as_tensor(a.y).double() != as_tensor(b.y).double()).flatten(1 if a.y.ndim > 1 else 0)
         rows = torch.nonzero(differs.any(1) if differs.ndim > 1 else differs).flatten()

@@ -41,6 +41,10 @@ class Predictions:
     cut: float = field(default=0.0, repr=False)
     paired: bool = field(default=False, repr=False)
 
+    def __repr__(self) -> str:
+        count, outputs = self.outputs.shape
+        return f"Predictions({count} inputs × {outputs} outputs)"
+
     def per_class(self) -> Float[NDArray[np.float64], "q C"]:
         """One output for each class, the largest of which decides.
 
