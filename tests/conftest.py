@@ -42,11 +42,11 @@ def _leave_randomness_alone():
 @pytest.fixture
 def upweight(request, tmp_path, monkeypatch, capsys):
     """The command line in a folder that holds the test file's SOURCE as cli_studies.py: exit code, stdout, stderr."""
-    from upweight.cli import commands
+    from upweight.cli import main
 
     def run(*arguments):
         with pytest.raises(SystemExit) as end:
-            commands.main([str(argument) for argument in arguments])
+            main([str(argument) for argument in arguments])
         return end.value.code, *capsys.readouterr()
 
     (tmp_path / "cli_studies.py").write_text(request.module.SOURCE)

@@ -1,5 +1,5 @@
-"""The command line: `upweight COMMAND`; commands, the Study they work on, the demo, and the console they share."""
+"""The command line: `upweight COMMAND`; commands, the Study they work on, the demo, and how all of them end."""
 
-from upweight.cli.commands import main
+from upweight.cli.entry import main
 
 __all__ = ["main"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upweight.cli.console import Json, K, StudyName, command, line, load, one, show
+from upweight.cli.outputs import check_picture
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
     from upweight.cli.study import Study
@@ -16,7 +17,7 @@ def understand(study: StudyName, query: int = 0, k: K = 5, plot: Path | None = N
     """What the answer to one query rests on: rows that help and harm, their class and distance, how few carry it.
 
     Args:
-        study: module:function that returns an upweight.Study.
+        study: file.py:function that returns an upweight.Study.
         query: number of the query.
         k: how many rows of each kind.
         plot: file for a picture of influence against distance; its suffix says the format.
@@ -25,6 +26,8 @@ def understand(study: StudyName, query: int = 0, k: K = 5, plot: Path | None = N
     from upweight import apps
     from upweight.apps import pictures
 
+    if plot is not None:
+        check_picture(plot, "--plot")
     loaded = load(study)
     found = apps.understand(loaded.influence, one(loaded, query)[0], k=k, describe=loaded.describe)
     if plot is not None:
@@ -46,7 +49,7 @@ def mismatch(
     """Which training rows, features and sources are responsible for a model's errors.
 
     Args:
-        study: module:function that returns an upweight.Study.
+        study: file.py:function that returns an upweight.Study.
         query: number of the query; all queries that the model gets wrong if it is left out.
         k: how many rows of each kind.
         groups: file with one line per training row, the source it comes from.
@@ -56,8 +59,10 @@ def mismatch(
     from upweight import apps
     from upweight.apps import pictures
 
-    loaded = load(study)
+    if plot is not None:
+        check_picture(plot, "--plot")
     labels = None if groups is None else _lines(groups)
+    loaded = load(study)
     found = apps.mismatch(loaded.influence, _wrong(loaded, query), groups=labels, k=k)
     if plot is not None:
         pictures.save(pictures.responsible(found), plot)
@@ -72,7 +77,7 @@ def contrast(
     """The smallest sets of label changes, and of removals, that correct wrong predictions; really made and refitted.
 
     Args:
-        study: module:function that returns an upweight.Study.
+        study: file.py:function that returns an upweight.Study.
         query: number of the query; all queries that the model gets wrong if it is left out.
         most: rows in a set at most; half of the training rows if it is left out.
         refits: trainings per query and kind of change; those after the first try larger sets.
@@ -253,7 +258,7 @@ def attack(
     after every step, and says what the retrained model answers. With --flip N label changes are tried instead.
 
     Args:
-        study: module:function that returns an upweight.Study; its training inputs must be one dense array.
+        study: file.py:function that returns an upweight.Study; its training inputs must be one dense array.
         query: number of the query.
         rows: how many of the most vulnerable rows are changed.
         level: the size of one level in the inputs' units: 1 for pixels 0 … 255, 1/255 for pixels 0 … 1.

@@ -1,33 +1,20 @@
 """The command line: `upweight demo | check | score | top | validate`, and the uses of the answers:
 `understand | mismatch | contrast | repair | attack`.
 
-A model of your own is named by `module:function`, a function that returns an upweight.Study. Results go to stdout and
-progress to stderr. Exit codes: 0 done; 2 wrong usage; 3 an input or a computation was refused, with the reason on
-stderr; 4 `check` found that the theory's assumptions do not hold; 1 is a bug.
+A model of your own is named by `file.py:function` or `module:function`, a function that returns an upweight.Study.
+Results go to stdout; progress, and what the study prints while it is made, go to stderr. `--debug`, anywhere on the
+line, shows the traceback of an error.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upweight.cli import app_commands  # noqa: F401 its commands join the application
-from upweight.cli.console import (
-    ASSUMPTIONS_FAIL,
-    NAMES,
-    REFUSED,
-    Json,
-    K,
-    StudyName,
-    app,
-    command,
-    line,
-    load,
-    one,
-    show,
-)
+from upweight.cli.console import NAMES, Json, K, StudyName, app, command, line, load, one, show
+from upweight.cli.endings import ASSUMPTIONS_FAIL, CODES
+from upweight.cli.outputs import check_file, check_folder
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
     from upweight.influence.scores import Scores
@@ -44,6 +31,7 @@ def demo(out: Path = Path("upweight-demo"), rows: int = 40, json: Json = False) 
     """
     from upweight.cli import demo as story
 
+    check_file(out / "index.html", "--out")
     found = story.run(rows)
     page = story.write_html(found, out)
     show(
@@ -59,7 +47,7 @@ def check(study: StudyName, json: Json = False) -> int:
     """Whether the theory's assumptions hold: gradient, curvature, residuals, coverage, drift.
 
     Args:
-        study: module:function that returns an upweight.Study.
+        study: file.py:function that returns an upweight.Study.
         json: print numbers as JSON.
     """
     loaded = load(study)
@@ -73,11 +61,14 @@ def score(study: StudyName, out: Path, store: Path | None = None, json: Json = F
     """Score every training row on every query of the study, and save the scores.
 
     Args:
-        study: module:function that returns an upweight.Study.
+        study: file.py:function that returns an upweight.Study.
         out: file for the scores (safetensors), readable by Scores.load and `upweight top`.
         store: folder for finished chunks, so that an interrupted run resumes.
         json: print a summary as JSON.
     """
+    check_file(out, "--out")
+    if store is not None:
+        check_folder(store, "--store")
     loaded = load(study)
     scores = loaded.influence.on_loss(*loaded.queries, store=store)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +87,7 @@ def top(study: StudyName, query: int = 0, k: K = 10, json: Json = False) -> int:
     """The training rows that help and harm one query most.
 
     Args:
-        study: module:function that returns an upweight.Study, or the path of a file that `upweight score` wrote.
+        study: file.py:function that returns an upweight.Study, or the path of a file that `upweight score` wrote.
         query: number of the query.
         k: how many rows of each kind.
         json: print as JSON.
@@ -145,7 +136,7 @@ def validate(study: StudyName, query: int = 0, rows: int = 20, json: Json = Fals
     """Retrain without each of a query's most influential rows, and compare with the prediction.
 
     Args:
-        study: module:function that returns an upweight.Study.
+        study: file.py:function that returns an upweight.Study.
         query: number of the query.
         rows: how many rows to remove, one at a time.
         json: print as JSON.
@@ -180,29 +171,24 @@ def validate(study: StudyName, query: int = 0, rows: int = 20, json: Json = Fals
     return 0
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point; ends the process with the documented exit code."""
-    from upweight.errors import UpweightError
-
-    words = list(sys.argv[1:] if arguments is None else arguments)
+def run(words: list[str]) -> int:
+    """The exit code of the command that the words name."""
     if words and not words[0].startswith("-") and words[0] not in NAMES:
         words = words[:1]  # an unknown command is an error, also before --help
-    try:
-        code = app.cli(prog="upweight", description=__doc__, args=words)
-    except UpweightError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        code = REFUSED
-    sys.exit(code)
+    codes = "\n".join(f"{code:>5}  {meaning}" for code, meaning in CODES.items())
+    return app.cli(prog="upweight", description=f"{__doc__}\nExit codes:\n{codes}", args=words)
 
 
 def _is_path(study: str) -> bool:
-    """Whether it names a file of scores, by any suffix, and not a module:function.
+    """Whether it names a file of scores, by any suffix but .py, and not a function.
 
     Raises:
         PathNotFound: if it can be nothing but a path, and there is no such file.
     """
     from upweight.errors import PathNotFound
 
+    if study.endswith(".py"):
+        return False
     if Path(study).is_file():
         return True
     module, colon, function = study.rpartition(":")

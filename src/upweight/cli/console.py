@@ -12,9 +12,7 @@ import tyro
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
     from upweight.cli.study import Study
 
-REFUSED, ASSUMPTIONS_FAIL = 3, 4
-
-StudyName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODULE:FUNCTION")]
+StudyName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.PY:FUNCTION")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 K = Annotated[int, tyro.conf.arg(aliases=["-k"])]
 NAMES: list[str] = []  # of the commands
@@ -28,7 +26,7 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
 
 
 def load(name: str) -> Study:
-    """The Study that `module:function` returns."""
+    """The Study that `file.py:function` or `module:function` returns."""
     from upweight.cli import study
 
     return study.load(name)

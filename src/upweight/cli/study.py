@@ -1,14 +1,21 @@
-"""A Study: what a `module:function` on the command line returns."""
+"""A Study: what the function that a command names returns; and how it is found, by its module or its file."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import inspect
+import os
+import re
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from upweight.cli.endings import StudyFailed
 from upweight.errors import InvalidInput, PathNotFound
 from upweight.influence.face import Influence
 
@@ -31,37 +38,137 @@ class Study:
 
 
 def load(name: str) -> Study:
-    """The Study that `module:function` returns; the working directory is on the import path.
+    """The Study that `file.py:function` or `module:function` returns.
+
+    A module is looked for in the working directory first. What the study prints goes to stderr.
 
     Raises:
-        InvalidInput: if the name has no colon, or the function is missing or returns something else.
-        PathNotFound: if the module cannot be found.
+        InvalidInput: if the name has no colon, or the function is missing, needs arguments or returns something else.
+        PathNotFound: if there is no such module or file.
+        StudyFailed: if the code of the study raises anything.
     """
-    module_name, colon, function_name = name.partition(":")
-    if not module_name or not colon or not function_name:
+    place, colon, function_name = name.rpartition(":")
+    if not place or not colon or not function_name:
+        of = name if name.endswith(".py") else "my_study"
         message = (
-            f"'{name}' does not name a function. Write module:function, for example my_study:digits, where digits() "
-            "returns an upweight.Study."
+            f"'{name}' does not name a function. Write file.py:function or module:function, for example {of}:digits, "
+            "where digits() returns an upweight.Study."
         )
         raise InvalidInput(message)
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise
-        message = (
-            f"There is no module '{error.name}' on the path. Run from the folder that holds "
-            f"{error.name.partition('.')[0]}.py, or install it."
-        )
-        raise PathNotFound(message) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        message = f"Module '{module_name}' has no function '{function_name}'."
-        raise InvalidInput(message)
-    study = function()
+    with redirect_stdout(sys.stderr):  # stdout is for results
+        module = _from_file(place, name) if place.endswith(".py") or os.sep in place else _from_path(place, name)
+        function = _function(module, place, function_name)
+        try:
+            study = function()
+        except (Exception, SystemExit) as error:
+            raise StudyFailed(name) from error
     if not isinstance(study, Study):
         message = f"{name}() returned a {type(study).__name__}. Return upweight.Study(influence, (Xq, yq))."
         raise InvalidInput(message)
     return study
+
+
+def _from_path(module: str, name: str) -> ModuleType:
+    """The module of this name, from the working directory or any other place on the import path.
+
+    Raises:
+        PathNotFound: if there is none.
+        StudyFailed: if it cannot be imported.
+    """
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise StudyFailed(name) from error
+        message = (
+            f"There is no module '{error.name}' on the path. Run from the folder that holds "
+            f"{error.name.partition('.')[0]}.py, or name the file: path/to/file.py:function."
+        )
+        raise PathNotFound(message) from error
+    except (Exception, SystemExit) as error:
+        raise StudyFailed(name) from error
+
+
+def _from_file(place: str, name: str) -> ModuleType:
+    """The module of a file; it can import its neighbours, and they and pickles find it under the file's name.
+
+    A file that is called as another module, such as random.py, gets a name of its own, and its folder comes last on the
+    import path: everybody else shall find the other.
+
+    Raises:
+        PathNotFound: if there is no such file.
+        StudyFailed: if it cannot be imported.
+    """
+    file = Path(place).resolve()
+    if not file.is_file() or file.suffix != ".py":
+        message = (
+            f"There is no Python file at {file}. Write the path of the file that holds the function, with its .py."
+        )
+        raise PathNotFound(message)
+    free = _is_free(file)
+    folders = str(file.parent), str(Path.cwd())
+    sys.path[:] = [folders[0], *sys.path, folders[1]] if free else [*sys.path, *folders]
+    spec = importlib.util.spec_from_file_location(file.stem if free else "study_" + re.sub(r"\W", "_", file.stem), file)
+    assert spec is not None  # the suffix is .py
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise StudyFailed(name) from error
+    return module
+
+
+def _is_free(file: Path) -> bool:
+    """Whether the stem of a file can be the name of its module: nothing else is imported by it."""
+    try:
+        found = importlib.util.find_spec(file.stem) if "." not in file.stem else None
+    except ValueError:  # __main__
+        return False
+    return "." not in file.stem and (found is None or found.origin in (None, str(file)))
+
+
+def _function(module: ModuleType, place: str, name: str) -> Callable[[], Any]:
+    """The function of this name, which can be called without arguments.
+
+    Raises:
+        InvalidInput: if there is none, or it needs arguments.
+    """
+    function = getattr(module, name, None)
+    if not callable(function):
+        message = f"'{place}' has no function '{name}'. {_instead(module, place, name)}"
+        raise InvalidInput(message)
+    if needed := _needed(function):
+        message = (
+            f"{place}:{name} needs {', '.join(needed)}, and the command line calls it without arguments. Give every "
+            f"argument of {name} a default, or name a function without any."
+        )
+        raise InvalidInput(message)
+    return function
+
+
+def _instead(module: ModuleType, place: str, name: str) -> str:
+    """What to type instead of a function that is not there."""
+    file = Path(f"{place}.py")
+    if file.is_file() and getattr(module, "__file__", None) != str(file.absolute()):
+        return f"Another module of this name comes before the file in this folder; write {file}:{name}."
+    others = [
+        key
+        for key, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
+    ]
+    if not others:
+        return f"Write one into it: {name}() returns an upweight.Study."
+    return f"It has {', '.join(others)}; write {place}:{others[0]}, for example."
+
+
+def _needed(function: Callable[..., Any]) -> list[str]:
+    """The arguments that a call must have, as far as Python can tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return []
+    free = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return [one.name for one in parameters if one.default is one.empty and one.kind not in free]

@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import upweight as uw
 from small import XQ, ZQ, ridge
-from upweight.cli import commands as cli
+from upweight.cli.endings import ASSUMPTIONS_FAIL
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has not settled:upweight.errors.TheoryWarning")  # a short LiSSA
 SOURCE = """
@@ -91,7 +92,7 @@ def test_text_goes_to_stdout_and_nothing_elsewhere(upweight, arguments, text):
 @pytest.mark.parametrize("arguments", [line[0] for line in COMMANDS.values()], ids=COMMANDS)
 def test_json_is_one_document_that_any_parser_reads(upweight, arguments, study):
     code, out, _ = upweight(*[a.replace(":good", f":{study}") for a in arguments], "--json")
-    assert code in (0, cli.ASSUMPTIONS_FAIL)
+    assert code in (0, ASSUMPTIONS_FAIL)
     assert isinstance(strict(out), dict)
 
 
@@ -179,7 +180,8 @@ REFUSED = {
     "no study": (["score", "cli_studies:number", "--out", "s"], "returned a int"),
     "no file": (["top", "missing.safetensors"], "PathNotFound: There is no file at missing.safetensors"),
     "no file of another name": (["top", "runs/missing.st"], "PathNotFound: There is no file at runs/missing.st"),
-    "no scores": (["top", "cli_studies.py"], "cli_studies.py"),
+    "no scores": (["top", "a file.txt"], "a file.txt"),
+    "a file and no function": (["top", "cli_studies.py"], "does not name a function. .* cli_studies.py:digits"),
     "no query": (["top", "cli_studies:good", "--query", "4"], "RowOutOfRange: Query 4 does not exist"),
     "negative query": (["validate", "cli_studies:good", "--query", "-1"], "Query -1 does not exist"),
     "k": (["top", "cli_studies:good", "-k", "0"], "k=0"),
@@ -196,6 +198,7 @@ REFUSED = {
 @pytest.mark.parametrize(("arguments", "text"), REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
 def test_a_refusal_ends_with_3_and_its_reason_on_stderr(upweight, arguments, text, as_json):
+    Path("a file.txt").write_text("no scores")
     code, out, err = upweight(*arguments, *(["--json"] if as_json else []))
     assert code == 3
     assert not out

@@ -1,0 +1,50 @@
+"""Every command runs on examples/study.py, as a reader of the help would type it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from upweight.cli.commands import NAMES
+
+SOURCE = ""
+EXAMPLE = Path(__file__).parents[3] / "examples" / "study.py"
+STUDY = "study.py:breast_cancer"
+LINES = {
+    "demo": ["--rows", "2", "--out", "report"],
+    "check": [STUDY],
+    "score": [STUDY, "--out", "new/scores.safetensors", "--store", "run"],
+    "top": [STUDY, "--query", "3"],
+    "validate": [STUDY, "--rows", "3"],
+    "understand": [STUDY, "--plot", "new/answer.png"],
+    "mismatch": [STUDY, "--plot", "new/rows.svg"],
+    "contrast": [STUDY],
+    "repair": [STUDY, "--inspect", "5%", "--out", "review.csv"],
+    "attack": [STUDY, "--rows", "2", "--iterations", "2"],
+}
+
+
+@pytest.fixture
+def example(upweight, tmp_path):
+    """The command line in a folder that holds the example study."""
+    shutil.copy(EXAMPLE, tmp_path)
+    yield upweight
+    sys.modules.pop("study", None)
+
+
+@pytest.mark.parametrize("command", NAMES)
+def test_a_command_runs_on_the_example(example, command):
+    code, out, err = example(command, *LINES[command])
+    assert (code, err) == (0, "")
+    assert out
+    for option in {"--out", "--plot"} & set(LINES[command]):
+        assert Path(LINES[command][LINES[command].index(option) + 1]).exists()
+
+
+def test_attack_flips_a_label_of_the_example(example):
+    code, out, _ = example("attack", STUDY, "--flip", "1")
+    assert code == 0
+    assert "malignant" in out
