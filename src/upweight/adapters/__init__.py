@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from upweight.adapters import module
+from upweight.adapters.criteria import is_criterion
 from upweight.errors import InvalidInput, UnsupportedModel
 from upweight.influence.face import Influence
 from upweight.operators import Curvature
@@ -87,6 +88,7 @@ def explain(
             )
             raise InvalidInput(message)
         return module.explain(model, X, y, loss=loss, penalty=penalty, parameters=parameters, **settings)
+    _refuse_wrapper(model)
     if "sklearn" in sys.modules and (hasattr(model, "get_params") or hasattr(model, "fit")):
         from upweight.adapters import sklearn
 
@@ -102,5 +104,33 @@ def explain(
         f"{type(model).__name__} is neither a scikit-learn estimator nor a torch module. "
         "For any other model only the loss is needed: upweight.Influence(upweight.Objective(loss, params, "
         "penalty=…), (X, y))."
+    )
+    raise UnsupportedModel(message)
+
+
+def _refuse_wrapper(model: Any) -> None:
+    """Raises for an object that holds a torch module and is none, as skorch's nets and training loops do.
+
+    Raises:
+        UnsupportedModel: with the name of the module inside.
+    """
+    held = {
+        name: value
+        for name, value in getattr(model, "__dict__", {}).items()
+        if isinstance(value, torch.nn.Module) and not name.startswith("_") and not is_criterion(value)
+    }
+    if not held:
+        return
+    name = "module_" if "module_" in held else next(iter(held))
+    logs = type(getattr(model, "criterion_", None)) is torch.nn.NLLLoss
+    skorch = (
+        " skorch gives NLLLoss the logarithm of what the module returns: loss=lambda p, y: nll_loss(p.log(), y), with "
+        "torch.nn.functional.nll_loss."
+        if logs
+        else ""
+    )
+    message = (
+        f"{type(model).__name__} holds a torch module and is none itself. Explain the module that was trained, with "
+        f"the loss that training minimised: explain(model.{name}, X, y, loss=…).{skorch}"
     )
     raise UnsupportedModel(message)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.adapters import frozen
-from upweight.adapters.criteria import Criterion, Reduction
+from upweight.adapters.criteria import Criterion, Reduction, comparison, is_criterion, refused_comparison
 from upweight.data.arrays import as_array, as_tensor
 from upweight.data.examples import Examples
 from upweight.data.trees import batch_length, leaves, take, tree_map
@@ -56,6 +56,7 @@ def explain(
     """
     if parameters is not None and not callable(parameters) and not isinstance(parameters, str):
         parameters = list(parameters)  # it is gone through more than once
+    _refuse_without_forward(model)
     whole = whole_examples(X, y, sample_weight, ids)
     examples = whole or Examples(X, y, sample_weight=sample_weight, ids=ids)
     probe = examples.batch(_probe_rows(examples))
@@ -86,7 +87,11 @@ def explain(
 
     reduction = Reduction.of(loss)
     readings = _readings(probe, defaults.precision(model))
-    reading, objective = _working(lambda reading: build(reading, reduction), readings, probe)
+    try:
+        reading, objective = _working(lambda reading: build(reading, reduction), readings, probe)
+    except InvalidInput as error:  # perhaps of one row alone, which a loss of several rows has no value for
+        how = _comparison(model, reduction, probe)
+        raise (refused_comparison(reduction.name, how) if how else error) from error.__cause__
     if examples.x is not None:
         examples = _read(examples, reading, reading.labels(examples.y))
     seen = examples if examples.x is not None else probe
@@ -103,6 +108,24 @@ def explain(
     objective = replace(objective, name=f"{objective.name}{_precision_in_words(model, reading, objective)}")
     encoder = ModuleEncoder(reading, reduction, scale)
     return Influence(objective, examples, encoder=encoder, **settings)
+
+
+def _refuse_without_forward(model: torch.nn.Module) -> None:
+    """Raises for a module that cannot be called, such as a LightningModule with a training_step only.
+
+    Raises:
+        UnsupportedModel: with the name of a module inside that can.
+    """
+    owner = next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
+    if owner is not torch.nn.Module and owner.__name__ != "LightningModule":
+        return
+    inside = next((name for name, child in model.named_children() if not is_criterion(child)), None)
+    which = "" if inside is None else f", which is probably explain(model.{inside}, X, y, loss=…)"
+    message = (
+        f"{type(model).__name__} has no forward(x) of its own, so it cannot be called on a batch. Explain the network "
+        f"that its training step calls{which}; or write forward()."
+    )
+    raise UnsupportedModel(message)
 
 
 def _read(examples: Examples, reading: Reading, labels: Any) -> Examples:
@@ -405,7 +428,8 @@ def _refuse_batch_effects(
             raise InvalidInput(message) from error
     _compare_outputs(model, together, one_by_one)
     shapes = (tuple(together.shape), [tuple(leaf.shape) for leaf in leaves(cast[1])])
-    _compare_losses(reduction, singles, reduction.counted(cast[1]), batch, shapes)
+    how = comparison(criterion, together, cast[1])
+    _compare_losses(reduction, singles, reduction.counted(cast[1]), batch, shapes, how)
     _name_a_sum(reduction, singles, batch, objective)
 
 
@@ -421,8 +445,26 @@ def _compare_outputs(model: torch.nn.Module, together: Tensor, one_by_one: Tenso
         raise UnsupportedModel(message)
 
 
+def _comparison(model: torch.nn.Module, reduction: Reduction, probe: Any) -> str:
+    """How the criterion compares the rows of a batch, as the module itself takes them; "" if it does not, or fails."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+            x = tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, probe[0])
+            return comparison(reduction.criterion, forward(model, state, x), probe[1])
+    except (RuntimeError, ValueError, TypeError, IndexError, StopIteration):
+        return ""
+
+
 def _compare_losses(
-    reduction: Reduction, singles: Tensor, counted: NDArray[np.float64], batch: Tensor, shapes: tuple[Any, Any]
+    reduction: Reduction,
+    singles: Tensor,
+    counted: NDArray[np.float64],
+    batch: Tensor,
+    shapes: tuple[Any, Any],
+    compares: str,
 ) -> None:
     if batch.shape != ():
         message = (
@@ -440,11 +482,13 @@ def _compare_losses(
             "examples, so that what a penalty stands beside is not known. Pass it with reduction='mean', or sum."
         )
         raise InvalidInput(message)
+    if not is_mean and not is_sum and compares:
+        raise refused_comparison(reduction.name, compares)
     if not is_mean and not is_sum:
         message = (
             f"{reduction.name} gives {value:.6g} for {len(singles)} examples whose single values have the mean "
-            f"{mean:.6g} and the sum {total:.6g}. It weighs examples unequally in a way that is not known, compares "
-            f"the examples of a batch, or broadcasts outputs {shapes[0]} against targets {shapes[1]}. Class weights, "
+            f"{mean:.6g} and the sum {total:.6g}. It weighs examples unequally in a way that is not known, or "
+            f"broadcasts outputs {shapes[0]} against targets {shapes[1]}. Class weights, "
             "ignored labels and means over tokens are read off torch.nn.CrossEntropyLoss and NLLLoss, or a "
             "functools.partial of their functions: pass one of them in place of a function of your own; make output "
             "and target shapes equal for the others."

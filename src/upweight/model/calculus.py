@@ -22,7 +22,7 @@ from upweight.data.trees import batch_length, like, take, tree_map
 from upweight.errors import InvalidInput, UnsupportedModel, first_line
 from upweight.model import linear
 from upweight.model.objective import L2, Objective
-from upweight.model.transforms import grad, undisturbed, vmap
+from upweight.model.transforms import grad, quietly, undisturbed, vmap
 
 
 def losses(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
@@ -161,6 +161,7 @@ def depends(values: Tensor, params: Any, names: Iterable[str]) -> dict[str, bool
     return {name: piece is not None for name, piece in zip(names, found, strict=True)}
 
 
+@quietly()
 def slopes(
     objective: Objective, values: Tensor, inputs: list[Tensor], cotangents: Float[Tensor, "m b K"] | None
 ) -> list[Float[Tensor, "m b ..."]]:
@@ -435,6 +436,7 @@ def _outputs(objective: Objective, params: Any, batch: Any) -> Tensor:
     return torch.stack([output(params, take(batch, b)).reshape(-1) for b in range(batch_length(batch))])
 
 
+@quietly()
 def _grad(values: Tensor, params: Any, cotangents: Tensor, *, create_graph: bool) -> list[Tensor]:
     """One flat gradient per row of cotangents, keeping the graph when asked."""
     blocks = _blocks(params)
@@ -447,6 +449,7 @@ def _grad(values: Tensor, params: Any, cotangents: Tensor, *, create_graph: bool
     ]
 
 
+@quietly()
 def _pull_rows(objective: Objective, values: Tensor, inputs: Any, cotangents: Tensor) -> Tensor:
     """The gradient of values·c for every row c of cotangents: (k, size of inputs), batched where autograd can."""
     blocks = _blocks(inputs)

@@ -74,17 +74,21 @@ class Linear:
 
 @dataclass(frozen=True)
 class Route:
-    """How autograd runs on this objective, found by a probe: see `routes.probe`; `plan` is that of `layers.plan`."""
+    """How autograd runs on this objective, found by a probe: see `routes.probe`.
+
+    `plan` is that of `layers.plan`; `slow` are operations that vmap takes row by row.
+    """
 
     examples: str = "vmap"
     cotangents: str = "batched"
     reason: str = ""
     plan: Any = field(default=None, compare=False)
+    slow: tuple[str, ...] = field(default=(), compare=False)
 
     def __repr__(self) -> str:
-        return f"{self.examples} over examples, {self.cotangents} over vectors" + (
-            f" ({self.reason})" if self.reason else ""
-        )
+        row_by_row = f"{', '.join(self.slow)} row by row, for torch has no batching rule" if self.slow else ""
+        why = "; ".join(part for part in (self.reason, row_by_row) if part)
+        return f"{self.examples} over examples, {self.cotangents} over vectors" + (f" ({why})" if why else "")
 
 
 @dataclass(frozen=True)

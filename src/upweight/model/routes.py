@@ -16,11 +16,13 @@ from upweight.data.trees import batch_length, take
 from upweight.errors import InvalidInput, NotDeterministic, UnsupportedModel, UpweightError, first_line
 from upweight.model import calculus, layers
 from upweight.model.objective import Objective, Route
-from upweight.model.transforms import undisturbed
+from upweight.model.transforms import unbatched, undisturbed
 
 _ROUTES = (("vmap", "batched"), ("vmap", "loop"), ("loop", "batched"), ("loop", "loop"))
 _REPEATS = 4  # dropout of small p leaves a few examples alone now and then
 _TRIES = 200  # where numbers are drawn: does what is drawn ever matter?
+_STEPS = (1e-4, 1e-5, 1e-6)  # of θ, over which the slope of the gradient is taken
+_SLOPE = 1e-2
 _TOLERANCE = {torch.float64: 1e-8}  # of a fast route against the slow one; 1e-3 in lower precision
 
 
@@ -40,27 +42,31 @@ def probe(objective: Objective, batch: Any) -> Objective:
         raise InvalidInput(message)
     generator = torch.get_rng_state()
     try:
-        slow = replace(objective, route=Route("loop", "loop"))
-        once = _checked_losses(slow, batch)
+        plainly = replace(objective, route=Route("loop", "loop"))
+        once = _checked_losses(plainly, batch)
         for _ in range(_REPEATS):
-            _refuse_chance(once, _checked_losses(slow, batch))
+            _refuse_chance(once, _checked_losses(plainly, batch))
         if not torch.equal(torch.get_rng_state(), generator):
             for _ in range(_TRIES):
-                _refuse_chance(once, _checked_losses(slow, batch))
-        _refuse_broken_graphs(slow, batch)
-        truth = _answers(slow, batch)
+                _refuse_chance(once, _checked_losses(plainly, batch))
+        _refuse_broken_graphs(plainly, batch)
+        truth = _answers(plainly, batch)
+        _refuse_half_derivatives(plainly, batch, truth[-1])
         reason = ""
         for over_examples, over_vectors in _ROUTES:
             candidate = replace(objective, route=Route(over_examples, over_vectors, reason))
+            slow: set[str] = set()
             try:
-                same = _agree(_answers(candidate, batch), truth, objective.reference.dtype)
+                with unbatched(slow):
+                    same = _agree(_answers(candidate, batch), truth, objective.reference.dtype)
             except UpweightError:
                 raise
             except Exception as error:
                 reason = reason or f"vmap or batched backward refused: {first_line(error)}"
                 continue
             if same:
-                return replace(candidate, route=replace(candidate.route, plan=layers.plan(candidate, batch)))
+                found = replace(candidate.route, plan=layers.plan(candidate, batch), slow=tuple(sorted(slow)))
+                return replace(candidate, route=found)
             reason = reason or "vmapped values differ from one-by-one values"
     finally:
         torch.set_rng_state(generator)
@@ -141,8 +147,52 @@ def _refuse_broken_graphs(objective: Objective, batch: Any) -> None:
         waiting.extend(fresh)
 
 
+def _refuse_half_derivatives(objective: Objective, batch: Any, products: Tensor) -> None:
+    """Second derivatives must be the slope of the first: a backward pass of one's own may leave a part of them out.
+
+    At a kink the slope is not defined and grows as the step shrinks; where it settles, it is the derivative.
+
+    Raises:
+        UnsupportedModel: if the slope settles at something else.
+    """
+    if objective.reference.dtype != torch.float64:  # differences of float32 gradients are mostly rounding
+        return
+    theta, direction = objective.theta, _directions(objective)[0]
+    size = float(theta.abs().max()) + 1.0
+    before: Tensor | None = None
+    for step in _STEPS:
+        ahead, behind = (
+            calculus.gradients(objective.at(theta + sign * step * size * direction), batch).sum(0) for sign in (1, -1)
+        )
+        slope = (ahead - behind) / (2 * step * size)
+        if not bool(torch.isfinite(slope).all()):
+            return  # θ + v is outside of what the loss is defined for
+        largest = float(slope.abs().max())
+        allowed = _SLOPE * largest + 1e-13 * float(ahead.abs().max() + 1) / step
+        missing = float((slope - products[0]).abs().max())
+        if missing <= allowed:
+            return
+        if before is not None and float((slope - before).abs().max()) <= allowed:
+            break
+        before = slope
+    else:
+        return
+    message = (
+        f"The second derivatives of {objective.name} are not the slope of its first: they differ by "
+        f"{missing / largest:.0%} of it along a random direction. Usual reason: an autograd Function, or code "
+        "outside of torch, whose backward() is differentiable only once, so that its part is left out without a word. "
+        "Write backward() with operations of torch on saved tensors, or use operations that torch knows."
+    )
+    raise UnsupportedModel(message)
+
+
+def _directions(objective: Objective) -> Tensor:
+    """Two random vectors on which routes are compared."""
+    return torch.randn(2, objective.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
 def _answers(objective: Objective, batch: Any) -> tuple[Tensor, ...]:
-    V = torch.randn(2, objective.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    V = _directions(objective)
     try:
         return (
             calculus.losses(objective, batch),

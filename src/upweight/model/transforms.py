@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad
 
-__all__ = ["functional_call", "grad", "undisturbed", "vmap"]
+__all__ = ["functional_call", "grad", "quietly", "unbatched", "undisturbed", "vmap"]
+
+_NO_RULE = "There is a performance drop because we have not yet implemented the batching rule"  # how torch begins
+_LISTENING: list[bool] = []  # while `unbatched` gathers
 
 
 @contextmanager
@@ -20,3 +26,34 @@ def undisturbed() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without torch's warnings that vmap takes an operation row by row, which `unbatched` gathers once for `check`."""
+    with warnings.catch_warnings():
+        if not _LISTENING:
+            warnings.filterwarnings("ignore", message=_NO_RULE)
+        yield
+
+
+@contextmanager
+def unbatched(operations: set[str]) -> Iterator[None]:
+    """Adds the operations for which vmap has no rule, and which it therefore takes row by row; other warnings stay."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        _LISTENING.append(True)
+        try:
+            yield
+        finally:
+            _LISTENING.pop()
+    for one in seen:
+        if str(one.message).startswith(_NO_RULE):
+            operations.update(re.findall(r"aten::\w+", str(one.message))[:1])
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
+def vmap(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
+    """torch.func.vmap, quietly."""
+    return quietly()(torch.func.vmap(function, in_dims=in_dims))
