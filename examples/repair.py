@@ -1,4 +1,4 @@
-"""Wrong labels found by self-influence and corrected: python examples/repair.py [--full]."""
+"""Wrong labels found, in the order that planted flips choose, and corrected: python examples/repair.py [--full]."""
 
 import sys
 
@@ -30,7 +30,7 @@ labels[spoilt] = (labels[spoilt] + draw.integers(1, classes, len(spoilt))) % cla
 
 influence = uw.explain(model.fit(X[train], labels), X[train], labels)
 found = uw.apps.repair(influence, inspect=0.1)
-print(found.found(y[train]))
+print(f"Order: {found.chosen}. {found.why}\n{found.found(y[train])}")
 
 right = {int(row): y[train][row] for row in found.rows}  # a person looks at each of them
 made = uw.apps.corrected(influence, right, test=(X[test], y[test]))

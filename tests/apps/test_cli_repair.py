@@ -39,7 +39,7 @@ def flowers():
 
 @pytest.fixture
 def repair(upweight):
-    return partial(upweight, "repair", "cli_studies:flowers")
+    return partial(upweight, "repair", "cli_studies:flowers", "--by", "self-influence")
 
 
 def test_from_review_to_corrected_labels_and_back(repair, tmp_path):
@@ -91,7 +91,7 @@ def test_from_review_to_corrected_labels_and_back(repair, tmp_path):
         (("--corrections", "a.csv", "--patch", "b.csv"), "one of them"),
         (("--inspect", "3", "--revert"), "none was given"),
         (("--inspect", "3", "--out", "."), "is a folder"),
-        (("--corrections", "a.csv", "--out", "cli_studies.py"), "no folder"),
+        (("--corrections", "a.csv", "--out", "cli_studies.py"), "is a file"),
     ],
 )
 def test_what_is_refused(repair, arguments, text):
@@ -109,3 +109,13 @@ def test_shares_and_numbers(repair):
         code, out, _ = repair("--inspect", inspect, "--json")
         assert code == 0
         assert json.loads(out)["inspected"] == count
+
+
+def test_planted_flips_choose_the_order(upweight):
+    code, out, _ = upweight("repair", "cli_studies:flowers", "--inspect", "5")
+    assert code == 0
+    assert "labels flipped on purpose" in out
+    assert "95 % interval" in out
+    code, _, err = upweight("repair", "cli_studies:flowers", "--by", "luck")
+    assert code == 3
+    assert "self-influence, loss, margin, mean-rank" in err

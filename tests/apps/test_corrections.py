@@ -80,7 +80,7 @@ def filled(file, **corrections):
 
 def test_labels_with_blanks_at_their_ends_go_out_and_come_back(tmp_path):
     influence = two_classes([" <=50K", " >50K"])  # as Adult has them
-    found = uw.apps.repair(influence, inspect=3)
+    found = uw.apps.repair(influence, inspect=3, by="self-influence")
     file = uw.apps.write_review(found, tmp_path / "review.csv")
     filled(file, row0=" <=50K", row1="<=50K")
     assert uw.apps.read_review(influence, file) == {0: " <=50K", 1: " <=50K"}
@@ -94,7 +94,7 @@ def test_labels_with_blanks_at_their_ends_go_out_and_come_back(tmp_path):
 
 def test_two_classes_that_differ_by_blanks_only_are_told_apart(tmp_path):
     influence = two_classes(["a", " a"])
-    file = uw.apps.write_review(uw.apps.repair(influence, inspect=3), tmp_path / "review.csv")
+    file = uw.apps.write_review(uw.apps.repair(influence, inspect=3, by="self-influence"), tmp_path / "review.csv")
     filled(file, row0="a")
     assert uw.apps.read_review(influence, file) == {0: "a"}
     filled(file, row0="a  ")
@@ -112,7 +112,9 @@ def test_files_that_are_there_are_not_overwritten(flowers, tmp_path):
     writers = {
         "patch.csv": lambda file, **more: uw.apps.write_patch(made.patch, file, **more),
         "labels.csv": lambda file, **more: uw.apps.write_labels(made.labels, file, **more),
-        "review.csv": lambda file, **more: uw.apps.write_review(uw.apps.repair(influence, inspect=2), file, **more),
+        "review.csv": lambda file, **more: uw.apps.write_review(
+            uw.apps.repair(influence, inspect=2, by="self-influence"), file, **more
+        ),
     }
     for name, write in writers.items():
         file = write(tmp_path / name)

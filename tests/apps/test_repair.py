@@ -47,7 +47,7 @@ def test_scores_are_those_of_the_closed_form():
     X, y = load_breast_cancer(return_X_y=True)
     X = StandardScaler().fit_transform(X)
     n, model = len(y), LogisticRegression(C=0.1, fit_intercept=False, **TIGHT).fit(X, y)
-    found = uw.apps.repair(uw.explain(model, X, y), inspect=0.1)
+    found = uw.apps.repair(uw.explain(model, X, y), inspect=0.1, by="self-influence")
     margin = (2 * y - 1) * (X @ model.coef_[0])
     p = expit(X @ model.coef_[0])
     H = (X * (p * (1 - p))[:, None]).T @ X / n + np.eye(X.shape[1]) / (0.1 * n)
@@ -63,7 +63,7 @@ def test_scores_are_those_of_the_closed_form():
 
 def test_flips_of_digits_are_found_and_the_suggestion_is_the_true_label(digits):
     influence, _, truth, rows = digits
-    found = uw.apps.repair(influence, inspect=0.1)
+    found = uw.apps.repair(influence, inspect=0.1, by="self-influence")
     told = found.found(truth)
     assert told.wrong == len(rows) == told.inspected
     assert told.by["self-influence"] >= 0.85 * len(rows)
@@ -76,7 +76,7 @@ def test_flips_of_digits_are_found_and_the_suggestion_is_the_true_label(digits):
 
 def test_the_suggested_label_really_costs_the_row_less(flowers):
     influence, labels, _, _ = flowers
-    found = uw.apps.repair(influence, inspect=12)
+    found = uw.apps.repair(influence, inspect=12, by="self-influence")
     names = uw.classes(influence)
     X = load_iris().data
     agreed = 0
@@ -97,7 +97,7 @@ def test_the_suggested_label_really_costs_the_row_less(flowers):
 def test_correcting_is_training_on_the_corrected_labels(flowers):
     influence, labels, truth, _ = flowers
     X = load_iris().data
-    found = uw.apps.repair(influence, inspect=0.2)
+    found = uw.apps.repair(influence, inspect=0.2, by="self-influence")
     made = uw.apps.corrected(influence, found.suggestions(), test=(X, truth))
     expected = labels.copy()
     for row, new in found.suggestions().items():
@@ -116,7 +116,7 @@ def test_correcting_is_training_on_the_corrected_labels(flowers):
 
 def test_a_review_goes_out_and_comes_back(flowers, tmp_path):
     influence, labels, _, _ = flowers
-    found = uw.apps.repair(influence, inspect=5)
+    found = uw.apps.repair(influence, inspect=5, by="self-influence")
     file = uw.apps.write_review(found, tmp_path / "new" / "review.csv", describe=lambda row: f'flower "{row}", small')
     lines = list(csv.DictReader(file.read_text().splitlines()))
     assert [int(line["row"]) for line in lines] == found.rows.tolist()
@@ -140,7 +140,7 @@ def test_a_review_goes_out_and_comes_back(flowers, tmp_path):
 
 def test_a_patch_is_made_again_and_taken_back(flowers, tmp_path):
     influence, labels, _, _ = flowers
-    made = uw.apps.corrected(influence, uw.apps.repair(influence, inspect=0.2).suggestions())
+    made = uw.apps.corrected(influence, uw.apps.repair(influence, inspect=0.2, by="self-influence").suggestions())
     file = uw.apps.write_patch(made.patch, tmp_path / "patch.csv")
     again = uw.apps.corrected(influence, uw.apps.read_patch(influence, file))
     assert again.labels.tolist() == made.labels.tolist()
@@ -167,7 +167,7 @@ def test_a_patch_is_made_again_and_taken_back(flowers, tmp_path):
 )
 def test_a_review_of_another_study_is_refused(flowers, tmp_path, change, text):
     influence, _, _, _ = flowers
-    file = uw.apps.write_review(uw.apps.repair(influence, inspect=3), tmp_path / "review.csv")
+    file = uw.apps.write_review(uw.apps.repair(influence, inspect=3, by="self-influence"), tmp_path / "review.csv")
     lines = list(csv.DictReader(file.read_text().splitlines()))
     change(lines)
     with file.open("w", newline="") as stream:
@@ -182,14 +182,14 @@ def test_what_is_refused(flowers, tmp_path):
     influence, _, truth, _ = flowers
     for inspect in (0, 0.0, 1.5, 2.0, 151, "10%", True, -0.1, float("nan")):
         with pytest.raises(uw.errors.InvalidInput, match="share of the rows"):
-            uw.apps.repair(influence, inspect=inspect)
+            uw.apps.repair(influence, inspect=inspect, by="self-influence")
     X = load_iris().data
     line = uw.explain(Ridge().fit(X, X[:, 0]), X, X[:, 0])
     with pytest.raises(uw.errors.UnsupportedModel, match="no classes"):
         uw.apps.repair(line)
     for inspect, count in ((1, 1), (1.0, 150), (np.float64(1), 150), (np.int64(150), 150), (0.5, 75), (1e-9, 1)):
-        assert len(uw.apps.repair(influence, inspect=inspect).rows) == count
-    found = uw.apps.repair(influence, inspect=3)
+        assert len(uw.apps.repair(influence, inspect=inspect, by="self-influence").rows) == count
+    found = uw.apps.repair(influence, inspect=3, by="self-influence")
     with pytest.raises(uw.errors.InvalidInput, match="nothing to find"):
         found.found(found.labels)
     with pytest.raises(uw.errors.InvalidInput, match="one label for each"):
@@ -212,12 +212,13 @@ def test_what_is_refused(flowers, tmp_path):
 
 def test_words_and_the_picture(flowers):
     influence, _, truth, _ = flowers
-    found = uw.apps.repair(influence, inspect=25)
+    found = uw.apps.repair(influence, inspect=25, by="self-influence")
     assert "25 of 150 rows" in str(found)
     assert "more" in str(found)
     told = str(found.found(truth))
     assert "self-influence" in told
+    assert "mean-rank" in told
     assert "random" in told
     ax = pictures.wrong_labels_found(found, truth)
-    assert len(ax.lines) == 5
+    assert len(ax.lines) == 6
     assert found.to_dict()["inspected"] == 25

@@ -45,7 +45,7 @@ def test_a_single_output_is_measured_from_where_its_class_changes(last, criterio
         return value
 
     steps.step(risk)
-    found = uw.apps.repair(uw.explain(net.eval(), X, y, loss=criterion, penalty=0.01), inspect=10)
+    found = uw.apps.repair(uw.explain(net.eval(), X, y, loss=criterion, penalty=0.01), inspect=10, by="self-influence")
     with torch.no_grad():
         ahead = np.where(y.numpy() == 1, 1, -1) * (net(X).numpy() - cut)
     np.testing.assert_allclose(found.scores["margin"], -ahead, atol=1e-10)
@@ -56,9 +56,9 @@ def test_a_single_output_is_measured_from_where_its_class_changes(last, criterio
 def test_outputs_of_pairs_of_classes_are_refused_for_three_classes_too():
     X, y = load_iris(return_X_y=True)  # 3 pairs for 3 classes
     with pytest.raises(uw.errors.UnsupportedModel, match="one against one"):
-        uw.apps.repair(uw.explain(SVC(kernel="linear").fit(X, y), X, y), inspect=5)
+        uw.apps.repair(uw.explain(SVC(kernel="linear").fit(X, y), X, y), inspect=5, by="self-influence")
     two = y < 2
     model = SVC(kernel="linear").fit(X[two], y[two])
-    found = uw.apps.repair(uw.explain(model, X[two], y[two]), inspect=5)
+    found = uw.apps.repair(uw.explain(model, X[two], y[two]), inspect=5, by="self-influence")
     ahead = (2 * y[two] - 1) * model.decision_function(X[two])
     np.testing.assert_allclose(found.scores["margin"], -ahead, atol=1e-6)

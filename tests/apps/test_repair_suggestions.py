@@ -54,7 +54,7 @@ def test_the_suggestion_is_the_label_that_costs_least_after_a_refit(n, C, checke
     def fit(labels):
         return LogisticRegression(C=C, **TIGHT).fit(X, labels)
 
-    found = uw.apps.repair(uw.explain(fit(y), X, y), inspect=0.1)
+    found = uw.apps.repair(uw.explain(fit(y), X, y), inspect=0.1, by="self-influence")
     for place in range(checked):
         row = found.rows[place]
         costs = [
@@ -71,7 +71,9 @@ def test_most_suggestions_for_wrong_labels_that_were_found_are_the_truth(n, seed
     shares = []
     for seed in range(seeds):
         X, y, truth, wrong = digits(n, seed)
-        found = uw.apps.repair(uw.explain(LogisticRegression(C=10.0, **TIGHT).fit(X, y), X, y), inspect=0.1)
+        found = uw.apps.repair(
+            uw.explain(LogisticRegression(C=10.0, **TIGHT).fit(X, y), X, y), inspect=0.1, by="self-influence"
+        )
         hit = np.isin(found.rows, wrong)
         shares.append((found.suggested == truth[found.rows])[hit].mean())
         assert found.found(truth).suggested_right == shares[-1]
@@ -92,7 +94,7 @@ def test_weights_of_rows_and_classes_and_a_folded_penalty(folded):
 
     model = LogisticRegression(C=0.003, class_weight={0: 1.0, 1: 8.0}, **TIGHT).fit(X, y, sample_weight=sample_weight)
     influence = uw.explain(model, X, y, sample_weight=sample_weight, penalty_per_example=folded)
-    found = uw.apps.repair(influence, inspect=15)
+    found = uw.apps.repair(influence, inspect=15, by="self-influence")
     told = np.flatnonzero(found.gain > 0)
     assert len(told) >= 8
     costs = [
@@ -116,7 +118,7 @@ def test_least_squares_are_exact(K):
         aimed = np.where(np.arange(K) == label, 1, -1) if K > 2 else np.array([2 * label - 1])
         return ((np.atleast_1d(model.decision_function(X[[row]])[0]) - aimed) ** 2).sum()
 
-    found = uw.apps.repair(uw.explain(fit(y), X, y), inspect=8)
+    found = uw.apps.repair(uw.explain(fit(y), X, y), inspect=8, by="self-influence")
     for place, row in enumerate(found.rows):
         costs = [refitted(fit, cost, y, row, label) for label in range(K)]
         assert found.suggested[place] == np.argmin(costs)
@@ -132,7 +134,7 @@ def test_a_squared_hinge():
     def cost(model, row, label):
         return max(0, 1 - (2 * label - 1) * model.decision_function(X[[row]])[0]) ** 2
 
-    found = uw.apps.repair(uw.explain(fit(y), X, y), inspect=10)
+    found = uw.apps.repair(uw.explain(fit(y), X, y), inspect=10, by="self-influence")
     for place, row in enumerate(found.rows):
         costs = [refitted(fit, cost, y, row, label) for label in (0, 1)]
         assert found.suggested[place] == np.argmin(costs)
@@ -142,7 +144,9 @@ def test_a_squared_hinge():
 def test_a_row_whose_present_label_is_as_good_keeps_it():
     X, y = tumours()
     X[:3] = 0  # without an intercept the outputs of these are 0, whatever the label
-    found = uw.apps.repair(uw.explain(LogisticRegression(fit_intercept=False, **TIGHT).fit(X, y), X, y), inspect=1.0)
+    found = uw.apps.repair(
+        uw.explain(LogisticRegression(fit_intercept=False, **TIGHT).fit(X, y), X, y), inspect=1.0, by="self-influence"
+    )
     assert len(found.rows) == len(y)
     still = np.isin(found.rows, [0, 1, 2])
     assert (found.suggested[still] == y[found.rows[still]]).all()
@@ -155,7 +159,7 @@ def test_a_row_whose_present_label_is_as_good_keeps_it():
 
 def test_suggestions_that_save_little_can_be_left_out():
     X, y, truth, _ = digits(500)
-    found = uw.apps.repair(uw.explain(LogisticRegression(**TIGHT).fit(X, y), X, y), inspect=0.3)
+    found = uw.apps.repair(uw.explain(LogisticRegression(**TIGHT).fit(X, y), X, y), inspect=0.3, by="self-influence")
     least = found.suggestions(least=1.0)
     assert set(least) == set(found.rows[found.gain >= 1.0].tolist())
     assert len(least) < len(found.suggestions())
@@ -171,7 +175,9 @@ def test_suggestions_that_save_little_can_be_left_out():
 
 def test_told_to_change_every_row_is_said_in_words():
     X, y, *_ = digits(150)
-    found = uw.apps.repair(uw.explain(LogisticRegression(C=10, **TIGHT).fit(X, y), X, y), inspect=5)
+    found = uw.apps.repair(
+        uw.explain(LogisticRegression(C=10, **TIGHT).fit(X, y), X, y), inspect=5, by="self-influence"
+    )
     assert len(found.suggestions()) == 5
     assert "look at each" in str(found)
 
@@ -221,7 +227,7 @@ def test_outputs_after_training_are_the_minimum(loss, K):
 def test_many_systems_take_a_factorisation_where_the_solver_was_left_open(monkeypatch):
     X, y, *_ = digits(150)
     model = LogisticRegression(C=10.0, **TIGHT).fit(X, y)
-    exact = uw.apps.repair(uw.explain(model, X, y), inspect=5)
+    exact = uw.apps.repair(uw.explain(model, X, y), inspect=5, by="self-influence")
     monkeypatch.setattr(uw.defaults, "DIRECT_UP_TO", 10)
     left_open, named = uw.explain(model, X, y), uw.explain(model, X, y, solver=uw.solvers.CG(rtol=1e-8))
     assert isinstance(left_open.solver, uw.solvers.CG)
@@ -230,7 +236,7 @@ def test_many_systems_take_a_factorisation_where_the_solver_was_left_open(monkey
     assert prepared_for(left_open, 1) is left_open.prepared
     assert prepared_for(named, many) is named.prepared
     for influence in (left_open, named):
-        found = uw.apps.repair(influence, inspect=5)
+        found = uw.apps.repair(influence, inspect=5, by="self-influence")
         np.testing.assert_array_equal(found.suggested, exact.suggested)
         np.testing.assert_allclose(found.gain, exact.gain, atol=1e-4)
 
@@ -253,7 +259,7 @@ def network():
 
 def test_a_network_is_told_by_first_order_and_never_below_nothing(network):
     influence, model, X, y, truth, wrong = network
-    found = uw.apps.repair(influence, inspect=1.0)
+    found = uw.apps.repair(influence, inspect=1.0, by="self-influence")
     cost = -log_softmax(model.decision_function(X), 1)
     held, others = cost[np.arange(500), y], cost.copy()
     others[np.arange(500), y] = np.inf

@@ -57,7 +57,7 @@ def test_mismatch_names_the_rows_that_stand_out():
 
 def test_a_review_has_the_names_and_comes_back(tmp_path):
     explained = influence()
-    found = uw.apps.repair(explained, inspect=5)
+    found = uw.apps.repair(explained, inspect=5, by="self-influence")
     own = pd.Series(explained.of_self().values, index=FRAME.index).sort_values(ascending=False)
     assert found.to_dict()["ids"] == own.index[:5].tolist()
     assert all(str(name) in str(found) for name in own.index[:5])

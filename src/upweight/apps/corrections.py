@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,10 @@ from jaxtyping import Shaped
 from numpy.typing import NDArray
 
 import upweight as uw
-from upweight.apps.repair import Repair
+from upweight.apps.repair import RANDOM, Repair
 from upweight.errors import InvalidInput, PathNotFound, UnsupportedModel
 
-COLUMNS = (
-    "row",
-    "id",
-    "description",
-    "label",
-    "suggested",
-    "correction",
-    "gain",
-    "self_influence",
-    "loss",
-    "rank_by_loss",
-    "rank_by_margin",
-)
+Numbers = Sequence[int] | NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -163,7 +151,12 @@ def _patch(
 
 
 def write_review(
-    found: Repair, file: str | Path, *, describe: Callable[[int], str] | None = None, overwrite: bool = False
+    found: Repair,
+    file: str | Path,
+    *,
+    describe: Callable[[int], str] | None = None,
+    numbers: Numbers | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """A CSV file with a line per row to inspect, for a person to fill in the column `correction`.
 
@@ -171,6 +164,7 @@ def write_review(
         found: what `repair` returns.
         file: where; its folder is made.
         describe: turns a row into a few words.
+        numbers: (n,) what each training row is called in the file, for rows that come from one; None takes 0 to n − 1.
         overwrite: whether a review that is there may be replaced.
 
     Raises:
@@ -178,32 +172,31 @@ def write_review(
     """
     path = Path(file)
     check_free(path, overwrite=overwrite)
-    by_loss, by_margin = found.ranks("loss"), found.ranks("margin")
+    ranks = {name: found.ranks(name) for name in found.scores if name != RANDOM}
+    columns = ("row", "id", "description", "label", "suggested", "correction", "gain", *map(_ranked_by, ranks))
     lines = [
         [
-            row,
+            row if numbers is None else numbers[row],
             "" if found.ids is None else found.ids[row],
             "" if describe is None else describe(int(row)),
             found.labels[row],
             found.suggested[place],
             "",
             f"{found.gain[place]:.8g}",
-            f"{found.scores['self-influence'][row]:.8g}",
-            f"{found.scores['loss'][row]:.8g}",
-            by_loss[place],
-            by_margin[place],
+            *(places[place] for places in ranks.values()),
         ]
         for place, row in enumerate(found.rows)
     ]
-    return _write(path, COLUMNS, lines)
+    return _write(path, columns, lines)
 
 
-def read_review(influence: uw.Influence, file: str | Path) -> dict[int, Any]:
+def read_review(influence: uw.Influence, file: str | Path, *, numbers: Numbers | None = None) -> dict[int, Any]:
     """The corrections of a review: row → right label. Lines without a correction are left alone.
 
     Args:
         influence: of the study that the review is of.
         file: the CSV file, with at least the columns row, label and correction; separated by commas or semicolons.
+        numbers: as for `write_review`.
 
     Raises:
         PathNotFound: if there is no such file.
@@ -211,7 +204,8 @@ def read_review(influence: uw.Influence, file: str | Path) -> dict[int, Any]:
     """
     lines = _read(Path(file), ("row", "label", "correction"))
     filled = [(number, line) for number, line in lines if line["correction"].strip()]
-    checked = _checked(influence, Path(file), [(number, line["row"], line["label"]) for number, line in lines])
+    labels = [(number, line["row"], line["label"]) for number, line in lines]
+    checked = _checked(influence, Path(file), labels, numbers)
     meant = _meant(influence)
     found: dict[int, Any] = {}
     for number, line in filled:
@@ -226,27 +220,34 @@ def read_review(influence: uw.Influence, file: str | Path) -> dict[int, Any]:
     return found
 
 
-def write_patch(patch: Mapping[int, tuple[Any, Any]], file: str | Path, *, overwrite: bool = False) -> Path:
+def write_patch(
+    patch: Mapping[int, tuple[Any, Any]], file: str | Path, *, numbers: Numbers | None = None, overwrite: bool = False
+) -> Path:
     """A CSV file of row, old and new label: what is needed to take the corrections back.
 
     Args:
         patch: of `Corrected`.
         file: where; its folder is made.
+        numbers: as for `write_review`.
         overwrite: whether a patch that is there may be replaced, after which its corrections cannot be taken back.
 
     Raises:
         InvalidInput: if the file is there already and may not be replaced, or is a folder.
     """
     check_free(Path(file), overwrite=overwrite)
-    return _write(Path(file), ("row", "old", "new"), [[row, old, new] for row, (old, new) in patch.items()])
+    lines = [[row if numbers is None else numbers[row], old, new] for row, (old, new) in patch.items()]
+    return _write(Path(file), ("row", "old", "new"), lines)
 
 
-def read_patch(influence: uw.Influence, file: str | Path, *, revert: bool = False) -> dict[int, Any]:
+def read_patch(
+    influence: uw.Influence, file: str | Path, *, numbers: Numbers | None = None, revert: bool = False
+) -> dict[int, Any]:
     """A patch as corrections: row → new label, or with `revert` row → old label.
 
     Args:
         influence: of the study that the patch is for, or, to revert it, was applied to.
         file: what `write_patch` wrote.
+        numbers: as for `write_review`.
         revert: whether to take it back.
 
     Raises:
@@ -255,7 +256,7 @@ def read_patch(influence: uw.Influence, file: str | Path, *, revert: bool = Fals
     """
     start, end = ("new", "old") if revert else ("old", "new")
     lines = _read(Path(file), ("row", "old", "new"))
-    checked = _checked(influence, Path(file), [(number, line["row"], line[start]) for number, line in lines])
+    checked = _checked(influence, Path(file), [(number, line["row"], line[start]) for number, line in lines], numbers)
     meant = _meant(influence)
     unknown = [line[end] for _, line in lines if not meant(line[end])]
     if unknown:
@@ -308,6 +309,11 @@ def _measured(influence: uw.Influence, labels: NDArray[Any], test: Any) -> dict[
     return told
 
 
+def _ranked_by(score: str) -> str:
+    """The name of the column that holds the rank by a score."""
+    return f"rank_by_{score.replace('-', '_')}"
+
+
 def _meant(influence: uw.Influence) -> Callable[[str], list[Any]]:
     """The class that a cell names, as a list of one; empty if none. Blanks at the ends count only where they must."""
     names = uw.classes(influence) or []
@@ -328,29 +334,33 @@ def _some(influence: uw.Influence) -> str:
     return ", ".join(repr(str(name)) for name in (uw.classes(influence) or [])[:10])
 
 
-def _checked(influence: uw.Influence, file: Path, lines: list[tuple[int, str, str]]) -> dict[int, int]:
-    """The row of every line, if its label is the one that the study has.
+def _checked(
+    influence: uw.Influence, file: Path, lines: list[tuple[int, str, str]], numbers: Numbers | None
+) -> dict[int, int]:
+    """The training row of every line, if its label is the one that the study has.
 
     Raises:
         InvalidInput: if it is not, or a row does not exist or comes twice.
     """
     labels, meant = uw.training_labels(influence), _meant(influence)
+    called = list(range(influence.n)) if numbers is None else numbers
+    place = {str(called[row]): row for row in range(influence.n)}
     found: dict[int, int] = {}
     seen: set[int] = set()
     for number, row, label in lines:
-        there = row.strip().isdecimal() and int(row) < influence.n
-        if not there or labels is None or int(row) in seen:
-            problem = "comes twice" if there else f"does not exist: there are rows 0 to {influence.n - 1}"
+        there = place.get(row.strip())
+        if there is None or labels is None or there in seen:
+            problem = "comes twice" if there is not None else f"does not exist: there are {called[0]} to {called[-1]}"
             message = f"{file}, line {number}: row {row!r} {problem}. Was the file made for another study, or edited?"
             raise InvalidInput(message)
-        if meant(label) != [labels[int(row)]]:
+        if meant(label) != [labels[there]]:
             message = (
-                f"{file}, line {number}: row {row} has the label '{labels[int(row)]}' in this study and '{label}' in "
+                f"{file}, line {number}: row {row} has the label '{labels[there]}' in this study and '{label}' in "
                 "the file. The study's labels changed since, or it is another study: make the file again."
             )
             raise InvalidInput(message)
-        found[number] = int(row)
-        seen.add(int(row))
+        found[number] = there
+        seen.add(there)
     return found
 
 

@@ -180,9 +180,9 @@ def wrong_labels_found(found: Repair, truth: Any, ax: Axes | None = None) -> Axe
     wrong = np.asarray(truth) != found.labels
     x = 100 * np.arange(1, len(wrong) + 1) / len(wrong)
     colors = {"self-influence": plots.BLUE, "loss": plots.ORANGE, "margin": "#edae49", "random": plots.GREY}
-    for name, color in colors.items():
+    for name in found.scores:
         share = 100 * np.cumsum(wrong[found.order(name)]) / max(1, int(wrong.sum()))
-        ax.plot(x, share, color=color, linewidth=1.7, label=name)
+        ax.plot(x, share, color=colors.get(name), linewidth=1.7, label=name)
     ax.axvline(100 * len(found.rows) / len(wrong), color=plots.GREY, linewidth=0.8, linestyle=":")
     ax.set(xlabel="rows inspected (%)", ylabel="wrong labels found (%)", xlim=(0, 60), ylim=(0, 102))
     ax.legend(fontsize=8, frameon=False, loc="lower right")

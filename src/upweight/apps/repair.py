@@ -1,28 +1,34 @@
 """Section 5.4: which labels to look at first, which label each should have, and what correcting them is worth.
 
-A row whose label is wrong has been paid for: its loss would be much larger without it. Rows are ranked by that number,
-their self-influence (1/n) ∇LᵢᵀH⁻¹∇Lᵢ; loss, margin and chance stand beside it, for they are what it has to beat.
+A row whose label is wrong has been paid for: its loss would be much larger without it. That number is its
+self-influence (1/n) ∇LᵢᵀH⁻¹∇Lᵢ, by which Koh & Liang rank rows. A row's loss, its margin, and the mean of the three
+ranks are other orders, and which finds most depends on the model and the data. So some labels are flipped on purpose
+(`planted`), and the order that finds most of those is taken; all are reported side by side.
 
 For an inspected row the suggestion is the label with the smallest loss of the row after training with it, as worked out
-in `suggestions`. A row of large self-influence is one that the model would call otherwise without it, so most of those
-inspected are told to change, the right ones too: a suggestion is a question to a person, not a correction.
+in `suggestions`. An inspected row is one that the model would call otherwise, so most of those are told to change, the
+right ones too: a suggestion is a question to a person, not a correction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 import upweight as uw
 from upweight.apps.mean_loss import losses_of
 from upweight.apps.names import name_in_text, names_in_json
+from upweight.apps.planted import Orders, Planted, planted
 from upweight.apps.suggestions import suggested
-from upweight.errors import InvalidInput, UnsupportedModel, checked_count
+from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, checked_count
+
+SELF, LOSS, MARGIN, MEAN_RANK, RANDOM = "self-influence", "loss", "margin", "mean-rank", "random"
 
 
 @dataclass(frozen=True)
@@ -30,13 +36,17 @@ class Repair:
     """Rows to inspect, a suggestion for each, and the order in which each score would inspect them.
 
     Args:
-        rows: (k,) the rows to inspect, the largest self-influence first.
+        rows: (k,) the rows to inspect, in the chosen order.
         suggested: (k,) the label suggested for each; the present one where no other saves a hundredth of its loss.
         gain: (k,) by how much the row's own loss would fall with the suggested label, after training, in nats for log
             losses, so at most the loss now where losses are ≥ 0; 0 where the label stays.
         labels: (n,) present labels of all rows.
-        scores: for "self-influence", "loss", "margin" and "random" (n,) numbers, larger is more suspicious.
+        scores: for "self-influence", "loss", "margin", "mean-rank" (minus the mean of the ranks by those three), what
+            was added, and "random" (n,) numbers, larger is more suspicious.
         certificate: of the self-influence.
+        chosen: the score whose order was taken.
+        why: why it was, as a sentence.
+        planted: which flips made on purpose each order found; None where that was not asked or could not be.
         ids: (n,) names of all rows, None where they have none.
     """
 
@@ -46,6 +56,9 @@ class Repair:
     labels: Shaped[NDArray[Any], " n"] = field(repr=False)
     scores: Mapping[str, Float[NDArray[np.float64], " n"]] = field(repr=False)
     certificate: uw.Certificate = field(repr=False)
+    chosen: str
+    why: str
+    planted: Planted | None
     ids: Shaped[NDArray[Any], " n"] | None = field(default=None, repr=False)
 
     def order(self, score: str) -> Int[NDArray[np.int64], " n"]:
@@ -114,7 +127,7 @@ class Repair:
         inspected = len(self.rows)
         hit = wrong[self.rows]
         right = self.suggested[hit] == true[self.rows[hit]]
-        target = curves["self-influence"][inspected - 1]
+        target = curves[self.chosen][inspected - 1]
         needed = {name: int(np.searchsorted(curve, target)) + 1 for name, curve in curves.items()}
         return Found(
             inspected,
@@ -123,22 +136,27 @@ class Repair:
             needed,
             float(right.mean()) if len(right) else float("nan"),
             int((self.suggested != self.labels[self.rows])[~hit].sum()),
+            self.chosen,
         )
 
-    def __str__(self) -> str:
+    def text(self, numbers: Sequence[int] | NDArray[np.int64] | None = None) -> str:
+        """The report, in which rows are called by these (n,) numbers; None calls them 0 to n − 1."""
         told = len(self.suggestions())
+        orders = {name: self.ranks(name) for name in self.scores if name != RANDOM}
         lines = [
             f"{len(self.rows)} of {len(self.labels)} rows to inspect, {told} with another label suggested",
-            f"{'row':>8} {'self-influence':>15} {'rank by loss':>13} {'by margin':>10} {'gain':>8}  label -> suggested",
+            f"Order: {self.chosen}. {self.why}",
+            *([] if self.planted is None else [str(self.planted)]),
+            "",
+            f"{'row':>8}  rank by {'  '.join(orders)} {'gain':>8}  label -> suggested",
         ]
-        by_loss, by_margin = self.ranks("loss"), self.ranks("margin")
         for place, row in enumerate(self.rows[:20]):
             suggested = self.suggested[place]
             arrow = "stays" if suggested == self.labels[row] else f"-> {suggested}"
-            lines.append(
-                f"{row:>8} {self.scores['self-influence'][row]:>15.4g} {by_loss[place]:>13} {by_margin[place]:>10} "
-                f"{self.gain[place]:>8.3g}  {self.labels[row]} {arrow}{name_in_text(self.ids, row)}"
-            )
+            ranks = "  ".join(f"{ranks[place]:>{len(name)}}" for name, ranks in orders.items())
+            called = row if numbers is None else numbers[row]
+            named = name_in_text(self.ids, row)
+            lines.append(f"{called:>8}          {ranks} {self.gain[place]:>8.3g}  {self.labels[row]} {arrow}{named}")
         if len(self.rows) > 20:
             lines.append(f"… and {len(self.rows) - 20} more")
         if told == len(self.rows):
@@ -146,17 +164,22 @@ class Repair:
             lines.append("not that its label is wrong: look at each, first at those that gain most, or inspect more.")
         return "\n".join(lines)
 
+    def __str__(self) -> str:
+        return self.text()
+
     def to_dict(self) -> dict[str, Any]:
-        """The rows to inspect as plain numbers and lists."""
+        """The rows to inspect, and why in this order, as plain numbers and lists."""
         return {
             "inspected": len(self.rows),
+            "order": self.chosen,
+            "why": self.why,
+            "planted": None if self.planted is None else self.planted.to_dict(),
             "rows": self.rows.tolist(),
             "labels": self.labels[self.rows].tolist(),
             "suggested": self.suggested.tolist(),
             "gain": self.gain.tolist(),
-            "self_influence": self.scores["self-influence"][self.rows].tolist(),
-            "rank_by_loss": self.ranks("loss").tolist(),
-            "rank_by_margin": self.ranks("margin").tolist(),
+            "scores": {name: values[self.rows].tolist() for name, values in self.scores.items() if name != RANDOM},
+            "ranks": {name: self.ranks(name).tolist() for name in self.scores if name != RANDOM},
             **names_in_json(self.ids, self.rows),
         }
 
@@ -169,9 +192,10 @@ class Found:
         inspected: rows that were inspected.
         wrong: how many labels are wrong in all.
         by: for every score, how many of them are among its first `inspected` rows.
-        needed: for every score, how many rows it has to inspect to find as many as self-influence did.
+        needed: for every score, how many rows it has to inspect to find as many as the chosen order did.
         suggested_right: the share of the wrong labels found whose suggestion is the true label.
         right_told: how many inspected rows are told to change though their label is right.
+        chosen: the score in whose order rows were inspected.
     """
 
     inspected: int
@@ -180,6 +204,7 @@ class Found:
     needed: Mapping[str, int]
     suggested_right: float
     right_told: int
+    chosen: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -190,21 +215,38 @@ class Found:
             "needed": dict(self.needed),
             "suggested_right": self.suggested_right,
             "right_told": self.right_told,
+            "order": self.chosen,
         }
 
     def __str__(self) -> str:
         lines = [f"{self.wrong} wrong labels, {self.inspected} rows inspected"]
         for name, count in self.by.items():
-            more = "" if name == "self-influence" else f"; as many as self-influence after {self.needed[name]} rows"
-            lines.append(f"  {name:<15} finds {count} ({count / self.wrong:.0%}){more}")
+            more = f"; as many as {self.chosen} after {self.needed[name]} rows"
+            taken = "; its order was taken" if name == self.chosen else more
+            lines.append(f"  {name:<18} finds {count} ({count / self.wrong:.0%}){taken}")
         lines.append(f"  the suggested label is the true one for {self.suggested_right:.0%} of those found")
-        right = self.inspected - self.by["self-influence"]
+        right = self.inspected - self.by[self.chosen]
         lines.append(f"  {self.right_told} right labels of the {right} inspected are told to change too")
         return "\n".join(lines)
 
 
-def repair(influence: uw.Influence, *, inspect: float = 0.1, candidates: int = 10, seed: int = 0) -> Repair:
+def repair(
+    influence: uw.Influence,
+    *,
+    inspect: float = 0.1,
+    by: str | None = None,
+    scores: Callable[[uw.Influence], Orders] | None = None,
+    plantings: int | None = None,
+    retrain: Any = None,
+    candidates: int = 10,
+    seed: int = 0,
+) -> Repair:
     """Which rows' labels to look at first, and the label that each should have.
+
+    Without `by` the order is chosen by planted flips: 3 % of the labels, drawn at random, are flipped on purpose, the
+    model is trained again, and each order is asked how many of them it puts among the rows to inspect. That needs no
+    truth, and is repeated. Where the model cannot be trained again the order is the mean of the ranks by
+    self-influence, loss and margin, seldom best and seldom far behind, and the report says so.
 
     For a linear predictor the loss of a row after training with another label is that of the outputs that minimise this
     loss and the rest of the objective, to second order around the fit without the row: exact for squared loss, within a
@@ -214,15 +256,25 @@ def repair(influence: uw.Influence, *, inspect: float = 0.1, candidates: int = 1
     at least 0. A network that has learnt its rows by heart fits any label, so there present labels stay.
 
     Cost: `of_self()` of all rows, and for every row to inspect K linear systems, K the outputs; two for other models.
+    Without `by` also one training, `of_self()` and `scores` for each planting.
 
     Args:
         influence: of a classifier, of any number of classes.
         inspect: the share of the rows to inspect, a float up to 1.0 for all; or their number, a whole number.
+        by: the score whose order is taken: "self-influence", "loss", "margin", "mean-rank", or one of `scores`; None
+            takes the one that finds most planted flips.
+        scores: from an influence to further scores by name, (n,) numbers each, larger is more suspicious; asked again
+            for each planting, so it must follow the influence's labels.
+        plantings: how often labels are flipped and the model is trained; None takes 3, or for few rows as many as plant
+            200 flips in all, at most 10.
+        retrain: as for leave_one_out; here a module needs one that trains on edited rows, an object with
+            `bind(influence)` such as LBFGS() or StackedTraining(…).
         candidates: the labels that a linear predictor tries for each row, those that cost least without it.
-        seed: of the random order.
+        seed: of the random order and of the planted flips.
 
     Raises:
-        InvalidInput: if `inspect` is no share and no number of rows.
+        InvalidInput: if `inspect` is no share and no number of rows, there is no score `by`, or `scores` gives others
+            than n numbers by new names.
         UnsupportedModel: if the model's targets are no classes, or its outputs not one per class.
 
     References: Koh & Liang (2017), section 5.4.
@@ -245,17 +297,89 @@ def repair(influence: uw.Influence, *, inspect: float = 0.1, candidates: int = 1
         raise UnsupportedModel(message)
     checked_count(candidates, "candidates", hint="3 labels for each row")
     count = checked_share(inspect, influence.n)
+    if plantings is not None:
+        checked_count(plantings, "plantings", hint="each is a training, and 3 tell much")
     own = influence.of_self()
-    scores = {
-        "self-influence": own.values,
-        "loss": losses_of(influence, influence.examples),
-        "margin": -uw.predict(influence, influence.examples).margins(labels),
-        "random": np.random.default_rng(seed).random(influence.n),
-    }
-    rows = np.argsort(-own.values, kind="stable")[:count]
+    known = _orders(influence, own, scores)
+
+    def compare() -> Planted:
+        def orders(after: uw.Influence) -> Orders:
+            return _orders(after, after.of_self(), scores)
+
+        return planted(influence, count, orders, plantings=plantings, retrain=retrain, seed=seed)
+
+    chosen, why, comparison = _choice(by, known, compare)
+    rows = np.argsort(-known[chosen], kind="stable")[:count]
     present = np.array([names.index(label) for label in labels[rows].tolist()])
     best, gain = suggested(influence, rows, names, present, candidates)
-    return Repair(rows, np.asarray(names)[best], gain, labels, scores, own.certificate, influence.examples.ids)
+    known[RANDOM] = np.random.default_rng(seed).random(influence.n)
+    return Repair(
+        rows,
+        np.asarray(names)[best],
+        gain,
+        labels,
+        known,
+        own.certificate,
+        chosen,
+        why,
+        comparison,
+        influence.examples.ids,
+    )
+
+
+def _orders(
+    influence: uw.Influence, own: uw.SelfScores, more: Callable[[uw.Influence], Orders] | None
+) -> dict[str, Float[NDArray[np.float64], " n"]]:
+    """The scores of all rows by the orders that may be chosen.
+
+    Raises:
+        InvalidInput: if an added one has no new name, or is not n numbers.
+    """
+    known = {
+        SELF: own.values,
+        LOSS: losses_of(influence, influence.examples),
+        MARGIN: -uw.predict(influence, influence.examples).margins(uw.training_labels(influence)),
+    }
+    known[MEAN_RANK] = -np.mean([rankdata(-values, nan_policy="omit") for values in known.values()], axis=0)
+    for name, values in ({} if more is None else more(influence)).items():
+        added = np.asarray(values, dtype=np.float64)
+        if name in {*known, RANDOM} or added.shape != (influence.n,) or np.isnan(added).any():
+            message = (
+                f"scores gave '{name}' with shape {added.shape} and {int(np.isnan(added).sum())} that are no numbers. "
+                f"Give each a name that is not {', '.join([*known, RANDOM])}, and one number for each of the "
+                f"{influence.n} rows, larger for those to look at first."
+            )
+            raise InvalidInput(message)
+        known[name] = added
+    return known
+
+
+def _choice(by: str | None, known: Orders, compare: Callable[[], Planted]) -> tuple[str, str, Planted | None]:
+    """The order that is taken, why, and what it was compared by.
+
+    Raises:
+        InvalidInput: if it was asked for and does not exist.
+    """
+    if by is not None:
+        if by not in known:
+            message = f"by={by!r} is no order of inspection; there are {', '.join(known)}. Name one, or leave it out: "
+            raise InvalidInput(message + "then planted flips choose.")
+        return by, "It was asked for.", None
+    try:
+        found = compare()
+    except UpweightError as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        return MEAN_RANK, f"The orders could not be compared: {said}. This one is seldom far behind the best.", None
+    return found.best, _told(found), found
+
+
+def _told(found: Planted) -> str:
+    """What the planted flips say, as a sentence."""
+    share, low, high = found.share(found.best)
+    return (
+        f"Of {found.flips} labels flipped on purpose in {found.plantings} plantings it finds {share:.1%} among "
+        f"{found.inspected} rows (95 % interval {low:.1%} to {high:.1%}); no order finds more."
+    )
 
 
 def checked_share(inspect: Any, n: int) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upweight.cli.console import Json, K, StudyName, command, line, load, one, show
-from upweight.cli.outputs import check_picture
+from upweight.cli.console import Json, K, StudyName, StudyOrTable, command, line, load, one, show
+from upweight.cli.outputs import check_file, check_folder, check_picture
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
+    from upweight.cli.labelled import Labelled
     from upweight.cli.study import Study
 
 
@@ -153,8 +154,10 @@ def _lines(file: Path) -> list[str]:
 
 @command
 def repair(
-    study: StudyName,
+    study: StudyOrTable,
+    label: str | None = None,
     inspect: str = "10%",
+    by: str | None = None,
     out: Path | None = None,
     corrections: Path | None = None,
     patch: Path | None = None,
@@ -164,14 +167,22 @@ def repair(
 ) -> int:
     """Rank training labels for inspection, write a review to fill in, and make its corrections.
 
-    First `upweight repair STUDY --inspect 10% --out review.csv`: the rows of largest self-influence with a suggestion
-    each. Fill in the column `correction`. Then `upweight repair STUDY --corrections review.csv --out FOLDER`: the model
-    is trained again on the corrected labels, and once with nothing changed, and FOLDER gets labels.csv and patch.csv,
-    which `--patch patch.csv` makes again and `--patch patch.csv --revert` takes back.
+    First `upweight repair STUDY --inspect 10% --out review.csv`: the rows to look at with a suggestion each, in the
+    order that finds most of some labels that are flipped on purpose. Fill in the column `correction`. Then
+    `upweight repair STUDY --corrections review.csv --out FOLDER`: the model is trained again on the corrected labels,
+    and once with nothing changed, and FOLDER gets labels.csv and patch.csv, which `--patch patch.csv` makes again and
+    `--patch patch.csv --revert` takes back.
+
+    A table needs no Python: `upweight repair data.csv --label income` says what each column was taken for, fits a model
+    by cross-validation, and FOLDER gets a corrected copy of the file.
 
     Args:
-        study: module:function that returns an upweight.Study; its queries are the test rows.
+        study: file.py:function that returns an upweight.Study, whose queries are the test rows; or a table: .csv, .tsv
+            (both also .gz) or .parquet.
+        label: the column of a table whose labels are repaired.
         inspect: how many rows to inspect: 10%, or 0.1, or a number of rows; 100% or 1.0 for all.
+        by: the order of inspection: self-influence, loss, margin or mean-rank, for a table also out-of-fold-loss; the
+            one that finds most planted flips if it is left out.
         out: the review to write, or the folder for corrected labels.
         corrections: a review that was filled in.
         patch: a patch that was written before.
@@ -190,27 +201,76 @@ def repair(
         message = "--revert takes a patch back, and none was given. Name it: --patch FOLDER/patch.csv --revert."
         raise InvalidInput(message)
     making = corrections is not None or patch is not None
-    files = {} if out is None else {"labels": out / "labels.csv", "patch": out / "patch.csv"}
     if out is not None:
-        check_free(*(files.values() if making else [out]), overwrite=overwrite)
-    loaded = load(study)
-    if not making:
-        found = apps.repair(loaded.influence, inspect=_share(inspect))
-        written = None
-        if out is not None:
-            written = str(apps.write_review(found, out, describe=loaded.describe, overwrite=overwrite))
-        more = "" if written is None else f"\nReview written to {written}: fill in the column `correction`."
-        show(found.to_dict() | {"review": written}, f"{found}{more}", json)
-        return 0
+        check_folder(out, "--out") if making else check_file(out, "--out")
+        check_free(*(_written(study, out).values() if making else [out]), overwrite=overwrite)
+    share = _share(inspect)
+    rows = _labelled(study, label)
+    if making:
+        return _correct(study, rows, corrections, patch, revert=revert, out=out, json=json)
+    found = apps.repair(rows.influence, inspect=share, by=by, scores=rows.scores, retrain=rows.retrain)
+    written, (text, numbers) = None, rows.about
+    if out is not None:
+        names = {"describe": rows.describe, "numbers": rows.numbers}
+        written = str(apps.write_review(found, out, **names, overwrite=overwrite))
+    more = "" if written is None else f"\nReview written to {written}: fill in the column `correction`."
+    told = found.to_dict() | {"review": written} | ({"table": numbers} if numbers else {})
+    if rows.numbers is not None:
+        told["rows"] = rows.numbers[found.rows].tolist()
+    show(told, f"{text}{chr(10) * 2 if text else ''}{found.text(rows.numbers)}{more}", json)
+    return 0
+
+
+def _labelled(study: str, label: str | None) -> Labelled:
+    """The rows of a study, or of a table.
+
+    Raises:
+        InvalidInput: if a study is given a label.
+    """
+    from upweight.cli import labelled, table
+    from upweight.errors import InvalidInput
+
+    if table.is_table(study):
+        return labelled.of_table(table.read(Path(study), label))
+    if label is not None:
+        message = (
+            f"--label {label} names a column of a table, and {study} is a study, which has its labels. Leave it out, "
+            f"or name a file: {', '.join(table.SUFFIXES)}."
+        )
+        raise InvalidInput(message)
+    return labelled.of_study(load(study))
+
+
+def _written(study: str, out: Path) -> dict[str, Path]:
+    """The files that corrections are written to."""
+    from upweight.cli.table import is_table
+
+    return {"labels": out / (Path(study).name if is_table(study) else "labels.csv"), "patch": out / "patch.csv"}
+
+
+def _correct(
+    study: str,
+    rows: Labelled,
+    corrections: Path | None,
+    patch: Path | None,
+    *,
+    revert: bool,
+    out: Path | None,
+    json: bool,
+) -> int:
+    """Makes the corrections of a review or of a patch, and writes them; what is there was checked before."""
+    from upweight import apps
+
     if corrections is not None:
-        changes = apps.read_review(loaded.influence, corrections)
+        changes = apps.read_review(rows.influence, corrections, numbers=rows.numbers)
     else:
         assert patch is not None  # one of the two was given
-        changes = apps.read_patch(loaded.influence, patch, revert=revert)
-    made = apps.corrected(loaded.influence, changes, test=loaded.queries, retrain=loaded.retrain)
-    if out is not None:
-        apps.write_labels(made.labels, files["labels"], overwrite=overwrite)
-        apps.write_patch(made.patch, files["patch"], overwrite=overwrite)
+        changes = apps.read_patch(rows.influence, patch, numbers=rows.numbers, revert=revert)
+    made = apps.corrected(rows.influence, changes, test=rows.test, retrain=rows.retrain)
+    files = {} if out is None else _written(study, out)
+    if files:
+        rows.write(made, files["labels"])
+        apps.write_patch(made.patch, files["patch"], numbers=rows.numbers, overwrite=True)
     told = "".join(f"\n{name} written to {file}" for name, file in files.items())
     show(made.to_dict() | {"files": {name: str(file) for name, file in files.items()}}, f"{made}{told}", json)
     return 0

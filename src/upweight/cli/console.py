@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # nothing here may import torch before a command runs
     from upweight.cli.study import Study
 
 StudyName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.PY:FUNCTION")]
+StudyOrTable = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.PY:FUNCTION|TABLE")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 K = Annotated[int, tyro.conf.arg(aliases=["-k"])]
 NAMES: list[str] = []  # of the commands
