@@ -87,8 +87,8 @@ def test_no_shorter_start_of_the_order_corrects():
 def test_training_that_stopped_early_goes_on_in_prediction_and_refit():
     with pytest.warns(ConvergenceWarning):
         early = fitted(max_iter=4)
-    with pytest.warns(uw.errors.TheoryWarning):
-        influence = uw.explain(early, X, NAMES)
+    influence = uw.explain(early, X, NAMES)
+    assert influence.check().rows_from_minimum > 1
     found = contrast(influence, wrong(early))
     for answer in found.answers:
         assert answer.predicted == pytest.approx(answer.actual, abs=0.02)
