@@ -1,7 +1,8 @@
-"""Random combinations of module, criterion, reduction, penalty and weights: values are those of the user's own training.
+"""Random combinations of module, criterion, reduction, penalty, weights: values are those of the user's own training.
 
-The oracle is written with torch.nn.functional alone: num_i/Σ c_j of a mean, Σ num_i of a sum, plus the penalty, as a script has it; it
-is minimised with every row once, and with one row at weight 0.99. A hundred times that change is what `on_loss` predicts.
+The oracle is written with torch.nn.functional alone: num_i/Σ c_j of a mean, Σ num_i of a sum, plus the penalty, as a
+script has it; it is minimised with every row once, and with one row at weight 0.99. A hundred times that change is what
+`on_loss` predicts.
 """
 
 from __future__ import annotations

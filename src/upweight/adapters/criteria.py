@@ -37,7 +37,6 @@ _OF_CLASSES: dict[Any, Callable[..., Tensor]] = {
     functional.cross_entropy: functional.cross_entropy,
     functional.nll_loss: functional.nll_loss,
 }
-_COMPARED, _FEWEST = 8, 3  # rows on which it is tried whether a criterion compares them
 _SETTINGS = ("weight", "ignore_index", "label_smoothing")
 
 
@@ -156,44 +155,3 @@ class Reduction:
 def is_criterion(module: nn.Module) -> bool:
     """Whether a module is a loss, and not a model."""
     return type(module).__module__ == nn.CrossEntropyLoss.__module__
-
-
-def comparison(criterion: Criterion, outputs: Tensor, targets: Tensor) -> str:
-    """How a criterion compares the rows of a batch, as ranking, contrastive and Cox losses do, in words; "" if not.
-
-    A mean or sum of losses of single rows, however weighted, gives a row twice what it gives it once, or double that;
-    and it does not give every row alone the same number while rows together cost something else.
-    """
-    size = min(len(outputs), _COMPARED)
-    with torch.no_grad():
-        try:
-            together = float(criterion(outputs, targets))
-            alone = torch.stack([criterion(outputs[b : b + 1], targets[b : b + 1]) for b in range(size)]).double()
-            twice = torch.stack([criterion(outputs[[b, b]], targets[[b, b]]) for b in range(size)]).double()
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            return ""  # what else is wrong is said elsewhere
-    if not np.isfinite(together) or size < _FEWEST:
-        return ""
-    if not bool(torch.isfinite(alone).any()):
-        return f"a row alone costs {float(alone[0])}, and all together {together:.6g}"
-    if not bool(torch.isfinite(alone).all()):
-        return ""  # some rows have no loss: a label that is ignored, or log(0)
-    near = 1e-6 * (float(alone.abs().max()) + abs(together))
-    for once, double in zip(alone.tolist(), twice.tolist(), strict=True):
-        if not (abs(double - once) <= near or abs(double - 2 * once) <= near):
-            return f"a row alone costs {once:.6g}, and the same row twice {double:.6g}"
-    same = float(alone.max() - alone.min()) <= near and float(outputs.double().std(0).max()) > near
-    if same and min(abs(together - float(alone[0]) * k) for k in (1, len(outputs))) > near * len(outputs):
-        return f"every row alone costs {float(alone[0]):.6g}, and all together {together:.6g}"
-    return ""
-
-
-def refused_comparison(name: str, how: str) -> InvalidInput:
-    """The error for a criterion that compares rows."""
-    message = (
-        f"{name} compares the rows of a batch ({how}), as ranking, contrastive and Cox losses do, so no row has a loss "
-        "of its own and removing one changes the loss of others. Make an example of what is compared: a Dataset of "
-        "(pair or tuple of rows, target), with a loss of one such example, like softplus(−(f(x) − f(x′))); or take a "
-        "likelihood of single rows, for survival times exp(f)·time − event·f."
-    )
-    return InvalidInput(message)

@@ -14,16 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.adapters import frozen
-from upweight.adapters.criteria import Criterion, Reduction, comparison, is_criterion, refused_comparison
+from upweight.adapters.criteria import Criterion, Reduction, is_criterion
+from upweight.adapters.one_by_one import compares, refuse_batch_effects, refused_comparison
+from upweight.adapters.reading import Reading, readings, working
 from upweight.data.arrays import as_array, as_tensor
 from upweight.data.examples import Examples
-from upweight.data.trees import batch_length, leaves, take, tree_map
-from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, UpweightError, first_line
+from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel
 from upweight.influence import defaults
 from upweight.influence.face import Influence
-from upweight.model import calculus, routes
 from upweight.model.encoders import Movable, whole_examples
-from upweight.model.modules import forward
 from upweight.model.objective import Objective
 
 _SPREAD_ROWS = 8
@@ -86,11 +85,12 @@ def explain(
         )
 
     reduction = Reduction.of(loss)
-    readings = _readings(probe, defaults.precision(model))
     try:
-        reading, objective = _working(lambda reading: build(reading, reduction), readings, probe)
+        reading, objective = working(
+            lambda reading: build(reading, reduction), readings(probe, defaults.precision(model)), probe
+        )
     except InvalidInput as error:  # perhaps of one row alone, which a loss of several rows has no value for
-        how = _comparison(model, reduction, probe)
+        how = compares(model, reduction, probe)
         raise (refused_comparison(reduction.name, how) if how else error) from error.__cause__
     if examples.x is not None:
         examples = _read(examples, reading, reading.labels(examples.y))
@@ -104,7 +104,7 @@ def explain(
         scale = reduction.scale(counted)
         examples.weights = examples.sample_weight * counted * scale
         _name_ignored(reduction, counted)
-    _refuse_batch_effects(model, reading.criterion(reduction.criterion), objective, reading.batch(probe), reduction)
+    refuse_batch_effects(model, reading.criterion(reduction.criterion), objective, reading.batch(probe), reduction)
     objective = replace(objective, name=f"{objective.name}{_precision_in_words(model, reading, objective)}")
     encoder = ModuleEncoder(reading, reduction, scale)
     return Influence(objective, examples, encoder=encoder, **settings)
@@ -180,66 +180,6 @@ def _explain_head(
     inner.examples.encoded_by = extractor
     encoder = frozen.FrozenEncoder(inner.encoder, extractor, examples, batch_size=batch_size, progress=progress)
     return Influence(objective, inner.examples, encoder=encoder, **settings)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How stored numbers are read: whole numbers in floats and in integers mean the same, but modules are particular.
-
-    Args:
-        dtype: precision of weights and inputs; None keeps the module's own.
-        x_floats: integer inputs are turned into floats.
-        y_kind: "kept", "class" (int64 class numbers) or "float".
-    """
-
-    dtype: torch.dtype | None
-    x_floats: bool
-    y_kind: str
-
-    def criterion(self, loss: Criterion, name: str = "criterion") -> Criterion:
-        """`loss` on targets of this reading; also reads those that a Dataset returns."""
-
-        def read(output: Tensor, target: Tensor) -> Tensor:
-            target = self._target(target)
-            return loss(output, target.to(output.dtype) if target.is_floating_point() else target)
-
-        read.__name__ = name
-        return read
-
-    def batch(self, batch: Any) -> tuple[Any, Tensor]:
-        """(x, y) as this reading has them."""
-        return tree_map(self._input, batch[0]), self._target(batch[1])
-
-    def inputs(self, X: Any) -> Any:
-        """Stored inputs as this reading has them."""
-        return self._input(as_tensor(X)) if self.x_floats else X
-
-    def labels(self, y: Any) -> Any:
-        """Stored targets as this reading has them.
-
-        Raises:
-            InvalidInput: if class numbers are wanted and a target is not a whole number.
-        """
-        if y is None or self.y_kind == "kept":
-            return y
-        target = as_tensor(y)
-        if self.y_kind == "class" and target.is_floating_point() and not bool((target == target.round()).all()):
-            wrong = float(target[target != target.round()].flatten()[0])
-            message = (
-                f"y holds {wrong:g}, which is no class number, and the criterion wants whole class numbers 0 … K−1. "
-                "Encode the labels, or use a regression loss."
-            )
-            raise InvalidInput(message)
-        return self._target(target)
-
-    def _input(self, x: Any) -> Any:
-        floats = not self.x_floats or not isinstance(x, Tensor) or x.is_floating_point()
-        return x if floats else x.to(torch.float64)
-
-    def _target(self, y: Tensor) -> Tensor:
-        if self.y_kind == "class":
-            return y.long()
-        return y.to(torch.float64) if self.y_kind == "float" and not y.is_floating_point() else y
 
 
 @dataclass(frozen=True)
@@ -335,176 +275,3 @@ def _precision_in_words(model: torch.nn.Module, reading: Reading, objective: Obj
     own = {str(parameter.dtype).rpartition(".")[2] for parameter in model.parameters()}
     low = sorted(own & {"float16", "bfloat16"})
     return f" in {acts}, from {' and '.join(low)} weights" if low else "" if acts == "float64" else f" in {acts}"
-
-
-def _working(
-    build: Callable[[Reading], Objective], readings: Iterable[Reading], probe: Any
-) -> tuple[Reading, Objective]:
-    """The first reading under which the loss of an example can be computed and differentiated.
-
-    Raises:
-        InvalidInput: if there is none; the text is that of the plainest reading.
-    """
-    failures: list[UpweightError] = []
-    few = tree_map(lambda leaf: leaf[:2], probe)
-    for reading in readings:
-        objective = build(reading)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                routes.probe(objective, reading.batch(few))
-        except UpweightError as error:
-            if not isinstance(error.__cause__, RuntimeError | TypeError | ValueError | IndexError):
-                raise
-            failures.append(error)
-            continue
-        return reading, objective
-    raise next((error for error in failures if isinstance(error, UnsupportedModel)), failures[0])
-
-
-def _readings(probe: Any, precision: torch.dtype) -> Iterable[Reading]:
-    y = probe[1]
-    if y.is_floating_point():
-        kinds = ["kept", "class"] if bool((y == y.round()).all()) else ["kept"]
-    else:
-        kinds = ["float", "class"]  # a criterion that takes them as floats is a regression; class numbers it refuses
-    integers = all(isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in leaves(probe[0]))
-    for dtype in (precision, None):
-        for x_floats in (False, True) if integers else (False,):
-            for kind in kinds:
-                yield Reading(dtype, x_floats, kind)
-
-
-def _refuse_batch_effects(
-    model: torch.nn.Module, criterion: Criterion, objective: Objective, probe: Any, reduction: Reduction
-) -> None:
-    """What the module and its criterion give for a batch must be what they give one by one, and its mean or sum.
-
-    Raises:
-        UnsupportedModel: if the output for an example depends on the others in its batch.
-        InvalidInput: if the criterion weighs examples unequally in a way that is not known.
-    """
-    reference = objective.reference
-    cast = calculus.ready(objective, probe)
-    size = batch_length(cast)
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = {  # copies, for a module may write into its buffers
-        name: t.detach().to(reference.dtype if t.is_floating_point() else t.dtype, copy=True)
-        for name, t in state.items()
-    }
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a broadcasting criterion warns; its value then differs, which is what we seek
-        try:
-            singles = torch.stack([objective.loss(objective.params, take(cast, b)) for b in range(size)])
-            rows = [objective.outputs(objective.params, take(cast, b)) for b in range(size)]  # type: ignore[misc]
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            message = (
-                f"The loss failed on an example ({first_line(error)}); the probed ones have the targets "
-                f"{cast[1].flatten()[:12].tolist()}. Usual reason: a label that the model has no output for."
-            )
-            raise InvalidInput(message) from error
-        if not bool(torch.isfinite(singles).all()):
-            row = int(torch.nonzero(~torch.isfinite(singles))[0])
-            message = (
-                f"The loss of an example alone is {float(singles[row])} (target {cast[1][row].tolist()}): an ignored "
-                "label (ignore_index) inside a function, or log(0). Pass the criterion itself, such as "
-                "torch.nn.CrossEntropyLoss(), whose ignored labels become weights of 0; or leave such rows out."
-            )
-            raise InvalidInput(message)
-        if rows[0].ndim == 0:
-            message = (
-                f"{type(model).__name__} returns a single number without a batch axis for a batch of one; it probably "
-                "ends in .squeeze(). Use .squeeze(-1), which leaves the batch axis."
-            )
-            raise InvalidInput(message)
-        one_by_one = torch.cat(rows)
-        try:
-            together = forward(model, state, cast[0])
-            batch = criterion(together, cast[1])
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            message = (
-                f"The model and criterion accept one example but not a batch of {size} ({first_line(error)}). Pass a "
-                "model of batches and loss(output, target) that takes a batch."
-            )
-            raise InvalidInput(message) from error
-    _compare_outputs(model, together, one_by_one)
-    shapes = (tuple(together.shape), [tuple(leaf.shape) for leaf in leaves(cast[1])])
-    how = comparison(criterion, together, cast[1])
-    _compare_losses(reduction, singles, reduction.counted(cast[1]), batch, shapes, how)
-    _name_a_sum(reduction, singles, batch, objective)
-
-
-def _compare_outputs(model: torch.nn.Module, together: Tensor, one_by_one: Tensor) -> None:
-    gap = float((together - one_by_one).abs().max()) if together.shape == one_by_one.shape else float("inf")
-    tolerance = 1e-8 if together.dtype == torch.float64 else 1e-3
-    if gap > tolerance * (1 + float(one_by_one.abs().max())):
-        message = (
-            f"{type(model).__name__} gives other outputs for a batch {tuple(together.shape)} than for its examples one "
-            f"by one {tuple(one_by_one.shape)}: the largest difference is {gap:.3g}. Something in it mixes the "
-            "examples of a batch (batch statistics, a mean over axis 0), so no example has a loss of its own."
-        )
-        raise UnsupportedModel(message)
-
-
-def _comparison(model: torch.nn.Module, reduction: Reduction, probe: Any) -> str:
-    """How the criterion compares the rows of a batch, as the module itself takes them; "" if it does not, or fails."""
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-            x = tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, probe[0])
-            return comparison(reduction.criterion, forward(model, state, x), probe[1])
-    except (RuntimeError, ValueError, TypeError, IndexError, StopIteration):
-        return ""
-
-
-def _compare_losses(
-    reduction: Reduction,
-    singles: Tensor,
-    counted: NDArray[np.float64],
-    batch: Tensor,
-    shapes: tuple[Any, Any],
-    compares: str,
-) -> None:
-    if batch.shape != ():
-        message = (
-            f"The criterion returns a tensor of shape {tuple(batch.shape)} for a batch; it must return one number. "
-            "Use reduction='mean'."
-        )
-        raise InvalidInput(message)
-    share = torch.from_numpy(counted / counted.sum()).to(singles)
-    mean, total, value = float((singles * share).sum()), float(singles.sum()), float(batch)
-    size = float(singles.abs().max()) + 1e-12
-    is_mean, is_sum = abs(value - mean) <= 1e-5 * size, abs(value - total) <= 1e-5 * size * len(singles)
-    if reduction.total and is_mean and not is_sum:
-        message = (
-            f"{reduction.name} says reduction='sum' and gives the mean over a batch, {value:.6g} of {len(singles)} "
-            "examples, so that what a penalty stands beside is not known. Pass it with reduction='mean', or sum."
-        )
-        raise InvalidInput(message)
-    if not is_mean and not is_sum and compares:
-        raise refused_comparison(reduction.name, compares)
-    if not is_mean and not is_sum:
-        message = (
-            f"{reduction.name} gives {value:.6g} for {len(singles)} examples whose single values have the mean "
-            f"{mean:.6g} and the sum {total:.6g}. It weighs examples unequally in a way that is not known, or "
-            f"broadcasts outputs {shapes[0]} against targets {shapes[1]}. Class weights, "
-            "ignored labels and means over tokens are read off torch.nn.CrossEntropyLoss and NLLLoss, or a "
-            "functools.partial of their functions: pass one of them in place of a function of your own; make output "
-            "and target shapes equal for the others."
-        )
-        raise InvalidInput(message)
-
-
-def _name_a_sum(reduction: Reduction, singles: Tensor, batch: Tensor, objective: Objective) -> None:
-    """A TheoryWarning about a function that sums over a batch, beside whose sum a penalty would weigh otherwise."""
-    mean, total, value = float(singles.mean()), float(singles.sum()), float(batch)
-    summing = abs(value - total) < abs(value - mean) and not reduction.total
-    if not summing or objective.penalty is None:
-        return
-    message = (
-        f"{reduction.name} gives the sum over a batch. As a plain function it is taken for the loss of one example, "
-        "and the penalty stands beside the mean: R(θ) = (1/n) Σ L + penalty. If training minimised the sum + penalty, "
-        "pass penalty=penalty/n and penalty_per_example=False, or a torch.nn criterion with reduction='sum'."
-    )
-    warnings.warn(message, TheoryWarning, stacklevel=5)

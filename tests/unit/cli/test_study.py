@@ -141,7 +141,7 @@ def test_a_file_may_be_called_as_another_module_and_everybody_else_finds_the_oth
     module = sys.modules[study.describe.__module__]
     assert module.__name__ == f"study_{taken}"
     assert module.OTHER is sys.modules[taken]
-    assert Path(sys.modules[taken].__file__) != folder / "package_here" / f"{taken}.py"
+    assert Path(getattr(sys.modules[taken], "__file__", "")) != folder / "package_here" / f"{taken}.py"
     assert taken == "tabnanny" or sys.modules[taken] is other
 
 

@@ -12,7 +12,7 @@ import cases
 import oracles
 import upweight as uw
 from small import NAMES, XQ, YQ, ZQ, N, X, Y, Z, classifier, net, refuses, ridge
-from upweight.errors import NotConverged
+from upweight.errors import NotConverged, Undefined
 from upweight.training.retrainers import bound, reference, reweighted
 
 THREE = np.arange(N) % 3
@@ -110,8 +110,10 @@ def test_newton_without_a_minimum_says_so():
     separable = (X[:, 0] > 0).astype(int)
     model = LogisticRegression(C=1.0, tol=1e-10).fit(X, separable)
     influence = uw.explain(model, X, separable, penalty_per_example=True)
-    only = (np.arange(N) < 1).astype(float)
-    refuses(lambda: uw.Newton(max_steps=3).bind(influence)(only), ArithmeticError, "Newton's method left|curvature")
+    one = (np.arange(N) == 0).astype(float)
+    refuses(lambda: uw.Newton().bind(influence)(one), Undefined, "no row of class")
+    one[np.flatnonzero(separable != separable[0])[0]] = 1
+    refuses(lambda: uw.Newton(max_steps=1).bind(influence)(one), ArithmeticError, "Newton's method left|curvature")
 
 
 def test_the_reference_follows_the_model():

@@ -1,0 +1,197 @@
+"""What a module and its criterion give for a batch must be what they give one by one, and its mean or sum."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight.adapters.criteria import Criterion, Reduction
+from upweight.data.trees import batch_length, leaves, take, tree_map
+from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, first_line
+from upweight.model import calculus
+from upweight.model.modules import forward
+from upweight.model.objective import Objective
+
+_COMPARED, _FEWEST = 8, 3  # rows on which it is tried whether a criterion compares them
+
+
+def refuse_batch_effects(
+    model: torch.nn.Module, criterion: Criterion, objective: Objective, probe: Any, reduction: Reduction
+) -> None:
+    """What the module and its criterion give for a batch must be what they give one by one, and its mean or sum.
+
+    Raises:
+        UnsupportedModel: if the output for an example depends on the others in its batch.
+        InvalidInput: if the criterion weighs examples unequally in a way that is not known.
+    """
+    reference = objective.reference
+    cast = calculus.ready(objective, probe)
+    size = batch_length(cast)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {  # copies, for a module may write into its buffers
+        name: t.detach().to(reference.dtype if t.is_floating_point() else t.dtype, copy=True)
+        for name, t in state.items()
+    }
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a broadcasting criterion warns; its value then differs, which is what we seek
+        try:
+            singles = torch.stack([objective.loss(objective.params, take(cast, b)) for b in range(size)])
+            rows = [objective.outputs(objective.params, take(cast, b)) for b in range(size)]  # type: ignore[misc]
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            message = (
+                f"The loss failed on an example ({first_line(error)}); the probed ones have the targets "
+                f"{cast[1].flatten()[:12].tolist()}. Usual reason: a label that the model has no output for."
+            )
+            raise InvalidInput(message) from error
+        if not bool(torch.isfinite(singles).all()):
+            row = int(torch.nonzero(~torch.isfinite(singles))[0])
+            message = (
+                f"The loss of an example alone is {float(singles[row])} (target {cast[1][row].tolist()}): an ignored "
+                "label (ignore_index) inside a function, or log(0). Pass the criterion itself, such as "
+                "torch.nn.CrossEntropyLoss(), whose ignored labels become weights of 0; or leave such rows out."
+            )
+            raise InvalidInput(message)
+        if rows[0].ndim == 0:
+            message = (
+                f"{type(model).__name__} returns a single number without a batch axis for a batch of one; it probably "
+                "ends in .squeeze(). Use .squeeze(-1), which leaves the batch axis."
+            )
+            raise InvalidInput(message)
+        one_by_one = torch.cat(rows)
+        try:
+            together = forward(model, state, cast[0])
+            batch = criterion(together, cast[1])
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            message = (
+                f"The model and criterion accept one example but not a batch of {size} ({first_line(error)}). Pass a "
+                "model of batches and loss(output, target) that takes a batch."
+            )
+            raise InvalidInput(message) from error
+    _compare_outputs(model, together, one_by_one)
+    shapes = (tuple(together.shape), [tuple(leaf.shape) for leaf in leaves(cast[1])])
+    how = comparison(criterion, together, cast[1])
+    _compare_losses(reduction, singles, reduction.counted(cast[1]), batch, shapes, how)
+    _name_a_sum(reduction, singles, batch, objective)
+
+
+def _compare_outputs(model: torch.nn.Module, together: Tensor, one_by_one: Tensor) -> None:
+    gap = float((together - one_by_one).abs().max()) if together.shape == one_by_one.shape else float("inf")
+    tolerance = 1e-8 if together.dtype == torch.float64 else 1e-3
+    if gap > tolerance * (1 + float(one_by_one.abs().max())):
+        message = (
+            f"{type(model).__name__} gives other outputs for a batch {tuple(together.shape)} than for its examples one "
+            f"by one {tuple(one_by_one.shape)}: the largest difference is {gap:.3g}. Something in it mixes the "
+            "examples of a batch (batch statistics, a mean over axis 0), so no example has a loss of its own."
+        )
+        raise UnsupportedModel(message)
+
+
+def compares(model: torch.nn.Module, reduction: Reduction, probe: Any) -> str:
+    """How the criterion compares the rows of a batch, as the module itself takes them; "" if it does not, or fails."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+            x = tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, probe[0])
+            return comparison(reduction.criterion, forward(model, state, x), probe[1])
+    except (RuntimeError, ValueError, TypeError, IndexError, StopIteration):
+        return ""
+
+
+def _compare_losses(
+    reduction: Reduction,
+    singles: Tensor,
+    counted: NDArray[np.float64],
+    batch: Tensor,
+    shapes: tuple[Any, Any],
+    compares: str,
+) -> None:
+    if batch.shape != ():
+        message = (
+            f"The criterion returns a tensor of shape {tuple(batch.shape)} for a batch; it must return one number. "
+            "Use reduction='mean'."
+        )
+        raise InvalidInput(message)
+    share = torch.from_numpy(counted / counted.sum()).to(singles)
+    mean, total, value = float((singles * share).sum()), float(singles.sum()), float(batch)
+    size = float(singles.abs().max()) + 1e-12
+    is_mean, is_sum = abs(value - mean) <= 1e-5 * size, abs(value - total) <= 1e-5 * size * len(singles)
+    if reduction.total and is_mean and not is_sum:
+        message = (
+            f"{reduction.name} says reduction='sum' and gives the mean over a batch, {value:.6g} of {len(singles)} "
+            "examples, so that what a penalty stands beside is not known. Pass it with reduction='mean', or sum."
+        )
+        raise InvalidInput(message)
+    if not is_mean and not is_sum and compares:
+        raise refused_comparison(reduction.name, compares)
+    if not is_mean and not is_sum:
+        message = (
+            f"{reduction.name} gives {value:.6g} for {len(singles)} examples whose single values have the mean "
+            f"{mean:.6g} and the sum {total:.6g}. It weighs examples unequally in a way that is not known, or "
+            f"broadcasts outputs {shapes[0]} against targets {shapes[1]}. Class weights, "
+            "ignored labels and means over tokens are read off torch.nn.CrossEntropyLoss and NLLLoss, or a "
+            "functools.partial of their functions: pass one of them in place of a function of your own; make output "
+            "and target shapes equal for the others."
+        )
+        raise InvalidInput(message)
+
+
+def _name_a_sum(reduction: Reduction, singles: Tensor, batch: Tensor, objective: Objective) -> None:
+    """A TheoryWarning about a function that sums over a batch, beside whose sum a penalty would weigh otherwise."""
+    mean, total, value = float(singles.mean()), float(singles.sum()), float(batch)
+    summing = abs(value - total) < abs(value - mean) and not reduction.total
+    if not summing or objective.penalty is None:
+        return
+    message = (
+        f"{reduction.name} gives the sum over a batch. As a plain function it is taken for the loss of one example, "
+        "and the penalty stands beside the mean: R(θ) = (1/n) Σ L + penalty. If training minimised the sum + penalty, "
+        "pass penalty=penalty/n and penalty_per_example=False, or a torch.nn criterion with reduction='sum'."
+    )
+    warnings.warn(message, TheoryWarning, stacklevel=5)
+
+
+def comparison(criterion: Criterion, outputs: Tensor, targets: Tensor) -> str:
+    """How a criterion compares the rows of a batch, as ranking, contrastive and Cox losses do, in words; "" if not.
+
+    A mean or sum of losses of single rows, however weighted, gives a row twice what it gives it once, or double that;
+    and it does not give every row alone the same number while rows together cost something else.
+    """
+    size = min(len(outputs), _COMPARED)
+    with torch.no_grad():
+        try:
+            together = float(criterion(outputs, targets))
+            alone = torch.stack([criterion(outputs[b : b + 1], targets[b : b + 1]) for b in range(size)]).double()
+            twice = torch.stack([criterion(outputs[[b, b]], targets[[b, b]]) for b in range(size)]).double()
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return ""  # what else is wrong is said elsewhere
+    if not np.isfinite(together) or size < _FEWEST:
+        return ""
+    if not bool(torch.isfinite(alone).any()):
+        return f"a row alone costs {float(alone[0])}, and all together {together:.6g}"
+    if not bool(torch.isfinite(alone).all()):
+        return ""  # some rows have no loss: a label that is ignored, or log(0)
+    near = 1e-6 * (float(alone.abs().max()) + abs(together))
+    for once, double in zip(alone.tolist(), twice.tolist(), strict=True):
+        if not (abs(double - once) <= near or abs(double - 2 * once) <= near):
+            return f"a row alone costs {once:.6g}, and the same row twice {double:.6g}"
+    same = float(alone.max() - alone.min()) <= near and float(outputs.double().std(0).max()) > near
+    if same and min(abs(together - float(alone[0]) * k) for k in (1, len(outputs))) > near * len(outputs):
+        return f"every row alone costs {float(alone[0]):.6g}, and all together {together:.6g}"
+    return ""
+
+
+def refused_comparison(name: str, how: str) -> InvalidInput:
+    """The error for a criterion that compares rows."""
+    message = (
+        f"{name} compares the rows of a batch ({how}), as ranking, contrastive and Cox losses do, so no row has a loss "
+        "of its own and removing one changes the loss of others. Make an example of what is compared: a Dataset of "
+        "(pair or tuple of rows, target), with a loss of one such example, like softplus(−(f(x) − f(x′))); or take a "
+        "likelihood of single rows, for survival times exp(f)·time − event·f."
+    )
+    return InvalidInput(message)
