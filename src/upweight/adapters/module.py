@@ -117,7 +117,7 @@ def _refuse_without_forward(model: torch.nn.Module) -> None:
         UnsupportedModel: with the name of a module inside that can.
     """
     owner = next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
-    if owner is not torch.nn.Module and owner.__name__ != "LightningModule":
+    if "forward" in vars(model) or (owner is not torch.nn.Module and owner.__name__ != "LightningModule"):
         return
     inside = next((name for name, child in model.named_children() if not is_criterion(child)), None)
     which = "" if inside is None else f", which is probably explain(model.{inside}, X, y, loss=…)"

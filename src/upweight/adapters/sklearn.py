@@ -30,9 +30,10 @@ from upweight.data.examples import Examples
 from upweight.data.ids import names_of
 from upweight.errors import InvalidInput, NotFitted, TheoryWarning, UnsupportedModel, require
 from upweight.influence.face import Influence
-from upweight.influence.minimum import distance
+from upweight.influence.minimum import distance, rows_by_scale
 from upweight.influence.per_row import rows_from_minimum
 from upweight.model.encoders import whole_examples
+from upweight.operators.linear import LinearHessian
 
 _COMPARED_ROWS = 64
 _ROWS_MISSED_BY_ROUNDING = 1e-3
@@ -305,7 +306,9 @@ def _warn(influence: Influence, fit: Fit, built: Built, transformers: Any) -> No
         message = f"{built.stretched}. There ‖∇R‖ = {size:.3g}, {distance(influence.system)}."
         warnings.warn(message, TheoryWarning, stacklevel=4)
         return
-    if missed < (_ROWS_MISSED_BY_ROUNDING if exact else _ROWS_MISSED_BY_ITERATION) or size < 1e-12:
+    hidden = rows_by_scale(influence.system) if isinstance(influence.operator, LinearHessian) else 0.0
+    exact = exact and (missed >= _ROWS_MISSED_BY_ROUNDING or hidden >= _ROWS_MISSED_BY_ITERATION)
+    if size < 1e-12 or not (exact or max(missed, hidden) >= _ROWS_MISSED_BY_ITERATION):
         return
     away = distance(influence.system)
     if away.kept and not exact:

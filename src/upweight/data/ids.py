@@ -161,9 +161,9 @@ def _refuse_another_order(first: Ids, second: Ids) -> None:
     row = differ[0]
     message = (
         f"X and y name the same {len(a)} rows in another order: row {row} is {a[row]!r} in X and {b[row]!r} in y "
-        f"({len(differ)} rows differ). fit() pairs rows by position, so the model was "
-        "trained on the targets of other rows, usually because one of the two was sorted or shuffled alone. Refit with "
-        "y = y.loc[X.index]; or, if the positions are right, pass y.to_numpy()."
+        f"({len(differ)} rows differ). Rows are paired by position, so rows have the targets of others, usually "
+        "because one of the two was sorted or shuffled alone. Pass y.loc[X.index], and refit if fit() was given the same; or, "
+        "if the positions are right, pass y.to_numpy()."
     )
     raise InvalidInput(message)
 

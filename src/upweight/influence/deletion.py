@@ -77,7 +77,7 @@ def forms(system: System) -> Vector:
         U = linear.unit_solutions(system.objective, batch[0])  # (b, p)
         prepared = system.prepared
         known = prepared.forms(U) if isinstance(prepared, Quadratic) else (U * solve(system, U)).sum(1)
-        return known / system.n
+        return known.nan_to_num(nan=0.0) / system.n  # a row without weight may lean on what the others do not determine
 
     return system.sweep.emit(form, vectors=2 * per_row.width(system.sweep), label="leverage")
 
@@ -114,6 +114,8 @@ def all_removals(system: System, family: Family) -> Removals:
 
     def removals(batch: Any, w: Tensor) -> Tensor:
         x = linear.unit_solutions(objective, batch[0])  # (b, p)
+        if system.flat is not None:  # a row without weight may lean on what the others do not determine
+            x = torch.where((w == 0)[:, None], 0.0, x)
         u0 = solve(system, x) / n
         slope = linear.slopes(objective, batch)[:, 0]
         curvature = linear.curvatures(objective, batch)[:, 0, 0]

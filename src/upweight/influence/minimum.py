@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.examples import Examples
@@ -25,6 +26,7 @@ from upweight.influence import per_row
 from upweight.influence.system import System
 from upweight.model.sweep import Sweep
 from upweight.operators import GaussNewton, Hessian
+from upweight.operators.linear import LinearHessian
 
 VALUES_KEPT = 0.05  # a change of the values that is as good as none
 _ROWS, _QUERIES = 16, 8  # that stand for all of them
@@ -56,12 +58,33 @@ class Distance:
         return f"{size} (going on to the minimum would change values by about {change})"
 
 
+def rows_by_scale(system: System) -> float:
+    """‖∇R‖ over the root mean square of wᵢ‖∇Lᵢ‖/n, every parameter in units of 1/√diag C: none hides.
+
+    It needs no linear system, only a pass over the rows of a linear predictor.
+    """
+    operator = system.operator
+    assert isinstance(operator, LinearHessian)
+    diagonal = operator.diagonal()
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    rows = _weighing(system, _ROWS)
+    G = per_row.gradients(system.sweep, rows) * torch.from_numpy(system.examples.weights[rows] / system.n)[:, None]
+    typical = float((G * scale).square().sum(1).mean().sqrt())
+    return float((operator.project(system.risk_gradient[None])[0] * scale).norm()) / max(typical, 1e-300)
+
+
+def _weighing(system: System, count: int) -> NDArray[np.int64]:
+    """Some rows that weigh anything, spread through the data."""
+    rows = np.flatnonzero(system.examples.weights > 0)
+    return rows[np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))]
+
+
 def distance(system: System, queries: Examples | None = None) -> Distance:
     """The distance, with the values of a few queries, or of rows in their place.
 
     Cost: some 30 linear systems and a product with the curvature at another θ.
     """
-    chosen = system.examples.spread(_ROWS + _QUERIES)
+    chosen = _weighing(system, _ROWS + _QUERIES)
     asked, rows = chosen[1::3], np.delete(chosen, np.s_[1::3])
     if not len(asked):
         asked = rows
@@ -79,7 +102,7 @@ def distance(system: System, queries: Examples | None = None) -> Distance:
                 return plain
             R, S = first.x[0], first.x[1 + len(G) :]
             forms = (first.x[: 1 + len(G)] * torch.cat([system.risk_gradient[None], G * weights])).sum(1).clamp(min=0)
-            missed = float(forms[0].sqrt() / forms[1:].mean().sqrt().clamp(min=1e-300))
+            missed = float(forms[0].sqrt() / forms[1:].mean().sqrt()) if bool(forms[1:].any()) else math.inf
             there = replace(here, objective=here.objective.at(here.objective.theta - R))
             F_there, G_there = (per_row.gradients(there.over(there.objective, some)) for some in (targets, sources))
             wrong = system.project(F_there - _curved(system, there, S))
@@ -88,7 +111,8 @@ def distance(system: System, queries: Examples | None = None) -> Distance:
         return plain
     share = system.penalty_share
     before, after = S @ ((G + share) * weights).T, S_there @ ((G_there + share) * weights).T
-    return Distance(missed, float((after - before).norm() / before.norm().clamp(min=1e-300)))
+    change = float((after - before).norm() / before.norm()) if bool(before.any()) else math.nan
+    return Distance(missed, change)
 
 
 def _curved(system: System, there: Sweep, S: Tensor) -> Tensor:

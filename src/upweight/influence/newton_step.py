@@ -226,6 +226,8 @@ def _steps(
     slopes = linear.slopes(objective, batch) * weights[:, None]
     curvatures = linear.curvatures(objective, batch) * weights[:, None, None]
     penalty = calculus.penalty_gradient(objective) if objective.folded else None
+    weightless = torch.from_numpy(np.repeat(examples.weights[union] == 0, K))
+    U = torch.where(weightless[:, None], 0.0, U)  # removing it changes nothing, whatever it leans on
     solved = solve(U if penalty is None else torch.cat([U, penalty[None]])).x
     XU = solved[: len(U)]
     corrections, moves, shares = [], [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from upweight.errors import TheoryWarning
 from upweight.influence import scoring
 from upweight.influence.system import System
 from upweight.model import calculus
@@ -25,4 +27,12 @@ def of_perturbing(system: System, rows: Any, on: Any) -> Float[NDArray[np.float6
         return gradient * w.reshape(-1, *[1] * (gradient.ndim - 1))
 
     moved = system.sweep.emit(fields, vectors=len(S), rows=rows, label="perturb")
+    apart = system.undetermined_features
+    if len(apart):
+        message = (
+            f"Moving {', '.join(system.undetermined)} apart from each other settles coefficients that no row held "
+            f"before ({system.why_flat}), which is no small change: these columns are NaN. Drop one and fit again."
+        )
+        warnings.warn(message, TheoryWarning, stacklevel=3)
+        moved[..., apart] = np.nan
     return movable.widened(np.moveaxis(-moved / system.n, 0, 1))

@@ -81,7 +81,8 @@ def _by_forms(
             own = pairwise.own(*pairs.features(objective, batch))
             return torch.cat([own[:, None], calculus.dots(objective, batch, across)], 1)
         G = layers.gradients(objective, batch).double().cpu()
-        return torch.cat([prepared.forms(G)[:, None], G @ across.T], 1)
+        own = prepared.forms(G).nan_to_num(nan=0.0)  # only rows without weight may lean on what is not determined
+        return torch.cat([own[:, None], G @ across.T], 1)
 
     light = 8 if pairwise is not None else 3 + layers.vectors(objective, sweep.example_bytes)
     vectors = light if pairwise is not None or kronecker is not None else per_row.width(sweep)

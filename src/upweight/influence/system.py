@@ -31,7 +31,7 @@ from upweight.operators import Curvature, Dense, Hessian, Operator
 from upweight.operators.linear import LinearHessian
 from upweight.solvers import Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping
-from upweight.solvers.flat import Flat
+from upweight.solvers.flat import LEANS, Flat
 
 PROBE = 3  # examples that a route is tried on
 
@@ -212,12 +212,35 @@ class System:
         structure = self.objective.linear
         if self.flat is None or structure is None:
             return []
-        places = np.flatnonzero(self.flat.touched)
         K, d = structure.n_outputs, structure.n_features
-        features = sorted({int(place) % d for place in places if place < K * d})
         known = self.encoder.feature_names or []
-        names = [known[j] if len(known) == d else f"x{j}" for j in features]
-        return [*names, *(["intercept"] if (places >= K * d).any() else [])]
+        names = [known[j] if len(known) == d else f"x{j}" for j in self.undetermined_features]
+        return [*names, *(["intercept"] if self.flat.touched[K * d :].any() else [])]
+
+    def determined(self, G: Float[Tensor, "r p"]) -> Float[Tensor, "r p"]:
+        """G, with NaN for gradients of new rows that lean on what no training row has, and a TheoryWarning."""
+        if self.flat is None:
+            return G
+        leans = self.flat.leaning(G) > LEANS
+        if bool(leans.any()):
+            first = int(torch.nonzero(leans)[0])
+            message = (
+                f"{int(leans.sum())} of {len(G)} changes (first: number {first}) bring a row that no training row "
+                f"resembles: {self.why_flat}, and the new row tells them apart. Such a row settles "
+                "coefficients that nothing held before, which is no small change: their values are NaN. Train with it "
+                "instead, or drop a column and fit again."
+            )
+            warnings.warn(message, TheoryWarning, stacklevel=5)
+        return torch.where(leans[:, None], torch.nan, G)
+
+    @property
+    def undetermined_features(self) -> NDArray[np.int64]:
+        """The numbers of the columns whose coefficients the data do not determine."""
+        structure = self.objective.linear
+        if self.flat is None or structure is None:
+            return np.zeros(0, dtype=np.int64)
+        places = np.flatnonzero(self.flat.touched)
+        return np.unique(places[places < structure.n_outputs * structure.n_features] % structure.n_features)
 
     @property
     def why_flat(self) -> str:

@@ -15,6 +15,8 @@ __all__ = ["functional_call", "grad", "quietly", "unbatched", "undisturbed", "vm
 
 _NO_RULE = "There is a performance drop because we have not yet implemented the batching rule"  # how torch begins
 _LISTENING: list[bool] = []  # while `unbatched` gathers
+_WARNS = [True]  # torch has a switch and does not tell how it stands
+_SAID: dict[Any, Any] = {}  # warnings of a user's code that were passed on
 
 
 @contextmanager
@@ -31,10 +33,12 @@ def undisturbed() -> Iterator[None]:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without torch's warnings that vmap takes an operation row by row, which `unbatched` gathers once for `check`."""
-    with warnings.catch_warnings():
-        if not _LISTENING:
-            warnings.filterwarnings("ignore", message=_NO_RULE)
+    before = _warns(False) if not _LISTENING else None
+    try:
         yield
+    finally:
+        if before is not None:
+            _warns(before)
 
 
 @contextmanager
@@ -51,7 +55,18 @@ def unbatched(operations: set[str]) -> Iterator[None]:
         if str(one.message).startswith(_NO_RULE):
             operations.update(re.findall(r"aten::\w+", str(one.message))[:1])
         else:
-            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno, registry=_SAID)
+
+
+def _warns(on: bool) -> bool:
+    """Whether torch warns of a missing rule from now on; how it was before."""
+    inner = getattr(torch._C, "_functorch", None)
+    switch = getattr(inner, "_set_vmap_fallback_warning_enabled", None)
+    before = _WARNS[0]
+    if switch is not None:
+        switch(on)
+        _WARNS[0] = on
+    return before
 
 
 def vmap(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:

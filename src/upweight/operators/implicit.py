@@ -43,6 +43,11 @@ class Implicit:
         """p."""
         return self.sweep.objective.size
 
+    @property
+    def exact(self) -> bool:
+        """Whether C is the Hessian itself, so that R is flat where C is 0."""
+        return self.product is calculus.hvp
+
     def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """C v for every row v.  Cost: one sweep."""
         return self._sum(V, None) / self.sweep.n + calculus.penalty_hvp(self.sweep.objective, V)

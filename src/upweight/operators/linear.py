@@ -58,6 +58,11 @@ class LinearHessian:
         self._structure: Linear = sweep.objective.linear  # type: ignore[assignment]
 
     @property
+    def exact(self) -> bool:
+        """True: C is the Hessian itself, so that R is flat where C is 0."""
+        return True
+
+    @property
     def size(self) -> int:
         """p."""
         return self.sweep.objective.size

@@ -68,7 +68,7 @@ class Factored:
         if reciprocal < _MIN_RECIPROCAL_CONDITION:
             np.fill_diagonal(packed, diagonal > 0)
             whole = np.triu(packed) + np.triu(packed, 1).T
-            if damping == 0 and self._shift is None:
+            if damping == 0 and self._shift is None and getattr(operator, "exact", False):
                 self.flat = directions(operator, whole, self._scale)
             if self.flat is not None:
                 packed, missing, reciprocal = _factorised(whole + self.flat.scaled @ self.flat.scaled.T)
