@@ -33,7 +33,10 @@ SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 FEWEST_OF_A_CLASS = 10  # two for each of five folds, so that a planted flip leaves one
 _MOST_CLASSES, _MOST_NUMBERS = 100, 20  # beyond these a label is no class but a text or a measurement
 _WORDS = 3  # of a text, on average
-_NO_LABEL = ("", "?", "NA", "NaN", "nan", "null", "NULL", "<NA>")
+_NO_LABEL = (  # what pandas takes for missing, and a question mark
+    *("", "?", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+    *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+)
 _DATES = ("ISO8601", "%m/%d/%Y", "%d/%m/%Y", "%d.%m.%Y")
 
 
@@ -115,6 +118,8 @@ def read(file: Path, label: str | None) -> Table:
         problem = "no label was named" if label is None else f"there is no column '{label}'"
         message = f"{file} is a table, and {problem}. Its columns are {', '.join(map(str, whole.columns))}. Name the "
         raise InvalidInput(message + f"one to repair: upweight repair {file} --label '{whole.columns[-1]}'.")
+    if not _is_parquet(file):
+        _refuse_two_of_one_name(file, label)
     text = _labels(file, whole, label)
     typed = {name: _typed(name, cast("Series", whole[name])) for name in others}
     columns = tuple(column for column, _ in typed.values())
@@ -205,6 +210,22 @@ def _separator(file: Path) -> str:
     with opened(file, "rb") as stream:
         first = stream.readline()
     return ";" if first.count(b";") > first.count(b",") else ","
+
+
+def _refuse_two_of_one_name(file: Path, label: str) -> None:
+    """Raises if two columns have the label's name: pandas would take the second for a feature, which tells the answer.
+
+    Raises:
+        InvalidInput: with their places.
+    """
+    names = _csv(file, header=None, nrows=1, dtype=str).iloc[0].astype(str).str.strip().tolist()
+    places = [place for place, name in enumerate(names, 1) if name == label]
+    if len(places) > 1:
+        message = (
+            f"{file} has {len(places)} columns called '{label}', columns {', '.join(map(str, places))}. Rename or "
+            "remove all but the one whose labels are to be repaired."
+        )
+        raise InvalidInput(message)
 
 
 def _labels(file: Path, whole: DataFrame, label: str) -> NDArray[Any]:

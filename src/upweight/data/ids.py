@@ -162,8 +162,8 @@ def _refuse_another_order(first: Ids, second: Ids) -> None:
     message = (
         f"X and y name the same {len(a)} rows in another order: row {row} is {a[row]!r} in X and {b[row]!r} in y "
         f"({len(differ)} rows differ). Rows are paired by position, so rows have the targets of others, usually "
-        "because one of the two was sorted or shuffled alone. Pass y.loc[X.index], and refit if fit() was given the same; or, "
-        "if the positions are right, pass y.to_numpy()."
+        "because one of the two was sorted or shuffled alone. Pass y.loc[X.index], and refit if fit() was given the "
+        "same; or, if the positions are right, pass y.to_numpy()."
     )
     raise InvalidInput(message)
 

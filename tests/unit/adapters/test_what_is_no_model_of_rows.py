@@ -195,6 +195,29 @@ def test_a_kink_at_theta_is_no_half_derivative():
     uw.explain(net, X, TIME[:, None], loss=F.mse_loss)
 
 
+@pytest.mark.parametrize("activation", [nn.ELU(), nn.CELU(), nn.SELU()])
+def test_a_kink_of_the_slope_at_theta_is_none_either(activation):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), activation, nn.Linear(8, 1)).double()
+    nn.init.zeros_(net[0].bias)
+    half = X * (torch.arange(40)[:, None] % 2)  # every second row meets the kink
+    uw.explain(net, half, TIME[:, None], loss=F.mse_loss)
+
+
+def test_labels_at_the_edge_of_a_criterion_are_no_half_derivatives():
+    net = model()
+    nn.init.zeros_(net.weight)
+    nn.init.zeros_(net.bias)
+    uw.explain(net, X, 2 * EVENT[:, None] - 1, loss=nn.HuberLoss(delta=1.0), damping=0.1)
+
+
+def test_a_forward_of_ones_own_on_the_instance_is_one():
+    holder = nn.Module()
+    holder.inner = model()
+    holder.forward = lambda x: holder.inner(x)
+    uw.explain(holder, X, TIME[:, None], loss=F.mse_loss)
+
+
 def test_torchs_warnings_of_missing_rules_are_hidden_and_check_says_them():
     def towards(z, target):
         return F.triplet_margin_loss(z, target[:, :2], target[:, 2:], margin=3.0)

@@ -174,3 +174,20 @@ def test_another_encoding_is_refused_and_the_way_out_works(frame, tmp_path, monk
     message = refused(tmp_path.__class__("a.csv"), "bought", "UTF-8")
     subprocess.run(message.partition("with: ")[2], shell=True, check=True)
     assert table.read(tmp_path / "utf8-a.csv", "bought").frame["city"][0].startswith("Zürich")
+
+
+def test_two_columns_of_the_labels_name_are_refused(tmp_path, frame):
+    file = tmp_path / "twice.csv"
+    twice = frame.assign(again=frame["bought"]).rename(columns={"again": "bought"})
+    twice.to_csv(file, index=False)
+    with pytest.raises(uw.errors.InvalidInput, match=r"2 columns called 'bought', columns 11, 12"):
+        table.read(file, "bought")
+    twice.loc[:, ~twice.columns.duplicated()].to_csv(file, index=False)  # what it says to do
+    assert len(table.read(file, "bought").labels) == 60
+
+
+@pytest.mark.parametrize("missing", ["N/A", "None", "#N/A", "?", "NA"])
+def test_what_pandas_takes_for_missing_is_no_label(tmp_path, frame, missing):
+    file = tmp_path / "some.csv"
+    frame.assign(bought=np.where(np.arange(60) < 12, missing, frame["bought"])).to_csv(file, index=False)
+    assert set(table.read(file, "bought").labels) == {"yes", "no"}
