@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# statsmodels' OLSInfluence accepts a weighted fit and computes leverages from the columns without their weights.
+# statsmodels' OLSInfluence accepts a weighted fit and weighs the columns only once in its leverages.
 #
 # Library: statsmodels 0.15.0.
 # Surprise: RegressionResults of WLS have no get_influence(), and the class behind it, OLSInfluence(results), takes them
-#   without a word. Its leverages are then x' (X'WX)^-1 x, with neither the row's own weight nor sqrt(w) in x: they do not
-#   sum to the number of parameters. Cook's distance, the deletion residual and DFBETAS follow from them.
+#   without a word. It multiplies the columns as they are by the pseudoinverse of the weighted ones, so that a leverage is
+#   sqrt(w) x' (X'WX)^-1 x in place of w x' (X'WX)^-1 x, and they do not sum to the number of parameters. Cook's distance,
+#   the deletion residual and DFBETAS follow from them.
 # Expected: the hat matrix of a weighted fit, whose trace is the number of parameters; a deletion residual that is
 #   y - prediction by the fit without the row; and so on.
 # Where upweight works around it: src/upweight/influence/diagnostics.py takes weights as precisions, and its columns for
