@@ -306,7 +306,8 @@ def _warn(influence: Influence, fit: Fit, built: Built, transformers: Any) -> No
         message = f"{built.stretched}. There ‖∇R‖ = {size:.3g}, {distance(influence.system)}."
         warnings.warn(message, TheoryWarning, stacklevel=4)
         return
-    hidden = rows_by_scale(influence.system) if isinstance(influence.operator, LinearHessian) else 0.0
+    operator = influence.operator
+    hidden = rows_by_scale(influence.system, operator) if isinstance(operator, LinearHessian) else 0.0
     exact = exact and (missed >= _ROWS_MISSED_BY_ROUNDING or hidden >= _ROWS_MISSED_BY_ITERATION)
     if size < 1e-12 or not (exact or max(missed, hidden) >= _ROWS_MISSED_BY_ITERATION):
         return

@@ -58,13 +58,11 @@ class Distance:
         return f"{size} (going on to the minimum would change values by about {change})"
 
 
-def rows_by_scale(system: System) -> float:
+def rows_by_scale(system: System, operator: LinearHessian) -> float:
     """‖∇R‖ over the root mean square of wᵢ‖∇Lᵢ‖/n, every parameter in units of 1/√diag C: none hides.
 
     It needs no linear system, only a pass over the rows of a linear predictor.
     """
-    operator = system.operator
-    assert isinstance(operator, LinearHessian)
     diagonal = operator.diagonal()
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     rows = _weighing(system, _ROWS)
