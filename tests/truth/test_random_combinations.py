@@ -243,6 +243,7 @@ def compare(case) -> tuple[str, float]:
 QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
+@pytest.mark.slow
 @settings(max_examples=40, **QUIET)
 @given(scripts())
 def test_values_are_those_of_the_script_or_an_error(case):
