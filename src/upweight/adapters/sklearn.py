@@ -312,7 +312,7 @@ def _warn(influence: Influence, fit: Fit, built: Built, transformers: Any) -> No
     if size < 1e-12 or not (exact or max(missed, hidden) >= _ROWS_MISSED_BY_ITERATION):
         return
     away = distance(influence.system)
-    if away.kept and not exact:
+    if away.kept and not exact and not np.isnan(away.values):  # what could not be worked out silences nothing
         return
     settings = [
         f"{name}={getattr(fit.estimator, name)}"

@@ -149,7 +149,8 @@ def _free(influence: uw.Influence) -> Int[NDArray[np.int64], " m"]:
 def _others(influence: uw.Influence, rows: NDArray[np.int64], draw: np.random.Generator) -> NDArray[Any]:
     """For each row a class at random that is not its own."""
     names, labels = uw.classes(influence), uw.training_labels(influence, rows)
-    assert names is not None and labels is not None  # noqa: PT018 it is a classifier
+    assert names is not None  # it is a classifier
+    assert labels is not None
     present = np.array([names.index(label) for label in labels.tolist()])
     return np.asarray(names)[(present + draw.integers(1, len(names), len(rows))) % len(names)]
 

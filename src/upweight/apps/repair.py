@@ -246,7 +246,7 @@ def repair(
     Without `by` the order is chosen by planted flips: 3 % of the labels, drawn at random, are flipped on purpose, the
     model is trained again, and each order is asked how many of them it puts among the rows to inspect. That needs no
     truth, and is repeated. Where the model cannot be trained again the order is the mean of the ranks by
-    self-influence, loss and margin, seldom best and seldom far behind, and the report says so.
+    self-influence, loss and margin, and the report says so.
 
     For a linear predictor the loss of a row after training with another label is that of the outputs that minimise this
     loss and the rest of the objective, to second order around the fit without the row: exact for squared loss, within a
@@ -369,7 +369,7 @@ def _choice(by: str | None, known: Orders, compare: Callable[[], Planted]) -> tu
         found = compare()
     except UpweightError as error:
         said = " ".join(str(error).split()).rstrip(".")
-        return MEAN_RANK, f"The orders could not be compared: {said}. This one is seldom far behind the best.", None
+        return MEAN_RANK, f"The orders could not be compared: {said}. So the mean of their ranks is taken.", None
     return found.best, _told(found), found
 
 

@@ -110,7 +110,7 @@ def read(file: Path, label: str | None) -> Table:
         MissingExtra: if pandas, or for Parquet pyarrow, is not installed.
     """
     if not file.is_file():
-        message = f"There is no file {file}. Name a table ({', '.join(SUFFIXES)}), or a study: module:function."
+        message = f"There is no file {file}. Name a table ({', '.join(SUFFIXES)}), or a study: file.py:function."
         raise PathNotFound(message)
     whole = _parquet(file) if _is_parquet(file) else _csv(file, na_values=["?"])
     others = [str(name) for name in whole.columns if name != label]

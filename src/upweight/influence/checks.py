@@ -107,7 +107,7 @@ class Report:
             against.append(f"the systems were not solved ({self.problem.split('. ')[0]})")
         if not self.at_minimum:
             against.append(f"θ̂ is not at a minimum, {self._away}, so values are effects on the present θ̂")
-        if self.min_curvature + self.damping <= 0:
+        if self.min_curvature + self.damping <= 0 or (np.isnan(self.min_curvature) and not self.problem):
             against.append(f"C + λI is not positive ({self.min_curvature:.3g} + {self.damping:.3g})")
         known = []
         if self.at_minimum and self.held_back > _HELD:
@@ -115,7 +115,7 @@ class Report:
                 f"damping={self.damping:.3g} alone makes values up to {self.held_back:.0%} smaller than refits: name a "
                 "smaller one"
             )
-        elif self.at_minimum and self.rows_from_minimum >= 1:
+        if self.at_minimum and self.rows_from_minimum >= 1:
             known.append(f"θ̂ is not quite at a minimum, {self._away}")
         start = "not ok: " + "; ".join(against) if against else "ok"
         return f"{start}; but {'; '.join(known)}" if known else start

@@ -73,11 +73,12 @@ class Removals:
 def forms(system: System) -> Vector:
     """x̃ᵀM⁻¹x̃ of every row."""
 
-    def form(batch: Any, _w: Tensor) -> Tensor:
+    def form(batch: Any, w: Tensor) -> Tensor:
         U = linear.unit_solutions(system.objective, batch[0])  # (b, p)
         prepared = system.prepared
         known = prepared.forms(U) if isinstance(prepared, Quadratic) else (U * solve(system, U)).sum(1)
-        return known.nan_to_num(nan=0.0) / system.n  # a row without weight may lean on what the others do not determine
+        # a row without weight may lean on what the others do not determine
+        return torch.where((w == 0) & known.isnan(), 0.0, known) / system.n
 
     return system.sweep.emit(form, vectors=2 * per_row.width(system.sweep), label="leverage")
 

@@ -113,8 +113,8 @@ def summary_frame(influence: Explained) -> DataFrame:
     _name_undetermined(system, "DFBETAS")
     names = [f"dfbetas_{name}" for name in parameter_names(influence)]
     flat = [column for name in table for column in (names if name == "dfbetas" else [name])]
-    names = system.examples.names
-    index = None if names is None else index_of(names.values, None, names.name)
+    called = system.examples.names
+    index = None if called is None else index_of(called.values, None, called.name)
     return pandas.DataFrame(np.column_stack(list(table.values())), columns=flat, index=index)
 
 

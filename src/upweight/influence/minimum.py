@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.examples import Examples
-from upweight.errors import InvalidInput, SolverError, TheoryWarning
+from upweight.errors import TheoryWarning, UpweightError
 from upweight.influence import per_row
 from upweight.influence.system import System
 from upweight.model.sweep import Sweep
@@ -105,7 +105,7 @@ def distance(system: System, queries: Examples | None = None) -> Distance:
             F_there, G_there = (per_row.gradients(there.over(there.objective, some)) for some in (targets, sources))
             wrong = system.project(F_there - _curved(system, there, S))
             S_there = S + system.prepared.solve(wrong).x
-    except (SolverError, InvalidInput):  # no Newton step leads to a minimum, or the loss is not finite where it does
+    except UpweightError:  # no Newton step leads to a minimum, or the loss is not defined where it does
         return plain
     share = system.penalty_share
     before, after = S @ ((G + share) * weights).T, S_there @ ((G_there + share) * weights).T

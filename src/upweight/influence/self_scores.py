@@ -71,7 +71,7 @@ def _by_forms(
     solution = solve(per_row.gradients(sweep, witnesses))
     across = solve(system.project(torch.stack([system.risk_gradient, system.penalty_share]))).x
 
-    def forms(batch: Any, _: Tensor) -> Tensor:
+    def forms(batch: Any, w: Tensor) -> Tensor:
         if kronecker is not None:
             captured = kronecker.pieces(batch)
             own = kronecker.weigh(captured, prepared.inverse)  # type: ignore[attr-defined]
@@ -81,7 +81,8 @@ def _by_forms(
             own = pairwise.own(*pairs.features(objective, batch))
             return torch.cat([own[:, None], calculus.dots(objective, batch, across)], 1)
         G = layers.gradients(objective, batch).double().cpu()
-        own = prepared.forms(G).nan_to_num(nan=0.0)  # only rows without weight may lean on what is not determined
+        own = prepared.forms(G)  # a row without weight may lean on what the others do not determine
+        own = torch.where((w == 0) & own.isnan(), 0.0, own)
         return torch.cat([own[:, None], G @ across.T], 1)
 
     light = 8 if pairwise is not None else 3 + layers.vectors(objective, sweep.example_bytes)

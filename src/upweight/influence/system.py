@@ -249,7 +249,7 @@ class System:
             return ""
         names = self.undetermined
         if not names:
-            return f"{self.flat.plain.shape[1]} combinations of parameters change no row's loss"
+            return f"{self.flat.plain.shape[1]} combinations of parameters change no row's loss to second order"
         listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return f"the columns {listed} repeat or add up to others, without a penalty on them"
 
