@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from scipy.optimize import minimize
 from torch import nn
 
 import upweight as uw
-from upweight.errors import InvalidInput
+from upweight.errors import InvalidInput, NotConverged
 
 DRAW = torch.Generator().manual_seed(0)
 X = torch.randn(60, 3, generator=DRAW, dtype=torch.float64)
@@ -70,3 +72,32 @@ def test_the_reference_is_the_minimum_that_training_on_all_rows_reaches():
         expected = objective(without, ones)[2][:4] - objective(whole, ones)[2][:4]
         actual = uw.leave_one_out(influence, (X[:4], Y[:4]), [row], retrain=uw.LBFGS(rtol=1e-6)).actual[:, 0]
         np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_parameters_of_trainings_are_not_kept():
+    influence = uw.explain(network(), X, Y, loss=nn.functional.cross_entropy, penalty=PENALTY)
+    alive, most = [], 0
+
+    def retrain(weights, seed):
+        nonlocal most
+        theta = torch.cat([parameter.detach().reshape(-1) for parameter in network().parameters()]) * (1 + seed / 100)
+        most = max(most, sum(one() is not None for one in alive))
+        alive.append(weakref.ref(theta))
+        return theta
+
+    uw.leave_one_out(influence, (X[:2], Y[:2]), range(20), retrain=retrain)
+    assert len(alive) == 21
+    assert most <= 2
+
+
+def test_a_control_that_fails_ends_the_run_at_once():
+    influence = uw.explain(network(), X, Y, loss=nn.functional.cross_entropy, penalty=PENALTY)
+    calls = []
+
+    def retrain(weights, seed):
+        calls.append(seed)
+        raise NotConverged("it went nowhere")
+
+    with pytest.raises(NotConverged, match="it went nowhere"):
+        uw.leave_one_out(influence, (X[:2], Y[:2]), range(20), retrain=retrain)
+    assert len(calls) == 1

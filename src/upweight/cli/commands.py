@@ -195,8 +195,8 @@ def _is_path(study: str) -> bool:
     if colon and module and function.isidentifier():
         return False
     message = (
-        f"There is no file at {study}, and it is not of the form file.py:function. Write the path that `upweight score` "
-        "was given as --out, or a function that returns an upweight.Study."
+        f"There is no file at {study}, and it is not of the form file.py:function. Write the path that "
+        "`upweight score` was given as --out, or a function that returns an upweight.Study."
     )
     raise PathNotFound(message)
 

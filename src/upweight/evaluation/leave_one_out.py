@@ -115,6 +115,9 @@ def leave_one_out(
 ) -> Outcomes:
     """Train again without each row, and once with all of them as the control.
 
+    A row without which there is nothing to train (all of a class, or a fit that is not unique) is NaN, with a
+    TheoryWarning that says why.
+
     Cost: (len(rows) + 1) × seeds trainings; side by side where the retrainer has a `many`.
 
     Args:
@@ -130,9 +133,6 @@ def leave_one_out(
         seeds: repetitions with seed, seed + 1, …; each has a control of its own. Only a retrainer with chance in it
             needs more than one.
         progress: True or False forces the progress bar on or off; None shows it on a terminal only.
-
-    A row without which there is nothing to train (all of a class, or a fit that is not unique) is NaN, with a
-    TheoryWarning that says why.
 
     Raises:
         RowOutOfRange: if a row does not exist.
@@ -155,11 +155,17 @@ def leave_one_out(
 
     jobs = ((without(row), seed + k) for k in range(seeds) for row in (None, *rows.tolist()))  # None is the control
     total = seeds * (len(rows) + 1)
-    returned = list(trials.parameters(jobs, total, progress=progress, kept=(SolverError, Undefined)))
-    _name_failures(returned, rows)
-    nothing = np.full(len(now), np.nan)
-    values = [nothing if isinstance(theta, Exception) else trials.at(theta) for theta in returned]
-    after = np.stack(values).reshape(seeds, len(rows) + 1, -1)
+    after = np.full((total, len(now)), np.nan)
+    failed: dict[int, Exception] = {}
+    for place, theta in enumerate(trials.parameters(jobs, total, progress=progress, kept=(SolverError, Undefined))):
+        if not isinstance(theta, Exception):
+            after[place] = trials.at(theta)
+        elif place % (len(rows) + 1) == 0:
+            raise theta  # the control: nothing can be compared
+        else:
+            failed[place] = theta
+    _name_failures(failed, rows, seeds)
+    after = after.reshape(seeds, len(rows) + 1, -1)
     control = after[:, 0] - now
     actual = (after[:, 1:] - after[:, :1]).transpose(0, 2, 1)  # (m, q, r)
     return Outcomes(
@@ -192,24 +198,23 @@ def _refuse_far_from_a_minimum(influence: Influence) -> None:
     raise InvalidInput(message)
 
 
-def _name_failures(returned: list[Any], rows: NDArray[np.int64]) -> None:
-    """A TheoryWarning about rows without which training failed.
+def _name_failures(failed: dict[int, Exception], rows: NDArray[np.int64], seeds: int) -> None:
+    """A TheoryWarning about rows without which training failed, by the places of their jobs.
 
     Raises:
-        UpweightError: what training raised, if it failed with all rows, or without any one of them.
+        UpweightError: what training raised, if it failed without any one of them.
     """
-    wide = len(rows) + 1
-    failed = {place: one for place, one in enumerate(returned) if isinstance(one, Exception)}
-    controls = [one for place, one in failed.items() if place % wide == 0]
-    if controls or len(failed) == len(returned) - len(returned) // wide:
-        raise next(iter([*controls, *failed.values()]))
-    lost = sorted({int(rows[place % wide - 1]) for place in failed})
-    if lost:
-        message = (
-            f"Training without {len(lost)} of {len(rows)} rows (first: {lost[:5]}) gave nothing, and their changes are "
-            f"NaN: {first_line(next(iter(failed.values())), length=400)}"
-        )
-        warnings.warn(message, TheoryWarning, stacklevel=3)
+    if not failed:
+        return
+    first = next(iter(failed.values()))
+    if len(failed) == seeds * len(rows):
+        raise first
+    lost = sorted({int(rows[place % (len(rows) + 1) - 1]) for place in failed})
+    message = (
+        f"Training without {len(lost)} of {len(rows)} rows (first: {lost[:5]}) gave nothing, and their changes are "
+        f"NaN: {first_line(first, length=400)}"
+    )
+    warnings.warn(message, TheoryWarning, stacklevel=3)
 
 
 def of_others(scores: Scores, now: Float[NDArray[np.float64], " q"] | None) -> str:
