@@ -277,19 +277,21 @@ def test_the_last_row_of_a_class_cannot_be_left_out(model, retrain, capfd):
     refused = (
         "Without row\\(s\\) 0 no row of class 'no' is left, so fit\\(\\) solves another problem, of 2 instead of 3"
     )
-    kind = uw.errors.NotConverged if retrain == uw.Newton() else uw.errors.InvalidInput
-    with pytest.raises(kind, match=refused):
+    with pytest.raises(uw.errors.Undefined, match=refused):
         uw.leave_one_out(influence, (rows[1:3], y[1:3]), [0], retrain)
     assert not capfd.readouterr().out
     assert np.isfinite(uw.leave_one_out(influence, (rows[1:3], y[1:3]), [1], retrain).actual).all()
 
 
-def test_newton_without_a_class_is_fine_where_the_intercept_is_penalised_or_absent():
+def test_newton_without_a_class_is_refused_even_where_the_objective_keeps_a_minimum():
+    """With a penalised intercept, or none, it has one; but fit() has another problem, or none."""
     kept = np.concatenate([np.flatnonzero(Y == 0)[:1], np.flatnonzero(Y == 1)])
     rows, y = X[kept], Y[kept]
     for settings in ({"fit_intercept": False}, {"solver": "liblinear"}):
         influence = uw.explain(LogisticRegression(**settings | TIGHT).fit(rows, y), rows, y)
-        assert np.isfinite(uw.leave_one_out(influence, (rows[:3], y[:3]), [0], uw.Newton()).actual).all()
+        with pytest.raises(uw.errors.Undefined, match="no row of class 0 is left"):
+            uw.leave_one_out(influence, (rows[:3], y[:3]), [0], uw.Newton())
+        assert np.isfinite(uw.leave_one_out(influence, (rows[:3], y[:3]), [1], uw.Newton()).actual).all()
 
 
 def test_a_target_encoder_is_named_when_it_leaves_the_minimum():
