@@ -125,3 +125,22 @@ def made(**fields):
         "query_values": np.array([0.7, 0.1]),
     }
     return Scores(**settings | fields)
+
+
+class Sentences(nn.Module):
+    """Classes of sentences, from a mean over their words; asked with labels it tells its loss."""
+
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.words, self.head, self.factor = nn.Embedding(20, 4), nn.Linear(4, 3), factor
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        mask = attention_mask[..., None].to(self.head.weight.dtype)
+        logits = self.head((self.words(input_ids) * mask).sum(1) / mask.sum(1))
+        return {"logits": logits, "loss": None if labels is None else self.factor * cross_entropy(logits, labels)}
+
+
+def sentences(labelled=True):
+    draw = np.random.default_rng(0)
+    found = [{"input_ids": draw.integers(0, 20, 3 + k % 4).tolist()} for k in range(12)]
+    return [{**row, "labels": k % 3} if labelled else row for k, row in enumerate(found)]

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import messages
+
 import upweight as uw
 from upweight.model.losses import Loss
 
@@ -77,6 +79,7 @@ def demo_block() -> str:
 def main() -> None:
     (ROOT / "docs/cli.md").write_text(cli_page())
     (ROOT / "docs/api.md").write_text(api_page())
+    (ROOT / "docs/errors.md").write_text(messages.page())
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     readme.write_text(before + demo_block() + rest.split(END, 1)[1])

@@ -6,6 +6,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from upweight import errors
@@ -43,6 +44,7 @@ class Remedy:
     goes_on: bool
 
 
+@cache
 def messages() -> list[Message]:
     """Every message, in the order of packages, files and lines."""
     found = []
@@ -50,17 +52,17 @@ def messages() -> list[Message]:
         place = file.relative_to(SOURCE)
         package = place.parts[0] if len(place.parts) > 1 else "errors"
         tree = ast.parse(file.read_text())
-        functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        functions = {node.name: node for node in functions_of(tree)}
         for function in [tree, *functions_of(tree)]:
-            strings = _strings(function)
-            for call in _own_calls(function):
-                kind = _kind(call)
-                if kind and call.args:
-                    text = _text(call.args[0], strings, functions, _DEPTH)
-                    found.append(Message(package, str(place), call.lineno, kind, text))
+            calls = [(call, kind) for call in _own_calls(function) if call.args and (kind := _kind(call))]
+            strings = _strings(function) if calls else {}
+            for call, kind in calls:
+                text = _text(call.args[0], strings | _reaching(function, call), functions, _DEPTH)
+                found.append(Message(package, str(place), call.lineno, kind, text))
     return sorted(set(found), key=lambda one: (one.package, one.file, one.line))
 
 
+@cache
 def remedies() -> list[Remedy]:
     """Every `with refused(…)` and `with warned(…)` in tests/remedies."""
     found = []
@@ -111,6 +113,24 @@ def _kind(call: ast.Call) -> str | None:
     if ast.unparse(call.func) == "warnings.warn":
         return "TheoryWarning"
     return name if name in _KINDS else None
+
+
+def _reaching(function: ast.AST, call: ast.Call) -> dict[str, list[ast.expr]]:
+    """What the names of a function are at a call, where its own block of code says so in front of it."""
+    found: dict[str, list[ast.expr]] = {}
+    for block in _blocks(function):
+        place = next((j for j, node in enumerate(block) if any(one is call for one in ast.walk(node))), None)
+        if place is None or isinstance(
+            block[place], ast.If | ast.For | ast.While | ast.With | ast.Try | ast.FunctionDef
+        ):
+            continue
+        for start in range(place - 1, -1, -1):
+            if isinstance(block[start], ast.Assign):
+                behind = _strings(ast.Module(block[start:place], []))
+                for target in ast.walk(block[start]):
+                    if isinstance(target, ast.Name) and target.id in behind and target.id not in found:
+                        found[target.id] = behind[target.id]
+    return found
 
 
 def _strings(function: ast.AST) -> dict[str, list[ast.expr]]:
@@ -183,6 +203,31 @@ def unclear(package: str) -> list[str]:
             if count != 1 or not remedy.goes_on:
                 found.append(f"{remedy.test}: {remedy.says!r}, {remedy.advice!r} ({count} messages)")
     return found
+
+
+def page() -> str:
+    """docs/errors.md: every message, what it says to type, and the test that types it."""
+    known, typed = [one for one in messages() if one.text != UNKNOWN], remedies()
+    lines = [
+        "# What errors say, and what to type",
+        "",
+        f"Written by `scripts/docs` from the source and tests/remedies: {len(known)} messages, each provoked by a test",
+        "that then types what it says. `…` stands for what only a run can tell, (a / b) for what depends on it.",
+    ]
+    for package in sorted({one.package for one in known}):
+        mine = [one for one in known if one.package == package]
+        lines += ["", f"## {package} ({len(mine)})", "", "| error | says | what to type | test |", "|---|---|---|---|"]
+        for message in mine:
+            found = [one for one in typed if one.package == package and message.holds(one.says, one.advice)]
+            start = min((message.text.index(one.advice) for one in found), default=len(message.text))
+            tests = ", ".join(dict.fromkeys(f"`{one.test.partition('::')[2].removeprefix('test_')}`" for one in found))
+            says, advice = (_cell(text) for text in (message.text[:start], message.text[start:]))
+            lines.append(f"| {message.kind} | {says} | {advice} | {tests} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,20 @@ import re
 from importlib.metadata import version
 
 import generated
+import messages
 import pytest
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
-@pytest.mark.parametrize(("page", "write"), [("docs/cli.md", generated.cli_page), ("docs/api.md", generated.api_page)])
+WRITERS = {
+    "docs/cli.md": generated.cli_page,
+    "docs/api.md": generated.api_page,
+    "docs/errors.md": messages.page,
+}
+
+
+@pytest.mark.parametrize(("page", "write"), WRITERS.items())
 def test_a_generated_page_is_up_to_date(page, write):
     pinned = (generated.ROOT / "constraints.txt").read_text().split()
     if page == "docs/cli.md" and f"tyro=={version('tyro')}" not in pinned:

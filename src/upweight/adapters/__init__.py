@@ -27,6 +27,7 @@ def explain(
     parameters: Iterable[str] | Callable[[str], bool] | None = None,
     sample_weight: Any = None,
     ids: Any = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
     penalty_per_example: bool | None = None,
     curvature: Curvature | None = None,
     solver: Solver | None = None,
@@ -39,18 +40,23 @@ def explain(
     Args:
         model: a fitted scikit-learn estimator or Pipeline, whose loss, penalty, intercept and class weights are read
             off it; or a torch module, in the mode it should be explained in.
-        X: the training inputs, in the order of training; or a map-style Dataset of (x, y), with y omitted.
-        y: the training targets.
+        X: the training inputs; row i of everything that is returned is row i here. An array, a tensor, a sparse matrix
+            or a DataFrame; a map-style Dataset of (x, y), with y omitted; for a model of named inputs also a dict of
+            columns, a list of dicts, a Hugging Face Dataset, or the DataLoader that it was trained with.
+        y: the training targets; omitted where X holds them, under `labels` or `label`.
         loss: for a module, the criterion(output, target) that training minimised, for example
             torch.nn.functional.cross_entropy; class weights, ignored labels and token means of CrossEntropyLoss and
             NLLLoss become weights of the rows, wᵢ = n cᵢ/Σc with cᵢ what row i counts in the mean. For an estimator
-            whose loss has kinks, the smooth one that stands for it: losses.smooth_hinge(t), 0.001 by default.
+            whose loss has kinks, the smooth one that stands for it: losses.smooth_hinge(t), 0.001 by default. None for
+            a transformers model asks the model itself, whose tokens then count as in its own mean.
         penalty: for a module, what was added to the criterion of all rows: a float λ means (λ/2)‖θ‖² (weight_decay), a
             function of params anything else. Beside reduction="sum" it is the penalty of the sum.
         parameters: for a module, the names (or a test on names) to differentiate; None takes all with requires_grad.
         sample_weight: the weights that were given to fit().
         ids: n different names of the rows, shown beside values in every table and file; None takes the index of a
             DataFrame or Series, or a Dataset's column `id` or attribute `ids`, where that names every row once.
+        collate_fn: from a list of rows to a batch, for rows that are no numbers yet, as in a DataLoader. Without it
+            rows of unequal length are padded at their end, with a mask, and their labels with −100.
         penalty_per_example: whether removing a row removes its share of the penalty; None means the estimator's own
             meaning of leaving a row out (sample_weight=0; for SGD a smaller sum, so True), and that of deleting it from
             the script for modules: True beside a mean, False beside a sum.
@@ -81,18 +87,14 @@ def explain(
         "progress": progress,
     }
     if isinstance(model, torch.nn.Module):
-        if loss is None:
-            message = (
-                f"{type(model).__name__} is a torch module, which does not know its loss. Pass the criterion: "
-                "explain(model, X, y, loss=torch.nn.functional.cross_entropy)."
-            )
-            raise InvalidInput(message)
-        return module.explain(model, X, y, loss=loss, penalty=penalty, parameters=parameters, **settings)
+        asked = {"loss": loss, "penalty": penalty, "parameters": parameters, "collate_fn": collate_fn}
+        return module.explain(model, X, y, **asked, **settings)
     _refuse_wrapper(model)
     if "sklearn" in sys.modules and (hasattr(model, "get_params") or hasattr(model, "fit")):
         from upweight.adapters import sklearn
 
-        given = [name for name, value in (("penalty", penalty), ("parameters", parameters)) if value is not None]
+        others = {"penalty": penalty, "parameters": parameters, "collate_fn": collate_fn}
+        given = [name for name, value in others.items() if value is not None]
         if given:
             message = (
                 f"{', '.join(given)} was given for {type(model).__name__}, whose own is read off the estimator. "
@@ -100,6 +102,9 @@ def explain(
             )
             raise InvalidInput(message)
         return sklearn.explain(model, X, y, loss=loss, **settings)
+    if isinstance(model, type):
+        message = f"{model.__name__} is a class, and not a model of it. Pass the object that was trained."
+        raise UnsupportedModel(message)
     message = (
         f"{type(model).__name__} is neither a scikit-learn estimator nor a torch module. "
         "For any other model only the loss is needed: upweight.Influence(upweight.Objective(loss, params, "

@@ -98,7 +98,7 @@ class SklearnEncoder:
             try:
                 X = self.transformers.transform(X)
             except Exception as error:
-                message = f"The pipeline's transformers refused X: {error}"
+                message = f"The pipeline's transformers refused X: {error}. Pass rows like those that fit() was given."
                 raise InvalidInput(message) from error
         names = getattr(self.estimator, "feature_names_in_", None)
         if self.transformers is None and names is not None and hasattr(X, "columns") and list(X.columns) != list(names):

@@ -119,7 +119,11 @@ class Extractor:
         with _inputs_of(self.head) as seen:
             output = forward(self.model, self.state, like(tree_map(_as_floats(x, reference), x), reference))
         if len(seen) != 1 or len(seen[0]) != 1 or not isinstance(seen[0][0], Tensor):
-            message = f"The head ({type(self.head).__name__}) is called {len(seen)} times in one pass of the model."
+            message = (
+                f"The head '{self.path}' is called {len(seen)} times in one pass of {type(self.model).__name__} for "
+                "some inputs, so it is no head on features. Differentiate it as a whole: explain(…, parameters=[…]) "
+                "with one parameter more."
+            )
             raise UnsupportedModel(message)
         return seen[0][0], output
 
@@ -192,7 +196,8 @@ def headed(model: torch.nn.Module, path: str, probe: Any) -> tuple[Extractor, He
         message = (
             f"{type(model).__name__} gives other features before '{path}' for a batch than for its examples one by "
             f"one: the largest difference is {gap:.3g}. Something in it mixes the examples of a batch (batch "
-            "statistics, a mean over axis 0), so no example has a loss of its own. Call model.eval()."
+            "statistics, a mean over axis 0), so no example has a loss of its own. Call model.eval(), which ends batch "
+            "statistics, or take the mean over axes of one example."
         )
         raise UnsupportedModel(message)
     return extractor, whole

@@ -13,16 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.adapters import frozen
+from upweight.adapters import frozen, own_loss
 from upweight.adapters.criteria import Criterion, Reduction, is_criterion
 from upweight.adapters.one_by_one import compares, refuse_batch_effects, refused_comparison
 from upweight.adapters.reading import Reading, readings, working
 from upweight.data.arrays import as_array, as_tensor
 from upweight.data.examples import Examples
+from upweight.data.records import Records
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel
 from upweight.influence import defaults
 from upweight.influence.face import Influence
 from upweight.model.encoders import Movable, whole_examples
+from upweight.model.modules import Called
 from upweight.model.objective import Objective
 
 _SPREAD_ROWS = 8
@@ -34,11 +36,12 @@ def explain(
     X: Any,
     y: Any = None,
     *,
-    loss: Criterion,
+    loss: Criterion | None = None,
     penalty: float | Callable[[Any], Tensor] | None = None,
     parameters: Iterable[str] | Callable[[str], bool] | None = None,
     sample_weight: Any = None,
     ids: Any = None,
+    collate_fn: Any = None,
     penalty_per_example: bool | None = None,
     **settings: Any,
 ) -> Influence:
@@ -56,17 +59,10 @@ def explain(
     if parameters is not None and not callable(parameters) and not isinstance(parameters, str):
         parameters = list(parameters)  # it is gone through more than once
     _refuse_without_forward(model)
-    whole = whole_examples(X, y, sample_weight, ids)
-    examples = whole or Examples(X, y, sample_weight=sample_weight, ids=ids)
+    model, loss, examples, rows = _apart(model, X, y, loss, sample_weight=sample_weight, ids=ids, collate_fn=collate_fn)
     probe = examples.batch(_probe_rows(examples))
-    if not isinstance(probe, tuple | list) or len(probe) != 2:
-        message = (
-            "A module is explained on (x, y) examples. Pass X and y, or a Dataset of (x, y); for other shapes write "
-            "Objective(loss, params)."
-        )
-        raise InvalidInput(message)
-
-    path = frozen.split(model, parameters)
+    model, loss = own_loss.read_apart(model, loss, probe)
+    path = None if isinstance(model, Called) else frozen.split(model, parameters)
     parts = None if path is None else frozen.headed(model, path, probe[0])
     if parts is not None:
         asked = {"loss": loss, "penalty": penalty, "penalty_per_example": penalty_per_example}
@@ -106,8 +102,37 @@ def explain(
         _name_ignored(reduction, counted)
     refuse_batch_effects(model, reading.criterion(reduction.criterion), objective, reading.batch(probe), reduction)
     objective = replace(objective, name=f"{objective.name}{_precision_in_words(model, reading, objective)}")
-    encoder = ModuleEncoder(reading, reduction, scale)
+    encoder = ModuleEncoder(reading, reduction, scale, rows)
     return Influence(objective, examples, encoder=encoder, **settings)
+
+
+def _apart(
+    model: torch.nn.Module, X: Any, y: Any, loss: Criterion | None, *, sample_weight: Any, ids: Any, collate_fn: Any
+) -> tuple[torch.nn.Module, Criterion, Examples, Records | None]:
+    """The module, its criterion, the examples (x, y), and the rows that they were, where these have named parts.
+
+    Raises:
+        InvalidInput: if there is no criterion, or the examples are no pairs.
+    """
+    whole = whole_examples(X, y, sample_weight, ids)
+    named = None if whole else own_loss.prepared(model, X, y, loss, collate_fn)
+    if named is not None:
+        model, loss, X, y = named.model, named.loss, named.rows, None
+    if loss is None:
+        message = (
+            f"{type(model).__name__} is a torch module, which does not know its loss. Pass the criterion: "
+            "explain(model, X, y, loss=torch.nn.functional.cross_entropy)."
+        )
+        raise InvalidInput(message)
+    examples = whole or Examples(X, y, sample_weight=sample_weight, ids=ids)
+    first = examples.batch([0])
+    if not isinstance(first, tuple | list) or len(first) != 2:
+        message = (
+            "A module is explained on (x, y) examples. Pass X and y, or a Dataset of (x, y); for other shapes write "
+            "Objective(loss, params)."
+        )
+        raise InvalidInput(message)
+    return model, loss, examples, None if named is None else named.rows
 
 
 def _refuse_without_forward(model: torch.nn.Module) -> None:
@@ -149,7 +174,7 @@ def _name_ignored(reduction: Reduction, counted: NDArray[np.float64]) -> None:
     listed = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
     message = (
         f"{reduction.name} does not count row(s) {listed} (label {reduction.ignore_index}, or a class of weight 0): "
-        "they have weight 0 and no influence."
+        "they have weight 0 and no influence. Leave them out, and no value of the others changes."
     )
     warnings.warn(message, TheoryWarning, stacklevel=4)
 
@@ -190,11 +215,13 @@ class ModuleEncoder:
         reading: how numbers are read.
         reduction: how the criterion weighs examples.
         scale: n/Σc, from what an example counts in the criterion to its weight.
+        rows: the training rows, where they are of named parts.
     """
 
     reading: Reading
     reduction: Reduction
     scale: float = 1.0
+    rows: Records | None = None
 
     @property
     def refit(self) -> None:
@@ -231,7 +258,8 @@ class ModuleEncoder:
         Raises:
             InvalidInput: if the criterion counts nothing of one of them, so that it has no loss.
         """
-        whole = whole_examples(X, y) or Examples(X, y)
+        other = None if self.rows is None or isinstance(X, Examples) else self.rows.read_like(X, y)
+        whole = whole_examples(X, y) or (Examples(X, y) if other is None else Examples(other))
         items = whole.x is None
         labels = whole.y
         if items and X is not whole and self.reduction.summed is not None:

@@ -45,7 +45,8 @@ def refuse_batch_effects(
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             message = (
                 f"The loss failed on an example ({first_line(error)}); the probed ones have the targets "
-                f"{cast[1].flatten()[:12].tolist()}. Usual reason: a label that the model has no output for."
+                f"{cast[1].flatten()[:12].tolist()}. Usual reason: a label that the model has no output for. Pass "
+                "labels 0 … K−1 to a model of K outputs."
             )
             raise InvalidInput(message) from error
         if not bool(torch.isfinite(singles).all()):
@@ -86,7 +87,8 @@ def _compare_outputs(model: torch.nn.Module, together: Tensor, one_by_one: Tenso
         message = (
             f"{type(model).__name__} gives other outputs for a batch {tuple(together.shape)} than for its examples one "
             f"by one {tuple(one_by_one.shape)}: the largest difference is {gap:.3g}. Something in it mixes the "
-            "examples of a batch (batch statistics, a mean over axis 0), so no example has a loss of its own."
+            "examples of a batch (batch statistics, a mean over axis 0), so no example has a loss of its own. Call "
+            "model.eval(), which ends batch statistics, or take the mean over axes of one example."
         )
         raise UnsupportedModel(message)
 
@@ -143,10 +145,13 @@ def _compare_losses(
 
 
 def _name_a_sum(reduction: Reduction, singles: Tensor, batch: Tensor, objective: Objective) -> None:
-    """A TheoryWarning about a function that sums over a batch, beside whose sum a penalty would weigh otherwise."""
+    """A TheoryWarning about a function that sums over a batch, beside whose sum a penalty would weigh otherwise.
+
+    `penalty_per_example=False` is what it says to pass, so whoever passes that has been told.
+    """
     mean, total, value = float(singles.mean()), float(singles.sum()), float(batch)
     summing = abs(value - total) < abs(value - mean) and not reduction.total
-    if not summing or objective.penalty is None:
+    if not summing or objective.penalty is None or not objective.penalty_per_example:
         return
     message = (
         f"{reduction.name} gives the sum over a batch. As a plain function it is taken for the loss of one example, "

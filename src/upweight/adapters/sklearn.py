@@ -163,7 +163,7 @@ def explain(
     built = builder(fit)
     if loss is not None and not built.stretched:
         message = (
-            f"loss was given for {fit.name}, whose own is read off the estimator. Omit it, or write "
+            f"loss was given for {fit.name}, whose own has no kinks and is read off it. Omit it, or write "
             "Influence(Objective(…), (X, y))."
         )
         raise InvalidInput(message)
@@ -185,9 +185,7 @@ def _examples(fit: Fit, built: Built, weights: Any) -> Examples:
     """
     targets = built.targets(fit.y)
     if len(targets) != fit.n:
-        message = (
-            f"X has {fit.n} rows and y has {len(targets)}. They must describe the same examples in the same order."
-        )
+        message = f"X has {fit.n} rows and y has {len(targets)}. Pass one label per row, in the order of the rows."
         raise InvalidInput(message)
     examples = Examples(built.inputs(fit.X), targets, sample_weight=weights)
     examples.weights = examples.sample_weight * built.class_weights(targets)
@@ -269,7 +267,7 @@ def _compare_predictors(fit: Fit, built: Built) -> None:
     if not gap <= tolerance * (1 + float(np.abs(theirs).max())):
         message = (
             f"{fit.name} predicts values that differ by {gap:.3g} from those of its fitted parameters (coef_ · x + "
-            "intercept_, or what stands for them). Was the estimator changed after fit(), or subclassed? Refit it."
+            "intercept_, or what stands for them). Was the estimator changed after fit()? Refit it."
         )
         raise UnsupportedModel(message)
 
@@ -303,7 +301,10 @@ def _warn(influence: Influence, fit: Fit, built: Built, transformers: Any) -> No
     missed = rows_from_minimum(influence.sweep, influence.risk_gradient)
     size = float(influence.risk_gradient.norm())
     if built.stretched:
-        message = f"{built.stretched}. There ‖∇R‖ = {size:.3g}, {distance(influence.system)}."
+        message = (
+            f"{built.stretched}. There ‖∇R‖ = {size:.3g}, {distance(influence.system)}. Compare it with refits: "
+            "agreement(scores, leave_one_out(influence, (Xq, yq), rows))."
+        )
         warnings.warn(message, TheoryWarning, stacklevel=4)
         return
     operator = influence.operator
@@ -319,11 +320,13 @@ def _warn(influence: Influence, fit: Fit, built: Built, transformers: Any) -> No
         for name in ("tol", "max_iter", "solver")
         if hasattr(fit.estimator, name)
     ]
-    stopped = f"it stopped early ({', '.join(settings)}): refit with a smaller tol and a larger max_iter"
-    others = "X, y, sample_weight or a setting changed since fit() are not those of the fit" + _cross_fitted(
-        transformers
+    others = "X, y, sample_weight or a setting changed since fit() are not those of the fit"
+    encoded = _cross_fitted(transformers)
+    why = (
+        f"Probably {others}: pass those{encoded}."
+        if exact
+        else f"Either it stopped early ({', '.join(settings)}): refit with a smaller tol and a larger max_iter; or "
+        f"{others}: pass those{encoded}."
     )
-    message = f"{fit.name} is not at a minimum of its objective on these data: ‖∇R‖ = {size:.3g}, {away}. " + (
-        f"Probably {others}." if exact else f"Either {stopped}; or {others}."
-    )
+    message = f"{fit.name} is not at a minimum of its objective on these data: ‖∇R‖ = {size:.3g}, {away}. {why}"
     warnings.warn(message, TheoryWarning, stacklevel=4)

@@ -282,9 +282,9 @@ class _Box:
         array = np.asarray(X)
         if array.ndim < 2 or array.dtype.kind not in "fiub":
             message = (
-                f"The training inputs are a {type(X).__name__} of shape {array.shape}, and only dense arrays of "
-                "numbers can be changed a little. Explain the model on such an array; for discrete data use "
-                "`flip_labels`."
+                f"The training inputs are a {type(X).__name__} of shape {tuple(getattr(X, 'shape', array.shape))}, and "
+                "only dense arrays of numbers can be changed a little. Explain the model on such an array; for "
+                "discrete data use `flip_labels`."
             )
             raise InvalidInput(message)
         smallest = float(array.min())
@@ -379,6 +379,10 @@ def _check_directions(influence: uw.Influence, rows: NDArray[np.int64], box: _Bo
         UnsupportedModel: if the two disagree, as where a Pipeline transforms inputs before the estimator.
     """
     gradient = MeanLoss(influence, queries).by_inputs(rows)
+    reason = (
+        "a Pipeline transforms them before the estimator. Explain the final estimator on transformed inputs, or a "
+        "network that holds the transformation."
+    )
     if gradient.shape == box.center.shape:
         move = _PROBE * 2 * box.half * np.sign(gradient)
         expected = float((gradient * move).sum())
@@ -395,11 +399,8 @@ def _check_directions(influence: uw.Influence, rows: NDArray[np.int64], box: _Bo
             )
     else:
         what = f"it has shape {gradient.shape} and the rows' inputs have {box.center.shape}"
-    message = (
-        f"Equation 5 is not by the inputs that the model takes: {what}. Usual reason: a Pipeline transforms them "
-        "before the estimator. Explain the final estimator on transformed inputs, or a network that holds the "
-        "transformation."
-    )
+        reason = "the estimator, such as a lasso, uses some of the columns only. Fit it on those columns."
+    message = f"Equation 5 is not by the inputs that the model takes: {what}. Usual reason: {reason}"
     raise UnsupportedModel(message)
 
 

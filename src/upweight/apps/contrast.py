@@ -309,7 +309,7 @@ def _read(influence: uw.Influence, on: Any) -> tuple[uw.Examples, uw.Predictions
         message = (
             f"yq has shape {wanted.shape} and {len(said.labels)} labels are needed"
             + (f"; {', '.join(unknown[:5])} is no class of the model" if unknown else "")
-            + f". The classes are {', '.join(map(str, said.names[:10]))}."
+            + f". Pass one label for each query, of the classes {', '.join(map(str, said.names[:10]))}."
         )
         raise InvalidInput(message)
     if (said.labels == wanted).all():

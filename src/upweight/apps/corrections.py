@@ -256,12 +256,13 @@ def read_patch(
     """
     start, end = ("new", "old") if revert else ("old", "new")
     lines = _read(Path(file), ("row", "old", "new"))
-    checked = _checked(influence, Path(file), [(number, line["row"], line[start]) for number, line in lines], numbers)
+    labels = [(number, line["row"], line[start]) for number, line in lines]
+    checked = _checked(influence, Path(file), labels, numbers, revert=revert)
     meant = _meant(influence)
     unknown = [line[end] for _, line in lines if not meant(line[end])]
     if unknown:
         message = f"{file} holds the label '{unknown[0]}', which is no class of this study: {_some(influence)}."
-        raise InvalidInput(message + " Was the patch made for another study?")
+        raise InvalidInput(message + " Was the patch made for another study? Read it with that one.")
     return {checked[number]: meant(line[end])[0] for number, line in lines}
 
 
@@ -335,7 +336,12 @@ def _some(influence: uw.Influence) -> str:
 
 
 def _checked(
-    influence: uw.Influence, file: Path, lines: list[tuple[int, str, str]], numbers: Numbers | None
+    influence: uw.Influence,
+    file: Path,
+    lines: list[tuple[int, str, str]],
+    numbers: Numbers | None,
+    *,
+    revert: bool = False,
 ) -> dict[int, int]:
     """The training row of every line, if its label is the one that the study has.
 
@@ -351,12 +357,15 @@ def _checked(
         there = place.get(row.strip())
         if there is None or labels is None or there in seen:
             problem = "comes twice" if there is not None else f"does not exist: there are {called[0]} to {called[-1]}"
-            message = f"{file}, line {number}: row {row!r} {problem}. Was the file made for another study, or edited?"
-            raise InvalidInput(message)
+            message = f"{file}, line {number}: row {row!r} {problem}. Was the file made for another study, or edited? "
+            raise InvalidInput(message + "Keep each row once, as it was written.")
         if meant(label) != [labels[there]]:
+            why = "The study's labels changed since, or it is another study: make the file again."
+            if revert:
+                why = "A patch is taken back where the study has its new labels: name that study."
             message = (
                 f"{file}, line {number}: row {row} has the label '{labels[there]}' in this study and '{label}' in "
-                "the file. The study's labels changed since, or it is another study: make the file again."
+                f"the file. {why}"
             )
             raise InvalidInput(message)
         found[number] = there
@@ -372,7 +381,10 @@ def _read(file: Path, needed: tuple[str, ...]) -> list[tuple[int, dict[str, str]
         InvalidInput: if a column is missing, or a line has too few or too many cells.
     """
     if not file.is_file():
-        message = f"There is no file {file}. Write it with `upweight repair STUDY --inspect 10% --out {file}` first."
+        settings = f"--inspect 10% --out {file}"
+        if "correction" not in needed:
+            settings = f"--corrections REVIEW --out {file.parent}"
+        message = f"There is no file {file}. Write it with `upweight repair STUDY {settings}` first."
         raise PathNotFound(message)
     text = file.read_text(encoding="utf-8-sig")
     first = text.partition("\n")[0]

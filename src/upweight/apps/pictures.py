@@ -108,7 +108,10 @@ def feature_effects(found: Mismatch, ax: Axes | None = None, *, k: int = 10) -> 
     """
     effects = found.features
     if effects is None:
-        message = "These results have no features: equation 5 is not defined for kernels. Use pictures.responsible."
+        message = (
+            "These results have no features: no row stands out, or equation 5 is not defined, as for kernels. Use "
+            "pictures.responsible."
+        )
         raise InvalidInput(message)
     ax = plots.new_axes(6.0, 4.8) if ax is None else ax
     chosen = effects.top(min(k, len(effects.names)))[::-1]

@@ -141,7 +141,10 @@ def _free(influence: uw.Influence) -> Int[NDArray[np.int64], " m"]:
     _, first = np.unique(labels[weighing], return_index=True)
     free = np.delete(weighing, first)
     if not len(free) or len(uw.classes(influence) or ()) < 2:
-        message = f"no label of the {len(weighing)} rows can be flipped so that every class keeps a row"
+        message = (
+            f"no label of the {len(weighing)} rows can be flipped so that every class keeps a row. Name an order, such "
+            "as by='self-influence'"
+        )
         raise InvalidInput(message)
     return free
 

@@ -68,7 +68,7 @@ class Repair:
             InvalidInput: if there is no such score.
         """
         if score not in self.scores:
-            message = f"There is no score '{score}'; there are {', '.join(self.scores)}."
+            message = f"There is no score '{score}'. Name one of {', '.join(self.scores)}."
             raise InvalidInput(message)
         return np.argsort(-self.scores[score], kind="stable")
 

@@ -133,7 +133,11 @@ def _pair(study: Study) -> tuple[Any, Any]:
     from upweight.errors import InvalidInput
 
     if len(study.queries) != 2 or study.queries[1] is None:
-        message = f"The study's queries are {len(study.queries)} things. Give it the pair (Xq, yq) of arrays."
+        given = ", ".join(type(one).__name__ for one in study.queries)
+        message = (
+            f"The study's queries are ({given}), and `contrast` needs inputs and labels. Give the study the pair "
+            "(Xq, yq) of arrays."
+        )
         raise InvalidInput(message)
     return study.queries
 
@@ -235,7 +239,7 @@ def _labelled(study: str, label: str | None) -> Labelled:
     if label is not None:
         message = (
             f"--label {label} names a column of a table, and {study} is a study, which has its labels. Leave it out, "
-            f"or name a file: {', '.join(table.SUFFIXES)}."
+            f"or name a file that ends in {', '.join(table.SUFFIXES)}."
         )
         raise InvalidInput(message)
     return labelled.of_study(load(study))

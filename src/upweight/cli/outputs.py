@@ -8,18 +8,19 @@ from pathlib import Path
 from upweight.errors import InvalidInput, require
 
 
-def check_file(file: Path, option: str) -> None:
+def check_file(file: Path, option: str, example: str = "results") -> None:
     """Raises for a file that could not be written.
 
     Args:
         file: where; folders that are missing will be made.
         option: the option that named it.
+        example: a name that would do.
 
     Raises:
         InvalidInput: if it is a folder, or its folder is a file, or may not be written to.
     """
     if file.is_dir():
-        message = f"{option} {file} is a folder, and a file is wanted. Name one, such as {file / 'results'}."
+        message = f"{option} {file} is a folder, and a file is wanted. Name one, such as {file / example}."
         raise InvalidInput(message)
     check_folder(file.parent, option)
 
@@ -56,7 +57,7 @@ def check_picture(file: Path, option: str) -> None:
         InvalidInput: if matplotlib writes no files of this suffix, or the file cannot be written.
         MissingExtra: if matplotlib is not installed.
     """
-    check_file(file, option)
+    check_file(file, option, "results.png")
     known = require("matplotlib.backend_bases", "plot").FigureCanvasBase.get_supported_filetypes()
     if file.suffix.lower().removeprefix(".") not in known:
         message = f"{option} {file} does not end in a format of pictures, which are {', '.join(sorted(known))}. Name "

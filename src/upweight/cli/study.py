@@ -84,7 +84,7 @@ def _from_path(module: str, name: str) -> ModuleType:
             raise StudyFailed(name) from error
         message = (
             f"There is no module '{error.name}' on the path. Run from the folder that holds "
-            f"{error.name.partition('.')[0]}.py, or name the file: path/to/file.py:function."
+            f"{module.replace('.', '/')}.py, or name the file: path/to/file.py:function."
         )
         raise PathNotFound(message) from error
     except (Exception, SystemExit) as error:
@@ -161,7 +161,8 @@ def _instead(module: ModuleType, place: str, name: str) -> str:
     ]
     if not others:
         return f"Write one into it: {name}() returns an upweight.Study."
-    return f"It has {', '.join(others)}; write {place}:{others[0]}, for example."
+    callable_so = next((key for key in others if not _needed(getattr(module, key))), others[0])
+    return f"It has {', '.join(others)}; write {place}:{callable_so}, for example."
 
 
 def _needed(function: Callable[..., Any]) -> list[str]:

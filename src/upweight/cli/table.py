@@ -14,7 +14,9 @@ spreadsheet shows it, the line of names being 1; in Parquet, which has no such l
 
 from __future__ import annotations
 
+import difflib
 import gzip
+import shlex
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -117,13 +119,13 @@ def read(file: Path, label: str | None) -> Table:
     if label is None or label not in whole.columns:
         problem = "no label was named" if label is None else f"there is no column '{label}'"
         message = f"{file} is a table, and {problem}. Its columns are {', '.join(map(str, whole.columns))}. Name the "
-        raise InvalidInput(message + f"one to repair: upweight repair {file} --label '{whole.columns[-1]}'.")
+        raise InvalidInput(message + f"one to repair: {_command(file, _meant(whole, label))}.")
     if not _is_parquet(file):
         _refuse_two_of_one_name(file, label)
     text = _labels(file, whole, label)
     typed = {name: _typed(name, cast("Series", whole[name])) for name in others}
     columns = tuple(column for column, _ in typed.values())
-    _check_few(file, text[text != ""], label, columns)
+    _check_few(file, text[text != ""], label, [name for name in others if _of_classes(whole[name])])
     kept, left_out = _kept(file, text, label)
     _check_two(text[kept], label)
     frame = require("pandas", "pandas").DataFrame(
@@ -190,15 +192,20 @@ def _csv(file: Path, **settings: Any) -> DataFrame:
             whole = pd.read_csv(file, index_col=False, skip_blank_lines=False, low_memory=False, **settings)
     except UnicodeDecodeError as error:
         message = f"{file} is not encoded in UTF-8 ({first_line(error)}). Save it so, for example with: "
-        raise InvalidInput(message + f"iconv -f LATIN1 -t UTF-8 {file} > utf8-{file.name}") from error
+        raise InvalidInput(message + _recoding(file)) from error
     except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
-        message = f"{file} cannot be read as a table: {first_line(error)}. Every line needs as many cells as the first."
+        message = (
+            f"{file} cannot be read as a table: {first_line(error)}. Write the names of the columns into "
+            "the first line, and as many cells into every other."
+        )
         raise InvalidInput(message) from error
     if not len(whole):
         message = f"{file} has a line of names and no rows. Add rows."
         raise InvalidInput(message)
     if "header" not in settings:
-        whole.columns = [str(name).strip() for name in whole.columns]
+        names = pd.Series([str(name).strip() for name in whole.columns])  # pandas numbers equal ones before the strip
+        again = names.groupby(names).cumcount()
+        whole.columns = [f"{name}.{k}" if k else name for name, k in zip(names, again, strict=True)]
     return whole
 
 
@@ -206,10 +213,14 @@ def _separator(file: Path) -> str:
     """What separates cells: tabs by the suffix, else whichever of comma and semicolon the first line has more of."""
     if ".tsv" in file.name.lower():
         return "\t"
-    opened = gzip.open if file.name.lower().endswith(".gz") else open
-    with opened(file, "rb") as stream:
+    with _opened(file) as stream:
         first = stream.readline()
     return ";" if first.count(b";") > first.count(b",") else ","
+
+
+def _opened(file: Path) -> Any:
+    """The bytes of a file, or of what was zipped in it."""
+    return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb")
 
 
 def _refuse_two_of_one_name(file: Path, label: str) -> None:
@@ -272,8 +283,8 @@ def _check_two(labels: NDArray[Any], label: str) -> None:
         raise InvalidInput(message + "classes at least. Name a column of classes with --label, or add rows.")
 
 
-def _check_few(file: Path, labels: NDArray[Any], label: str, columns: tuple[Column, ...]) -> None:
-    """Raises where a label is no class.
+def _check_few(file: Path, labels: NDArray[Any], label: str, classes: list[str]) -> None:
+    """Raises where a label is no class, and names one of the columns of classes.
 
     Raises:
         InvalidInput: if there are too many different ones.
@@ -281,13 +292,42 @@ def _check_few(file: Path, labels: NDArray[Any], label: str, columns: tuple[Colu
     names = np.unique(labels.astype(str))
     numeric = not np.isnan(require("pandas", "pandas").to_numeric(names, errors="coerce")).any()
     if len(names) > (_MOST_NUMBERS if numeric else _MOST_CLASSES):
-        classes = [column.name for column in columns if column.kind in ("category", "boolean")]
-        other = f", such as {classes[0]}: upweight repair {file} --label '{classes[0]}'" if classes else ""
+        other = f", such as {classes[0]}: {_command(file, classes[0])}" if classes else ""
         message = (
             f"'{label}' has {len(names)} different values, which are a measurement or a text, and no classes. Cut "
             f"numbers into classes first (pandas.cut), or name a column of classes{other}."
         )
         raise InvalidInput(message)
+
+
+def _of_classes(cells: Any) -> bool:
+    """Whether a column could be one of labels: a few different values, two of them frequent."""
+    counts = cells.dropna().astype(str).value_counts()
+    return len(counts) <= _MOST_NUMBERS and (counts >= FEWEST_OF_A_CLASS).sum() > 1
+
+
+def _meant(whole: DataFrame, label: str | None) -> str:
+    """The column that was meant: called nearly so, or else the last that could be one of labels."""
+    names = [str(name) for name in whole.columns]
+    alike = difflib.get_close_matches(label or "", names, n=1)
+    return [*names[-1:], *(name for name in names if _of_classes(whole[name])), *alike][-1]
+
+
+def _command(file: Path, label: str) -> str:
+    """How the labels of a column are repaired, as a shell takes it."""
+    return f"upweight repair {shlex.quote(str(file))} --label " + (shlex.quote(label) if "'" in label else f"'{label}'")
+
+
+def _recoding(file: Path) -> str:
+    """What turns a file into UTF-8, as a shell takes it."""
+    zipped = file.name.lower().endswith(".gz")
+    with _opened(file) as stream:
+        start = stream.read(2)
+    code = "UTF-16" if start in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+    old, new = shlex.quote(str(file)), shlex.quote(f"utf8-{file.name[:-3] if zipped else file.name}")
+    if zipped:
+        return f"gunzip -c {old} | iconv -f {code} -t UTF-8 > {new}"
+    return f"iconv -f {code} -t UTF-8 {old} > {new}"
 
 
 def _typed(name: str, cells: Series) -> tuple[Column, Series]:

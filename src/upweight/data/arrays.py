@@ -27,13 +27,13 @@ def with_lines(array: Any, rows: NDArray[np.int64], new: Any, name: str) -> Any:
     """
     if new is None or array is None:
         return array
+    if tuple(new.shape[1:]) != tuple(array.shape[1:]):
+        message = f"{name} has lines of shape {tuple(new.shape[1:])}, and those of the training rows have "
+        raise InvalidInput(message + f"{tuple(array.shape[1:])}. Pass new examples of the same form.")
     if scipy.sparse.issparse(array) or scipy.sparse.issparse(new):
         order = np.arange(array.shape[0])
         order[rows] = array.shape[0] + np.arange(len(rows))
         return scipy.sparse.vstack([scipy.sparse.csr_matrix(array), scipy.sparse.csr_matrix(new)]).tocsr()[order]
-    if tuple(new.shape[1:]) != tuple(array.shape[1:]):
-        message = f"{name} has lines of shape {tuple(new.shape[1:])}, and those of the training rows have "
-        raise InvalidInput(message + f"{tuple(array.shape[1:])}. Pass new examples of the same form.")
     if isinstance(array, Tensor) or isinstance(new, Tensor):
         old, lines = as_tensor(array), as_tensor(new)
         out = old.to(torch.promote_types(old.dtype, lines.dtype), copy=True)
@@ -52,28 +52,7 @@ def as_array(values: Any, name: str) -> Any:
     """
     if scipy.sparse.issparse(values):
         return scipy.sparse.csr_matrix(values)
-    if isinstance(values, DataLoader):
-        message = (
-            f"{name} is a DataLoader, which batches and may shuffle, so its rows have no numbers of their own. Pass "
-            "what it loads: loader.dataset."
-        )
-        raise InvalidInput(message)
-    if isinstance(values, IterableDataset):
-        message = (
-            f"{name} is an IterableDataset ({type(values).__name__}), which can only be read from its start, and "
-            "influence asks for row i again. Pass a map-style Dataset, with __getitem__ and __len__; or read it once: "
-            "X, y = map(torch.stack, zip(*dataset))."
-        )
-        raise InvalidInput(message)
-    if isinstance(values, Mapping | str | bytes):
-        message = (
-            f"{name} is a {type(values).__name__}, not an array. For inputs of several parts pass a map-style Dataset "
-            "whose items are (x, y) with x a dict or a tuple."
-        )
-        raise InvalidInput(message)
-    if np.ma.is_masked(values):
-        message = f"{name} is a masked array with masked entries, which are no data. Impute or drop those rows first."
-        raise InvalidInput(message)
+    _refuse_containers(values, name)
     if isinstance(values, Tensor):
         _refuse_tensor(values, name)
         return values.detach()
@@ -97,17 +76,54 @@ def as_array(values: Any, name: str) -> Any:
             array = array.astype(np.float64)
         except (ValueError, TypeError) as error:
             message = (
-                f"{name} holds values that are not numbers ({error}). Encode them as numbers first, for example "
-                "with a scikit-learn Pipeline."
+                f"{name} holds values that are not numbers ({error}). Encode them as numbers first: labels as 0 … K−1, "
+                "inputs for example with a scikit-learn Pipeline."
             )
             raise InvalidInput(message) from error
+    if array.dtype.kind == "c":
+        message = (
+            f"{name} has dtype {array.dtype}, and an example is made of real numbers. Pass the real and the imaginary "
+            "parts as columns: np.hstack([X.real, X.imag])."
+        )
+        raise InvalidInput(message)
     if array.dtype.kind not in "biuf":
         message = (
             f"{name} has dtype {array.dtype}, which is not a number. Encode it first: labels as 0 … K−1, categories "
-            "as one-hot columns."
+            "as one-hot columns, times as numbers of days."
         )
         raise InvalidInput(message)
     return array
+
+
+def _refuse_containers(values: Any, name: str) -> None:
+    if isinstance(values, DataLoader):
+        message = (
+            f"{name} is a DataLoader, which batches and may shuffle, so its rows have no numbers of their own. Pass "
+            "what it loads: loader.dataset."
+        )
+        raise InvalidInput(message)
+    if isinstance(values, IterableDataset):
+        message = (
+            f"{name} is an IterableDataset ({type(values).__name__}), which can only be read from its start, and "
+            "influence asks for row i again. Pass a map-style Dataset, with __getitem__ and __len__; or read it once: "
+            "X, y = map(torch.stack, zip(*dataset))."
+        )
+        raise InvalidInput(message)
+    if isinstance(values, Mapping):
+        message = (
+            f"{name} is a {type(values).__name__}, not an array. For inputs of several parts pass a map-style Dataset "
+            "whose items are (x, y) with x a dict or a tuple."
+        )
+        raise InvalidInput(message)
+    if isinstance(values, str | bytes):
+        message = (
+            f"{name} is a {type(values).__name__}, not an array. Pass the array itself; if this names a file, what it "
+            "holds, such as np.load(path)."
+        )
+        raise InvalidInput(message)
+    if np.ma.is_masked(values):
+        message = f"{name} is a masked array with masked entries, which are no data. Impute or drop those rows first."
+        raise InvalidInput(message)
 
 
 def _refuse_tensor(values: Tensor, name: str) -> None:
@@ -221,8 +237,8 @@ def checked_rows(rows: Any, n: int) -> NDArray[np.int64]:
     outside = array[(array < 0) | (array >= n)]
     if outside.size:
         message = (
-            f"Row {outside[0]} does not exist: there are {n} rows, numbered 0 to {n - 1}. (Negative numbers do not "
-            "count from the end.)"
+            f"Row {outside[0]} does not exist: there are {n} rows, numbered 0 to {n - 1}. Pass such numbers; "
+            "negative ones do not count from the end."
         )
         raise RowOutOfRange(message)
     return array

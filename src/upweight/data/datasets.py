@@ -246,7 +246,7 @@ def local(name: str) -> Path | None:
 
 def _four_files(name: str, place: Path | None, url: str, digests: dict[str, str]) -> Mnist:
     """Four idx files from a folder that was named or found, or by `url` through the cache."""
-    hint = f"It should hold four files such as those of {name}; "
+    hint = f", which should hold four files such as those of {name}"
     parts = []
     for file, published in digests.items():
         path = _downloaded(name, f"{url}{file}.gz") if place is None else _present(place, f"{file}.gz", hint)
@@ -262,8 +262,11 @@ def _present(place: Path, name: str, hint: str = "") -> Path:
     """
     file = place / name
     if not file.is_file():
-        message = f"There is no {name} in {place}. {hint or 'Name the folder that holds it; '}unset UPWEIGHT_DATA to "
-        raise PathNotFound(message + "download.")
+        message = (
+            f"There is no {name} in {place}{hint}. Name the folder that holds it, or leave folder out and unset "
+            "UPWEIGHT_DATA to download."
+        )
+        raise PathNotFound(message)
     return file
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import default_collate
 
 from upweight.data.arrays import as_array, as_tensor, check_finite, checked_rows, checked_weights, with_lines
 from upweight.data.ids import named, names_of
+from upweight.data.records import padded
 from upweight.data.trees import batch_length, leaves, take, tree_map
 from upweight.errors import InvalidInput, NotDeterministic
 
@@ -65,10 +66,13 @@ class Examples:
                 "filter that made X."
             )
             raise InvalidInput(message)
+        if scipy.sparse.issparse(self.y):
+            message = "y is a sparse matrix, and targets are dense. Pass y.toarray()."
+            raise InvalidInput(message)
         if self.y is not None and len(self.y) != self.length:
             message = (
                 f"X has {self.length} rows and y has {len(self.y)}. They must describe the same examples in the "
-                "same order."
+                "same order: pass one label per row of X."
             )
             raise InvalidInput(message)
         for array, name in ((self.x, "X"), (self.y, "y")):
@@ -181,7 +185,7 @@ class Examples:
             first = self.batch([0])
             if not isinstance(first, tuple | list) or len(first) != 2 or not isinstance(first[1], Tensor):
                 return None
-            self._targets = torch.cat([self.batch([row])[1] for row in range(self.length)])
+            self._targets = _of_all([self.batch([row])[1][0] for row in range(self.length)])
         return self._targets
 
     def edited(self, rows: NDArray[np.int64], x: Any, y: Any, weights: NDArray[np.float64]) -> Examples:
@@ -327,6 +331,16 @@ class _Rows:
         return self.dataset[int(self.numbers[row])]
 
 
+def stacked(items: list[Any]) -> Any:
+    """Items along a new first axis; token numbers and labels of unequal length are padded."""
+    return default_collate(padded(items))
+
+
+def _of_all(targets: list[Tensor]) -> Tensor:
+    """Targets of every row; labels of unequal length are padded as in a batch."""
+    return stacked([({}, y) for y in targets])[1]
+
+
 def _is_dataset(X: Any) -> bool:
     arraylike = (
         isinstance(X, np.ndarray | Tensor | list | tuple | Mapping | str | bytes)
@@ -339,18 +353,19 @@ def _is_dataset(X: Any) -> bool:
 
 def _collate(items: list[Any], numbers: Sequence[int] | NDArray[np.int64] | range) -> Any:
     try:
-        batch = tree_map(lambda leaf: leaf, default_collate(items))
+        batch = tree_map(lambda leaf: leaf, stacked(items))
     except (TypeError, RuntimeError, KeyError, ValueError) as error:
         message = (
-            f"The dataset's items cannot be stacked into a batch ({error}). Items need the same shapes; pad or crop "
-            "them in the Dataset."
+            f"The dataset's items cannot be stacked into a batch ({error}). Items need to be numbers, arrays or "
+            "tensors of the same shapes: convert, pad or crop them in the Dataset."
         )
         raise InvalidInput(message) from error
     for leaf in leaves(batch):
         if not isinstance(leaf, Tensor) or leaf.is_complex():
-            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf[0]).__name__
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             message = (
-                f"The dataset's items hold {kind}. An example is made of real numbers: tensors, arrays or numbers."
+                f"The dataset's items hold {kind}. An example is made of real numbers: return tensors, arrays or "
+                "numbers from its __getitem__."
             )
             raise InvalidInput(message)
         bad = torch.nonzero(~torch.isfinite(leaf).flatten(1).all(1) if leaf.ndim > 1 else ~torch.isfinite(leaf))

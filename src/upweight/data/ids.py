@@ -172,7 +172,7 @@ def _values(ids: Any) -> NDArray[Any]:
     """Names as an array; whatever is no array of numbers, dates or text stays as the objects it is."""
     if hasattr(ids, "to_numpy") or hasattr(ids, "__array__"):
         array = ids.to_numpy() if hasattr(ids, "to_numpy") else np.asarray(ids)
-        return array if array.dtype != object else _objects(array.tolist())
+        return array if array.dtype != object or array.ndim != 1 else _objects(array.tolist())
     listed = [_plain(value) for value in ids]
     if listed and all(type(value) is int for value in listed):
         return np.array(listed)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from upweight.data.arrays import checked_rows
 from upweight.errors import InvalidInput, TheoryWarning, checked_count
-from upweight.evaluation.leave_one_out import of_others
+from upweight.evaluation.leave_one_out import checked_level, of_others
 from upweight.influence.face import Influence
 from upweight.influence.scores import Scores, SelfScores
 from upweight.training.retrainers import Retrain
@@ -73,7 +73,7 @@ class RemovalCurve:
 
     def _known(self, curves: Mapping[str, NDArray[np.float64]], name: str) -> NDArray[np.float64]:
         if name not in curves:
-            message = f"There is no curve '{name}'; there are {', '.join(curves)}."
+            message = f"There is no curve '{name}'; name one of: {', '.join(curves)}."
             raise InvalidInput(message)
         return curves[name]
 
@@ -129,7 +129,11 @@ def removal_curve(
     for name, given in named.items():
         _check_scores(name, given, q, n)
         if others := of_others(given, trials.now()):
-            warnings.warn(f"{name}: {others} Are they other queries, or another model?", TheoryWarning, stacklevel=2)
+            message = (
+                f"{name}: {others} Are they other queries, or another model? Pass scores of these queries by this "
+                "influence, such as influence.on_loss(*on)."
+            )
+            warnings.warn(message, TheoryWarning, stacklevel=2)
     chosen = {name: given.helpful(ks[-1]).rows for name, given in named.items()}
     draw = np.random.default_rng(seed)
     gone = influence.examples.weights == 0  # removing these would change nothing
@@ -218,9 +222,7 @@ def mislabel_auc(scores: Any, flipped: Any, *, level: float = 0.95) -> MislabelC
     >>> print(mislabel_auc([0.9, 0.1, 0.8, 0.3], [0, 2]).auc)
     1.0
     """
-    if not isinstance(level, float) or not 0 < level < 1:
-        message = f"level={level!r}. It is a fraction such as 0.95."
-        raise InvalidInput(message)
+    checked_level(level)
     values = np.asarray(scores.values if isinstance(scores, SelfScores) else scores, dtype=np.float64)
     if isinstance(scores, SelfScores):
         if not np.array_equal(np.sort(scores.rows), np.arange(len(values))):
@@ -236,8 +238,11 @@ def mislabel_auc(scores: Any, flipped: Any, *, level: float = 0.95) -> MislabelC
     wrong: Bool[NDArray[np.bool_], " n"] = np.zeros(len(values), dtype=bool)
     wrong[checked_rows(flipped, len(values))] = True
     bad, good = int(wrong.sum()), int((~wrong).sum())
-    if bad < 1 or good < 1:
-        message = f"{bad} of {len(wrong)} rows are flipped. An AUC compares some flipped rows with some clean ones."
+    if good < 1:
+        message = (
+            f"{bad} of {len(wrong)} rows are flipped. An AUC compares some flipped rows with some clean ones: pass "
+            "only the rows whose label is wrong."
+        )
         raise InvalidInput(message)
     everywhere = scipy.stats.rankdata(values)
     below = (everywhere[wrong] - scipy.stats.rankdata(values[wrong])) / good  # share of clean rows below each wrong one

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from upweight.errors import InvalidInput, TheoryWarning, checked_count
-from upweight.evaluation.leave_one_out import of_others
+from upweight.evaluation.leave_one_out import checked_level, of_others
 from upweight.evaluation.subsets import SubsetOutcomes
 from upweight.influence.scores import Scores
 
@@ -98,9 +98,7 @@ def lds(
     References: Park et al., TRAK (2023); Ilyas et al., Datamodels (2022); Spearman (1910) and Brown (1910).
     """
     checked_count(resamples, "resamples")
-    if not isinstance(level, float) or not 0 < level < 1:
-        message = f"level={level!r}. It is a fraction such as 0.95."
-        raise InvalidInput(message)
+    checked_level(level)
     predicted = _predicted(scores, outcomes)
     actual = outcomes.mean
     m = len(outcomes.seeds)
@@ -256,9 +254,16 @@ def _predicted(scores: Scores, outcomes: SubsetOutcomes) -> NDArray[np.float64]:
         )
         raise InvalidInput(message)
     if others := of_others(scores, outcomes.query_values):
-        warnings.warn(f"{others} Are they other queries, or another model?", TheoryWarning, stacklevel=3)
+        message = (
+            f"{others} Are they other queries, or another model? Pass scores of the same queries by the same influence "
+            "to both."
+        )
+        warnings.warn(message, TheoryWarning, stacklevel=3)
     if s < 3:
-        message = f"There are {s} subsets, and a rank correlation needs at least 3; 100 give a usable interval."
+        message = (
+            f"There are {s} subsets, and a rank correlation needs at least 3. Train on more: random_subsets({n}, 100) "
+            "gives a usable interval."
+        )
         raise InvalidInput(message)
     out = (~outcomes.subsets[:, scores.rows]).astype(np.float64)
     return scores.values @ out.T

@@ -212,7 +212,7 @@ def _name_failures(failed: dict[int, Exception], rows: NDArray[np.int64], seeds:
     lost = sorted({int(rows[place % (len(rows) + 1) - 1]) for place in failed})
     message = (
         f"Training without {len(lost)} of {len(rows)} rows (first: {lost[:5]}) gave nothing, and their changes are "
-        f"NaN: {first_line(first, length=400)}"
+        f"NaN. To compare the others, pass rows without them. The first said: {first_line(first, length=400)}"
     )
     warnings.warn(message, TheoryWarning, stacklevel=3)
 
@@ -227,6 +227,18 @@ def of_others(scores: Scores, now: Float[NDArray[np.float64], " q"] | None) -> s
     return f"The scores are of queries whose {scores.measure} is {before[:3]}, the outcomes of others ({now[:3]})."
 
 
+def checked_level(level: Any) -> float:
+    """The level of a confidence interval.
+
+    Raises:
+        InvalidInput: if it is no fraction.
+    """
+    if not isinstance(level, float) or not 0 < level < 1:
+        message = f"level={level!r}. It is a fraction such as 0.95."
+        raise InvalidInput(message)
+    return level
+
+
 def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
     """Correlations and slope of actual on predicted, over all queries and all rows that were really removed.
 
@@ -234,7 +246,10 @@ def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
         InvalidInput: if the rows or queries do not match, or fewer than two pairs remain.
     """
     if not isinstance(scores, Scores) or not isinstance(outcomes, Outcomes):
-        message = f"agreement(scores, outcomes) got {type(scores).__name__}, {type(outcomes).__name__}."
+        message = (
+            f"agreement(scores, outcomes) got {type(scores).__name__}, {type(outcomes).__name__}. Pass the Scores of "
+            "on_loss, and the Outcomes of leave_one_out."
+        )
         raise InvalidInput(message)
     if not scores.counterfactual.startswith("row removed") or scores.measure != outcomes.measure:
         message = (
@@ -243,8 +258,9 @@ def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
             "with leave_one_out(…, measure=…), or of_removing of single rows."
         )
         raise InvalidInput(message)
-    if others := of_others(scores, outcomes.query_values):
-        message = f"{others} Pass the same queries to both."
+    others = of_others(scores, outcomes.query_values)
+    if others:
+        message = f"{others} Pass the same queries to both, and ask the same influence."
         raise InvalidInput(message)
     place = {int(row): column for column, row in enumerate(scores.rows)}
     missing = [int(row) for row in outcomes.rows if int(row) not in place]
@@ -270,7 +286,7 @@ def agreement(scores: Scores, outcomes: Outcomes) -> Agreement:
     if len(predicted) < 2 or np.ptp(predicted) == 0:
         message = (
             f"{len(predicted)} pair(s) with a spread of {np.ptp(predicted):.3g} in the prediction: a slope needs at "
-            "least two different predictions."
+            "least two different predictions. Leave out more rows: leave_one_out(…, more rows)."
         )
         raise InvalidInput(message)
     slope, intercept = np.polyfit(predicted, actual, 1)

@@ -97,7 +97,7 @@ class SubsetOutcomes:
         Raises:
             InvalidInput: if there are fewer.
         """
-        if not 1 <= checked_count(count, "count") <= len(self.seeds):
+        if checked_count(count, "count") > len(self.seeds):
             message = f"count={count}, and there are {len(self.seeds)} seeds. Ask for 1 to {len(self.seeds)}."
             raise InvalidInput(message)
         return SubsetOutcomes(
@@ -181,7 +181,7 @@ def _masks(influence: Influence, subsets: Any) -> NDArray[np.bool_]:
     if array is not None and array.ndim == 2 and str(array.dtype).endswith("bool") and array.shape[1] != influence.n:
         message = (
             f"subsets has shape {tuple(array.shape)}, and there are {influence.n} rows. Masks have one column for each "
-            "training row."
+            f"training row, as those of random_subsets({influence.n}, 100) have."
         )
         raise InvalidInput(message)
     listed = [line.numpy() for line in array] if isinstance(array, Tensor) else subsets

@@ -300,11 +300,11 @@ def _embedded(x: Any, embed: Callable[[Any], Tensor] | None) -> Float[Tensor, "b
         with torch.no_grad():
             found: Any = embed(x)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        message = (
+        failure = (
             f"embed failed on a batch of {size} inputs ({type(error).__name__}: {first_line(error)}). It is called "
             "with a batch of inputs as they were given; cast them inside, as in embed=lambda x: model[:-1](x.float())."
         )
-        raise InvalidInput(message) from error
+        raise InvalidInput(failure) from error
     if not isinstance(found, Tensor) or found.ndim == 0 or len(found) != size:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         message = (

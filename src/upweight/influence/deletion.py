@@ -193,7 +193,8 @@ def solve(system: System, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
     if not solution.converged:
         message = (
             f"{system.solver} left a relative residual of {float(solution.residual.max()):.2g}: C is too badly "
-            f"conditioned (smallest curvature {solution.min_curvature:.2g}). Drop collinear features, or add a penalty."
+            f"conditioned (smallest curvature {solution.min_curvature:.2g}). Drop collinear features, standardise them "
+            "(StandardScaler), or add a penalty."
         )
         raise NotConverged(message, solution)
     return solution.x

@@ -44,23 +44,24 @@ def of_removing(system: System, groups: Any, on: Any) -> Scores:
     if system.objective.linear is None or not isinstance(system.exact_curvature, Hessian | GaussNewton):
         message = (
             f"of_removing updates the exact Hessian of a linear predictor, and this is {system.objective.name} with "
-            f"{system.curvature}. Use on_loss or of_groups (first order), or leave_one_out to retrain."
+            f"{system.curvature}. Use on_loss or of_groups (first order), or leave_one_out or subset_retraining to "
+            "retrain."
         )
         raise UnsupportedModel(message)
     members = system.examples.groups(groups)
     queries = system.queries(on)
     solution = scoring.solutions(system, queries)
     if solution.replicas is not None:
-        message = f"of_removing needs exact solutions, and {system.solver} gives estimates. Use Cholesky() or CG()."
-        raise UnsupportedModel(message)
+        refusal = f"of_removing needs exact solutions, and {system.solver} gives estimates. Use Cholesky() or CG()."
+        raise UnsupportedModel(refusal)
     step = newton_step.newton_steps(system, members)
     if step.impossible:
         numbers = list(step.impossible)
-        message = (
-            f"{len(numbers)} of {len(members)} removals (first: number {numbers[0]}) have no value and are NaN: "
-            f"{step.impossible[numbers[0]]}"
+        warning = (
+            f"{len(numbers)} of {len(members)} removals (first: number {numbers[0]}) have no value and are NaN. "
+            f"Leave them out, or see to the first: {step.impossible[numbers[0]]}"
         )
-        warnings.warn(message, TheoryWarning, stacklevel=3)
+        warnings.warn(warning, TheoryWarning, stacklevel=3)
     single = all(len(group) == 1 for group in members)
     reported = system.objective.reporting()
     changes = newton_step.changes(reported, queries, step.theta_change)

@@ -193,7 +193,7 @@ def _warm_rest(system: System, group: NDArray[np.int64]) -> _Rest:
         message = (
             f"The Newton step of removing {len(group)} rows has a residual of {float(left.max()):.2g} after "
             f"{_WARM_STEPS} products; {_WARM_RTOL:g} was wanted. What is left is badly conditioned: add damping, or "
-            "use leave_one_out."
+            "use subset_retraining on the rows that are left."
         )
         raise NotConverged(message)
     return _Rest(run.x[:1], lambda G: inverse_of(project(G))[1].x)

@@ -90,11 +90,11 @@ class Scores:
             raise Undefined(message)
         if not self.scale.all():
             row = int(self.rows[np.flatnonzero(self.scale == 0)[0]])
-            message = (
+            unweighted = (
                 f"Row {row} has sample weight 0: removing it changes nothing (values = 0) and its derivative is not "
                 "kept. Use of_adding for its derivative."
             )
-            raise Undefined(message)
+            raise Undefined(unweighted)
         return self.values / self.scale
 
     def helpful(self, k: int = 10) -> TopK:
@@ -139,7 +139,10 @@ class Scores:
         if not parts or any(
             not np.array_equal(part.rows, parts[0].rows) or not same_names(part.ids, parts[0].ids) for part in parts
         ):
-            message = f"{len(parts)} blocks of scores do not stand for the same rows. Join those of one question only."
+            message = (
+                f"{len(parts)} blocks of scores do not stand for the same rows. Join those of one question, one block "
+                "or more."
+            )
             raise InvalidInput(message)
         first = parts[0]
 

@@ -190,15 +190,19 @@ class System:
         leaning = torch.nonzero(solution.x.isnan().any(1)).flatten().tolist()
         if not leaning:
             return solution
-        message = (
+        asked = (
             f"{len(leaning)} of {len(V)} systems (first: number {leaning[0]}) ask for what the training rows do not "
             f"determine: {self.why_flat}, and {float(solution.residual.max()):.2g} of the gradient leans on "
-            "combinations that no row has. Ask about examples whose columns go together as they do in the training "
-            "rows, drop a column and fit again, or fit with a penalty."
+            "combinations that no row has"
+        )
+        advice = (
+            "Ask about examples whose columns go together as they do in the training rows, drop a column and fit "
+            "again, or fit with a penalty."
         )
         if len(leaning) == len(V):
-            raise NotPositiveDefinite(message, solution)
-        warnings.warn(f"{message} Their values are NaN.", TheoryWarning, stacklevel=4)
+            refusal = f"{asked}. {advice}"
+            raise NotPositiveDefinite(refusal, solution)
+        warnings.warn(f"{asked}; their values are NaN. {advice}", TheoryWarning, stacklevel=4)
         return solution
 
     @property
@@ -284,7 +288,7 @@ class System:
         if self.examples.y is not None and queries.y is None and queries.x is not None:
             message = (
                 f"These {len(queries)} examples have no y, and the training rows have one, so their loss is not "
-                "defined. Pass the pair (X, y)."
+                "defined. Pass y too, as in on_loss(X, y) or on=(X, y)."
             )
             raise InvalidInput(message)
         return queries
@@ -333,15 +337,15 @@ def solved(
         message = (
             f"{solver} left a relative residual of {float(solution.residual.max()):.2g}: C + λI is too badly "
             f"conditioned for float64 (smallest curvature {solution.min_curvature:.2g}). Try a larger damping, or "
-            "drop collinear features."
+            "drop or standardise features."
         )
         raise NotConverged(message, solution)
     if not solution.converged:
-        message = (
+        warning = (
             f"{solver} has not settled (residual {float(solution.residual.max()):.2g}): its values may carry "
             "a bias that their standard errors do not contain. Raise depth, or use CG() for exact answers."
         )
-        warnings.warn(message, TheoryWarning, stacklevel=5)
+        warnings.warn(warning, TheoryWarning, stacklevel=5)
     return solution
 
 

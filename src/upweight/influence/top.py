@@ -191,20 +191,21 @@ def _places(data: Any, rows: NDArray[np.int64], ids: NDArray[Any] | None, n: int
     """
     size = data.shape[0] if hasattr(data, "shape") else len(data) if hasattr(data, "__len__") else None
     if size != n or isinstance(data, str | bytes | Mapping):
-        has = f"a {type(data).__name__}" if size is None or isinstance(data, str | bytes | Mapping) else f"{size} lines"
-        message = f"data has {has}, and there are {n} rows. Pass what the rows were made from, one line for each row."
-        raise InvalidInput(message.replace("has a ", "is a "))
+        other = size is None or isinstance(data, str | bytes | Mapping)
+        what = f"is a {type(data).__name__}" if other else f"has {size} lines"
+        message = f"data {what}, and there are {n} rows. Pass what the rows were made from, one line for each row."
+        raise InvalidInput(message)
     names = None if ids is None else names_of(data, None, None, n)
     if ids is None or names is None:
         return rows.tolist()
     places = {name: place for place, name in enumerate(names.values.tolist())}
     lacking = [name for name in ids.tolist() if name not in places]
     if lacking:
-        message = (
+        lacked = (
             f"data has no row named {lacking[0]!r}: its index starts with {names.values.tolist()[0]!r}. Pass the frame "
             "that was explained; or, if its lines are in the same order, data=frame.reset_index(drop=True)."
         )
-        raise InvalidInput(message)
+        raise InvalidInput(lacked)
     return [places[name] for name in ids.tolist()]
 
 

@@ -10,7 +10,7 @@ Hessian products are a double backward pass with batched cotangents over a vmapp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import scipy.sparse
@@ -330,6 +330,17 @@ def penalty_hvp(objective: Objective, V: Float[Tensor, "k p"]) -> Float[Tensor, 
             for v in V
         ]
     ).to(V)
+
+
+def penalty_rows(objective: Objective, step: int = 256) -> Iterator[tuple[slice, Float[Tensor, "k p"]]]:
+    """∇²r(θ̂), `step` rows at a time; nothing for an L2 penalty, whose Hessian is its diagonal.  Cost: p products."""
+    if objective.penalty is None or isinstance(objective.penalty, L2):
+        return
+    for start in range(0, objective.size, step):
+        rows = slice(start, min(start + step, objective.size))
+        eye = torch.zeros(rows.stop - start, objective.size, dtype=torch.float64)
+        eye[:, rows].fill_diagonal_(1)
+        yield rows, penalty_hvp(objective, eye)
 
 
 def penalty_diagonal(objective: Objective) -> Float[Tensor, " p"]:

@@ -169,9 +169,7 @@ def largest_curvature(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
 
 
 def _structure(objective: Objective) -> Linear:
-    if objective.linear is None:
-        message = f"{objective.name} has no linear predictor, and this computation needs one."
-        raise InvalidInput(message)
+    assert objective.linear is not None  # whoever calls has asked
     return objective.linear
 
 

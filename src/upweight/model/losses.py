@@ -165,7 +165,7 @@ def huber(delta: float = 1.0) -> Loss:
     Raises:
         InvalidInput: if delta is not positive.
     """
-    delta = _positive("huber", "delta", delta, "Try huber(1.0).")
+    delta = _positive("huber", "delta", delta, "huber(1.0)")
 
     def value(eta: Tensor, y: Tensor) -> Tensor:
         distance = (eta - y.reshape(eta.shape)).abs()
@@ -199,7 +199,7 @@ def smooth_hinge(t: float) -> Loss:
     Raises:
         InvalidInput: if t is not positive.
     """
-    t = _positive("smooth_hinge", "t", t, "Try smooth_hinge(0.001), the paper's value, or losses.hinge.")
+    t = _positive("smooth_hinge", "t", t, "smooth_hinge(0.001), the paper's value, or losses.hinge")
 
     def value(eta: Tensor, y: Tensor) -> Tensor:
         return t * softplus((1 - _signs(eta, y) * eta) / t, threshold=50.0)[:, 0]
@@ -300,7 +300,7 @@ def smooth_epsilon_insensitive(epsilon: float, t: float) -> Loss:
         InvalidInput: if epsilon is negative or t is not positive.
     """
     epsilon = _checked_epsilon("smooth_epsilon_insensitive", epsilon)
-    t = _positive("smooth_epsilon_insensitive", "t", t, "Try t=0.001.")
+    t = _positive("smooth_epsilon_insensitive", "t", t, "t=0.001")
 
     def sides(eta: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         r = eta - y.reshape(eta.shape)
@@ -357,7 +357,7 @@ def _checked_epsilon(name: str, epsilon: Any) -> float:
 
 def _positive(name: str, setting: str, value: Any, hint: str) -> float:
     if not _is_real(value) or not value > 0:
-        message = f"{name}: {setting} is {value}, and must be a positive number. {hint}"
+        message = f"{name}: {setting} is {value}, and must be a positive number. Try {hint}."
         raise InvalidInput(message)
     return float(value)
 
@@ -391,10 +391,13 @@ def tweedie(power: float, link: str = "log") -> Loss:
         InvalidInput: if the power is between 0 and 1 or the link has another name.
     """
     if not _is_real(power) or not abs(power) < float("inf") or 0 < power < 1:
-        message = f"tweedie: power is {power}. No distribution has a power between 0 and 1; try 0, 1, 1.5, 2 or 3."
+        message = (
+            f"tweedie: power is {power}, and must be a finite number; no distribution has one between 0 and 1. "
+            "Try 0, 1, 1.5, 2 or 3."
+        )
         raise InvalidInput(message)
     if link not in {"log", "identity"}:
-        message = f"tweedie: link is {link!r}. It is 'log' (η = log μ) or 'identity' (η = μ)."
+        message = f"tweedie: link is {link!r}. Pass 'log' (η = log μ) or 'identity' (η = μ)."
         raise InvalidInput(message)
     p, scale = float(power), 2.0 if power == 0 else 1.0
     exponential = link == "log"

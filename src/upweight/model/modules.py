@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,17 +19,75 @@ def forward(model: torch.nn.Module, state: Mapping[str, Tensor], x: Any) -> Tens
     """The module's output for a batch, with other parameters and buffers than its own; the module is not changed.
 
     A dict of inputs is passed by keywords, a tuple by position. Attention runs in its plain form, for the fused kernels
-    can be differentiated once or not at all.
+    can be differentiated once or not at all; masks are written out, for their short forms depend on the data.
     """
+    if isinstance(model, Called):
+        return model.read(forward(model.module, state, x))
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _whole_masks():
             if isinstance(x, Mapping):
                 return functional_call(model, dict(state), (), dict(x))
             return functional_call(model, dict(state), tuple(x) if isinstance(x, tuple | list) else (x,))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+class Called(torch.nn.Module):
+    """A module together with what is read off its output, as one module: of the same parameters by the same names.
+
+    Args:
+        module: whose output is no tensor, or not the one that the loss takes.
+        read: from its output to a tensor with a batch axis.
+    """
+
+    module: torch.nn.Module
+
+    def __init__(self, module: torch.nn.Module, read: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.__dict__["module"] = module  # which makes it no child, so that names stay
+        self.read = read
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What is read off the module's output."""
+        return self.read(self.module(*args, **kwargs))
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Those of the module."""
+        return self.module.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """Those of the module."""
+        return self.module.named_buffers(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Those of the module."""
+        return self.module.named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """Those of the module."""
+        return self.module.named_children()
+
+
+def called(module: torch.nn.Module, read: Callable[[Any], Tensor]) -> Called:
+    """`Called` under the name of the module's own class, which messages tell."""
+    return type(type(module).__name__, (Called,), {})(module, read)
+
+
+@contextmanager
+def _whole_masks() -> Iterator[None]:
+    """transformers leave a mask out where all of it is 1, which vmap cannot ask; while they trace they write it out."""
+    masking = sys.modules.get("transformers.masking_utils")
+    before = getattr(masking, "is_tracing", None)
+    if masking is None or before is None:
+        yield
+        return
+    masking.is_tracing = lambda *_: True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        masking.is_tracing = before  # type: ignore[attr-defined]
 
 
 def refuse_training_mode(model: torch.nn.Module) -> None:
@@ -42,7 +102,8 @@ def refuse_training_mode(model: torch.nn.Module) -> None:
         if getattr(module, "scale_grad_by_freq", False):
             message = (
                 f"'{name}' ({kind}, scale_grad_by_freq=True) divides gradients by how often a word is in the batch, so "
-                "they are not those of any loss of single examples. Build it with scale_grad_by_freq=False."
+                "they are not those of any loss of single examples. Build it with scale_grad_by_freq=False, and train "
+                "it again."
             )
             raise UnsupportedModel(message)
         if getattr(module, "max_norm", None) is not None:
@@ -99,7 +160,8 @@ def chosen_parameters(
     if not named:
         message = (
             f"{type(model).__name__} has no parameters, so nothing was learned from data and there is no influence "
-            "to compute."
+            "to compute. Pass the module that was trained; one that keeps its layers in a list keeps them in an "
+            "nn.ModuleList."
         )
         raise UnsupportedModel(message)
     if parameters is None:
@@ -119,8 +181,10 @@ def chosen_parameters(
     unknown = [name for name in wanted if name not in named]
     if unknown or not wanted:
         problem = (
-            f"parameters names {unknown}, which the model does not have" if unknown else "parameters selects nothing"
+            f"parameters names {unknown}, which the model does not have"
+            if unknown
+            else "parameters selects nothing of the model"
         )
-        message = f"{problem}. The model has: {', '.join(named)}."
+        message = f"{problem}. Name some of what it has: {', '.join(named)}."
         raise InvalidInput(message)
     return {name: parameter for name, parameter in named.items() if name in set(wanted)}

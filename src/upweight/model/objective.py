@@ -138,7 +138,7 @@ class Objective:
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", _checked_params(self.params))
         if self.penalty_per_example not in (None, True, False):
-            message = f"penalty_per_example={self.penalty_per_example!r}. It is True, False, or None for the default."
+            message = f"penalty_per_example={self.penalty_per_example!r}. Pass True, False, or None for the default."
             raise InvalidInput(message)
         penalty = self.penalty
         if isinstance(penalty, int | float | np.number) and not isinstance(penalty, bool):
@@ -317,20 +317,29 @@ def _check_strengths(penalty: L2, blocks: Mapping[str, Tensor]) -> None:
         if name not in blocks:
             message = f"L2 penalises '{name}', and the parameters are {', '.join(blocks)}. Name one of them."
             raise InvalidInput(message)
-        try:
-            spread = torch.as_tensor(strength, dtype=torch.float64).expand(blocks[name].shape)
-        except (RuntimeError, TypeError, ValueError) as error:
-            message = (
-                f"L2's strength for '{name}' does not fit its shape {tuple(blocks[name].shape)} ({first_line(error)})."
-            )
-            raise InvalidInput(message + " Pass one number λ ≥ 0.") from error
+        spread = _spread(strength, name, blocks[name])
         if not bool(torch.isfinite(spread).all()) or float(spread.min()) < 0:
-            message = f"L2 has the strength {float(spread.min()):g} for '{name}'. λ must be finite and ≥ 0."
+            message = f"L2 has the strength {float(spread.min()):g} for '{name}'. Pass a finite λ ≥ 0."
             raise InvalidInput(message)
     for name, slope in penalty.tilt.items():
-        if name not in blocks or not bool(torch.isfinite(torch.as_tensor(slope)).all()):
-            message = f"L2 tilts '{name}' by {slope}; a tilt is finite, and the parameters are {', '.join(blocks)}."
-            raise InvalidInput(message + " Name one of them.")
+        if name not in blocks:
+            message = f"L2 tilts '{name}', and the parameters are {', '.join(blocks)}. Name one of them."
+            raise InvalidInput(message)
+        if not bool(torch.isfinite(_spread(slope, name, blocks[name])).all()):
+            message = f"L2 tilts '{name}' by {slope}. Pass finite numbers."
+            raise InvalidInput(message)
+
+
+def _spread(value: Any, name: str, block: Tensor) -> Tensor:
+    """A strength or a tilt for every parameter of a block."""
+    try:
+        return torch.as_tensor(value, dtype=torch.float64).expand(block.shape)
+    except (RuntimeError, TypeError, ValueError) as error:
+        message = (
+            f"What L2 gives '{name}' does not fit its shape {tuple(block.shape)} ({first_line(error)}). Pass one "
+            "number, or a tensor of that shape."
+        )
+        raise InvalidInput(message) from error
 
 
 def _as_blocks(params: Params) -> dict[str, Tensor]:
@@ -363,13 +372,18 @@ def _checked_params(params: Any) -> Params:
             raise InvalidInput(message)
         return tensor
 
-    if isinstance(params, Mapping):
-        if not params:
-            message = "params is empty, so there is nothing to differentiate. Pass a dict of tensors, or one tensor."
-            raise InvalidInput(message)
-        return {str(name): check(str(name), value) for name, value in params.items()}
-    tensor = check("params", params)
-    if tensor.numel() == 0:
-        message = "params has no elements, so there is nothing to differentiate."
+    if isinstance(params, Mapping) and not params:
+        message = "params is empty, so there is nothing to differentiate. Pass the fitted parameters, by their names."
         raise InvalidInput(message)
-    return tensor
+    checked = (
+        {str(name): check(str(name), value) for name, value in params.items()}
+        if isinstance(params, Mapping)
+        else check("params", params)
+    )
+    if not any(block.numel() for block in _as_blocks(checked).values()):
+        message = (
+            "params has no elements, so there is nothing to differentiate. Pass a dict of tensors, or one tensor: the "
+            "fitted parameters."
+        )
+        raise InvalidInput(message)
+    return checked

@@ -16,7 +16,7 @@ from upweight.data.trees import batch_length, take
 from upweight.errors import InvalidInput, NotDeterministic, UnsupportedModel, UpweightError, first_line
 from upweight.model import calculus, layers
 from upweight.model.objective import Objective, Route
-from upweight.model.transforms import unbatched, undisturbed
+from upweight.model.transforms import refuse_inference_mode, unbatched, undisturbed
 
 _ROUTES = (("vmap", "batched"), ("vmap", "loop"), ("loop", "batched"), ("loop", "loop"))
 _REPEATS = 4  # dropout of small p leaves a few examples alone now and then
@@ -32,15 +32,13 @@ def probe(objective: Objective, batch: Any) -> Objective:
     """The objective with the fastest route that gives right answers on this small batch.
 
     Raises:
-        NotDeterministic: if the same example costs something else when asked again.
-        UnsupportedModel: if the loss of an example changes with the batch it is in, or has no second derivatives.
+        NotDeterministic: if the same example costs something else when asked again, or has another gradient.
+        UnsupportedModel: if the loss has no first or no second derivatives.
         InvalidInput: if the loss fails, or does not return one finite number, or does not depend on the parameters.
     """
     if objective.linear is not None:
         return objective
-    if torch.is_inference_mode_enabled():
-        message = f"{objective.name} is to be differentiated, which torch.inference_mode() forbids. Leave it first."
-        raise InvalidInput(message)
+    refuse_inference_mode(objective.name)
     generator = torch.get_rng_state()
     try:
         plainly = replace(objective, route=Route("loop", "loop"))
@@ -72,10 +70,11 @@ def probe(objective: Objective, batch: Any) -> Objective:
     finally:
         torch.set_rng_state(generator)
     message = (
-        "The loss of an example changes with the examples computed beside it, so there is no per-example loss. Is a "
-        "normalisation layer in training mode? Call model.eval()."
+        f"The derivatives of {objective.name} were others when they were taken again, and its values were not: "
+        "something in a backward pass is random. Influence needs one gradient per example: call model.eval(), or leave "
+        "the noise out of backward() and of gradient hooks."
     )
-    raise UnsupportedModel(message)
+    raise NotDeterministic(message)
 
 
 def _checked_losses(objective: Objective, batch: Any) -> Tensor:
@@ -87,8 +86,9 @@ def _checked_losses(objective: Objective, batch: Any) -> Tensor:
         raise
     except Exception as error:
         message = (
-            f"The loss failed on one example: {type(error).__name__}: {first_line(error)}. It is called as "
-            "loss(params, example) with one example, without a batch axis."
+            f"The loss failed on one example: {type(error).__name__}: {first_line(error)}. Write it as "
+            "loss(params, example) of one example, without a batch axis; that of a module as loss(output, target) of a "
+            "batch, here of one."
         )
         raise InvalidInput(message) from error
     first = values[0]
@@ -124,11 +124,20 @@ def _refuse_chance(once: Tensor, again: Tensor) -> None:
 
 def _refuse_broken_graphs(objective: Objective, batch: Any) -> None:
     """A loss that does not depend on θ, or is differentiable only once, would pass for one without curvature."""
-    value, gradient = calculus.first_derivatives(objective, take(calculus.ready(objective, batch), 0))
+    try:
+        value, gradient = calculus.first_derivatives(objective, take(calculus.ready(objective, batch), 0))
+    except UpweightError:
+        raise
+    except Exception as error:
+        message = (
+            f"The loss has a value, and its derivative failed ({type(error).__name__}: {first_line(error)}). Use "
+            "operations that torch differentiates, on the shapes that they are made for."
+        )
+        raise UnsupportedModel(message) from error
     if not gradient:
         message = (
-            f"{objective.name} gives {float(value):.6g} whatever the parameters are, so nothing can move it. Compute "
-            "it from `params` (not from the module's own weights), without detach() or no_grad()."
+            f"{objective.name} gives {float(value.detach()):.6g} whatever the parameters are, so nothing can move it. "
+            "Compute it from `params` (not from the module's own weights), without detach() or no_grad()."
         )
         raise InvalidInput(message)
     waiting = [piece.grad_fn for piece in gradient]
@@ -140,7 +149,7 @@ def _refuse_broken_graphs(objective: Objective, batch: Any) -> None:
         if node.name() == "torch::autograd::Error":
             message = (
                 "The loss cannot be differentiated twice: a part of it is differentiable only once. Use operations "
-                "with a second derivative, or a smoothed loss such as losses.smooth_hinge."
+                "with a second derivative, or a smoothed loss such as losses.smooth_hinge(0.1)."
             )
             raise UnsupportedModel(message)
         fresh = {parent for parent, _ in node.next_functions} - seen
@@ -220,7 +229,7 @@ def _answers(objective: Objective, batch: Any) -> tuple[Tensor, ...]:
         instead = (
             "nn.Embedding and a mean over its positions instead of nn.EmbeddingBag"
             if bag
-            else ("operations with a second derivative, or a smoothed loss such as losses.smooth_hinge")
+            else ("operations with a second derivative, or a smoothed loss such as losses.smooth_hinge(0.1)")
         )
         message = f"The loss cannot be differentiated twice ({first_line(error)}). Use {instead}."
         raise UnsupportedModel(message) from error

@@ -19,7 +19,7 @@ from torch import Tensor
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, UpweightError, checked_count, first_line
 from upweight.model.objective import Objective
-from upweight.model.transforms import undisturbed
+from upweight.model.transforms import refuse_inference_mode, undisturbed
 from upweight.runs.progress import bar
 from upweight.runs.store import Store
 
@@ -162,13 +162,12 @@ class Sweep:
                     continue
                 if _out_of_memory(error):
                     raise
-                if torch.is_inference_mode_enabled():
-                    message = f"{label}: torch.inference_mode() forbids to differentiate the loss. Leave it first."
-                    raise InvalidInput(message) from error
+                refuse_inference_mode(f"{label}: the loss")
                 message = (
                     f"{label}: the loss failed on rows {inside[0]} to {inside[-1]} "
                     f"({type(error).__name__}: {first_line(error)}). Usual reasons: a label that the model has no "
-                    "output for, or inputs of another shape or kind than in training."
+                    "output for, or inputs of another shape or kind than in training. Correct these rows, or leave "
+                    "them out."
                 )
                 raise InvalidInput(message) from error
             yield inside, values

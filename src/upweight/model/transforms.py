@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch.func import functional_call, grad
 
-__all__ = ["functional_call", "grad", "quietly", "unbatched", "undisturbed", "vmap"]
+from upweight.errors import InvalidInput
+
+__all__ = ["functional_call", "grad", "quietly", "refuse_inference_mode", "unbatched", "undisturbed", "vmap"]
 
 _NO_RULE = "There is a performance drop because we have not yet implemented the batching rule"  # how torch begins
 _LISTENING: list[bool] = []  # while `unbatched` gathers
@@ -28,6 +30,17 @@ def undisturbed() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def refuse_inference_mode(what: str) -> None:
+    """Raises inside of the caller's inference_mode(), which nothing can leave from within.
+
+    Raises:
+        InvalidInput: if it is on.
+    """
+    if torch.is_inference_mode_enabled():
+        message = f"{what} is to be differentiated, which torch.inference_mode() forbids. Leave it first."
+        raise InvalidInput(message)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from upweight.errors import UnsupportedModel
 from upweight.model import calculus
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
-from upweight.model.transforms import undisturbed
+from upweight.model.transforms import refuse_inference_mode, undisturbed
 
 _ACTIVATIONS = frozenset({
     "log_softmax", "softmax", "softmin", "sigmoid", "log_sigmoid", "logsigmoid", "logit", "softplus", "tanh",
@@ -41,6 +41,7 @@ _SHAPES = frozenset({
 })  # fmt: skip
 _ROWS = 48  # of the data, on which convexity is tried
 _AROUND = (0.0, 1.0, 3.0)  # how far around their outputs
+_FAR = 1e12  # around them: beyond every kink
 _DIRECTIONS = 4  # of either kind: one coordinate, and all of them; 1 where outputs are many
 _NUMBERS = 2**23  # held by directions at once
 _NOISE = {torch.float64: 1e-7}  # of the largest second derivative; 1e-3 in lower precision
@@ -129,17 +130,55 @@ def cut(sweep: Sweep) -> Sweep:
 
     Raises:
         UnsupportedModel: if the criterion's second derivative is zero at all these rows.
+        InvalidInput: inside of torch.inference_mode().
     """
     objective = sweep.objective
-    if objective.linear is not None or objective.outputs is None or objective.output_loss is None:
+    if _one_function(objective):
         return sweep
+    refuse_inference_mode(objective.name)
     with undisturbed():
-        K = calculus.outputs(objective, sweep.examples.batch([0])).shape[1]
-        rows = sweep.examples.spread(max(2, min(_ROWS, _NUMBERS // (2 * _DIRECTIONS * K))))
-        batch = calculus.ready(objective, sweep.examples.batch(rows))
+        batch = _probed(sweep)
         found = _first_convex(objective, batch)
         _refuse_flat(found, batch)
     return sweep if found is objective else replace(sweep, objective=found)
+
+
+def refuse_kinks(sweep: Sweep) -> None:
+    """Raises where second derivatives miss what the minimum follows: a criterion that bends at its kinks only.
+
+    A criterion that is linear in what the module returns is none of these: then the module bends.
+
+    Cost: as for `cut`.
+
+    Raises:
+        UnsupportedModel: if the criterion has kinks and no second derivative.
+        InvalidInput: inside of torch.inference_mode().
+    """
+    objective = sweep.objective
+    if _one_function(objective):
+        return
+    refuse_inference_mode(objective.name)
+    with undisturbed():
+        batch = _probed(sweep)
+        try:
+            found = _first_convex(objective, batch)
+        except UnsupportedModel:  # it cannot be cut, and need not be
+            found = objective
+        slope = _flat_slope(found, batch)
+        if slope and not _straight(found, batch, slope):
+            raise _kinked(found, batch, slope)
+
+
+def _one_function(objective: Objective) -> bool:
+    return objective.linear is not None or objective.outputs is None or objective.output_loss is None
+
+
+def _probed(sweep: Sweep) -> Any:
+    """The rows on which a criterion is tried."""
+    objective = sweep.objective
+    K = calculus.outputs(objective, sweep.examples.batch([0])).shape[1]
+    rows = sweep.examples.spread(max(2, min(_ROWS, _NUMBERS // (2 * _DIRECTIONS * K))))
+    return calculus.ready(objective, sweep.examples.batch(rows))
 
 
 def _first_convex(objective: Objective, batch: Any) -> Objective:
@@ -262,14 +301,38 @@ def _convex(objective: Objective, batch: Any) -> bool:
 
 
 def _refuse_flat(objective: Objective, batch: Any) -> None:
+    slope = _flat_slope(objective, batch)
+    if not slope:
+        return
+    if not _straight(objective, batch, slope):
+        raise _kinked(objective, batch, slope)
+    message = (
+        f"The criterion of {objective.name} is linear in what the module returns, so nothing of the data would be left "
+        "in C: what bends is inside the module, such as a softmax whose logarithm it returns. Let it return what goes "
+        "into that, with torch.nn.functional.cross_entropy as the criterion, or use "
+        "curvature=uw.operators.Hessian() or uw.operators.EmpiricalFisher()."
+    )
+    raise UnsupportedModel(message)
+
+
+def _flat_slope(objective: Objective, batch: Any) -> float:
+    """The largest slope of a criterion without second derivative; 0 if it has one, or is fitted exactly everywhere."""
     slope = 0.0
     for around in _AROUND:
         forms, slopes = _forms(objective, batch, around)
         slope = max(slope, float(slopes.abs().nan_to_num(0).max()))
         if float(forms.abs().nan_to_num(torch.inf).max()) > _FLAT * slope:
-            return
-    if slope == 0:
-        return  # fitted exactly, wherever it is
+            return 0.0
+    return slope
+
+
+def _straight(objective: Objective, batch: Any, slope: float) -> bool:
+    """Whether the slopes of a flat criterion are the same far away: it has no kinks."""
+    here, there = (_forms(objective, batch, around)[1] for around in (0.0, _FAR))
+    return float((here - there).abs().max()) <= _FLAT * slope
+
+
+def _kinked(objective: Objective, batch: Any, slope: float) -> UnsupportedModel:
     message = (
         f"The criterion of {objective.name} has no curvature: its second derivative in the model's output is 0 at and "
         f"around {batch_length(batch)} probed rows, while its slope reaches "
@@ -279,4 +342,4 @@ def _refuse_flat(objective: Objective, batch: Any) -> None:
         "(u / t) in place of max(0, u) in a hinge or pinball loss. Or name curvature=uw.operators.EmpiricalFisher(), "
         "which uses slopes only."
     )
-    raise UnsupportedModel(message)
+    return UnsupportedModel(message)

@@ -17,7 +17,7 @@ from upweight.model import calculus, layers
 from upweight.model.layers import pieces
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
-from upweight.operators.cut import cut
+from upweight.operators.cut import cut, refuse_kinks
 from upweight.operators.layered import LayeredGaussNewton, kept_bytes
 from upweight.operators.linear import LinearHessian
 
@@ -104,11 +104,11 @@ class Hessian:
         """The operator of this objective on these examples; closed forms for a linear predictor.
 
         Raises:
-            UnsupportedModel: if the objective knows its outputs, and its loss has no curvature in them.
+            UnsupportedModel: if the objective knows its outputs, and its loss bends at kinks only.
         """
         if sweep.objective.linear is not None:
             return LinearHessian(sweep)
-        cut(sweep)  # a loss without second derivative has no Hessian that its minimum would follow
+        refuse_kinks(sweep)
         return Implicit(sweep, calculus.hvp, None)
 
 

@@ -234,7 +234,10 @@ class LinearHessian:
             return torch.cat([coef.reshape(-1), spread.sum(0)]) if self._structure.intercept else coef.reshape(-1)
 
         total = self.rows_with_curvatures.fold(squares, vectors=2, label="diagonal", chunk=self._chunk)
-        return total / self.sweep.n + calculus.penalty_diagonal(self.sweep.objective)
+        curved = calculus.penalty_diagonal(self.sweep.objective)
+        for rows, second in calculus.penalty_rows(self.sweep.objective):
+            curved[rows] += second[:, rows].diagonal()
+        return total / self.sweep.n + curved
 
     @property
     def _x(self) -> Any:
@@ -348,6 +351,8 @@ class LinearHessian:
             block[:] = np.triu(block) + np.triu(block, 1).T
             total[stop:, start:stop] = total[start:stop, stop:].T
         total[np.diag_indices(p)] += calculus.penalty_diagonal(objective).numpy()
+        for rows, second in calculus.penalty_rows(objective):
+            total[rows] += second.numpy()
         return torch.from_numpy(total)
 
     def _kronecker(self, damping: float) -> Callable[[Tensor], Tensor]:

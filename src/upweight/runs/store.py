@@ -154,8 +154,9 @@ def _folder(path: str | os.PathLike[str]) -> Path:
         message = f"store={path!r}. It is a folder for finished chunks: pass its path, or None to keep nothing."
         raise InvalidInput(message)
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        message = f"{folder} is a file, and a store is a folder. Name another path."
+    found = next((place for place in (folder, *folder.parents) if place.exists()), None)
+    if found is not None and not found.is_dir():
+        message = f"{found} is a file, and a store is a folder. Name another path."
         raise InvalidInput(message)
     return folder
 

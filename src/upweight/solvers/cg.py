@@ -64,9 +64,10 @@ class CG:
             message = f"rtol={self.rtol}. It is a relative residual and must lie between 0 and 1, such as 1e-6."
             raise InvalidInput(message)
         checked_count(self.max_sweeps, "max_sweeps", hint="1000 is the default")
-        if self.preconditioner is not None and not isinstance(self.preconditioner, Preconditioner):
-            message = f"preconditioner={self.preconditioner!r}. Pass an object, such as solvers.TwoLevel(), or None."
-            raise InvalidInput(message)
+        given = self.preconditioner
+        if isinstance(given, type) or not (given is None or isinstance(given, Preconditioner)):
+            refusal = f"preconditioner={given!r}. Pass an object, such as solvers.TwoLevel(), or None."
+            raise InvalidInput(refusal)
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> Iteration:
         """The iteration, with its preconditioner built."""
@@ -127,9 +128,10 @@ class Iteration:
             smallest = torch.minimum(smallest, run.smallest)
             if run.stopped is not None and coarse is None:
                 raise self._refusal(run, V, sweeps)
-            if sweeps >= self.spec.max_sweeps:
-                raise self._unfinished(run.x * D, run.direction * D, V, sweeps, smallest)
             true = V - self._apply(run.x * D)
+            left = torch.maximum(_share(true, size), _share(true * D, weighed))
+            if sweeps >= self.spec.max_sweeps and bool((left > self.spec.rtol).any()):
+                raise self._unfinished(run.x * D, run.direction * D, V, sweeps, smallest)
             sweeps += 1
             tried = missed > self.spec.rtol
             gain = float(((true * D).norm(dim=1) / (R * D).norm(dim=1))[tried].max())
@@ -221,13 +223,14 @@ class Iteration:
     def _unfinished(self, X: Tensor, P: Tensor, V: Tensor, sweeps: int, smallest: Tensor) -> NotConverged:
         partial = self._partial(X, P, V, sweeps)
         worst = int(partial.residual.argmax())
+        less = f"{2 * float(partial.residual[worst]):.1g}"
+        accept = f", or accept less: CG(rtol={less})." if float(less) < 1 else "."
         message = (
             f"CG reached a relative residual of {float(partial.residual[worst]):.2g} for query {worst} after "
             f"{sweeps} sweeps; {self.spec.rtol:g} was promised "
             f"(damping {self.damping:g}, smallest curvature met {float(smallest.min()):.2g}). The system is badly "
             "conditioned, or the arithmetic is too coarse (float32). "
-            "Continue from error.solution.state, raise max_sweeps, use a larger damping, or accept less: "
-            f"CG(rtol={2 * float(partial.residual[worst]):.1g})."
+            f"Continue from error.solution.state, raise max_sweeps, or use a larger damping{accept}"
         )
         return NotConverged(message, partial)
 

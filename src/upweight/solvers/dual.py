@@ -16,6 +16,7 @@ from torch import Tensor
 
 from upweight.errors import NotPositiveDefinite, UnsupportedModel
 from upweight.model import calculus, linear
+from upweight.model.objective import L2
 from upweight.operators.base import Operator
 from upweight.operators.linear import LinearHessian
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
@@ -48,7 +49,8 @@ class Dual:
 
         Raises:
             UnsupportedModel: if the curvature is not the exact one of a linear predictor.
-            NotPositiveDefinite: if a coefficient has neither penalty nor damping, or a row's curvature is negative.
+            NotPositiveDefinite: if a coefficient has neither penalty nor damping, or hardly any beside the curvature,
+                or a row's curvature is negative.
         """
         if not isinstance(operator, LinearHessian):
             message = (
@@ -76,7 +78,7 @@ class Woodbury:
         self._root = _Root.of(operator.curvatures, self._K, operator.sweep.n)
         inner = self._inner()
         largest = float(np.abs(np.diagonal(inner)).max())
-        self._factor = scipy.linalg.cho_factor(inner, lower=True, overwrite_a=True, check_finite=False)
+        self._factor = _factor(inner, largest)
         self._free = None
         if structure.intercept:
             outputs = torch.eye(self._K, dtype=torch.float64).expand(operator.sweep.n, -1, -1)
@@ -261,6 +263,23 @@ class _Root:
         return Z - (self.gamma * self.v)[:, None] * (Z * self.v[:, None]).sum(2, keepdim=True)
 
 
+def _factor(inner: NDArray[np.float64], largest: float) -> tuple[NDArray[np.float64], bool]:
+    """The Cholesky factor of M, in its place.
+
+    Raises:
+        NotPositiveDefinite: if rounding has left M none.
+    """
+    try:
+        return scipy.linalg.cho_factor(inner, lower=True, overwrite_a=True, check_finite=False)
+    except scipy.linalg.LinAlgError as error:
+        message = (
+            f"Dual() cannot factorise M = I + U Λ⁻¹ Uᵀ in float64: it reaches {largest:.2g}, beside which I is "
+            "rounding. Usual reasons: features in small units, or hardly a penalty on them. Use Cholesky(), a larger "
+            "penalty, or standardised features (StandardScaler)."
+        )
+        raise NotPositiveDefinite(message) from error
+
+
 def _grams(X: Any, inverse: Tensor, Y: Any) -> Iterator[tuple[list[int], Tensor]]:
     """X Λ_k⁻¹ Yᵀ for every group of outputs k that share their strengths."""
     left = list(range(len(inverse)))
@@ -278,6 +297,13 @@ def _grams(X: Any, inverse: Tensor, Y: Any) -> Iterator[tuple[list[int], Tensor]
 
 
 def _refuse(operator: LinearHessian, strengths: Tensor, damping: float) -> None:
+    penalty = operator.sweep.objective.penalty
+    if penalty is not None and not isinstance(penalty, L2):
+        unknown = (
+            "Dual() divides by the penalty of every coefficient, and this one is a function, whose second derivatives "
+            "it does not know apart. Use Cholesky() or CG(), or write the penalty as a float or L2(…)."
+        )
+        raise UnsupportedModel(unknown)
     if float(strengths.min()) <= 0:
         message = (
             f"Dual() divides by the penalty of every coefficient, and the smallest is {float(strengths.min()):g} "
@@ -288,7 +314,7 @@ def _refuse(operator: LinearHessian, strengths: Tensor, damping: float) -> None:
     probe = torch.zeros(1, operator.size, dtype=torch.float64)
     probe[:, : len(strengths)] = torch.linspace(1, 2, len(strengths), dtype=torch.float64)
     if not torch.equal(operator.project(probe), probe):
-        message = (
+        refusal = (
             "Dual() needs every coefficient to be free to move, and some are held fixed here. Use Cholesky() or CG()."
         )
-        raise UnsupportedModel(message)
+        raise UnsupportedModel(refusal)

@@ -15,6 +15,7 @@ from upweight.errors import Diverged, InvalidInput, UnsupportedModel, checked_co
 from upweight.model.calculus import penalty_diagonal
 from upweight.operators.base import Operator, Sampled
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
+from upweight.solvers.lanczos import rounded_up
 
 _PROBED_BATCHES = 8
 _POWER_STEPS = 15
@@ -141,11 +142,13 @@ class Recursion:
 
     def _divergence(self, x: Tensor, V: Tensor, step: int, growth: float) -> Diverged:
         partial = Solution(x, torch.full((len(V),), torch.nan, dtype=torch.float64), False)
+        enough = rounded_up(max(4 * self.scale, _scale(self.spec, self.operator) + self.damping))
         message = (
             f"LiSSA diverged: after {step} steps an estimate is {growth:.2g} times as long as its right-hand side "
             f"(scale {self.scale:g}, damping {self.damping:g}). "
             f"A minibatch of {self.spec.batch_size} has more curvature than the scale, or negative curvature. "
-            f"Try scale={4 * self.scale:.3g}, a larger batch_size, curvature=GaussNewton(), or solver=CG()."
+            f"Try scale={enough:g}, a larger batch_size, or solver=CG(); against negative curvature "
+            "curvature=GaussNewton() or a larger damping."
         )
         return Diverged(message, partial)
 

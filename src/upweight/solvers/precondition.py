@@ -174,11 +174,11 @@ class Preconditioned:
             raise UnsupportedModel(message)
         near = self.curvature.bind(sweep)
         if not isinstance(near, Spectral):
-            message = (
+            refusal = (
                 f"{self.curvature!r} does not know its eigenvalues, so it cannot be inverted cheaply. Use "
                 "operators.EKFAC(), KFAC(), Nystroem(rank), Arnoldi(rank) or Dense(…)."
             )
-            raise UnsupportedModel(message)
+            raise UnsupportedModel(refusal)
         return ByEigenvalues(near, damping)
 
 

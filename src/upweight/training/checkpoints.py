@@ -171,10 +171,11 @@ def _checked_rates(rates: Any, members: int) -> tuple[float, ...]:
         message = f"learning_rates={rates!r} are no numbers ({first_line(error)}). Pass one per checkpoint, such as "
         raise InvalidInput(message + f"[0.1] * {members}.") from error
     if array.shape != (members,) or not np.isfinite(array).all() or (array < 0).any() or not array.any():
+        values = f" and values from {array.min():g} to {array.max():g}" if array.size else ""
         message = (
-            f"learning_rates has shape {array.shape} and values from {array.min(initial=0):g} to "
-            f"{array.max(initial=0):g}, and there are {members} checkpoints. Each needs the rate in force there, "
-            f"finite, ≥ 0 and not all 0: the scheduler's get_last_lr(), or [1.0] * {members} for equal ones."
+            f"learning_rates has shape {array.shape}{values}, and there are {members} checkpoints. Each needs the rate "
+            "in force there, one number, finite, ≥ 0 and not all 0: the scheduler's get_last_lr()[0], or "
+            f"[1.0] * {members} for equal ones."
         )
         raise InvalidInput(message)
     return tuple(float(rate) for rate in array)

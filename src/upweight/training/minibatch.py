@@ -90,8 +90,9 @@ class Adam:
 
     def __post_init__(self) -> None:
         _check_numbers(self, least={"eps": 0.0})
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            message = f"betas={self.betas}. They are two numbers in [0, 1), as in torch.optim.Adam."
+        two = isinstance(self.betas, tuple | list) and len(self.betas) == 2
+        if not two or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas):
+            message = f"betas={self.betas!r}. Pass two numbers in [0, 1), as in torch.optim.Adam: (0.9, 0.999)."
             raise InvalidInput(message)
 
     def slots(self) -> int:
@@ -193,7 +194,8 @@ def _check_numbers(spec: SGD | Adam, least: dict[str, float]) -> None:
         if value is None and name == "weight_decay":
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not bound <= value < math.inf:
-            message = f"{type(spec).__name__} got {name}={value!r}. It is a finite number ≥ {bound:g}."
+            sign = ">" if name == "lr" else "≥"
+            message = f"{type(spec).__name__} got {name}={value!r}. It is a finite int or float {sign} {bound:g}."
             raise InvalidInput(message)
     if spec.lr == 0:
         message = f"{type(spec).__name__} got lr=0, with which nothing is learned. Use a step size > 0."

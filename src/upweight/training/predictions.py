@@ -59,7 +59,7 @@ class Predictions:
         if self.paired and len(self.names) > 2:
             message = (
                 f"{self.outputs.shape[1]} outputs are those of pairs of {len(self.names)} classes, one against one, "
-                "and give no output per class. Use LinearSVC or LogisticRegression."
+                "and give no output per class. Use LogisticRegression."
             )
             raise UnsupportedModel(message)
         if self.outputs.shape[1] > 1:
@@ -104,8 +104,8 @@ class Predictions:
             raise InvalidInput(message)
         if self.names is not None and not set(truth.tolist()) & set(self.names):
             message = (
-                f"None of the {len(truth)} labels in y, such as {truth[0]!r}, is a class of the model: "
-                f"{', '.join(map(repr, self.names[:10]))}. Pass labels of the type that fit() was given."
+                f"None of the {len(truth)} labels in y, such as {truth.tolist()[0]!r}, is a class of the model: "
+                f"{', '.join(map(repr, self.names[:10]))}. Pass labels as they stand in the training data."
             )
             raise InvalidInput(message)
         return float((self.labels == truth).mean())
@@ -245,7 +245,10 @@ def features(influence: Influence, X: Any = None) -> Float[NDArray[np.float64], 
         return np.asarray(x.toarray(), dtype=np.float64)
     if not isinstance(x, Tensor):
         message = f"An input is a {type(x).__name__} of {len(list(leaves(x)))} parts, which form no line of features."
-        raise InvalidInput(message + " Name the head with explain(..., parameters=[…]) to use the features before it.")
+        raise InvalidInput(
+            message + " Name the parameters of the head, explain(..., parameters=['head.weight', …]), to use the "
+            "features before it."
+        )
     return x.reshape(len(x), -1).double().cpu().numpy()
 
 

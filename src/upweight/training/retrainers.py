@@ -10,7 +10,8 @@ with c = Σ mᵢwᵢ / Σ wᵢ when the penalty is folded into the rows, else 1;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.examples import Examples
-from upweight.errors import InvalidInput, NotConverged, Undefined
+from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, Undefined, first_line
 from upweight.influence import defaults, per_row
 from upweight.influence.classes import Classes
 from upweight.influence.face import Influence
@@ -86,7 +87,8 @@ class Newton:
         """The retrainer of this objective on these examples; the factorisation at θ̂ is shared with the influence."""
         sweep = influence.sweep
         exact = isinstance(influence.curvature, Hessian) and isinstance(influence.solver, Cholesky)
-        factor = influence.prepared if exact and influence.damping == 0 else _factor(sweep)
+        with _positive():
+            factor = influence.prepared if exact and influence.damping == 0 else _factor(sweep)
         return BoundNewton(self, sweep, per_row.typical_row(sweep), factor, Classes.of(influence.system))
 
 
@@ -105,17 +107,22 @@ class BoundNewton:
 
         Raises:
             NotConverged: if the gradient does not become small enough.
+            NotPositiveDefinite: if a curvature on the way is not positive.
             Undefined: if no row of a class is left.
         """
         lost = "" if self.classes is None else self.classes.lost(weights)
         if lost:
             raise Undefined(lost)
-        sweep = reweighted(self.sweep, weights)
+        with _positive():
+            return self._minimum(reweighted(self.sweep, weights))
+
+    def _minimum(self, sweep: Sweep) -> Float[Tensor, " p"]:
         theta, factor = sweep.objective.theta, self.factor
         value, gradient = _value_and_gradient(sweep, theta)
+        goal = self.spec.rtol * self.typical
         for _ in range(self.spec.max_steps):
             size = float(gradient.norm())
-            if size <= self.spec.rtol * self.typical:
+            if size <= goal:
                 return theta
             candidate = theta - factor.solve(gradient[None]).x[0]
             new_value, new_gradient = _value_and_gradient(sweep, candidate)
@@ -123,12 +130,16 @@ class BoundNewton:
                 factor = _factor(replace(sweep, objective=sweep.objective.at(theta)))
                 step = factor.solve(gradient[None]).x[0]
                 candidate, new_value, new_gradient = _descend(sweep, theta, step, value, gradient)
-                if float(new_gradient.norm()) >= size and size <= 1e3 * self.spec.rtol * self.typical:
+                if float(new_gradient.norm()) >= size and size <= 1e3 * goal:
                     return theta  # rounding, not curvature, is what is left
             theta, value, gradient = candidate, new_value, new_gradient
+        left = float(gradient.norm())
+        if left <= goal:
+            return theta
         message = (
-            f"Newton's method left ‖∇R‖ = {float(gradient.norm()):.3g} after {self.spec.max_steps} steps. The "
-            "objective may have no minimum without these rows; add a penalty."
+            f"Newton's method left ‖∇R‖ = {left:.3g} after {self.spec.max_steps} steps; {goal:.3g} was asked. Raise "
+            "max_steps, or accept less with Newton(rtol=…). If the objective has no minimum without these rows, add a "
+            "penalty."
         )
         raise NotConverged(message)
 
@@ -216,7 +227,8 @@ class Refit:
         if refit is None:
             message = (
                 f"Refit() runs the fit() of a scikit-learn estimator, and {influence.objective.name} has none that "
-                "takes these rows with weights. Use Newton(), LBFGS(), or your own retrain=(weights, seed) → θ."
+                "takes these rows with weights. Use LBFGS(), Newton() for a linear predictor, or your own "
+                "retrain=(weights, seed) → θ."
             )
             raise InvalidInput(message)
         return BoundRefit(influence, refit)
@@ -328,6 +340,23 @@ def _descend(sweep: Sweep, theta: Tensor, step: Tensor, value: float, gradient: 
             break
         length /= 2
     return candidate, new_value, new_gradient
+
+
+@contextmanager
+def _positive() -> Iterator[None]:
+    """What solvers advise about a curvature that is not positive, a damping or another curvature, helps no training.
+
+    Raises:
+        NotPositiveDefinite: with what does help.
+    """
+    try:
+        yield
+    except NotPositiveDefinite as error:
+        message = (
+            f"Newton's method needs a positive curvature, and here {first_line(error).partition('. ')[0]}. Use "
+            "retrain=LBFGS(), which needs none."
+        )
+        raise NotPositiveDefinite(message) from error
 
 
 def _factor(sweep: Sweep) -> Prepared:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from upweight.data.trees import like, tree_map
+from upweight.data.trees import like, take, tree_map
 from upweight.errors import InvalidInput, NotConverged, UnsupportedModel, checked_count, first_line
 from upweight.influence.face import Influence
 from upweight.model import calculus
@@ -78,7 +78,7 @@ class StackedTraining:
         if isinstance(self.batches, type) or not isinstance(self.batches, Batches):
             message = f"batches={self.batches!r}. Pass minibatch.Shuffled(batch_size) or minibatch.Placed(batch_size)."
             raise InvalidInput(message)
-        if self.factory is not None and not callable(self.factory):
+        if self.factory is not None and (isinstance(self.factory, torch.nn.Module) or not callable(self.factory)):
             message = (
                 f"factory is a {type(self.factory).__name__}. Pass a function without arguments that builds the module."
             )
@@ -120,6 +120,7 @@ class BoundStackedTraining:
         self.reference = reference
         self.data = like(influence.examples.batch(slice(None)), reference)
         self.start = None if spec.start is None else _given(spec.start, self.objective)
+        self.shape = None if self.module is None else _output_shape(influence)
         self.masks = [] if self.module is None else self._probe()
         if self.module is not None:
             self._refuse_another(self.module)
@@ -222,7 +223,8 @@ class BoundStackedTraining:
         else:
             with _Masks(masks):
                 f = forward(self.module, params, batch[0])
-            values = vmap(_criterion(objective))(f[:, None], batch)
+            f = f[:, None] if self.shape is None else f.reshape(-1, *self.shape)
+            values = vmap(_criterion(objective))(f, batch)
         total = (values * w).sum()
         if objective.penalty is not None and self.spec.optimizer.weight_decay is None:
             total = total + share * objective.penalty(_like_params(objective, params))  # type: ignore[operator]
@@ -371,6 +373,15 @@ def _criterion(objective: Objective) -> Callable[[Tensor, Any], Tensor]:
     return objective.output_loss
 
 
+def _output_shape(influence: Influence) -> torch.Size | None:
+    """The shape in which the objective's own outputs of one example are given to its loss."""
+    objective = influence.objective
+    if objective.outputs is None:
+        return None
+    example = take(calculus.ready(objective, influence.examples.batch([0])), 0)
+    return objective.outputs(objective.params, example).shape
+
+
 def _like_params(objective: Objective, params: Stack) -> Any:
     return params if isinstance(objective.params, dict) else next(iter(params.values()))
 
@@ -420,7 +431,10 @@ def _given(start: Any, objective: Objective) -> Stack:
         n: tuple(t.shape) for n, t in blocks.items()
     }:
         return {name: torch.as_tensor(start[name]).detach() for name in blocks}
-    vector = None if isinstance(start, dict) else torch.as_tensor(start).detach().reshape(-1)
+    try:
+        vector = None if isinstance(start, dict) else torch.as_tensor(start).detach().reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        vector = None
     if vector is None or len(vector) != objective.size:
         message = (
             f"start does not have the parameters of the objective ({', '.join(blocks)}; {objective.size} numbers). "

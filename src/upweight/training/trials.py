@@ -237,12 +237,12 @@ def flat(objective: Objective, params: Any) -> Float[Tensor, " p"]:
         raise InvalidInput(message) from error
     if len(vector) != objective.size:
         message = (
-            f"retrain returned {len(vector)} numbers, and the objective has {objective.size} parameters "
-            f"({', '.join(objective.blocks)})."
+            f"retrain returned {len(vector)} numbers, and the objective has {objective.size} parameters. Return all of "
+            f"them, in this order: {', '.join(objective.blocks)}."
         )
         raise InvalidInput(message)
     if not torch.isfinite(vector).all():
-        message = "retrain returned NaN or infinite parameters: training diverged. Check its step size."
+        message = "retrain returned NaN or infinite parameters: training diverged. Use a smaller step."
         raise InvalidInput(message)
     return vector
 

@@ -53,7 +53,7 @@ def test_labels_are_those_of_the_estimator(model, count):
     assert uw.training_labels(influence).tolist() == labels.tolist()
     assert uw.training_labels(influence, [5, 2]).tolist() == labels[[5, 2]].tolist()
     if isinstance(model, SVC) and count == 3:
-        with pytest.raises(UnsupportedModel, match=r"pairs of 3 classes.*LinearSVC"):
+        with pytest.raises(UnsupportedModel, match=r"pairs of 3 classes.*LogisticRegression"):
             said.margins(labels)
         return
     assert (said.per_class().argmax(1) == [sorted(set(labels)).index(label) for label in said.labels]).all()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.adapters.estimators.inputs import AsGiven, Inputs
-from upweight.errors import InvalidInput, first_line, require
+from upweight.errors import InvalidInput, UnsupportedModel, first_line, require
 from upweight.model import linear
 from upweight.model.losses import Loss
 from upweight.model.objective import L2, Linear, Objective
@@ -112,8 +112,8 @@ class Again:
                 model.fit(X, y, **extra)
         except (ValueError, TypeError) as error:
             message = (
-                f"{type(model).__name__}.fit() refused the rows that are left: {first_line(error)}. Leave out other "
-                "rows, or pass your own retrain=."
+                f"{type(model).__name__}.fit() refused the rows that are left: {first_line(error)}. Leave out or "
+                "change other rows, or pass another retrain=, such as LBFGS()."
             )
             raise InvalidInput(message) from error
         rows = replace(self.fit, estimator=model, sample_weight=weights)
@@ -158,6 +158,21 @@ class Built:
 
 
 Builder = Callable[[Fit], Built]
+
+
+def refuse_early_stopping(fit: Fit) -> None:
+    """Raises for rows that were held out of the fit.
+
+    Raises:
+        UnsupportedModel: if there are any.
+    """
+    model = fit.estimator
+    if getattr(model, "early_stopping", False):
+        message = (
+            f"{fit.name}(early_stopping=True) held {model.validation_fraction:.0%} of the rows out of the fit, at "
+            "random, and these have no influence. Refit with early_stopping=False."
+        )
+        raise UnsupportedModel(message)
 
 
 def linear_objective(

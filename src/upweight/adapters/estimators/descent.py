@@ -13,7 +13,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from upweight.adapters.estimators.built import Again, Built, Fit, l2, linear_objective, read_linear
+from upweight.adapters.estimators.built import (
+    Again,
+    Built,
+    Fit,
+    l2,
+    linear_objective,
+    read_linear,
+    refuse_early_stopping,
+)
 from upweight.adapters.estimators.labels import by_class, class_weight_vector, of_classes, of_outputs
 from upweight.adapters.estimators.smoothing import held_intercepts, smooth_hinge, smooth_tube
 from upweight.errors import UnsupportedModel, require
@@ -116,9 +124,4 @@ def _refuse(fit: Fit) -> None:
             "zeros that would show its active set. Refit with penalty='l2', or use Lasso or ElasticNet."
         )
         raise UnsupportedModel(message)
-    if model.early_stopping:
-        message = (
-            f"{fit.name}(early_stopping=True) held {model.validation_fraction:.0%} of the rows out of the fit, at "
-            "random, and these have no influence. Refit with early_stopping=False."
-        )
-        raise UnsupportedModel(message)
+    refuse_early_stopping(fit)

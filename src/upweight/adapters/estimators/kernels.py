@@ -33,7 +33,7 @@ from upweight.adapters.estimators.margins import (
     vector_targets,
     vector_weights,
 )
-from upweight.errors import TheoryWarning, UnsupportedModel, require
+from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, require
 from upweight.model import losses
 from upweight.model.objective import L2
 
@@ -65,6 +65,7 @@ def kernel_ridge(fit: Fit) -> Built:
 def support_vectors(fit: Fit) -> Built:
     """SVC or SVR with any kernel."""
     model = fit.estimator
+    _refuse_fewer_rows(fit)
     if model.kernel == "linear":
         return linear_kernel(fit)
     if (callable(model.kernel) or model.kernel == "precomputed") and fit.sample_weight is not None:
@@ -102,6 +103,22 @@ def support_vectors(fit: Fit) -> Built:
         stretched=stretched + held,
         again=again,
     )
+
+
+def _refuse_fewer_rows(fit: Fit) -> None:
+    """Raises where rows are missing that fit() had, to which support vectors point.
+
+    Raises:
+        InvalidInput: if there are fewer rows that weigh than support vectors count.
+    """
+    count = fit.n if fit.sample_weight is None else int((fit.sample_weight > 0).sum())
+    last = int(fit.estimator.support_.max(initial=-1))
+    if last >= count:
+        message = (
+            f"{fit.name} was fitted on more rows: its last support vector is row {last}, and X has {count} rows that "
+            "weigh. Pass the X, y and sample_weight that fit() was given."
+        )
+        raise InvalidInput(message)
 
 
 def _name_other_vectors(fit: Fit) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.data.arrays import as_array, check_finite
-from upweight.errors import InvalidInput, require
+from upweight.errors import InvalidInput, UnsupportedModel, require
 
 
 def class_numbers(labels: Any, classes: NDArray[Any]) -> NDArray[np.int64]:
@@ -36,6 +36,17 @@ def class_numbers(labels: Any, classes: NDArray[Any]) -> NDArray[np.int64]:
         )
         raise InvalidInput(message)
     return np.array([numbers[label] for label in array.tolist()], dtype=np.int64)
+
+
+def refuse_several_labels(y: Any, name: str) -> None:
+    """Raises for classifiers of several labels per row.
+
+    Raises:
+        UnsupportedModel: if y has several columns.
+    """
+    if np.ndim(y) > 1 and np.shape(y)[1] > 1:
+        message = f"{name} on several labels per row is not supported. Fit one model per label."
+        raise UnsupportedModel(message)
 
 
 def numbers(labels: Any) -> NDArray[np.float64]:

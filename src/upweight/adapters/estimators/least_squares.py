@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 
 from upweight.adapters.estimators.built import Again, Built, Fit, l2, linear_objective, matrix, read_linear
 from upweight.adapters.estimators.inputs import Columns
-from upweight.adapters.estimators.labels import class_numbers, class_weight_vector, numbers, of_outputs
+from upweight.adapters.estimators.labels import (
+    class_numbers,
+    class_weight_vector,
+    numbers,
+    of_outputs,
+    refuse_several_labels,
+)
 from upweight.errors import UnsupportedModel, require
 from upweight.model import losses
 from upweight.model.objective import L2
@@ -80,9 +86,7 @@ def lasso_cv(fit: Fit) -> Built:
 
 def _classified(fit: Fit, alpha: Any, again: Any) -> Built:
     model = fit.estimator
-    if np.ndim(fit.y) > 1 and np.shape(fit.y)[1] > 1:
-        message = f"{fit.name} on several labels per row is not supported. Fit one model per label."
-        raise UnsupportedModel(message)
+    refuse_several_labels(fit.y, fit.name)
     per_class = class_weight_vector(model, fit.y)
 
     def signs(labels: Any) -> NDArray[np.float64]:

@@ -16,8 +16,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from upweight.adapters.estimators.built import Again, Built, Fit
-from upweight.adapters.estimators.labels import of_classes, of_outputs
+from upweight.adapters.estimators.built import Again, Built, Fit, refuse_early_stopping
+from upweight.adapters.estimators.labels import of_classes, of_outputs, refuse_several_labels
 from upweight.errors import UnsupportedModel
 from upweight.model import losses
 from upweight.model.losses import Loss
@@ -30,9 +30,7 @@ _AUTO_BATCH = 200  # scikit-learn's
 def mlp_classifier(fit: Fit) -> Built:
     """MLPClassifier: logistic loss for two classes, softmax cross-entropy for more."""
     model = fit.estimator
-    if np.ndim(fit.y) > 1 and np.shape(fit.y)[1] > 1:
-        message = "MLPClassifier on several labels per row is not supported. Fit one model per label."
-        raise UnsupportedModel(message)
+    refuse_several_labels(fit.y, fit.name)
     binary = len(model.classes_) == 2
     loss = losses.logistic if binary else losses.cross_entropy
 
@@ -62,14 +60,9 @@ def mlp_regressor(fit: Fit) -> Built:
 
 def _network(fit: Fit, loss: Loss, targets: Any, own: Any, response: Any, scale: float = 1) -> Built:
     model = fit.estimator
-    if getattr(model, "early_stopping", False) and model.solver != "lbfgs":
-        message = (
-            f"{fit.name}(early_stopping=True) held {model.validation_fraction:.0%} of the rows out of the fit, at "
-            "random, and these have no influence. Refit with early_stopping=False."
-        )
-        raise UnsupportedModel(message)
     batch = fit.n
     if model.solver != "lbfgs":
+        refuse_early_stopping(fit)
         batch = min(_AUTO_BATCH if model.batch_size == "auto" else int(model.batch_size), fit.n)
     layers = len(model.coefs_)
     bend = _ACTIVATIONS[model.activation]

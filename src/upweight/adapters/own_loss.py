@@ -1,0 +1,304 @@
+"""Modules that take inputs by name and return more than a tensor, as transformers do: what is read off their output.
+
+A model that computes its own loss is asked for it, and the loss is known again by its values: on a few rows it must be
+one of
+
+    cross-entropy of the labels one place ahead, a mean over tokens    causal language models
+    cross-entropy of the labels in place, a mean over tokens           masked and sequence-to-sequence models, tagging
+    cross-entropy, squares, or logistic losses of one label a row      classification and regression of sequences
+
+so that outputs and loss stand apart, as the Gauss–Newton matrix needs them, and tokens that are not counted (−100)
+become weights of rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import scipy.sparse
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from upweight.adapters.criteria import Criterion
+from upweight.data.records import LABELS, Columns, Records, Rows, rows_of, unloaded
+from upweight.data.trees import tree_map
+from upweight.errors import InvalidInput, first_line
+from upweight.model import calculus
+from upweight.model.modules import called, forward, refuse_training_mode
+
+_PROBED = 4
+_TOLERANCE = 1e-4  # of a loss in float32 against the same from its outputs
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the losses that models compute themselves.
+
+    Args:
+        criterion: of read(logits) and labels.
+        read: from logits to what the criterion takes.
+        shifted: whether labels are those one place ahead.
+        name: in words.
+    """
+
+    criterion: nn.Module
+    read: Callable[[Tensor], Tensor]
+    shifted: bool
+    name: str
+
+    def value(self, logits: Tensor, labels: Tensor) -> float:
+        """The criterion, NaN where shapes do not fit."""
+        try:
+            z = self.read(logits.double())
+            y = labels[:, 1:] if self.shifted else labels
+            squares = isinstance(self.criterion, nn.MSELoss | nn.BCEWithLogitsLoss)
+            if squares and (z.shape != y.shape or not y.is_floating_point()):
+                return float("nan")
+            return float(self.criterion(z, y.double() if squares else y.long()))
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return float("nan")
+
+
+def _ahead(logits: Tensor) -> Tensor:
+    return logits[:, :-1].transpose(1, 2)
+
+
+def _in_place(logits: Tensor) -> Tensor:
+    return logits.transpose(1, 2)
+
+
+def _alone(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _one(logits: Tensor) -> Tensor:
+    return logits.squeeze(-1)
+
+
+KINDS = (
+    Kind(nn.CrossEntropyLoss(), _ahead, True, "cross-entropy of the next token"),
+    Kind(nn.CrossEntropyLoss(), _in_place, False, "cross-entropy of every token"),
+    Kind(nn.CrossEntropyLoss(), _alone, False, "cross-entropy of one label"),
+    Kind(nn.MSELoss(), _one, False, "squared error"),
+    Kind(nn.MSELoss(), _alone, False, "squared error of several numbers"),
+    Kind(nn.BCEWithLogitsLoss(), _alone, False, "logistic loss of several labels"),
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A module and its data in the form (x, y) → criterion(model(x), y).
+
+    Args:
+        model: with a tensor as output.
+        rows: the examples.
+        loss: of output and target.
+    """
+
+    model: nn.Module
+    rows: Records
+    loss: Criterion
+
+
+def prepared(model: nn.Module, X: Any, y: Any, loss: Criterion | None, collate_fn: Any = None) -> Prepared | None:
+    """A module of named inputs, with its rows and the loss that it computes or was given; None for other data.
+
+    Raises:
+        InvalidInput: if rows have no labels, or the model computes another loss than those that are known.
+        UnsupportedModel: if dropout or batch statistics are active.
+    """
+    rows, collate = _rows(X, y, loss, collate_fn)
+    if rows is None:
+        return None
+    refuse_training_mode(model)
+    records = Records(
+        rows,
+        takes=taken(model),
+        collate=collate,
+        labelled=type(model).__name__.endswith(_CAUSAL),
+        with_labels=bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)),
+    )
+    if loss is not None:
+        return Prepared(model, records, loss)
+    kind = _kind(model, records)
+    records.shifted = kind.shifted
+    criterion = kind.criterion
+    return Prepared(called(model, lambda output: kind.read(_logits(output))), records, criterion)
+
+
+def taken(model: nn.Module) -> list[str] | None:
+    """The names of a module's inputs, without its labels; None where it takes whatever is given."""
+    base: Any = getattr(model, "get_base_model", None)  # of peft, whose own forward passes everything on
+    module: Any = base() if callable(base) else model
+    names = [
+        name
+        for name, one in inspect.signature(module.forward).parameters.items()
+        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) and name not in LABELS
+    ]
+    return names or None
+
+
+def read_apart(model: nn.Module, loss: Criterion, probe: Any) -> tuple[nn.Module, Criterion]:
+    """A module whose output is a dict, a tuple or the like, and its criterion, with a tensor between them.
+
+    What the criterion does not use of the output is left out; of several parts that it uses, all are put into one
+    tensor, and apart again before the criterion sees them.
+
+    Raises:
+        InvalidInput: if the criterion takes neither the output nor its `logits`.
+    """
+    few = tree_map(lambda leaf: leaf[:_PROBED], probe)
+    try:
+        output = _output(model, few[0])
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
+        return model, loss  # what is wrong with it is told where its loss is tried
+    if isinstance(output, Tensor) or output is None:
+        return model, loss
+    parts, spec = tree_flatten(output)
+    places = [k for k, part in enumerate(parts) if isinstance(part, Tensor) and part.is_floating_point()]
+    moved = {str(k): parts[k].detach().requires_grad_() for k in places}
+    whole = tree_unflatten([moved.get(str(k), part) for k, part in enumerate(parts)], spec)
+    try:
+        with torch.enable_grad():
+            read_by = calculus.depends(loss(whole, few[1]), moved, moved)
+    except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+        if (isinstance(output, dict) and "logits" in output) or hasattr(output, "logits"):
+            return called(model, _logits), loss
+        message = (
+            f"{type(model).__name__} returns a {type(output).__name__}, and the criterion does not take it "
+            f"({first_line(error)}). Pass a criterion of the whole output: loss=lambda output, y: "
+            "cross_entropy(output['name of a part'], y)."
+        )
+        raise InvalidInput(message) from error
+    used = [k for k in places if read_by[str(k)]]
+    if not used:
+        return model, loss  # a loss that nothing can move is refused where it is tried
+    shapes = [tuple(parts[k].shape[1:]) for k in used]
+
+    def read(output: Any) -> Tensor:
+        found = tree_flatten(output)[0]
+        return found[used[0]] if len(used) == 1 else torch.cat([found[k].flatten(1) for k in used], 1)
+
+    @functools.wraps(loss)
+    def criterion(z: Tensor, y: Tensor) -> Tensor:
+        pieces = [z] if len(used) == 1 else _apart(z, shapes)
+        return loss(tree_unflatten([dict(zip(used, pieces, strict=True)).get(k) for k in range(len(parts))], spec), y)
+
+    return called(model, read), criterion
+
+
+def _apart(z: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    sizes = [int(torch.tensor(shape).prod()) if shape else 1 for shape in shapes]
+    return [piece.reshape(len(z), *shape) for piece, shape in zip(z.split(sizes, 1), shapes, strict=True)]
+
+
+def _rows(X: Any, y: Any, loss: Criterion | None, collate_fn: Any) -> tuple[Rows | Columns | None, Any]:
+    data, own = unloaded(X)
+    collate = own if collate_fn is None else collate_fn
+    rows = rows_of(data, y)
+    if isinstance(rows, Columns):
+        return rows, None  # a batch of all rows, which is collated
+    if collate is not None:
+        return (Rows(data) if rows is None else rows), collate
+    if isinstance(rows, Rows) and loss is not None and y is None and isinstance(rows[0], tuple | list):
+        return None, None  # pairs of a dict and a target, for a criterion of both: they are examples already
+    return rows, None
+
+
+def _kind(model: nn.Module, records: Records) -> Kind:
+    """Which loss a model computes.
+
+    Raises:
+        InvalidInput: if rows have no labels, the model returns no loss, or it is none of KINDS.
+    """
+    name = type(model).__name__
+    numbers = range(min(len(records), _PROBED))
+    items = [records.parts(row) for row in numbers]
+    if any(labels is None for _, labels in items):
+        message = (
+            f"Row {next(row for row in numbers if items[row][1] is None)} has no labels, so {name} has no loss to be "
+            "asked for. Pass rows with the column 'labels', or the criterion: loss=torch.nn.functional.cross_entropy."
+        )
+        raise InvalidInput(message)
+    batch = _collated(items)
+    refused: Exception | None = None
+    try:
+        output = _output(model, {**batch[0], LABELS[0]: batch[1]})
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        output, refused = None, error
+    loss, logits = _part(output, "loss"), _part(output, "logits")
+    if not isinstance(loss, Tensor) or not isinstance(logits, Tensor):
+        why = "" if refused is None else f" ({type(refused).__name__}: {first_line(refused)})"
+        message = (
+            f"{name} returns no loss and logits for {', '.join((*batch[0], LABELS[0]))}{why}. Pass the criterion of "
+            "its output and the labels, loss=lambda output, y: cross_entropy(output, y)."
+        )
+        raise InvalidInput(message) from refused
+    alone = [_asked(model, {**take_one(batch[0], b), LABELS[0]: batch[1][b : b + 1]}) for b in range(len(items))]
+    asked = [(float(loss), logits, batch[1])] + [
+        (value, found, batch[1][b : b + 1]) for b, (value, found) in enumerate(alone)
+    ]
+    for kind in KINDS:
+        ours = [kind.value(found, labels) for _, found, labels in asked]
+        if all(_same(a, b) for a, (b, _, _) in zip(ours, asked, strict=True)):
+            return kind
+    told = ", ".join(f"{kind.name} {kind.value(logits, batch[1]):.4g}" for kind in KINDS)
+    message = (
+        f"{name} computes a loss of {float(loss):.4g} on {len(items)} rows, which is none that is known ({told}). "
+        "Usual reasons: an added loss, class weights, or label smoothing. Pass the criterion of its output and the "
+        "labels, loss=lambda output, y: cross_entropy(output.logits, y)."
+    )
+    raise InvalidInput(message)
+
+
+def take_one(x: Any, b: int) -> Any:
+    """Example b of a batch, as a batch of one."""
+    return tree_map(lambda leaf: leaf[b : b + 1], x)
+
+
+def _collated(items: list[Any]) -> Any:
+    from upweight.data.examples import stacked
+
+    return stacked(items)
+
+
+def _same(ours: float, theirs: float) -> bool:
+    both_nan = ours != ours and theirs != theirs
+    return both_nan or abs(ours - theirs) <= _TOLERANCE * (abs(theirs) + 1)
+
+
+def _asked(model: nn.Module, x: Any) -> tuple[float, Tensor]:
+    output = _output(model, x)
+    return float(_part(output, "loss")), _part(output, "logits")
+
+
+def _part(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+
+
+def _logits(output: Any) -> Tensor:
+    return output["logits"] if isinstance(output, dict) else output.logits
+
+
+def _output(model: nn.Module, x: Any) -> Any:
+    """What a module returns for a batch, as it is."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a module may write into them
+    state = {**dict(model.named_parameters()), **buffers}
+    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
+    x = tree_map(lambda leaf: _dense(leaf, dtype), x)
+    with torch.no_grad(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        return forward(model, state, x)
+
+
+def _dense(leaf: Any, dtype: torch.dtype) -> Tensor:
+    """A leaf of a batch as the module takes it."""
+    dense = torch.from_numpy(leaf.toarray()) if scipy.sparse.issparse(leaf) else leaf
+    return dense.to(dtype) if dense.is_floating_point() else dense

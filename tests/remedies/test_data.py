@@ -1,0 +1,707 @@
+"""What is said to type by upweight/data, typed."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import shutil
+import tarfile
+import zipfile
+from functools import cache
+from hashlib import md5, sha256
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import torch
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
+from torch import nn
+from torch.nn.functional import pad
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+import upweight as uw
+from refusals import refused
+from small import (
+    NAMES,
+    NAMESQ,
+    XQ,
+    YQ,
+    ZQ,
+    Items,
+    N,
+    Sentences,
+    X,
+    Y,
+    Z,
+    changed,
+    classifier,
+    logistic,
+    net,
+    pairs,
+    ridge,
+    seeded,
+    sentences,
+)
+from upweight import datasets
+from upweight.operators import Identity
+
+WORDS = np.where(X > 0, "high", "low")
+HOLED = changed(X, (3, 1), np.nan)
+HOLE = np.arange(N) == 3
+
+
+def network(model=None, **settings):
+    """The influence of a small network, by gradients alone, which is fast."""
+    return classifier(model, curvature=Identity(), **settings)
+
+
+@cache
+def plain():
+    """The influences of the small classifier on two queries, from plain arrays."""
+    return network().on_loss(XQ[:2], YQ[:2]).values
+
+
+def same(influence, X=None):
+    """Whether an influence is that of the same classifier on plain arrays, with other inputs where they are given."""
+    expected = plain() if X is None else network(X=X).on_loss(XQ[:2], YQ[:2]).values
+    return np.allclose(influence.on_loss(XQ[:2], YQ[:2]).values, expected, rtol=1e-6, atol=1e-12)
+
+
+def without_the_hole(influence):
+    """Whether an influence is that of the classifier on all rows but the one with a hole."""
+    return np.allclose(influence.on_params(), network(X=X[~HOLE], y=Y[~HOLE]).on_params())
+
+
+# ---- arrays.py ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inputs", [X, scipy.sparse.csr_matrix(X)], ids=["dense", "sparse"])
+def test_a_row_becomes_one_of_the_same_form(inputs):
+    influence = network(X=inputs)
+    with refused(", and those of the training rows have ", "Pass new examples of the same form"):
+        uw.edited(influence, [3], X_new=np.ones((1, 4)))
+    assert same(uw.edited(influence, [3], X_new=np.ones((1, 3))), changed(X, 3, 1.0))
+
+
+def test_a_loader_is_named_by_what_it_loads():
+    loader = DataLoader(pairs(), 8, shuffle=True)
+    with refused(" is a DataLoader, which batches", "Pass what it loads: loader.dataset"):
+        network(X=loader, y=None)
+    assert same(network(X=loader.dataset, y=None))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(pairs().items)
+
+
+def test_a_stream_is_read_once_or_has_its_items_numbered():
+    dataset = Stream()
+    with refused(" is an IterableDataset (", "Pass a map-style Dataset, with __getitem__ and __len__; or read it once"):
+        network(X=dataset, y=None)
+    assert same(network(X=Items(dataset), y=None))
+    inputs, labels = map(torch.stack, zip(*dataset, strict=True))
+    assert same(network(X=inputs, y=labels))
+
+
+class OfTwoParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, left, right):
+        return self.layer(torch.cat([left, right], -1))
+
+
+def test_inputs_of_several_parts_are_a_dataset():
+    model = seeded(OfTwoParts).double().eval()
+    with refused(", not an array. For inputs", "For inputs of several parts pass a map-style Dataset whose items are"):
+        uw.Examples({"left": X[:, :1], "right": X[:, 1:]}, Y)
+    split = [(torch.tensor(x[:1]), torch.tensor(x[1:])) for x in X]
+    dicts = Items(({"left": a, "right": b}, torch.tensor(y)) for (a, b), y in zip(split, Y, strict=True))
+    tuples = Items((parts, torch.tensor(y)) for parts, y in zip(split, Y, strict=True))
+    plain = network(nn.Sequential(model.layer).eval()).of_self().values
+    for dataset in (dicts, tuples):
+        assert np.allclose(network(model, X=dataset, y=None).of_self().values, plain)
+
+
+def test_a_file_is_read_first(tmp_path):
+    path = f"{tmp_path}/inputs.npy"
+    np.save(path, X)
+    with refused(", not an array. Pass the array", "Pass the array itself; if this names a file, what it holds"):
+        network(X=path)
+    assert same(network(X=np.load(path)))
+
+
+def test_rows_with_masked_entries_are_imputed_or_dropped():
+    masked = np.ma.masked_array(X, changed(np.zeros(X.shape, bool), (3, 1), True))
+    with refused(" is a masked array with masked entries", "Impute or drop those rows first"):
+        network(X=masked)
+    assert same(network(X=masked.filled(0.0)), changed(X, (3, 1), 0.0))
+    kept = ~masked.mask.any(1)
+    assert without_the_hole(network(X=masked[kept], y=Y[kept]))
+
+
+def test_rows_of_different_lengths_become_an_array():
+    ragged = [list(x) if x[0] > 0 else list(x[:2]) for x in X]
+    with refused(" that does not form an array (", "Pass an array with one row per example"):
+        network(X=ragged)
+    padded = np.array([[*x, 0.0][:3] for x in ragged])
+    assert same(network(X=padded), np.where((X[:, :1] > 0) | [True, True, False], X, 0.0))
+
+
+def test_a_generator_becomes_an_array():
+    with refused(" is a single ", "Pass an array with one row per example"):
+        network(X=(x for x in X))
+    assert same(network(X=np.array([*X])))
+
+
+def test_words_are_encoded_in_a_pipeline_and_labels_as_numbers():
+    words = WORDS.astype(object)
+    with refused(" holds values that are not numbers (", "Encode them as numbers first"):
+        network(X=words)
+    pipeline = make_pipeline(OneHotEncoder(), LogisticRegression(tol=1e-10)).fit(words, NAMES)
+    values = uw.explain(pipeline, words, NAMES).on_loss(words[:4], NAMES[:4]).values
+    columns = pipeline[0].transform(words).toarray()
+    assert np.allclose(values, uw.explain(pipeline[-1], columns, NAMES).on_loss(columns[:4], NAMES[:4]).values)
+    with refused(" holds values that are not numbers (", "Encode them as numbers first: labels as 0 … K−1"):
+        network(y=NAMES.astype(object))
+    assert same(network(y=np.unique(NAMES, return_inverse=True)[1]))
+
+
+def test_two_parts_of_a_complex_number_are_two_columns():
+    waves = X + 1j * X[::-1]
+    with refused(", and an example is made of real numbers. Pass", "Pass the real and the imaginary parts as columns"):
+        network(net(inputs=6), X=waves)
+    columns = np.hstack([waves.real, waves.imag])
+    values = network(net(inputs=6), X=columns).of_self().values
+    assert np.allclose(values, network(net(inputs=6), X=np.hstack([X, X[::-1]])).of_self().values)
+
+
+def test_words_and_days_are_encoded():
+    with refused(
+        ", which is not a number. Encode it first", "Encode it first: labels as 0 … K−1, categories as one-hot"
+    ):
+        network(y=NAMES)
+    assert same(network(y=np.searchsorted(["no", "yes"], NAMES)))
+    with refused(
+        ", which is not a number. Encode it first", "Encode it first: labels as 0 … K−1, categories as one-hot"
+    ):
+        network(X=WORDS)
+    one_hot = (WORDS[:, :, None] == ["high", "low"]).reshape(N, 6)
+    assert np.isfinite(network(net(inputs=6), X=one_hot * 1.0).of_self().values).all()
+    days = np.datetime64("2024-01-01") + np.arange(N)
+    with refused(
+        ", which is not a number. Encode it first", "Encode it first: labels as 0 … K−1, categories as one-hot"
+    ):
+        uw.explain(Ridge().fit(np.arange(N)[:, None], Z), days[:, None], Z)
+    numbers = ((days - days[0]) / np.timedelta64(1, "D"))[:, None]
+    assert np.isfinite(uw.explain(Ridge().fit(numbers, Z), numbers, Z).of_self().values).all()
+
+
+def test_a_tensor_of_another_layout_is_made_dense():
+    sparse = torch.tensor(X).to_sparse()
+    with refused(" is a tensor that is ", "Pass a dense real tensor, or a SciPy sparse matrix, of n rows"):
+        network(X=sparse)
+    assert same(network(X=sparse.to_dense()))
+    assert same(network(X=scipy.sparse.csr_matrix(X)))
+
+
+def test_rows_with_holes_are_dropped_or_imputed():
+    with refused(
+        " NaN or infinite values, the first in row ", "Impute or drop those rows before fitting and explaining"
+    ):
+        logistic(X=HOLED)
+    model = LogisticRegression(tol=1e-10).fit(HOLED[~HOLE], NAMES[~HOLE])
+    values = uw.explain(model, HOLED[~HOLE], NAMES[~HOLE]).on_loss(XQ, NAMESQ).values
+    assert np.allclose(values, uw.explain(model, X[~HOLE], NAMES[~HOLE]).on_loss(XQ, NAMESQ).values)
+    pipeline = make_pipeline(SimpleImputer(), LogisticRegression(tol=1e-10)).fit(HOLED, NAMES)
+    whole = changed(X, (3, 1), np.nanmean(HOLED[:, 1]))
+    values = uw.explain(pipeline, HOLED, NAMES).on_loss(XQ, NAMESQ).values
+    assert np.allclose(values, uw.explain(pipeline[-1], whole, NAMES).on_loss(XQ, NAMESQ).values)
+
+
+def test_a_hole_in_a_sparse_matrix_is_imputed():
+    holed = scipy.sparse.csr_matrix(HOLED)
+    with refused(
+        " NaN or infinite values, the first in row ", "Impute or drop those rows before fitting and explaining"
+    ):
+        network(X=holed)
+    imputed = SimpleImputer(strategy="constant", fill_value=0.0).fit_transform(holed)
+    assert same(network(X=imputed), changed(X, (3, 1), 0.0))
+
+
+def test_a_weight_for_each_row():
+    weights = np.arange(N) % 2 + 1
+    with refused("sample_weight has shape ", "Pass one weight per training row"):
+        ridge(sample_weight=weights[1:])
+    values = uw.explain(Ridge(alpha=2.0).fit(X, Z, weights), X, Z, sample_weight=weights).on_loss(XQ, ZQ).values
+    twice = np.repeat(np.arange(N), weights)
+    copies = uw.explain(Ridge(alpha=2.0).fit(X[twice], Z[twice]), X[twice], Z[twice]).on_loss(XQ, ZQ).values
+    assert np.allclose(values, np.add.reduceat(copies, np.searchsorted(twice, np.arange(N)), axis=1))
+
+
+def test_weights_are_not_negative():
+    weights = changed(np.ones(N), 3, -1.0)
+    with refused("sample_weight reaches from ", "Weights must be ≥ 0 and not all zero, as in fit()"):
+        ridge(sample_weight=weights)
+    weights = weights.clip(0)
+    model = Ridge(alpha=2.0).fit(X, Z, weights)
+    values = uw.explain(model, X, Z, sample_weight=weights).on_loss(XQ, ZQ).values
+    assert np.array_equal(values[:, 3], np.zeros(4))
+    assert (values[:, 4] != 0).all()
+
+
+def test_rows_are_a_flat_list():
+    influence = ridge()
+    with refused("rows has lines of different lengths (", "Pass a flat list of whole row numbers"):
+        influence.on_params([[0, 1], [2]])
+    assert np.array_equal(influence.on_params([0, 1, 2]), influence.on_params()[:3])
+
+
+def test_rows_are_whole_numbers_or_a_mask():
+    influence = ridge()
+    with refused(" and dtype ", "Pass a non-empty list of whole row numbers (or a mask of "):
+        influence.on_params([1.0, 3.0])
+    assert np.array_equal(influence.on_params([1, 3]), influence.on_params()[[1, 3]])
+    mask = np.arange(N) < 3
+    with refused(" and dtype ", "Pass a non-empty list of whole row numbers (or a mask of "):
+        influence.on_params(mask[:-1])
+    assert np.array_equal(influence.on_params(mask), influence.on_params()[:3])
+
+
+def test_rows_are_numbered_from_the_first():
+    influence = ridge()
+    with refused(" does not exist: there are ", "Pass such numbers; negative ones do not count from the end"):
+        influence.on_params([-1])
+    assert np.array_equal(influence.on_params([39]), influence.on_params()[-1:])
+
+
+# ---- datasets.py -------------------------------------------------------------------------------------------------
+
+
+def idx(*shape):
+    """A small file in the format of MNIST's, of the numbers 0, 1, 2, …"""
+    values = np.arange(np.prod(shape)) % 251
+    head = bytes([0, 0, 8, len(shape)]) + b"".join(length.to_bytes(4, "big") for length in shape)
+    return head + values.astype(np.uint8).tobytes()
+
+
+DIGITS = dict(zip(datasets._MNIST_SHA256, [idx(3, 28, 28), idx(3), idx(2, 28, 28), idx(2)], strict=True))
+DIGITS_SHA256 = {name: sha256(content).hexdigest() for name, content in DIGITS.items()}
+PACKED_DIGITS = {f"{name}.gz": gzip.compress(content) for name, content in DIGITS.items()}
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """What the internet has by the ends of addresses; the cache is in tmp_path / "upweight"."""
+    files = {}
+
+    def answer(url, timeout):
+        if url.rpartition("/")[2] not in files:
+            raise OSError("Name or service not known")
+        return io.BytesIO(files[url.rpartition("/")[2]])
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("UPWEIGHT_DATA", raising=False)
+    monkeypatch.setattr(datasets, "_MNIST_SHA256", DIGITS_SHA256)
+    return files
+
+
+def unpacked_digits(folder=None):
+    return datasets.mnist(folder).images.ravel().tolist() == list(DIGITS["train-images-idx3-ubyte"][16:])
+
+
+def into(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def tar(files):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def zipped(name, content):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(name, content)
+    return stream.getvalue()
+
+
+MAILS = {"ham/0001.a.ham.txt": b"Subject: meeting", "spam/0002.b.spam.txt": b"Subject: win"}
+TABLE_COLUMNS = [*datasets._COUNTS, *datasets._PATIENT, datasets._FIRST_DRUG, "readmitted"]
+TABLE = f"{','.join(TABLE_COLUMNS)}\n{'1,' * 15}<30\n{'2,' * 15}NO\n"
+
+
+def test_mails_of_others_are_deleted(web, tmp_path, monkeypatch):
+    web["enron1.tar.gz"] = tar(MAILS)
+    file = tmp_path / "upweight" / "enron1" / "enron1.tar.gz"
+    with refused(", not that of Enron1", "Delete it and load again"):
+        datasets.enron1()
+    monkeypatch.setattr(datasets, "_ENRON1_SHA256", datasets._mail(file)[1])
+    file.write_bytes(tar({"ham/0001.a.ham.txt": b"Subject: other"}))
+    with refused(", not that of Enron1", "Delete it and load again"):
+        datasets.enron1()
+    file.unlink()
+    assert datasets.enron1().labels.tolist() == [0, 1]
+
+
+def test_an_archive_of_mails_that_is_damaged_is_deleted(web, tmp_path, monkeypatch):
+    web["enron1.tar.gz"] = b"an error page"
+    file = tmp_path / "upweight" / "enron1" / "enron1.tar.gz"
+    with refused(" is no tar archive, or is damaged (", "Delete it and load again"):
+        datasets.enron1()
+    file.unlink()
+    web["enron1.tar.gz"] = tar(MAILS)
+    monkeypatch.setattr(datasets, "_ENRON1_SHA256", datasets._mail(into_file(tmp_path / "good", tar(MAILS)))[1])
+    assert datasets.enron1().texts == ["Subject: meeting", "Subject: win"]
+
+
+def into_file(path, content):
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture
+def stays(web, tmp_path, monkeypatch):
+    """A small table of hospital stays is the published one; where the cache keeps it."""
+    monkeypatch.setattr(datasets, "_DIABETES_SHA256", sha256(TABLE.encode()).hexdigest())
+    name = datasets._DIABETES_URL.rpartition("/")[2]
+    web[name] = zipped("folder/diabetic_data.csv", TABLE)
+    return into(tmp_path / "upweight" / "diabetes130", {}) / name
+
+
+def test_another_table_of_stays_is_deleted(stays):
+    stays.write_bytes(zipped("diabetic_data.csv", "a,b\n1,2\n"))
+    with refused(", not that of UCI's", "Delete it and load again"):
+        datasets.diabetes130()
+    stays.unlink()
+    assert datasets.diabetes130().readmitted.tolist() == [1, 0]
+
+
+def test_an_archive_of_stays_that_is_damaged_is_deleted(stays):
+    stays.write_bytes(b"an error page")
+    with refused(" is no zip archive, or is damaged (", "Delete it and load again"):
+        datasets.diabetes130()
+    stays.unlink()
+    assert datasets.diabetes130().readmitted.tolist() == [1, 0]
+
+
+def test_an_archive_without_the_table_of_stays_is_deleted(stays):
+    stays.write_bytes(zipped("other.csv", TABLE))
+    with refused("There is no ", "Delete it and load again"):
+        datasets.diabetes130()
+    stays.unlink()
+    assert datasets.diabetes130().readmitted.tolist() == [1, 0]
+
+
+def test_a_file_that_is_not_there_is_looked_for_elsewhere(web, tmp_path):
+    folder = into(tmp_path / "empty", {})
+    with refused(
+        "There is no ", "Name the folder that holds it, or leave folder out and unset UPWEIGHT_DATA to download"
+    ):
+        datasets.mnist(folder)
+    assert unpacked_digits(into(tmp_path / "full", PACKED_DIGITS))
+    web |= PACKED_DIGITS
+    assert unpacked_digits()
+
+
+def test_a_folder_of_the_variable_without_the_file(web, tmp_path, monkeypatch):
+    monkeypatch.setenv("UPWEIGHT_DATA", str(into(tmp_path / "mine" / "mnist", {}).parent))
+    web |= PACKED_DIGITS
+    with refused(
+        "There is no ", "Name the folder that holds it, or leave folder out and unset UPWEIGHT_DATA to download"
+    ):
+        datasets.mnist()
+    monkeypatch.delenv("UPWEIGHT_DATA")
+    assert unpacked_digits()
+
+
+def test_without_a_network_files_are_put_into_a_folder(web, tmp_path, monkeypatch):
+    with refused(" could not be fetched: ", "Without a network, put the file into "):
+        datasets.mnist()
+    into(tmp_path / "upweight" / "mnist", PACKED_DIGITS)
+    assert unpacked_digits()
+    shutil.rmtree(tmp_path / "upweight")
+    with refused(" could not be fetched: ", "Without a network, put the file into "):
+        datasets.mnist()
+    monkeypatch.setenv("UPWEIGHT_DATA", str(into(tmp_path / "mine" / "mnist", PACKED_DIGITS).parent))
+    assert unpacked_digits()
+
+
+def test_other_photographs_are_deleted(web, tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    stream = io.BytesIO()
+    image.new("RGB", (8, 8), 90).save(stream, "JPEG")
+    kinds = ("train/n02102040", "train/n01440764", "val/n02102040", "val/n01440764")
+    good = tar({f"imagenette2-320/{kind}/a.JPEG": stream.getvalue() for kind in kinds})
+    name = datasets._IMAGENETTE_URL.rpartition("/")[2]
+    file = into(tmp_path / "upweight" / "dogfish_imagenette", {name: b"an error page"}) / name
+    with refused(", not the published ", "Delete it and load again"):
+        datasets.dogfish()
+    file.unlink()
+    web[name] = good
+    monkeypatch.setattr(datasets, "_IMAGENETTE_MD5", md5(good).hexdigest())
+    assert datasets.dogfish().test_labels.tolist() == [0, 1]
+
+
+def test_a_file_of_digits_that_is_damaged_is_deleted(web, tmp_path):
+    web |= PACKED_DIGITS
+    folder = into(tmp_path / "upweight" / "mnist", {"train-labels-idx1-ubyte.gz": b"an error page"})
+    with refused(" is no gzip archive, or is damaged (", "Delete it and load again"):
+        datasets.mnist()
+    (folder / "train-labels-idx1-ubyte.gz").unlink()
+    assert unpacked_digits()
+
+
+def test_other_digits_are_deleted_from_the_cache_or_from_a_folder(web, tmp_path):
+    web |= PACKED_DIGITS
+    other = {"train-labels-idx1-ubyte.gz": gzip.compress(idx(4))}
+    folder = into(tmp_path / "upweight" / "mnist", other)
+    with refused(", not that of the published ", "Delete it and load again"):
+        datasets.mnist()
+    (folder / "train-labels-idx1-ubyte.gz").unlink()
+    assert unpacked_digits()
+    named = into(tmp_path / "named", PACKED_DIGITS | other)
+    with refused(", not that of the published ", "Delete it and load again"):
+        datasets.mnist(named)
+    (named / "train-labels-idx1-ubyte.gz").unlink()
+    with refused(
+        "There is no ", "Name the folder that holds it, or leave folder out and unset UPWEIGHT_DATA to download"
+    ):
+        datasets.mnist(named)
+    assert unpacked_digits()
+
+
+# ---- examples.py -------------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_has_its_targets():
+    with refused("X is a Dataset that already yields whole examples", "Omit y, or pass two arrays"):
+        network(X=pairs(), y=Y)
+    assert same(network(X=pairs(), y=None))
+    assert same(network(X=X, y=Y))
+
+
+def test_a_filter_that_left_nothing():
+    wanted = "NO"
+    with refused("There are no examples: X has 0 rows", "check the filter that made X"):
+        network(X=X[wanted == NAMES], y=Y[wanted == NAMES])
+    wanted = "no"
+    assert network(X=X[wanted == NAMES], y=Y[wanted == NAMES]).n == (NAMES == "no").sum()
+
+
+def test_targets_are_dense():
+    y = scipy.sparse.csr_matrix(Z[:, None])
+    with refused("y is a sparse matrix, and targets are dense", "Pass y.toarray()"):
+        network(net(1), y=y, loss=nn.functional.mse_loss)
+    dense, plain = (network(net(1), y=one, loss=nn.functional.mse_loss) for one in (y.toarray(), Z[:, None]))
+    assert np.array_equal(dense.of_self().values, plain.of_self().values)
+
+
+def test_a_label_for_each_row():
+    with refused(" rows and y has ", "They must describe the same examples in the same order: pass one label per row"):
+        network(X=X, y=Y[1:])
+    assert network(X=X[1:], y=Y[1:]).n == N - 1
+    assert same(network(X=X, y=Y))
+
+
+def test_a_group_is_a_list_of_rows():
+    influence = ridge()
+    single = influence.on_loss(XQ, ZQ).values
+    with refused("groups is ", "Pass a list of rows, or a list of lists of rows"):
+        influence.of_groups([], on=(XQ, ZQ))
+    with refused("groups is ", "Pass a list of rows, or a list of lists of rows"):
+        influence.of_groups([None], on=(XQ, ZQ))
+    assert np.allclose(influence.of_groups([0, 5], on=(XQ, ZQ)).values, single[:, [0, 5]])
+    groups = influence.of_groups([[0, 5], [7]], on=(XQ, ZQ)).values
+    assert np.allclose(groups, np.stack([single[:, 0] + single[:, 5], single[:, 7]], 1))
+
+
+def test_a_group_names_a_row_once():
+    influence = ridge()
+    group = [5, 0, 5]
+    with refused(" names a row twice; a row can be removed only once", "Use np.unique on the group"):
+        influence.of_groups([group], on=(XQ, ZQ))
+    values = influence.of_groups([np.unique(group)], on=(XQ, ZQ)).values
+    assert np.allclose(values[:, 0], influence.on_loss(XQ, ZQ).values[:, [0, 5]].sum(1))
+
+
+def test_what_has_no_label_is_replaced_whole():
+    theta = torch.tensor(np.linalg.lstsq(X, np.ones(N))[0])
+    objective = uw.Objective(lambda params, x: (params @ x - 1) ** 2, theta)
+    influence = uw.Influence(objective, (X,))
+    with refused(
+        "These examples are not (x, y) pairs, so there is no label", "Use of_replacing with whole new examples"
+    ):
+        influence.of_relabeling([0], [1.0], on=(XQ,))
+    values = influence.of_replacing([0], XQ[:1], on=(XQ,)).values
+    parts = influence.on_loss(XQ).values[:, [0]] + influence.of_adding(XQ[:1], on=(XQ,)).values
+    assert np.allclose(values, parts)
+
+
+def test_a_new_label_for_each_row():
+    influence = network()
+    with refused("y_new has shape ", "Pass one new label per row"):
+        influence.of_relabeling([0, 1], [1, 0, 1], on=(XQ, YQ))
+    values = influence.of_relabeling([0, 1], 1 - Y[:2], on=(XQ, YQ)).values
+    assert np.allclose(values, influence.of_replacing([0, 1], X[:2], 1 - Y[:2], on=(XQ, YQ)).values)
+
+
+class Augmented(Dataset):
+    def __init__(self, items, transform=None):
+        self.items, self.transform = items, transform
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, row):
+        x, y = self.items[row]
+        return x if self.transform is None else self.transform(x), y
+
+
+def test_random_transforms_are_switched_off():
+    with refused("The dataset gave two different items for row ", "pass a Dataset without random transforms"):
+        network(X=Augmented(pairs(), lambda x: x + torch.rand(())), y=None)
+    assert same(network(X=Augmented(pairs()), y=None))
+
+
+def test_items_of_different_shapes_are_padded_in_the_dataset():
+    short = Items((x[: 2 + row % 2], y) for row, (x, y) in enumerate(pairs().items))
+    with refused("The dataset's items cannot be stacked", "convert, pad or crop them in the Dataset"):
+        network(X=short, y=None).of_self()
+    padded = Augmented(short, lambda x: pad(x, (0, 3 - len(x))))
+    even = (np.arange(N) % 2 == 0)[:, None] & [False, False, True]
+    assert same(network(X=padded, y=None), np.where(even, 0.0, X))
+    cropped = Augmented(short, lambda x: x[:2])
+    values = network(net(inputs=2), X=cropped, y=None).of_self().values
+    assert np.allclose(values, network(net(inputs=2), X=X[:, :2]).of_self().values)
+
+
+def test_items_that_are_no_tensors_are_converted_in_the_dataset():
+    series = Items((pd.Series(x), y) for x, y in zip(X, Y, strict=True))
+    with refused("The dataset's items cannot be stacked", "convert, pad or crop them in the Dataset"):
+        network(X=series, y=None)
+    assert same(network(X=Augmented(series, lambda x: torch.tensor(x.to_numpy(copy=True))), y=None))
+
+
+@pytest.mark.parametrize("no", ["no", "", b"no"], ids=["words", "no words", "bytes"])
+def test_items_hold_numbers(no):
+    class Numbered(Items):
+        def __getitem__(self, row):
+            x, name = self.items[row]
+            return x, int(name != no)
+
+    items = [(x, no if label == 0 else 2 * no) for x, label in zip(X, Y, strict=True)]
+    with refused("The dataset's items hold ", "return tensors, arrays or numbers from its __getitem__"):
+        network(X=Items(items), y=None)
+    labels = np.array([name != no for _, name in items]) * 1
+    values = network(X=Numbered(items), y=None).of_self().values
+    assert np.allclose(values, network(y=labels).of_self().values)
+
+
+def test_an_item_with_a_hole_is_imputed_or_left_out():
+    with refused(" of the dataset holds a NaN or infinite value", "Impute it, or leave the item out of training"):
+        network(X=pairs(HOLED), y=None).of_self()
+    assert same(network(X=Augmented(pairs(HOLED), torch.nan_to_num), y=None), changed(X, (3, 1), 0.0))
+    items = [item for row, item in enumerate(pairs(HOLED).items) if row != 3]
+    assert without_the_hole(network(X=Items(items), y=None))
+
+
+# ---- ids.py ------------------------------------------------------------------------------------------------------
+
+FRAME = pd.DataFrame({"id": [f"p{row}" for row in range(N)], "ward": ["a", "b"] * 20})
+
+
+def test_a_name_for_each_row_in_a_list():
+    frame = FRAME
+    with refused(", which is no list of names", "Pass one name for each of the "):
+        ridge(ids="id")
+    assert ridge(ids=frame["id"]).on_loss(XQ, ZQ).ids.tolist() == frame["id"].tolist()
+
+
+def test_as_many_names_as_rows():
+    with refused("ids has ", "Pass one name for each row, in the order of X"):
+        ridge(ids=FRAME["id"][:-1])
+    with refused("ids has ", "Pass one name for each row, in the order of X"):
+        ridge(ids=FRAME[["id"]])
+    assert ridge(ids=FRAME["id"]).on_loss(XQ, ZQ).ids.tolist() == FRAME["id"].tolist()
+
+
+@pytest.mark.parametrize(
+    "ids", [FRAME["ward"], [None, *range(1, N)], [[row] for row in range(N)]], ids=["twice", "none", "lists"]
+)
+def test_every_row_has_a_name_of_its_own(ids):
+    with refused("ids ", "Every row needs a name of its own: pass another column, or ids=None for none"):
+        ridge(ids=ids)
+    assert ridge(ids=FRAME["id"]).on_loss(XQ, ZQ).ids.tolist() == FRAME["id"].tolist()
+    assert ridge(ids=None).on_loss(XQ, ZQ).ids is None
+
+
+def test_targets_are_brought_into_the_order_of_the_inputs():
+    frame = pd.DataFrame(X, index=FRAME["id"], columns=list("abc"))
+    y = pd.Series(Z, index=FRAME["id"]).sort_index()
+    with refused("X and y name the same ", "Pass y.loc[X.index], and refit if fit() was given the same"):
+        uw.explain(Ridge(alpha=2.0).fit(frame, y), frame, y)
+    right = y.loc[frame.index]
+    values = uw.explain(Ridge(alpha=2.0).fit(frame, right), frame, right).on_loss(XQ, ZQ).values
+    assert np.allclose(values, ridge().on_loss(XQ, ZQ).values)
+    shuffled = uw.explain(Ridge(alpha=2.0).fit(frame, y), frame, y.to_numpy())
+    plain = uw.explain(Ridge(alpha=2.0).fit(X, y), X, y.to_numpy())
+    assert np.allclose(shuffled.on_loss(XQ, ZQ).values, plain.on_loss(XQ, ZQ).values)
+
+
+def named(rows, **settings):
+    return uw.explain(seeded(Sentences), rows, curvature=Identity(), **settings)
+
+
+def test_rows_of_one_form_are_dicts_of_the_same_names():
+    rows = sentences()
+    mixed = [*rows[:5], ([1, 2], 0), *rows[6:]]
+    with refused("and row 0 is a mapping from names to numbers", "Make every row a dict of the same names"):
+        named(mixed)
+    mixed[5] = {"input_ids": [1, 2], "labels": 0}
+    assert named(mixed).n == len(rows)
+
+
+def test_rows_have_what_the_model_takes():
+    texts = [{"text": "some words", "tokens": row["input_ids"], "label": row["labels"]} for row in sentences()]
+    with refused(", and the model takes ", "Pass rows as the model takes them, such as a tokenizer's"):
+        named(texts)
+    taken = [{"input_ids": row["tokens"], **row} for row in texts]
+    assert_allclose = np.testing.assert_allclose
+    assert_allclose(named(taken).on_loss(taken[:2]).values, named(sentences()).on_loss(sentences()[:2]).values)
+
+
+def test_columns_have_one_value_for_each_row():
+    columns = {name: [row[name] for row in sentences()] for name in ("input_ids", "labels")}
+    with refused("The columns do not have one length", "Pass one value for each row in every column"):
+        named({**columns, "labels": columns["labels"][:-1]})
+    np.testing.assert_allclose(
+        named(columns).on_loss(sentences()[:2]).values, named(sentences()).on_loss(sentences()[:2]).values
+    )
+
+
+def test_words_become_numbers_first():
+    words = [{"input_ids": ["some", "words"], "labels": row["labels"]} for row in sentences()]
+    with refused("is no array of numbers", "Turn texts into numbers first: tokenizer(text, truncation=True)"):
+        named(words)
+
+    def tokenizer(text, truncation):
+        return {"input_ids": [len(word) for word in text.split()][: 10 if truncation else None]}
+
+    numbers = [{**tokenizer("some words", truncation=True), "labels": row["labels"]} for row in words]
+    assert np.isfinite(named(numbers).on_loss(numbers[:2]).values).all()

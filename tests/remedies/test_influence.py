@@ -1,0 +1,606 @@
+"""What is said to type by upweight/influence, typed."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from jaxtyping import config
+from numpy.testing import assert_allclose
+from safetensors.numpy import save_file
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, TweedieRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import upweight as uw
+from refusals import refused, warned
+from small import XQ, YQ, ZQ, D, N, X, Y, Z, classifier, net, ridge
+from upweight.influence import baselines, diagnostics
+from upweight.operators import EmpiricalFisher, GaussNewton, Hessian, Nystroem
+from upweight.solvers import CG, Cholesky, LiSSA
+
+ON = (XQ, ZQ)
+TWICE = np.c_[X, X[:, 0]]
+TWICE_Q = np.c_[XQ, XQ[:, 0]]
+APART = TWICE_Q + np.eye(4)[3]
+ALONE = np.c_[X[:12, 0], np.r_[np.zeros(11), 1]]  # row 11 alone has the second feature
+PAIR = (ALONE[:2], Z[:2])
+
+
+@pytest.fixture
+def _annotations_unchecked():
+    """Outside the tests nothing checks them before the library does."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+@cache
+def linear(kind="twice"):
+    """Unpenalised least squares; shared, so never to be changed."""
+    rows, targets = {"plain": (X, Z), "twice": (TWICE, Z), "alone": (ALONE, Z[:12])}[kind]
+    return uw.explain(LinearRegression().fit(rows, targets), rows, targets)
+
+
+def after(model, rows, targets, on, *, without):
+    """What really happens to squared errors when rows are left out."""
+    kept = np.setdiff1d(np.arange(len(rows)), without)
+    again = type(model)(**model.get_params()).fit(rows[kept], targets[kept])
+    return (again.predict(on[0]) - on[1]) ** 2 - (model.predict(on[0]) - on[1]) ** 2
+
+
+def layer(weight, bias):
+    """A linear layer with these parameters."""
+    model = nn.Linear(D, 1).double().requires_grad_(False)
+    model.weight[:], model.bias[:] = torch.as_tensor(weight), torch.as_tensor(bias)
+    return model.requires_grad_()
+
+
+# ---- baselines -------------------------------------------------------------------------------------------------------
+
+
+def nearest(model, embed):
+    return baselines.nearest_neighbours(classifier(), X[:3], Y[:3], embed=embed).values
+
+
+def test_an_embedding_that_wants_another_precision():
+    model = net(dtype=torch.float32)
+    with refused(
+        "embed failed on a batch of ", "It is called with a batch of inputs as they were given; cast them inside"
+    ):
+        nearest(model, model[:-1])
+    values = nearest(model, embed=lambda x: model[:-1](x.float()))
+    hidden = torch.tanh(model[0](torch.as_tensor(X).float())).detach().double()
+    near = torch.cdist(hidden[:3], hidden, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
+    sign = np.where(Y[:3, None] == Y, 1, -1)
+    assert_allclose(values, sign / (1 + near / near.mean(1, keepdims=True)), atol=1e-6)
+
+
+def test_an_embedding_that_returns_a_number():
+    model = net()
+    with refused("embed returned ", "pass a function such as embed=model[:-1]"):
+        nearest(model, lambda x: model(x).sum())
+    values = nearest(model, embed=model[:-1])
+    assert np.abs(values).argmax(1).tolist() == [0, 1, 2]  # each query is a row
+
+
+# ---- damping_path ----------------------------------------------------------------------------------------------------
+
+
+def test_a_damping_that_is_not_on_the_path():
+    path = ridge().damping_path(*ON, dampings=[0.1, 1.0])
+    with refused("is not on this path; its dampings are ", "Take one of path.dampings"):
+        path.scores(0.5)
+    assert_allclose(path.scores(path.dampings[0]).values, ridge(damping=0.1).on_loss(*ON).values, rtol=1e-8)
+
+
+def test_a_path_of_no_dampings():
+    with refused("dampings is empty", "Pass some λ > 0, such as numpy.geomspace(1e-4, 1, 9), or None"):
+        ridge().damping_path(*ON, dampings=[])
+    path = ridge().damping_path(*ON, dampings=np.geomspace(1e-4, 1, 9))
+    assert_allclose(path.values[-1], ridge(damping=1.0).on_loss(*ON).values, rtol=1e-8)
+    assert len(ridge().damping_path(*ON, dampings=None).dampings) == 9
+
+
+# ---- defaults --------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_bends_down_has_no_curvature_to_choose_a_damping_by():
+    settings = {"loss": lambda f, y: -((f - y) ** 2).mean(), "curvature": GaussNewton()}
+    influence = uw.explain(net(1), X, Z[:, None], **settings)
+    with refused("so there is no curvature of the data to choose a damping by", "Name the damping: "):
+        influence.on_loss(XQ, ZQ[:, None])
+    damping = influence.check().suggested_damping
+    typed = uw.explain(net(1), X, Z[:, None], damping=damping, **settings)
+    assert float(torch.linalg.eigvalsh(typed.operator.matrix())[0]) + damping > 0
+    assert typed.on_loss(XQ, ZQ[:, None]).certificate.converged
+
+
+def test_rows_that_are_fitted_exactly_have_none_either():
+    model = net(1)
+    targets = model(torch.as_tensor(X)).detach()
+    settings = {"loss": mse_loss, "curvature": EmpiricalFisher()}
+    with refused("so there is no curvature of the data to choose a damping by", "Name the damping: "):
+        uw.explain(model, X, targets, **settings).on_loss(XQ, ZQ[:, None])
+    values = uw.explain(model, X, targets, damping=0.1, **settings).on_loss(XQ, ZQ[:, None]).values
+    assert not values.any()  # no row has a gradient
+
+
+# ---- deletion --------------------------------------------------------------------------------------------------------
+
+
+def test_diagnostics_of_estimates():
+    with refused("These diagnostics need exact solutions, and ", "Use solver=Cholesky() or CG(), or leave solver=None"):
+        ridge(solver=LiSSA()).summary_frame()
+    exact = ridge(solver=Cholesky()).summary_frame()
+    pd.testing.assert_frame_equal(ridge(solver=CG()).summary_frame(), exact, rtol=1e-4)
+    pd.testing.assert_frame_equal(ridge(solver=None).summary_frame(), exact, rtol=1e-8)
+
+
+def test_diagnostics_of_features_that_nearly_repeat():
+    near = np.c_[X, X[:, 0] + 1e-5 * np.random.default_rng(3).normal(size=N)]
+    with refused("C is too badly conditioned (smallest curvature ", "Drop collinear features, standardise them "):
+        uw.explain(LinearRegression().fit(near, Z), near, Z).summary_frame()
+    dropped = near[:, :3]
+    frame = uw.explain(LinearRegression().fit(dropped, Z), dropped, Z).summary_frame()
+    assert frame.leverage.sum() == pytest.approx(D + 1)
+    penalised = uw.explain(Ridge(1e-3).fit(near, Z), near, Z).summary_frame()
+    assert_allclose(penalised.leverage, frame.leverage, rtol=1e-3)
+
+
+def test_diagnostics_of_features_in_other_units():
+    far, ridge_of = np.c_[X[:, :2], 3e10 * (X[:, 0] + X[:, 2])], Ridge(1.0, solver="svd")
+    with refused("C is too badly conditioned (smallest curvature ", "Drop collinear features, standardise them "):
+        uw.explain(ridge_of.fit(far, Z), far, Z).summary_frame()
+    frame = uw.explain(make_pipeline(StandardScaler(), Ridge(1.0)).fit(far, Z), far, Z).summary_frame()
+    same = np.c_[X[:, :2], X[:, 0] + X[:, 2]]
+    expected = uw.explain(make_pipeline(StandardScaler(), Ridge(1.0)).fit(same, Z), same, Z).summary_frame()
+    pd.testing.assert_frame_equal(frame, expected, rtol=1e-8)
+
+
+# ---- diagnostics -----------------------------------------------------------------------------------------------------
+
+
+def test_diagnostics_of_a_network():
+    fit = LinearRegression().fit(X, Z)
+    influence = uw.explain(layer(fit.coef_, fit.intercept_), X, Z[:, None], loss=mse_loss, damping=0.0)
+    with refused("has no linear predictor", "Use of_self() for its self-influence, leave_one_out to retrain"):
+        influence.summary_frame()
+    assert influence.of_self().values.min() > 0
+    actual = uw.leave_one_out(influence, (XQ, ZQ[:, None]), [0, 1]).actual
+    expected = [after(fit, X, Z, ON, without=[row]) for row in (0, 1)]
+    assert_allclose(actual, np.transpose(expected), atol=1e-5)
+
+
+def test_diagnostics_of_several_outputs():
+    labels = np.digitize(Z, [-1, 1])
+    model = LogisticRegression(tol=1e-10, max_iter=5000).fit(X, labels)
+    influence = uw.explain(model, X, labels)
+    with refused(" outputs and ", "Fit one model per output (one class against the rest), or use of_self() and "):
+        influence.summary_frame()
+    one = LogisticRegression(tol=1e-10, max_iter=5000).fit(X, labels == 2)
+    assert len(uw.explain(one, X, labels == 2).summary_frame()) == N
+    assert influence.of_self().values.min() > 0
+    values = influence.of_removing([0], on=(X[:1], labels[:1])).values  # leverage corrected: more than first order
+    assert values[0, 0] > influence.of_self([0]).values[0]
+
+
+def test_diagnostics_of_another_curvature():
+    with refused(" is not its Hessian", "Leave curvature=None"):
+        ridge(curvature=EmpiricalFisher()).summary_frame()
+    frame = ridge(curvature=None).summary_frame()
+    assert_allclose(frame.leverage, diagnostics.leverage(ridge(curvature=Hessian())), rtol=1e-10)
+
+
+def test_diagnostics_of_a_damped_curvature():
+    with refused(" is no part of the fit", "Leave damping=None; columns that repeat or add up to "):
+        uw.explain(LinearRegression().fit(TWICE, Z), TWICE, Z, damping=0.1).summary_frame()
+    leverage = diagnostics.leverage(uw.explain(LinearRegression().fit(TWICE, Z), TWICE, Z, damping=None))
+    assert_allclose(leverage, linear("plain").summary_frame().leverage, rtol=1e-8)
+
+
+def test_residuals_of_a_loss_that_is_no_likelihood():
+    loss = uw.losses.huber(1.0)
+    objective = uw.Objective(
+        lambda params, example: loss(params["coef"] @ example[0], example[1]),
+        {"coef": torch.as_tensor(np.linalg.lstsq(X, Z, rcond=None)[0])[None]},
+        linear=uw.Linear(loss, 1, D, False),
+    )
+    influence = uw.Influence(objective, (X, Z))
+    with refused(
+        "is no likelihood of a generalised linear model", "leverage(), ij_standard_errors() and of_removing() "
+    ):
+        influence.summary_frame()
+    assert diagnostics.leverage(influence).sum() == pytest.approx(D)
+    assert (diagnostics.ij_standard_errors(influence) > 0).all()
+    assert np.isfinite(influence.of_removing([0, 1], on=ON).values).all()
+
+
+def test_coefficients_of_columns_that_repeat():
+    with warned("so the data determine predictions ", "Drop a column, or fit with a penalty"):
+        frame = linear("twice").summary_frame()
+    assert frame[["dfbetas_x0", "dfbetas_x3"]].isna().all(axis=None)
+    dropped = linear("plain").summary_frame()
+    assert_allclose(frame["dfbetas_x1"], dropped["dfbetas_x1"], rtol=1e-8)
+    assert np.isfinite(dropped).all(axis=None)
+    assert np.isfinite(uw.explain(Ridge(0.1).fit(TWICE, Z), TWICE, Z).summary_frame()).all(axis=None)
+
+
+def test_the_only_row_that_has_a_feature():
+    with warned("their columns are NaN", "Leave them out, or "):
+        frame = linear("alone").summary_frame()
+    rows = ALONE[:11]
+    with warned("so the data determine predictions ", "Drop a column, or fit with a penalty"):
+        left = uw.explain(LinearRegression().fit(rows, Z[:11]), rows, Z[:11]).summary_frame()
+    columns = ["leverage", "dffits", "studentized_residual", "dfbetas_x0", "loo_residual"]
+    pd.testing.assert_frame_equal(frame.loc[:10, columns], left[columns], rtol=1e-7)
+    assert np.isfinite(uw.explain(Ridge(0.1).fit(ALONE, Z[:12]), ALONE, Z[:12]).summary_frame()).all(axis=None)
+
+
+def test_rows_where_a_loss_is_not_convex():
+    y = np.random.default_rng(0).gamma(0.3, 1, N) + 0.01
+    settings = {"power": 3, "link": "log", "alpha": 1.0, "tol": 1e-10, "max_iter": 10_000}
+    influence = uw.explain(TweedieRegressor(**settings).fit(X, y), X, y)
+    with warned("their columns are NaN", "Leave them out, or "):
+        frame = influence.summary_frame()
+    concave = np.flatnonzero(frame.cooks_distance.isna())
+    assert 0 < len(concave) < N
+    values = influence.of_removing(concave[:2], on=(X[:2], y[:2])).values
+    actual = uw.leave_one_out(influence, (X[:2], y[:2]), concave[:2]).actual
+    assert_allclose(values, actual, rtol=0.15)
+
+
+# ---- edits -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_new_example_for_two_rows():
+    with refused(" rows are to be replaced by ", "Pass one new example for each row"):
+        ridge().of_replacing([0, 1], X[2:3], Z[2:3], on=ON)
+    values = ridge().of_replacing([0, 1], X[[2, 2]], Z[[2, 2]], on=ON).values
+    one = ridge().of_replacing([1], X[2:3], Z[2:3], on=ON).values
+    assert_allclose(values[:, 1:], one, rtol=1e-10)
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_newton_step_of_a_network():
+    influence = classifier()
+    on = (XQ, YQ)
+    with refused(
+        "of_removing updates the exact Hessian of a linear predictor", "Use on_loss or of_groups (first order)"
+    ):
+        influence.of_removing([[0, 1]], on=on)
+    first = influence.of_groups([[0, 1]], on=on).values[:, 0]
+    assert_allclose(first, influence.on_loss(*on).values[:, :2].sum(1), rtol=1e-8)
+
+
+def test_the_newton_step_of_another_curvature_can_be_retrained_instead():
+    influence = ridge(curvature=EmpiricalFisher(), damping=0.1)
+    with refused(
+        "of_removing updates the exact Hessian of a linear predictor", "Use on_loss or of_groups (first order)"
+    ):
+        influence.of_removing([[0, 1]], on=ON)
+    actual = uw.leave_one_out(influence, ON, [0]).actual[:, 0]
+    assert_allclose(actual, after(Ridge(2.0).fit(X, Z), X, Z, ON, without=[0]), rtol=1e-6)
+    outcomes = uw.subset_retraining(influence, ON, [range(2, N)])
+    expected = after(Ridge(2.0).fit(X, Z), X, Z, ON, without=[0, 1])
+    assert_allclose(outcomes.values[:, 0, 0] - outcomes.query_values, expected, rtol=1e-6)
+
+
+def test_the_newton_step_by_estimates():
+    with (
+        pytest.warns(uw.errors.TheoryWarning, match="has not settled"),
+        refused("of_removing needs exact solutions, and ", "Use Cholesky() or CG()"),
+    ):
+        ridge(solver=LiSSA(depth=10, repeats=2)).of_removing([0], on=ON)
+    expected = after(Ridge(2.0).fit(X, Z), X, Z, ON, without=[0])[:, None]
+    assert_allclose(ridge(solver=Cholesky()).of_removing([0], on=ON).values, expected, rtol=1e-8)
+    assert_allclose(ridge(solver=CG()).of_removing([0], on=ON).values, expected, rtol=1e-4)
+
+
+def test_one_removal_of_several_has_no_value():
+    with warned("have no value and are NaN", "Leave them out, or see to the first: "):
+        values = linear("alone").of_removing([0, 1, 11], on=PAIR).values
+    assert np.isnan(values).tolist() == [[False, False, True]] * 2
+    assert_allclose(values[:, :2], linear("alone").of_removing([0, 1], on=PAIR).values, rtol=1e-10)
+    model = Ridge(0.1).fit(ALONE, Z[:12])
+    values = uw.explain(model, ALONE, Z[:12]).of_removing([0, 1, 11], on=PAIR).values
+    assert_allclose(values[:, 2], after(model, ALONE, Z[:12], PAIR, without=[11]), rtol=1e-8)
+
+
+# ---- newton_step -----------------------------------------------------------------------------------------------------
+
+
+def test_a_share_of_a_penalty_that_is_a_function():
+    objective = uw.Objective(
+        lambda params, example: uw.losses.squared(params["coef"] @ example[0], example[1]),
+        {"coef": torch.zeros(1, D, dtype=torch.float64)},
+        penalty=lambda params: 0.1 * (params["coef"] ** 2).sum(),
+        penalty_per_example=True,
+        linear=uw.Linear(uw.losses.squared, 1, D, False),
+    )
+    influence = uw.Influence(objective, (X, Z), solver=CG(rtol=1e-10))
+    with refused("with penalty_per_example=True needs an L2 penalty", "Use on_loss (first order)"):
+        influence.of_removing([0], on=ON)
+    same = uw.Influence(uw.Objective(objective.loss, objective.params, penalty=0.2, penalty_per_example=True), (X, Z))
+    with pytest.warns(uw.errors.TheoryWarning, match="not at a minimum"):
+        expected = same.on_loss(*ON).values
+    assert_allclose(influence.on_loss(*ON).values, expected, rtol=1e-8)
+
+
+def test_a_group_that_leaves_little_curvature():
+    rows, targets = np.random.default_rng(0).normal(size=(12, 4)), Z[:12]
+    model, on, group = Ridge(1e-7).fit(rows, targets), (rows[:2], targets[:2]), np.arange(10)
+    influence = uw.explain(model, rows, targets, penalty_per_example=True)
+    with refused("What is left is badly conditioned", "add damping, or "):
+        influence.of_removing([group], on=on)
+    damped = uw.explain(model, rows, targets, penalty_per_example=True, damping=1e-3).of_removing([group], on=on)
+    assert np.isfinite(damped.values).all()
+    outcomes = uw.subset_retraining(influence, on, [[10, 11]])
+    again = Ridge(1e-7 * 2 / 12).fit(rows[10:], targets[10:])
+    assert_allclose(outcomes.values[:, 0, 0], (again.predict(rows[:2]) - targets[:2]) ** 2, rtol=1e-3)
+
+
+def test_a_removal_after_which_the_fit_is_not_unique():
+    with refused("Without them the fit is not unique", "Add a penalty or damping, or remove other rows"):
+        linear("alone").of_removing([11], on=PAIR)
+    model = Ridge(0.1).fit(ALONE, Z[:12])
+    values = uw.explain(model, ALONE, Z[:12]).of_removing([11], on=PAIR).values[:, 0]
+    assert_allclose(values, after(model, ALONE, Z[:12], PAIR, without=[11]), rtol=1e-8)
+    plain = linear("alone").objective
+    damped = uw.Influence(plain, (ALONE, Z[:12]), damping=1e-3).of_removing([11], on=PAIR).values
+    assert np.isfinite(damped).all()
+    others = linear("alone").of_removing([0], on=PAIR).values[:, 0]
+    model = LinearRegression().fit(ALONE, Z[:12])
+    assert_allclose(others, after(model, ALONE, Z[:12], PAIR, without=[0]), rtol=1e-8)
+
+
+# ---- parameters ------------------------------------------------------------------------------------------------------
+
+
+def test_one_change_for_two_rows():
+    with refused(", and the inputs of ", "Pass one change of the whole input for each row"):
+        ridge().on_params_of_perturbing([0, 1], np.full((1, D), 1e-3))
+    moved = ridge().on_params_of_perturbing([0, 1], np.full((2, D), 1e-3))
+    expected = ridge().on_params_of_replacing([0, 1], X[:2] + 1e-3, Z[:2])
+    assert_allclose(moved, expected, rtol=0.02, atol=1e-5)
+
+
+# ---- perturbation ----------------------------------------------------------------------------------------------------
+
+
+def test_columns_that_repeat_are_not_moved_apart():
+    with warned(" apart from each other settles coefficients that no row held ", "Drop one and fit again"):
+        moved = linear("twice").of_perturbing([3], on=(TWICE_Q, ZQ))
+    dropped = linear("plain").of_perturbing([3], on=ON)
+    assert np.isfinite(dropped).all()
+    assert_allclose(moved[..., [1, 2]], dropped[..., [1, 2]], rtol=1e-7, atol=1e-12)
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finite_change_has_no_derivative():
+    scores = ridge().of_removing([0, 1], on=ON)
+    with refused(
+        "is a finite change, or no change of one weight", "Use .values, or influence.on_loss for the derivative"
+    ):
+        _ = scores.derivative
+    assert_allclose(scores.values[:, 0], after(Ridge(2.0).fit(X, Z), X, Z, ON, without=[0]), rtol=1e-8)
+    scores = ridge().on_loss(*ON)
+    assert_allclose(scores.derivative, -N * scores.values)
+
+
+def test_the_derivative_of_a_row_without_weight():
+    weights = np.ones(N)
+    weights[7] = 0
+    model = Ridge(2.0).fit(X, Z, sample_weight=weights)
+    influence = uw.explain(model, X, Z, sample_weight=weights)
+    with refused("has sample weight 0", "Use of_adding for its derivative"):
+        _ = influence.on_loss(*ON).derivative
+    derivative = influence.of_adding(X[7:8], Z[7:8], on=ON).derivative[:, 0]
+    weights[7] = 1e-6
+    again = Ridge(2.0).fit(X, Z, sample_weight=weights)
+    change = (again.predict(XQ) - ZQ) ** 2 - (model.predict(XQ) - ZQ) ** 2
+    assert_allclose(derivative, change / (1e-6 / N), rtol=1e-4)
+
+
+def test_blocks_of_other_rows():
+    one, other = ridge().on_loss(*ON), ridge().of_removing([0, 1], on=ON)
+    with refused("blocks of scores do not stand for the same rows", "Join those of one question"):
+        uw.Scores.joined([one, other])
+    first, last = ridge().on_loss(XQ[:1], ZQ[:1]), ridge().on_loss(XQ[1:], ZQ[1:])
+    assert_allclose(uw.Scores.joined([first, last]).values, one.values, rtol=1e-10)
+
+
+def test_a_file_of_other_tensors(tmp_path):
+    path = tmp_path / "tensors"
+    save_file({"values": np.ones(3)}, path)
+    with refused("is a safetensors file without upweight scores in it", "Scores are written by scores.save(path)"):
+        uw.Scores.load(path)
+    scores = ridge().on_loss(*ON)
+    scores.save(path)
+    assert np.array_equal(uw.Scores.load(path).values, scores.values)
+
+
+def test_no_blocks_of_scores():
+    influence = ridge()
+    with refused("There are no blocks of scores to reduce", "Pass influence.on_loss_in_blocks(Xq, yq)"):
+        uw.extremes([], k=2)
+    extremes = uw.extremes(influence.on_loss_in_blocks(XQ, ZQ), k=2)
+    assert np.array_equal(extremes.helpful.rows, influence.on_loss(XQ, ZQ).helpful(2).rows)
+
+
+# ---- system ----------------------------------------------------------------------------------------------------------
+
+
+def test_queries_that_are_like_no_row():
+    influence = linear("twice")
+    with refused("combinations that no row has. ", "Ask about examples whose columns go together as they do in the "):
+        influence.on_loss(APART, ZQ)
+    expected = linear("plain").on_loss(*ON).values  # a column dropped
+    assert_allclose(influence.on_loss(TWICE_Q, ZQ).values, expected, rtol=1e-8)
+    penalised = uw.explain(Ridge(0.1).fit(TWICE, Z), TWICE, Z)
+    assert np.isfinite(penalised.on_loss(APART, ZQ).values).all()
+
+
+def test_one_query_of_several_is_like_no_row():
+    influence = linear("twice")
+    mixed = np.r_[TWICE_Q[:3], APART[3:]]
+    with warned("combinations that no row has; their values are NaN. ", "Ask about examples whose columns go together"):
+        values = influence.on_loss(mixed, ZQ).values
+    expected = linear("plain").on_loss(*ON).values
+    assert_allclose(values[:3], expected[:3], rtol=1e-8)
+    assert_allclose(influence.on_loss(TWICE_Q, ZQ).values, expected, rtol=1e-8)
+    penalised = uw.explain(Ridge(0.1).fit(TWICE, Z), TWICE, Z)
+    assert np.isfinite(penalised.on_loss(mixed, ZQ).values).all()
+
+
+def test_a_new_row_that_is_like_no_other():
+    influence, new = linear("twice"), APART[:1]
+    with warned(
+        "which is no small change: their values are NaN", "Train with it instead, or drop a column and fit again"
+    ):
+        values = influence.of_adding(new, ZQ[:1], on=(TWICE_Q, ZQ)).values
+    assert np.isnan(values).all()
+    rows, targets = np.r_[TWICE, new], np.r_[Z, ZQ[:1]]
+    trained = uw.explain(LinearRegression().fit(rows, targets), rows, targets)
+    assert np.isfinite(trained.on_loss(TWICE_Q, ZQ).values).all()
+    dropped = linear("plain").of_adding(new[:, :D], ZQ[:1], on=ON).values
+    assert np.isfinite(dropped).all()
+
+
+@pytest.mark.usefixtures("_annotations_unchecked")
+def test_a_question_about_inputs_alone():
+    with refused("on is ", "Pass the pair on=(Xq, yq), or upweight.Examples"):
+        ridge().of_groups([[0, 1]], on=XQ)
+    with refused("on is ", "Pass the pair on=(Xq, yq), or upweight.Examples"):
+        ridge().of_groups([[0, 1]], on=(XQ, ZQ, None))
+    expected = ridge().on_loss(*ON).values[:, :2].sum(1, keepdims=True)
+    assert_allclose(ridge().of_groups([[0, 1]], on=(XQ, ZQ)).values, expected, rtol=1e-8)
+    assert_allclose(ridge().of_groups([[0, 1]], on=uw.Examples(XQ, ZQ)).values, expected, rtol=1e-8)
+
+
+def test_queries_without_targets():
+    with refused("examples have no y, and the training rows have one", "Pass y too, as in on_loss(X, y) or on=(X, y)"):
+        ridge().on_loss(XQ)
+    values = ridge().on_loss(XQ, ZQ).values
+    assert_allclose(ridge().of_groups([[0]], on=(XQ, ZQ)).values[:, 0], values[:, 0], rtol=1e-10)
+
+
+def test_a_network_that_is_not_at_a_minimum():
+    settings = {"loss": mse_loss, "curvature": Hessian(), "damping": 0.0}
+    targets, on = Z[:, None], (XQ, ZQ[:, None])
+    with warned("is not at a minimum: ‖∇R‖ = ", "Train further, check that the penalty is the one it was trained with"):
+        uw.explain(layer(0.0, 0.0), X, targets, **settings).on_loss(*on)
+    fit = LinearRegression().fit(X, Z)
+    further = uw.explain(layer(fit.coef_, fit.intercept_), X, targets, **settings).on_loss(*on).values
+    assert_allclose(further, linear("plain").on_loss(*ON).values, rtol=1e-8)
+    settings["curvature"] = GaussNewton()
+    assert np.isfinite(uw.explain(layer(0.0, 0.0), X, targets, **settings).on_loss(*on).values).all()
+
+
+def test_a_network_that_was_trained_with_another_penalty():
+    columns = np.c_[X, np.ones(N)]
+    theta = np.linalg.solve(columns.T @ columns * 2 / N + 0.5 * np.eye(D + 1), columns.T @ Z * 2 / N)
+    model = layer(theta[:D], theta[D])
+    settings = {"loss": mse_loss, "curvature": Hessian()}
+    on = (XQ, ZQ[:, None])
+    with warned("is not at a minimum: ‖∇R‖ = ", "Train further, check that the penalty is the one it was trained with"):
+        uw.explain(model, X, Z[:, None], **settings).on_loss(*on)
+    scores = uw.explain(model, X, Z[:, None], penalty=0.5, **settings).on_loss(*on)
+    assert scores.certificate.gradient_norm < 1e-10
+
+
+def test_a_damping_that_hardly_helps():
+    settings = {"curvature": Nystroem(3), "penalty": 0}
+    on = (XQ, YQ)
+    with refused(
+        "C + λI is too badly conditioned for float64", "Try a larger damping, or drop or standardise features"
+    ):
+        classifier(damping=1e-11, **settings).on_loss(*on)
+    scores = classifier(damping=1e-3, **settings).on_loss(*on)
+    assert scores.certificate.converged
+    assert scores.certificate.residual.max() < 1e-10
+
+
+def test_features_in_other_units():
+    far, q = np.c_[X[:, :2], 1e6 * (X[:, 0] + X[:, 2])], np.c_[XQ[:, :2], 1e6 * (XQ[:, 0] + XQ[:, 2])]
+    solver = uw.solvers.Dual()
+    with refused(
+        "C + λI is too badly conditioned for float64", "Try a larger damping, or drop or standardise features"
+    ):
+        uw.explain(Ridge(1.0).fit(far, Z), far, Z, solver=solver).on_loss(q, ZQ)
+    larger = uw.explain(Ridge(1.0).fit(far, Z), far, Z, solver=solver, damping=10.0).on_loss(q, ZQ)
+    assert larger.certificate.converged
+    scaled = make_pipeline(StandardScaler(), Ridge(1.0)).fit(far, Z)
+    values = uw.explain(scaled, far, Z, solver=solver).on_loss(q, ZQ).values
+    assert_allclose(values, uw.explain(scaled, far, Z, solver=Cholesky()).on_loss(q, ZQ).values, rtol=1e-7)
+
+
+def test_a_recursion_that_has_not_settled():
+    with warned("that their standard errors do not contain", "Raise depth, or use CG() for exact answers"):
+        ridge(solver=LiSSA(depth=2, repeats=2), damping=5.0).on_loss(*ON)
+    exact = ridge(solver=CG(), damping=5.0).on_loss(*ON).values
+    scores = ridge(solver=LiSSA(depth=20, repeats=5), damping=5.0).on_loss(*ON)
+    assert np.abs(scores.values - exact).max() < 6 * scores.standard_error.max()
+    assert_allclose(exact, ridge(solver=Cholesky(), damping=5.0).on_loss(*ON).values, rtol=1e-4, atol=1e-8)
+
+
+def test_a_specification_without_its_brackets():
+    with refused(" specification. ", "Pass an object such as "):
+        ridge(curvature=uw.operators.Hessian)
+    values = ridge(curvature=uw.operators.Hessian()).on_loss(*ON).values
+    with refused(" specification. ", "Pass an object such as "):
+        ridge(solver=uw.solvers.CG)
+    assert_allclose(ridge(solver=uw.solvers.CG()).on_loss(*ON).values, values, rtol=1e-4, atol=1e-8)
+
+
+# ---- top -------------------------------------------------------------------------------------------------------------
+
+
+def test_more_rows_than_there_are():
+    scores = ridge().on_loss(*ON)
+    with refused(" columns to choose from", "Ask for 1 to "):
+        scores.helpful(N + 1)
+    assert np.array_equal(scores.helpful(N).rows, np.argsort(-scores.values, 1))
+    assert scores.helpful(1).values.ravel().tolist() == scores.values.max(1).tolist()
+
+
+def test_a_column_that_is_called_like_one_of_the_table():
+    scores = ridge().on_loss(*ON)
+    frame = pd.DataFrame({"value": Z, "x0": X[:, 0]})
+    with refused("which is what a column of the table is called", "Rename it: data=frame.add_prefix('data_')"):
+        scores.top(2, data=frame)
+    table = scores.top(2, data=frame.add_prefix("data_"))
+    assert np.array_equal(table["data_value"], Z[table.index])
+
+
+def test_data_of_other_lines():
+    scores = ridge().on_loss(*ON)
+    frame = pd.DataFrame(X)
+    with refused(", and there are ", "Pass what the rows were made from, one line for each row"):
+        scores.top(2, data=frame[1:])
+    table = scores.top(2, data=frame)
+    assert np.array_equal(table[0], X[table.index, 0])
+    with refused(", and there are ", "Pass what the rows were made from, one line for each row"):
+        scores.top(2, data={"x0": X[:, 0]})
+    table = scores.top(2, data=X)
+    assert np.array_equal(table[0], X[table.index, 0])
+
+
+def test_data_of_other_names():
+    frame = pd.DataFrame(X, index=[f"patient {row}" for row in range(N)], columns=["a", "b", "c"])
+    scores = uw.explain(Ridge(2.0).fit(frame, Z), frame, Z).on_loss(frame[:2], Z[:2])
+    other = frame.set_index(pd.Index([f"other {row}" for row in range(N)]))
+    with refused("data has no row named ", "Pass the frame that was explained; or, if its lines are in the same order"):
+        scores.top(2, data=other)
+    table = scores.top(2, data=frame)
+    assert np.array_equal(table["a"], frame.loc[table.index, "a"])
+    pd.testing.assert_frame_equal(scores.top(2, data=other.reset_index(drop=True)), table)
