@@ -92,7 +92,7 @@ def test_the_smallest_sets(upweight):
         (("mismatch", "cli_studies:errors", "--groups", "nothing.txt"), "There is no file at nothing.txt"),
         (("contrast", "cli_studies:right"), "All 4 predictions"),
         (("contrast", "cli_studies:errors", "--query", 9), "Query 9 does not exist"),
-        (("contrast", "cli_studies:alone"), "Give it the pair"),
+        (("contrast", "cli_studies:alone"), "Give the study the pair"),
         (("contrast", "cli_studies:line"), "no classes"),
     ],
 )

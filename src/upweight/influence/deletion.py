@@ -24,9 +24,10 @@ from upweight.influence import per_row
 from upweight.influence.system import System
 from upweight.model import calculus, linear
 from upweight.model.objective import L2, Objective
-from upweight.solvers import LiSSA
+from upweight.solvers import LiSSA, Solution
 from upweight.solvers.base import Quadratic
 
+AMPLIFIED = 1e4  # 1 − leverage must be so many times the solver's residual
 _DETERMINED = 1e-8  # a row with 1 − leverage below it is fitted exactly; what division by it gives is rounding
 _SHARE_STEPS = 200
 BLOCK = 1024
@@ -117,9 +118,9 @@ def all_removals(system: System, family: Family) -> Removals:
         x = linear.unit_solutions(objective, batch[0])  # (b, p)
         if system.flat is not None:  # a row without weight may lean on what the others do not determine
             x = torch.where((w == 0)[:, None], 0.0, x)
-        u0 = solve(system, x) / n
         slope = linear.slopes(objective, batch)[:, 0]
         curvature = linear.curvatures(objective, batch)[:, 0, 0]
+        u0 = _solve_for_removal(system, x, w * curvature) / n
         expected = expected_curvature(objective, family, batch)
         ratio = torch.where(expected > 0, curvature / expected, 1.0).clamp(min=0)
         pull = -w * slope * ratio.sqrt()  # √(wφ″)·Pearson residual
@@ -183,8 +184,36 @@ def refuse_estimates(system: System) -> None:
         raise UnsupportedModel(message)
 
 
+def _solve_for_removal(system: System, X: Float[Tensor, "b p"], weights: Float[Tensor, " b"]) -> Float[Tensor, "b p"]:
+    """C⁻¹x of rows that are removed: division by 1 − h multiplies the solver's error, so it is solved for once more.
+
+    Args:
+        system: of all rows.
+        X: their features.
+        weights: wφ″ of each, so that h = wφ″ xᵀC⁻¹x/n.
+    """
+    solution = _solution(system, X)
+    left = 1 - weights * (X * solution.x).sum(1) / system.n
+    near = (left < AMPLIFIED * float(solution.residual.max())) & ~solution.x.isnan().any(1)
+    if not bool(near.any()):
+        return solution.x
+    found = solution.x.clone()
+    missing = X[near] - system.operator.apply(found[near]) - system.damping * found[near]
+    found[near] += _solution(system, missing).x
+    return found
+
+
 def solve(system: System, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
     """C⁻¹v for every row v.
+
+    Raises:
+        NotConverged: if a residual is larger than the solver's promise.
+    """
+    return _solution(system, V).x
+
+
+def _solution(system: System, V: Float[Tensor, "k p"]) -> Solution:
+    """The same with its residual.
 
     Raises:
         NotConverged: if a residual is larger than the solver's promise.
@@ -197,4 +226,4 @@ def solve(system: System, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
             "(StandardScaler), or add a penalty."
         )
         raise NotConverged(message, solution)
-    return solution.x
+    return solution

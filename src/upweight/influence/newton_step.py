@@ -26,6 +26,7 @@ from torch import Tensor
 from upweight.data.examples import Examples
 from upweight.errors import NotConverged, NotPositiveDefinite, Undefined, UnsupportedModel
 from upweight.influence.classes import Classes
+from upweight.influence.deletion import AMPLIFIED
 from upweight.influence.system import System
 from upweight.model import calculus, linear, losses
 from upweight.model.objective import L2, Objective
@@ -38,6 +39,7 @@ _UPDATED_UP_TO = 1000  # systems solved for one block of groups; a larger group 
 _WARM_RTOL = 1e-9
 _WARM_STEPS = 500
 _SINGULAR_GROWTH = 1e9
+_SMALLEST_LEFT = 1e-10  # 1 − leverage
 _SHARE_STEPS = 12  # the penalty's share w/Σw of a row is tiny, and each step of the fixed point gains a factor of it
 _SHARE_RTOL = 1e-12
 
@@ -216,7 +218,11 @@ def changes(
 def _steps(
     objective: Objective, examples: Examples, solve: Callable[[Tensor], Solution], groups: list[NDArray[np.int64]]
 ) -> _Rest | None:
-    """What is left without each group, by Woodbury; None if a group carries too much of the penalty to iterate."""
+    """What is left without each group, by Woodbury.
+
+    None if a group carries too much of the penalty to iterate, or so much of the curvature that 1 − leverage is no
+    larger than the solver's error allows.
+    """
     n, total = len(examples), float(examples.weights.sum())
     union = np.unique(np.concatenate(groups))
     batch = examples.batch(union)
@@ -228,7 +234,8 @@ def _steps(
     penalty = calculus.penalty_gradient(objective) if objective.folded else None
     weightless = torch.from_numpy(np.repeat(examples.weights[union] == 0, K))
     U = torch.where(weightless[:, None], 0.0, U)  # removing it changes nothing, whatever it leans on
-    solved = solve(U if penalty is None else torch.cat([U, penalty[None]])).x
+    solution = solve(U if penalty is None else torch.cat([U, penalty[None]]))
+    solved, error = solution.x, AMPLIFIED * float(solution.residual.max())
     XU = solved[: len(U)]
     corrections, moves, shares = [], [], []
     for group in groups:
@@ -238,7 +245,11 @@ def _steps(
         D = torch.block_diag(*curvatures[torch.from_numpy(place)]) / n
         A = u @ xu.T
         inner = torch.eye(len(A), dtype=torch.float64) - A @ D
-        _refuse_singular(inner, A, D, group)
+        left = float(torch.linalg.eigvals(inner).real.min()) if len(A) else 1.0
+        if error > _SMALLEST_LEFT and left < error:
+            return None  # what is left is no larger than what the solver's own error may have made of it
+        if left < _SMALLEST_LEFT:
+            raise _singular(group, f"leverage {float(torch.linalg.eigvals(A @ D).real.max()):.6f}")
         corrections.append((D @ torch.linalg.inv(inner), u, xu))
         moves.append(slopes[torch.from_numpy(place)].reshape(-1) @ xu / n)
         shares.append(float(examples.weights[group].sum()) / total)
@@ -260,13 +271,6 @@ def _steps(
         if float((delta - before).norm()) <= _SHARE_RTOL * float(delta.norm()):
             return _Rest(delta, inverse)
     return None
-
-
-def _refuse_singular(inner: Tensor, A: Tensor, D: Tensor, group: NDArray[np.int64]) -> None:
-    """The curvature that is left must be positive: 1 − leverage > 0."""
-    smallest = float(torch.linalg.eigvals(inner).real.min()) if len(A) else 1.0
-    if smallest < 1e-10:
-        raise _singular(group, f"leverage {float(torch.linalg.eigvals(A @ D).real.max()):.6f}")
 
 
 def _singular(group: NDArray[np.int64], how: str) -> NotPositiveDefinite:

@@ -50,7 +50,7 @@ def probe(objective: Objective, batch: Any) -> Objective:
                 _refuse_chance(once, _checked_losses(plainly, batch))
         _refuse_broken_graphs(plainly, batch)
         truth = _answers(plainly, batch)
-        _refuse_half_derivatives(plainly, batch, truth[-1])
+        _refuse_half_derivatives(plainly, batch)
         reason = ""
         for over_examples, over_vectors in _ROUTES:
             candidate = replace(objective, route=Route(over_examples, over_vectors, reason))
@@ -157,21 +157,24 @@ def _refuse_broken_graphs(objective: Objective, batch: Any) -> None:
         waiting.extend(fresh)
 
 
-def _refuse_half_derivatives(objective: Objective, batch: Any, products: Tensor) -> None:
+def _refuse_half_derivatives(objective: Objective, batch: Any) -> None:
     """Second derivatives must be the slope of the first: a backward pass of one's own may leave a part of them out.
 
-    At a kink there is no such slope; what is left out is left out a little further, too.
+    At a kink there is no such slope; what is left out is left out a little further, too. A parameter that no example
+    has a gradient by, such as an embedding's padding, is a constant: θ does not move along it.
 
     Raises:
         UnsupportedModel: if the slope settles at something else, here and there.
     """
     if objective.reference.dtype != torch.float64:  # differences of float32 gradients are mostly rounding
         return
-    missing = _missing_share(objective, batch, products)
+    direction, away = _directions(objective)
+    direction = direction * (calculus.gradients(objective, batch) != 0).any(0)
+    missing = _missing_share(objective, batch, direction)
     if missing:
-        theta, (direction, away) = objective.theta, _directions(objective)
+        theta = objective.theta
         moved = objective.at(theta + _AWAY * (float(theta.abs().max()) + 1) * away)
-        missing = _missing_share(moved, batch, calculus.hvp(moved, batch, direction[None]))
+        missing = _missing_share(moved, batch, direction)
     if not missing:
         return
     message = (
@@ -183,9 +186,10 @@ def _refuse_half_derivatives(objective: Objective, batch: Any, products: Tensor)
     raise UnsupportedModel(message)
 
 
-def _missing_share(objective: Objective, batch: Any, products: Tensor) -> float:
+def _missing_share(objective: Objective, batch: Any, direction: Tensor) -> float:
     """What second derivatives lack of the slope of the first, as a share of it; 0 if nothing, or if none settles."""
-    theta, direction = objective.theta, _directions(objective)[0]
+    theta = objective.theta
+    product = calculus.hvp(objective, batch, direction[None])[0]
     size = float(theta.abs().max()) + 1.0
     before: Tensor | None = None
     for step in _STEPS:
@@ -197,7 +201,7 @@ def _missing_share(objective: Objective, batch: Any, products: Tensor) -> float:
             return 0.0  # θ + v is outside of what the loss is defined for
         largest = float(slope.abs().max())
         allowed = _SLOPE * largest + 1e-13 * float(ahead.abs().max() + 1) / step
-        missing = float((slope - products[0]).abs().max())
+        missing = float((slope - product).abs().max())
         if missing <= allowed:
             return 0.0
         if before is not None and float((slope - before).abs().max()) <= allowed:
