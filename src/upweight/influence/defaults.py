@@ -1,7 +1,9 @@
 """The only automatic choices. Each is a function of what is known, and what it chose shows in repr() and check().
 
 curvature   Hessian for linear predictors and for losses given as one function; GaussNewton for torch modules,
-            because they are rarely at a minimum and it is positive there.
+            because they are rarely at a minimum and it is positive there. EKFAC, which stands for it and is ready after
+            two passes, for more than 100,000 parameters, and for more than 1,000 outputs an example, as language models
+            have, where its expectation is over one random vector an example; unless an iterative solver is named.
 solver      of the ways that can be taken, the direct one that costs fewest flops (`costs`): Cholesky for p ≤ 4,000, and
             for linear predictors Dual when rows are fewer than parameters. Else CG to a relative residual of 1e-6,
             with the TwoLevel preconditioner for linear predictors; a CG that is given without a preconditioner gets it
@@ -32,10 +34,11 @@ import torch
 from numpy.typing import NDArray
 
 from upweight.data.examples import Examples
-from upweight.data.trees import leaves, like, take
-from upweight.errors import NotPositiveDefinite
+from upweight.data.trees import leaves, like, take, tree_map
+from upweight.errors import NotPositiveDefinite, UnsupportedModel
 from upweight.model import calculus
 from upweight.model.objective import L2, Objective
+from upweight.model.sweep import Sweep
 from upweight.operators import (
     EKFAC,
     KFAC,
@@ -50,10 +53,12 @@ from upweight.operators import (
     Operator,
     Spectral,
 )
+from upweight.operators.cotangents import MOST, Signs, count
 from upweight.solvers import CG, Cholesky, Dual, Factored, Solver, TwoLevel
 
 DIRECT_UP_TO = 4000
 DUAL_UP_TO = 8000
+_ITERATED_UP_TO = 100_000
 SPECTRAL = (EKFAC, KFAC, Arnoldi, Identity, Nystroem)
 _FACTOR_UP_TO = 12_000
 _PASSES = {True: 12, False: 60}  # products that CG needs for 1e-6: with TwoLevel, without
@@ -62,10 +67,30 @@ _TRACE_VECTORS = 16
 _DOUBLE_UP_TO = 50_000
 
 
-def curvature(objective: Objective) -> Curvature:
-    """The curvature for an objective when none is named."""
+def curvature(sweep: Sweep, probe: Any, solver: Solver | None = None) -> Curvature:
+    """The curvature for an objective when none is named, with a few of its examples and the solver that was given."""
+    objective = sweep.objective
     closed = objective.linear is not None and not _is_head(objective)
-    return GaussNewton() if not closed and objective.outputs is not None else Hessian()
+    if closed or objective.outputs is None:
+        return Hessian()
+    if objective.linear is not None or not isinstance(solver, Factored | None):
+        return GaussNewton()
+    many = count(objective, probe) > MOST  # outputs, such as words of a vocabulary at every place
+    if not many and objective.size <= _ITERATED_UP_TO:
+        return GaussNewton()
+    chosen = EKFAC(samples=1 if many else None)
+    return chosen if _has_cotangents(chosen, sweep, probe) else GaussNewton()
+
+
+def _has_cotangents(spec: EKFAC, sweep: Sweep, probe: Any) -> bool:
+    """Whether the cotangents are known whose mean square is the loss's second derivative."""
+    few = tree_map(lambda leaf: leaf[:2], probe)
+    try:
+        objective = spec.cut(sweep).objective
+        Signs(1, 0)(objective, calculus.ready(objective, few))
+    except UnsupportedModel:
+        return False
+    return True
 
 
 def _is_head(objective: Objective) -> bool:

@@ -84,7 +84,7 @@ class System:
         probe = examples.batch(examples.spread(PROBE))
         objective = routes.probe(objective, probe)
         sweep = Sweep(objective, examples, batch_size, progress, defaults.example_bytes(objective, probe))
-        chosen = curvature or defaults.curvature(objective)
+        chosen = curvature or defaults.curvature(sweep, probe, solver)
         completed = defaults.completed(solver, objective, examples, chosen)
         known = None if damping is None else checked_damping(damping)
         return cls(sweep, encoder, chosen, completed, known, solver is not None)

@@ -53,7 +53,7 @@ class Exact:
 
     def count(self, objective: Objective, batch: Any) -> int:
         """K cotangents per example."""
-        return _count(objective, batch)
+        return count(objective, batch)
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
@@ -66,7 +66,7 @@ class Exact:
         Raises:
             UnsupportedModel: if there are too many outputs, or the loss is not convex in them.
         """
-        K = _count(objective, batch)
+        K = count(objective, batch)
         if K > MOST:
             message = (
                 f"{objective.name} has {K:,} outputs per example, and an exact expectation over them takes as many "
@@ -98,7 +98,7 @@ class Signs:
         Raises:
             UnsupportedModel: if there are too many outputs for a loss of unknown kind, or it is not convex in them.
         """
-        K = _count(objective, batch)
+        K = count(objective, batch)
         if K <= FORMED:
             L = _formed(objective, batch)
             return torch.einsum("bij,mbj->mbi", L, self._draw(len(L), K).to(L)) / self.samples**0.5
@@ -149,7 +149,7 @@ def outputs(objective: Objective, batch: Any) -> tuple[Float[Tensor, "b K"], tup
     return f.reshape(len(f), -1), tuple(f.shape[1:])
 
 
-def _count(objective: Objective, batch: Any) -> int:
+def count(objective: Objective, batch: Any) -> int:
     """K, from the first example."""
     return outputs(objective, tree_map(lambda leaf: leaf[:1], batch))[0].shape[1]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import cases
 import upweight as uw
-from small import XQ, YQ, D, X, Y, Z, classifier, logistic, regressor, ridge
+from small import XQ, YQ, D, X, Y, Z, classifier, logistic, regressor, ridge, seeded
 from upweight import defaults
 from upweight.operators import EKFAC, Dense, EmpiricalFisher, GaussNewton, Hessian, Identity, Nystroem
 from upweight.solvers import CG, Cholesky
@@ -84,6 +84,46 @@ def test_the_share_of_the_penalty_that_a_removed_row_takes_by_default():
     assert not classifier(loss=nn.CrossEntropyLoss(reduction="sum")).objective.folded
     assert not classifier(penalty_per_example=False).objective.folded
     assert not classifier(penalty=None, penalty_per_example=True).objective.folded
+
+
+def test_large_networks_start_with_kronecker_factors_unless_an_iteration_is_named():
+    def of(model, **settings):
+        return classifier(model.eval(), **settings).curvature
+
+    wide = nn.Sequential(nn.Linear(D, 300), nn.Tanh(), nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 2))
+    assert of(wide) == EKFAC()
+    assert of(wide, solver=CG(rtol=1e-3)) == GaussNewton()
+    assert of(wide, curvature=Hessian(), damping=1.0) == Hessian()
+    assert of(nn.Linear(D, 2)) == GaussNewton()
+
+
+def test_outputs_too_many_for_an_expectation_are_sampled():
+    def words(count):
+        model = nn.Sequential(nn.Linear(D, 2), nn.Tanh(), nn.Linear(2, count), nn.Unflatten(1, (2, count // 2)))
+        return seeded(lambda: model).double().eval()
+
+    y = torch.from_numpy(np.stack([Y, Y], 1))
+    model = words(2002)
+    influence = uw.explain(nn.Sequential(model, Turned()), X, y, loss=nn.functional.cross_entropy, damping=0.1)
+    assert influence.curvature == EKFAC(samples=1)
+    assert np.isfinite(influence.on_loss(XQ, torch.from_numpy(np.stack([YQ, YQ], 1))).values).all()
+
+
+class Turned(nn.Module):
+    """(b, places, classes) as (b, classes, places)."""
+
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+def test_a_loss_without_known_cotangents_keeps_the_gauss_newton_matrix():
+    model = seeded(lambda: nn.Linear(D, 1200)).double().eval()
+    targets = torch.zeros(len(X), 1200).double()
+
+    def coupled(output, y):
+        return ((output - y).square().sum(1) + 1).sqrt().mean()
+
+    assert uw.explain(model, X, targets, loss=coupled, damping=0.1).curvature == GaussNewton()
 
 
 def test_memory_per_example_grows_with_the_activations():
