@@ -112,7 +112,7 @@ def train(run: Run, X: Tensor, y: Tensor) -> list[dict[str, Tensor]]:
     for epoch in range(run.epochs):
         file = folder / f"epoch-{epoch + 1:02d}.pt"
         if file.exists():
-            kept = torch.load(file)
+            kept = torch.load(file, weights_only=True)
             model.load_state_dict(kept["model"])
             optimizer.load_state_dict(kept["optimizer"])
             states.append(kept["model"])

@@ -244,7 +244,7 @@ class Adam:
             optimizer.load_state_dict(state)
         held, order = strengths().float(), np.arange(rows.n)
         if file.exists():
-            kept = torch.load(file)
+            kept = torch.load(file, weights_only=True)
             network, first = at(kept["theta"]), kept["step"]
             optimizer = torch.optim.Adam(network.parameters(), lr=self.rate)
             optimizer.load_state_dict(kept["adam"])
@@ -290,7 +290,7 @@ class Fit:
     @classmethod
     def resumed(cls, theta: Tensor, file: Path) -> Fit:
         """What the file kept, else a start at θ."""
-        return cls(file=file, **torch.load(file)) if file.exists() else cls(theta, file)
+        return cls(file=file, **torch.load(file, weights_only=True)) if file.exists() else cls(theta, file)
 
     def refine(self, rows: Rows, rounds: int, hard: int, goal: float) -> None:
         """Rounds, each in the metric of the curvature where it starts, until ‖∇R‖ ≤ goal."""
@@ -299,7 +299,11 @@ class Fit:
             if not metric.exists():
                 torch.save(near_hessian(self.theta, rows, hard), metric)
             found = descend(
-                partial(self._risk, rows), self.theta, Metric(DenseOperator(torch.load(metric))), goal, STEPS
+                partial(self._risk, rows),
+                self.theta,
+                Metric(DenseOperator(torch.load(metric, weights_only=True))),
+                goal,
+                STEPS,
             )
             self.theta, self.norm, self.rounds = found.theta, found.norm, self.rounds + 1
             self._keep()

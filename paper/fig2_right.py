@@ -145,7 +145,7 @@ def curvatures(theta: Tensor, train: cnn.Rows, hard: int, folder: Path) -> list[
     file = folder / "curvatures.pt"
     if not file.exists():
         torch.save([cnn.near_hessian(theta, train, hard), cnn.gauss_newton(theta, train)], file)
-    return [DenseOperator(matrix) for matrix in torch.load(file)]
+    return [DenseOperator(matrix) for matrix in torch.load(file, weights_only=True)]
 
 
 def explained(theta: Tensor, train: cnn.Rows, **settings: Any) -> uw.Influence:
