@@ -541,7 +541,7 @@ def test_a_group_names_a_row_once():
 
 
 def test_what_has_no_label_is_replaced_whole():
-    theta = torch.tensor(np.linalg.lstsq(X, np.ones(N))[0])
+    theta = torch.tensor(np.linalg.lstsq(X, np.ones(N), rcond=None)[0])
     objective = uw.Objective(lambda params, x: (params @ x - 1) ** 2, theta)
     influence = uw.Influence(objective, (X,))
     with refused(

@@ -156,6 +156,7 @@ def read_apart(model: nn.Module, loss: Criterion, probe: Any) -> tuple[nn.Module
     """
     few = tree_map(lambda leaf: leaf[:_PROBED], probe)
     try:
+        refuse_training_mode(model)  # a module that is run in it may change
         output = _output(model, few[0])
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
         return model, loss  # what is wrong with it is told where its loss is tried

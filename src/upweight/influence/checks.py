@@ -23,6 +23,7 @@ from upweight.solvers.lanczos import smallest_eigenvalue, suggest_damping
 _NEARLY = 0.3  # of a row's effect
 _COMPARED = 2  # directions of either kind along which C is compared with the Hessian
 _HELD = 0.1  # of a query's form: what damping may hold back without a word
+_SHOWN = 8  # names in a line of the report
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Report:
                 f"beside the Hessian   vᵀCv is {random:.3g} of vᵀHv along random vectors, {queries:.3g} along queries"
             )
         if self.written_out:
-            places = ", ".join(f"{name} ({count})" for name, count in self.written_out.items())
+            places = _some([f"{name} ({count})" for name, count in self.written_out.items()])
             lines.append(f"{'written out':<21}{places}: at many positions a matrix costs fewer flops than its factors")
         if self.suggested_damping is not None:
             lines.append(
@@ -263,7 +264,12 @@ def _grouped(rules: dict[str, str]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, rule in rules.items():
         names.setdefault(rule, []).append(name)
-    return [f"{rule}: {', '.join(covered)}" for rule, covered in names.items()]
+    return [f"{rule}: {_some(covered)}" for rule, covered in names.items()]
+
+
+def _some(names: list[str]) -> str:
+    """A list of names in a report: all of a small network's, the first and the number of a large one's."""
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _batch_drift(system: System) -> float:

@@ -29,6 +29,7 @@ from upweight.operators import GaussNewton, Hessian
 from upweight.operators.linear import LinearHessian
 
 VALUES_KEPT = 0.05  # a change of the values that is as good as none
+_ANOTHER = 100.0  # times as much, and a Newton step leads nowhere near
 _ROWS, _QUERIES = 16, 8  # that stand for all of them
 
 
@@ -54,6 +55,8 @@ class Distance:
         size = f"as much as {self.rows:.3g} rows"
         if math.isnan(self.values):
             return size
+        if self.values > _ANOTHER:
+            return f"{size} (going on to the minimum would give another model, with values of its own)"
         change = f"{self.values:.2g} times" if self.values > 1 else f"{self.values:.1%}"
         return f"{size} (going on to the minimum would change values by about {change})"
 
