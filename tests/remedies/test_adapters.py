@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache, partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -1237,3 +1238,37 @@ def test_a_criterion_that_reads_another_part_of_the_output():
     influence = uw.explain(seeded(Named), X, Y, loss=lambda output, y: F.cross_entropy(output["score"], y), damping=0.1)
     plain = uw.explain(seeded(lambda: nn.Linear(3, 2)), X, Y, loss=F.cross_entropy, damping=0.1)
     np.testing.assert_allclose(influence.on_loss(XQ, YQ).values, plain.on_loss(XQ, YQ).values, rtol=1e-9)
+
+
+class LastWord(Sentences):
+    """Its answer is read off the last word that is no padding, if it knows which word that is."""
+
+    def __init__(self, pad=None):
+        super().__init__()
+        self.config = SimpleNamespace(pad_token_id=pad)
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        pad, count = self.config.pad_token_id, input_ids.shape[1]
+        if pad == "unknown" and len(input_ids) > 1:
+            raise ValueError("no padding token is defined")
+        known = isinstance(pad, int)
+        ends = (input_ids != pad).long().sum(1) if known else torch.full((len(input_ids),), count)
+        logits = self.head(self.words(input_ids.gather(1, ends[:, None] - 1)[:, 0]))
+        return {"logits": logits, "loss": None if labels is None else F.cross_entropy(logits, labels)}
+
+
+@pytest.mark.parametrize("pad", [None, "unknown"])
+def test_an_answer_read_off_the_last_word(pad):
+    rows = [{**row, "input_ids": [1 + word % 19 for word in row["input_ids"]]} for row in sentences()]
+    model = seeded(lambda: LastWord(pad))
+    if pad is None:
+        with refused("they differ by up to ", "Set model.config.pad_token_id to the tokenizer's pad_token_id, or pass"):
+            uw.explain(model, rows)
+        model.config.pad_token_id = 0
+    else:
+        with refused("and not beside the longer row", "Set model.config.pad_token_id to the tokenizer's pad_token_id"):
+            uw.explain(model, rows)
+        model.config.pad_token_id = 0
+    values = uw.explain(model, rows, damping=1.0).on_loss(rows[:2]).values
+    same = [{"input_ids": row["input_ids"][-1:], "labels": row["labels"]} for row in rows]
+    np.testing.assert_allclose(values, uw.explain(model, same, damping=1.0).on_loss(same[:2]).values, rtol=1e-9)

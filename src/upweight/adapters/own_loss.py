@@ -20,19 +20,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import scipy.sparse
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from upweight.adapters.criteria import Criterion
-from upweight.data.records import LABELS, Columns, Records, Rows, rows_of, unloaded
+from upweight.data.records import LABELS, TOKENS, Columns, Records, Rows, rows_of, unloaded
 from upweight.data.trees import tree_map
 from upweight.errors import InvalidInput, first_line
 from upweight.model import calculus
 from upweight.model.modules import called, forward, refuse_training_mode
 
 _PROBED = 4
+_ROWS = 32  # among which a short and a long one are looked for
 _TOLERANCE = 1e-4  # of a loss in float32 against the same from its outputs
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
@@ -124,7 +126,9 @@ def prepared(model: nn.Module, X: Any, y: Any, loss: Criterion | None, collate_f
         collate=collate,
         labelled=type(model).__name__.endswith(_CAUSAL),
         with_labels=bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)),
+        pad=_pad(model),
     )
+    _refuse_padding_that_shows(model, records)
     if loss is not None:
         return Prepared(model, records, loss)
     kind = _kind(model, records)
@@ -228,7 +232,7 @@ def _kind(model: nn.Module, records: Records) -> Kind:
             "asked for. Pass rows with the column 'labels', or the criterion: loss=torch.nn.functional.cross_entropy."
         )
         raise InvalidInput(message)
-    batch = _collated(items)
+    batch = records.stacked(items)
     refused: Exception | None = None
     try:
         output = _output(model, {**batch[0], LABELS[0]: batch[1]})
@@ -264,10 +268,56 @@ def take_one(x: Any, b: int) -> Any:
     return tree_map(lambda leaf: leaf[b : b + 1], x)
 
 
-def _collated(items: list[Any]) -> Any:
-    from upweight.data.examples import stacked
+def _pad(model: nn.Module) -> int:
+    """The token that a model takes for padding; 0 if it names none."""
+    named = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return named if isinstance(named, int) else 0
 
-    return stacked(items)
+
+def _refuse_padding_that_shows(model: nn.Module, records: Records) -> None:
+    """What a model gives for a row must not depend on how many other tokens stand behind its end.
+
+    Raises:
+        InvalidInput: if it does, as where a model reads its answer off the last token and knows no padding.
+    """
+    numbers = range(min(len(records), _ROWS))
+    xs = [records.parts(row)[0] for row in numbers]
+    lengths = [len(x[TOKENS]) if TOKENS in x and x[TOKENS].ndim else 0 for x in xs]
+    short, long = int(np.argmin(lengths)), int(np.argmax(lengths))
+    if records.with_labels or lengths[short] == lengths[long]:
+        return
+    try:
+        alone = _tensors(_output(model, records.stacked([xs[short]])))
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
+        return  # what is wrong is told where its loss is tried
+    try:
+        together = _tensors(_output(model, records.stacked([xs[short], xs[long]])))
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        message = (
+            f"{type(model).__name__} takes row {short} alone, and not beside the longer row {long} ({first_line(error)}"
+            "). Set model.config.pad_token_id to the tokenizer's pad_token_id, or pass rows of one length."
+        )
+        raise InvalidInput(message) from error
+    for name, own in alone.items():
+        beside = together[name][:1]
+        beside = beside[tuple(slice(0, size) for size in own.shape)] if beside.ndim == own.ndim else beside
+        gap = float((beside - own).abs().max()) if beside.shape == own.shape else 0.0
+        if gap > _TOLERANCE * (1 + float(own.abs().max())):
+            message = (
+                f"{type(model).__name__} gives other {name} for row {short} alone than beside the longer row {long}, "
+                f"padded with {records.pad}: they differ by up to {gap:.2g}. Usual reason: its answer is read off the "
+                "last token, and it does not know which are padding. Set model.config.pad_token_id to the tokenizer's "
+                "pad_token_id, or pass rows of one length."
+            )
+            raise InvalidInput(message)
+
+
+def _tensors(output: Any) -> dict[str, Tensor]:
+    """What a model gives for a batch, by name; logits alone where it names them."""
+    if isinstance(output, Tensor):
+        return {"outputs": output}
+    logits = _part(output, "logits")
+    return {"logits": logits} if isinstance(logits, Tensor) else {}
 
 
 def _same(ours: float, theirs: float) -> bool:

@@ -7,7 +7,7 @@ the same nesting with a leading axis. Arrays are never copied as a whole; a batc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 
 from upweight.data.arrays import as_array, as_tensor, check_finite, checked_rows, checked_weights, with_lines
 from upweight.data.ids import named, names_of
-from upweight.data.records import padded
+from upweight.data.records import Records, padded
 from upweight.data.trees import batch_length, leaves, take, tree_map
 from upweight.errors import InvalidInput, NotDeterministic
 
@@ -52,6 +52,7 @@ class Examples:
 
     def __init__(self, X: Any, y: Any = None, *, sample_weight: Any = None, ids: Any = None) -> None:
         self.dataset = X if _is_dataset(X) else None
+        self._stack: Callable[[list[Any]], Any] = X.stacked if isinstance(X, Records) else stacked
         if self.dataset is not None and y is not None:
             message = (
                 "X is a Dataset that already yields whole examples, and y was given too. Omit y, or pass two arrays."
@@ -112,7 +113,7 @@ class Examples:
         """The examples of these rows, stacked along a new first axis."""
         if self.dataset is not None:
             numbers = range(*rows.indices(self.length)) if isinstance(rows, slice) else rows
-            return _collate([self.dataset[int(row)] for row in numbers], numbers)
+            return _collate([self.dataset[int(row)] for row in numbers], numbers, self._stack)
         x = as_tensor(self.x[rows])  # type: ignore[index]
         return x if self.y is None else (x, as_tensor(self.y[rows]))
 
@@ -173,7 +174,7 @@ class Examples:
         whole = self.dataset is not None
         y = None if self.y is None else self.y[[row]]
         one = Examples(_Rows(self.dataset, [row])) if whole else Examples(self.x[[row]], y)  # type: ignore[index]
-        one.encoded_by = self.encoded_by
+        one.encoded_by, one._stack = self.encoded_by, self._stack
         one.names = None if self.names is None else self.names.take([row])
         return one
 
@@ -351,9 +352,11 @@ def _is_dataset(X: Any) -> bool:
     return not arraylike and hasattr(X, "__getitem__") and hasattr(X, "__len__")
 
 
-def _collate(items: list[Any], numbers: Sequence[int] | NDArray[np.int64] | range) -> Any:
+def _collate(
+    items: list[Any], numbers: Sequence[int] | NDArray[np.int64] | range, stack: Callable[[list[Any]], Any]
+) -> Any:
     try:
-        batch = tree_map(lambda leaf: leaf, stacked(items))
+        batch = tree_map(lambda leaf: leaf, stack(items))
     except (TypeError, RuntimeError, KeyError, ValueError) as error:
         message = (
             f"The dataset's items cannot be stacked into a batch ({error}). Items need to be numbers, arrays or "

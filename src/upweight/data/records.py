@@ -3,7 +3,7 @@
     a list of dicts · a dict of columns · a Hugging Face Dataset · any map-style Dataset of dicts · a tokenizer's output
 
 Row i becomes the example (x, y): x a dict of tensors under the names that the model takes, y its labels. Rows of
-unequal length are padded where they are stacked (`data.examples`), with 0, labels with −100, and have a mask by then.
+unequal length are padded where they are stacked (`data.examples`), labels with −100, and have a mask by then.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Records:
         labelled: whether rows without labels get their tokens as labels, as language models are trained.
         shifted: whether y is what stands one place ahead of each output.
         with_labels: whether x holds the labels, too.
+        pad: the token that stands behind the end of shorter rows.
 
     Raises:
         InvalidInput: where a row holds no numbers under a name that the model takes.
@@ -50,11 +51,12 @@ class Records:
         labelled: bool = False,
         shifted: bool = False,
         with_labels: bool = False,
+        pad: int = 0,
     ) -> None:
         self.rows = rows
         self.takes = None if takes is None else frozenset(takes)
         self.collate = collate
-        self.labelled, self.shifted, self.with_labels = labelled, shifted, with_labels
+        self.labelled, self.shifted, self.with_labels, self.pad = labelled, shifted, with_labels, pad
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -108,6 +110,10 @@ class Records:
         if y is None and self.labelled and TOKENS in x:
             y = torch.where(x[MASK] > 0, x[TOKENS], UNCOUNTED) if MASK in x else x[TOKENS].clone()
         return x, y
+
+    def stacked(self, items: list[Any]) -> Any:
+        """Rows along a new first axis, padded to one length."""
+        return default_collate(padded(items, self.pad))
 
     def read_like(self, data: Any, y: Any = None) -> Records | None:
         """Other data of named parts, read as these rows are; None for what is none."""
@@ -212,10 +218,11 @@ def rows_of(data: Any, y: Any = None) -> Rows | Columns | None:
     return Rows(data, y) if isinstance(inside, Mapping) else None
 
 
-def padded(items: list[Any]) -> list[Any]:
-    """Rows with a mask, or with labels, at the length of the longest: 0 behind their end, labels −100.
+def padded(items: list[Any], pad: int = 0) -> list[Any]:
+    """Rows with a mask, or with labels, at the length of the longest.
 
-    What has another length than the mask is left as it is.
+    Behind their end stand `pad` for tokens, −100 for labels and 0 for all else. What has another length than the mask
+    is left as it is.
     """
     pairs: list[Any] = [item if isinstance(item, tuple | list) and len(item) == 2 else (item, None) for item in items]
     if not all(isinstance(x, Mapping) and x.keys() == pairs[0][0].keys() for x, _ in pairs):
@@ -232,7 +239,8 @@ def padded(items: list[Any]) -> list[Any]:
                 mask is not None and _length(part) == _length(mask) for part, mask in zip(column, masked, strict=True)
             )
         )
-        columns[name] = _at_one_length(column, UNCOUNTED if name in LABELS else 0) if along else column
+        value = UNCOUNTED if name in LABELS else pad if name.endswith(TOKENS) else 0
+        columns[name] = _at_one_length(column, value) if along else column
     targets = [y for _, y in pairs]
     if whole and all(isinstance(y, Tensor) and not y.is_floating_point() for y in targets):
         targets = _at_one_length(targets, UNCOUNTED)

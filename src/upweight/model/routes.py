@@ -1,6 +1,6 @@
 """Which way autograd can take through an objective, found by trying on a few examples.
 
-vmap cannot follow control flow that depends on data, nor fused recurrent cells; such models run example by example. A
+vmap cannot follow control flow that depends on data; such models run example by example. A
 loss whose value depends on chance, or on the other examples of its batch, has no influence and is refused.
 """
 

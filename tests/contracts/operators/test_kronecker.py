@@ -301,15 +301,16 @@ def test_every_block_of_a_transformer_has_its_true_diagonal():
 
 
 class Partly(nn.Module):
-    """A recurrent part that autograd takes example by example, and a layer that the loss never sees."""
+    """A free parameter that autograd takes example by example, and a layer that the loss never sees."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.cell = nn.LSTM(3, 2, batch_first=True)
+        self.rates = nn.Parameter(draw(3, seed=7))
         self.unused = nn.Linear(2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.cell(x)[0][:, -1]
+        decayed = torch.exp(-(self.rates**2) * x).sum(1)
+        return torch.stack([decayed.sum(1), decayed.cos().sum(1)], 1)
 
 
 def test_what_goes_through_autograd_keeps_its_blocks_and_what_is_unused_its_penalty():
@@ -321,6 +322,25 @@ def test_what_goes_through_autograd_keeps_its_blocks_and_what_is_unused_its_pena
         close(found[at[:, None], at], exact[at[:, None], at])
         if "unused" in name:
             close(found[at[:, None], at], torch.diag(strengths[name].flatten()))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_steps_of_a_recurrent_layer_are_positions_of_one_weight(kind):
+    """So its factors have the trace of its own block, whatever the steps have in common."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.cell = kind(3, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.cell(x)[0][:, -1]
+
+    module, X, y = Last().double(), draw(12, 4, 3), torch.arange(12) % 2
+    found, exact = (operator(s, module, X, y).matrix() for s in (EKFAC(), GaussNewton()))
+    for side in ("ih", "hh"):
+        at = torch.cat([blocks(module)[f"cell.{part}_{side}_l0"] for part in ("weight", "bias")])
+        close(found[at, at].sum(), exact[at, at].sum())
 
 
 def test_many_parameters_without_structure_keep_their_diagonal(monkeypatch):

@@ -451,10 +451,18 @@ class OneByOne(Branching):
         return torch.cat([Branching.forward(self, one[None]) for one in x])
 
 
-SLOWER = {
-    "lstm": (Recurrent, WrittenOut, X[:, :, None], XQ[:, :, None]),
-    "branches": (OneByOne, Choosing, X, XQ),
-}
+@pytest.mark.parametrize("curvature", [uw.operators.GaussNewton(), uw.operators.Hessian()], ids=repr)
+def test_recurrent_layers_are_batched_as_their_formulas_are(curvature):
+    settings = {"X": X[:, :, None], "curvature": curvature, "damping": 5.0}
+    layer, formulas = (classifier(kind().double().eval(), **settings) for kind in (Recurrent, WrittenOut))
+    queries = XQ[:, :, None]
+    with pytest.warns(uw.errors.TheoryWarning) if curvature == uw.operators.Hessian() else nullcontext():
+        close(layer.on_loss(queries, YQ).values, formulas.on_loss(queries, YQ).values)
+    close(layer.of_perturbing([3, 4], on=(queries, YQ)), formulas.of_perturbing([3, 4], on=(queries, YQ)))
+    assert layer.check().autograd == formulas.check().autograd
+
+
+SLOWER = {"branches": (OneByOne, Choosing, X, XQ)}
 
 
 @pytest.mark.parametrize("curvature", [uw.operators.GaussNewton(), uw.operators.Hessian()], ids=repr)

@@ -223,3 +223,26 @@ def test_rows_without_labels():
         uw.explain(model, plain, damping=1.0)
     labelled = [{**row, "labels": k % 3} for k, row in enumerate(plain)]
     assert uw.explain(model, labelled, damping=1.0, parameters=["classifier.bias"]).n == len(TOKENS)
+
+
+def classifier_of_last_tokens(pad):
+    settings = transformers.LlamaConfig(
+        **SMALL, hidden_size=8, num_attention_heads=2, intermediate_size=12, num_labels=3, pad_token_id=pad
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.LlamaForSequenceClassification(settings).eval()
+
+
+def test_an_answer_read_off_the_last_token_needs_to_know_which_that_is():
+    data = [{"input_ids": tokens, "labels": k % 3} for k, tokens in enumerate(TOKENS)]
+    model = classifier_of_last_tokens(None)
+    with refused("and not beside the longer row", "Set model.config.pad_token_id to the tokenizer's pad_token_id"):
+        uw.explain(model, data, damping=1.0)
+    model.config.pad_token_id = 1
+    influence = uw.explain(model, data, damping=1.0, parameters=["score.weight"])
+    ours = calculus.gradients(influence.objective, influence.examples.batch(range(len(data))))
+    for row, item in enumerate(data):
+        loss = model(input_ids=torch.tensor([item["input_ids"]]), labels=torch.tensor([item["labels"]])).loss
+        (theirs,) = torch.autograd.grad(loss, [model.score.weight])
+        torch.testing.assert_close(ours[row].float(), theirs.reshape(-1), rtol=1e-4, atol=1e-6)
