@@ -238,7 +238,7 @@ def test_help_of_an_unknown_command_is_an_error(upweight):
     code, out, err = upweight("explian", "--help")
     assert code == 2
     assert not out
-    assert "Unrecognized options: explian" in err
+    assert "Unrecognized options: explian" in err or "Parsing error" in err  # tyro 0.9 has no room for more
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
