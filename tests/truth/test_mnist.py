@@ -38,6 +38,7 @@ def test_cg_to_a_residual_of_1e_6_agrees_with_cholesky(study):
         assert np.polyfit(theirs, ours, 1)[0] == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_lissa_is_within_four_of_its_own_standard_errors_for_99_percent_of_rows(study):
     model, X, y, on = study
     exact = uw.explain(model, X, y, solver=uw.solvers.CG(rtol=1e-10)).on_loss(*on)

@@ -27,7 +27,9 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("question", ASKED)
+@pytest.mark.parametrize(
+    "question", [name if name == "on_loss" else pytest.param(name, marks=pytest.mark.slow) for name in ASKED]
+)
 def test_scores_scatter_as_their_standard_errors_say(pair, question):
     case, exact, stochastic = pair
     on = tuple(array.numpy() for array in case.queries)
