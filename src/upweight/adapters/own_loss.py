@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from upweight.model.modules import called, forward, refuse_training_mode
 _PROBED = 4
 _ROWS = 32  # among which a short and a long one are looked for
 _TOLERANCE = 1e-4  # of a loss in float32 against the same from its outputs
+_HALF = 3e-2  # of one in bfloat16 or float16
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
@@ -61,7 +63,7 @@ class Kind:
             z = self.read(logits.double())
             y = labels[:, 1:] if self.shifted else labels
             squares = isinstance(self.criterion, nn.MSELoss | nn.BCEWithLogitsLoss)
-            if squares and (z.shape != y.shape or not y.is_floating_point()):
+            if squares and z.shape != y.shape:
                 return float("nan")
             return float(self.criterion(z, y.double() if squares else y.long()))
         except (RuntimeError, ValueError, IndexError, TypeError):
@@ -250,10 +252,11 @@ def _kind(model: nn.Module, records: Records) -> Kind:
     asked = [(float(loss), logits, batch[1])] + [
         (value, found, batch[1][b : b + 1]) for b, (value, found) in enumerate(alone)
     ]
-    for kind in KINDS:
-        ours = [kind.value(found, labels) for _, found, labels in asked]
-        if all(_same(a, b) for a, (b, _, _) in zip(ours, asked, strict=True)):
-            return kind
+    gaps = [max(_gap(kind.value(found, labels), value) for value, found, labels in asked) for kind in KINDS]
+    nearest, next_to_it = np.argsort(gaps, kind="stable")[:2]
+    tolerance = _TOLERANCE if logits.dtype.itemsize > 2 else _HALF
+    if gaps[nearest] <= tolerance and gaps[next_to_it] > 3 * gaps[nearest]:
+        return KINDS[nearest]
     told = ", ".join(f"{kind.name} {kind.value(logits, batch[1]):.4g}" for kind in KINDS)
     message = (
         f"{name} computes a loss of {float(loss):.4g} on {len(items)} rows, which is none that is known ({told}). "
@@ -320,9 +323,11 @@ def _tensors(output: Any) -> dict[str, Tensor]:
     return {"logits": logits} if isinstance(logits, Tensor) else {}
 
 
-def _same(ours: float, theirs: float) -> bool:
-    both_nan = ours != ours and theirs != theirs
-    return both_nan or abs(ours - theirs) <= _TOLERANCE * (abs(theirs) + 1)
+def _gap(ours: float, theirs: float) -> float:
+    """How far two losses are apart, relative to 1 + one; 0 where neither has a value, ∞ where one has none."""
+    if math.isnan(ours) or math.isnan(theirs):
+        return 0.0 if math.isnan(ours) and math.isnan(theirs) else math.inf
+    return abs(ours - theirs) / (abs(theirs) + 1)
 
 
 def _asked(model: nn.Module, x: Any) -> tuple[float, Tensor]:
