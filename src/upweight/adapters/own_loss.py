@@ -83,7 +83,7 @@ def _alone(logits: Tensor) -> Tensor:
 
 
 def _one(logits: Tensor) -> Tensor:
-    return logits.squeeze(-1)
+    return logits.reshape(len(logits))
 
 
 KINDS = (
@@ -191,7 +191,7 @@ def read_apart(model: nn.Module, loss: Criterion, probe: Any) -> tuple[nn.Module
 
     def read(output: Any) -> Tensor:
         found = tree_flatten(output)[0]
-        return found[used[0]] if len(used) == 1 else torch.cat([found[k].flatten(1) for k in used], 1)
+        return found[used[0]] if len(used) == 1 else torch.cat([found[k].reshape(len(found[k]), -1) for k in used], 1)
 
     @functools.wraps(loss)
     def criterion(z: Tensor, y: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def read_apart(model: nn.Module, loss: Criterion, probe: Any) -> tuple[nn.Module
 
 
 def _apart(z: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    sizes = [int(torch.tensor(shape).prod()) if shape else 1 for shape in shapes]
+    sizes = [math.prod(shape) for shape in shapes]
     return [piece.reshape(len(z), *shape) for piece, shape in zip(z.split(sizes, 1), shapes, strict=True)]
 
 
@@ -248,14 +248,13 @@ def _kind(model: nn.Module, records: Records) -> Kind:
             "its output and the labels, loss=lambda output, y: cross_entropy(output, y)."
         )
         raise InvalidInput(message) from refused
-    alone = [_asked(model, {**take_one(batch[0], b), LABELS[0]: batch[1][b : b + 1]}) for b in range(len(items))]
+    alone = [_asked(model, {**_one_of(batch[0], b), LABELS[0]: batch[1][b : b + 1]}) for b in range(len(items))]
     asked = [(float(loss), logits, batch[1])] + [
         (value, found, batch[1][b : b + 1]) for b, (value, found) in enumerate(alone)
     ]
     gaps = [max(_gap(kind.value(found, labels), value) for value, found, labels in asked) for kind in KINDS]
     nearest, next_to_it = np.argsort(gaps, kind="stable")[:2]
-    tolerance = _TOLERANCE if logits.dtype.itemsize > 2 else _HALF
-    if gaps[nearest] <= tolerance and gaps[next_to_it] > 3 * gaps[nearest]:
+    if gaps[nearest] <= _tolerance(logits) and gaps[next_to_it] > 3 * gaps[nearest]:
         return KINDS[nearest]
     told = ", ".join(f"{kind.name} {kind.value(logits, batch[1]):.4g}" for kind in KINDS)
     message = (
@@ -266,7 +265,7 @@ def _kind(model: nn.Module, records: Records) -> Kind:
     raise InvalidInput(message)
 
 
-def take_one(x: Any, b: int) -> Any:
+def _one_of(x: Any, b: int) -> Any:
     """Example b of a batch, as a batch of one."""
     return tree_map(lambda leaf: leaf[b : b + 1], x)
 
@@ -305,7 +304,7 @@ def _refuse_padding_that_shows(model: nn.Module, records: Records) -> None:
         beside = together[name][:1]
         beside = beside[tuple(slice(0, size) for size in own.shape)] if beside.ndim == own.ndim else beside
         gap = float((beside - own).abs().max()) if beside.shape == own.shape else 0.0
-        if gap > _TOLERANCE * (1 + float(own.abs().max())):
+        if gap > _tolerance(own) * (1 + float(own.abs().max())):
             message = (
                 f"{type(model).__name__} gives other {name} for row {short} alone than beside the longer row {long}, "
                 f"padded with {records.pad}: they differ by up to {gap:.2g}. Usual reason: its answer is read off the "
@@ -321,6 +320,10 @@ def _tensors(output: Any) -> dict[str, Tensor]:
         return {"outputs": output}
     logits = _part(output, "logits")
     return {"logits": logits} if isinstance(logits, Tensor) else {}
+
+
+def _tolerance(output: Tensor) -> float:
+    return _TOLERANCE if output.dtype.itemsize > 2 else _HALF
 
 
 def _gap(ours: float, theirs: float) -> float:

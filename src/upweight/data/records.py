@@ -212,7 +212,7 @@ def rows_of(data: Any, y: Any = None) -> Rows | Columns | None:
         return None
     try:
         first = data[0]
-    except Exception:
+    except Exception:  # a Dataset's own; it is met again, and told, where the rows are read
         return None
     inside = first[0] if isinstance(first, tuple | list) and len(first) == 2 else first
     return Rows(data, y) if isinstance(inside, Mapping) else None
