@@ -28,6 +28,7 @@ from upweight.model.modules import Called
 from upweight.model.objective import Objective
 
 _SPREAD_ROWS = 8
+_PROBED_ROWS = 16  # of named parts, whose labels are many a row
 _LABEL_ROWS = 64  # at most so many more rows, one for each distinct label: class weights show only across labels
 
 
@@ -60,7 +61,7 @@ def explain(
         parameters = list(parameters)  # it is gone through more than once
     _refuse_without_forward(model)
     model, loss, examples, rows = _apart(model, X, y, loss, sample_weight=sample_weight, ids=ids, collate_fn=collate_fn)
-    probe = examples.batch(_probe_rows(examples))
+    probe = examples.batch(_probe_rows(examples, _LABEL_ROWS if rows is None else _PROBED_ROWS))
     model, loss = own_loss.read_apart(model, loss, probe)
     path = None if isinstance(model, Called) else frozen.split(model, parameters)
     parts = None if path is None else frozen.headed(model, path, probe[0])
@@ -286,10 +287,10 @@ class ModuleEncoder:
         return self.reduction.counted(y) * self.scale
 
 
-def _probe_rows(examples: Examples) -> NDArray[np.int64]:
-    """Rows spread over the data, and the first row of every label."""
+def _probe_rows(examples: Examples, count: int) -> NDArray[np.int64]:
+    """Rows spread over the data, and the first row of every label; `count` of them where labels are not known."""
     if examples.y is None or examples.y.ndim != 1:
-        return examples.spread(_LABEL_ROWS)
+        return examples.spread(count)
     _, first = np.unique(np.asarray(examples.y), return_index=True)
     return np.union1d(examples.spread(_SPREAD_ROWS), first[:_LABEL_ROWS])
 

@@ -236,7 +236,7 @@ def dots(system: System, queries: Examples) -> Float[NDArray[np.float64], "q n"]
 
 
 def _width(system: System, vectors: int) -> int:
-    return vectors + layers.vectors(system.objective, system.sweep.example_bytes)
+    return layers.vectors(system.objective, system.sweep.example_bytes, vectors)
 
 
 def _in_blocks(

@@ -53,7 +53,7 @@ from upweight.operators import (
     Operator,
     Spectral,
 )
-from upweight.operators.cotangents import MOST, Signs, count
+from upweight.operators.cotangents import MOST, Signs, count, outputs
 from upweight.solvers import CG, Cholesky, Dual, Factored, Solver, TwoLevel
 
 DIRECT_UP_TO = 4000
@@ -87,7 +87,7 @@ def _has_cotangents(spec: EKFAC, sweep: Sweep, probe: Any) -> bool:
     few = tree_map(lambda leaf: leaf[:2], probe)
     try:
         objective = spec.cut(sweep).objective
-        Signs(1, 0)(objective, calculus.ready(objective, few))
+        Signs(1, 0).of(objective, calculus.ready(objective, few), outputs(objective, few))
     except UnsupportedModel:
         return False
     return True

@@ -96,13 +96,14 @@ def with_rows(
     """
     operator, objective = system.operator, system.objective
     known = operator if isinstance(operator, LinearHessian) else None  # it has the rows' slopes already
+    gradient = _Sum(system) if known is None and rows is None and store is None else None
 
     def run(S: Tensor, store: Store | None) -> NDArray[np.float64]:
         shift = S @ constant
-        sweep, dots = known.dots(S) if known is not None else _layered(system, S)
+        sweep, dots = known.dots(S) if known is not None else _layered(system, S, gradient)
         return sweep.emit(
             lambda batch, weights: dots(batch, weights).double().cpu() + shift,
-            vectors=len(S) + layers.vectors(objective, sweep.example_bytes),
+            vectors=layers.vectors(objective, sweep.example_bytes, len(S)),
             rows=rows,
             store=store,
             label="scores",
@@ -111,17 +112,49 @@ def with_rows(
     leaning = solution.x.isnan().any(1)  # queries whose system has no solution
     mean = run(torch.where(leaning[:, None], 0.0, solution.x), store)
     mean[leaning.numpy()] = np.nan
+    if gradient is not None:
+        gradient.found()
     if solution.replicas is None:
         return Products(mean)
     m, q, p = solution.replicas.shape
     return Products(mean, run(solution.replicas.reshape(m * q, p), None).reshape(m, q, -1))
 
 
-def _layered(system: System, S: Float[Tensor, "k p"]) -> tuple[Sweep, Callable[[Any, Tensor], Tensor]]:
+class _Sum:
+    """Σᵢ wᵢ∇Lᵢ, gathered while all rows are visited anyway, from which the certificate gets ∇R."""
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self.wanted = not system.knows_risk_gradient and layers.structured(system.objective)
+        self.total = torch.zeros(system.objective.size, dtype=torch.float64) if self.wanted else None
+
+    def add(self, part: Tensor) -> None:
+        """What a batch adds."""
+        if self.total is not None:
+            self.total += part.double().cpu()
+
+    def found(self) -> None:
+        """All rows were visited."""
+        if self.total is not None:
+            self.system.learn_risk_gradient(self.total)
+            self.total = None
+
+
+def _layered(
+    system: System, S: Float[Tensor, "k p"], gradient: _Sum | None
+) -> tuple[Sweep, Callable[[Any, Tensor], Tensor]]:
     """A sweep, and what gives ∇Lᵢᵀ s for every row of its batches and vector, through layers where there are any."""
     objective = system.objective
     V = S.to(objective.reference)  # cast once, not in every batch
-    return system.sweep, lambda batch, _: layers.dots(objective, batch, V)
+
+    def dots(batch: Any, weights: Tensor) -> Tensor:
+        if gradient is None or gradient.total is None:
+            return layers.dots(objective, batch, V)
+        products, total = layers.dots_and_sum(objective, batch, weights, V)
+        gradient.add(total)
+        return products
+
+    return system.sweep, dots
 
 
 def with_gradients(solution: Solution, G: Float[Tensor, "r p"]) -> Products:

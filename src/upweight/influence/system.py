@@ -152,6 +152,16 @@ class System:
         return mean + calculus.penalty_gradient(objective)
 
     @property
+    def knows_risk_gradient(self) -> bool:
+        """Whether ∇R was computed already."""
+        return "risk_gradient" in self.__dict__
+
+    def learn_risk_gradient(self, total: Float[Tensor, " p"]) -> None:
+        """∇R from Σᵢ wᵢ∇Lᵢ, which a sweep over all rows has found on its way."""
+        if not self.knows_risk_gradient:
+            self.__dict__["risk_gradient"] = total / self.n + calculus.penalty_gradient(self.objective)
+
+    @property
     def penalty_share(self) -> Float[Tensor, " p"]:
         """What a row's gradient carries of the penalty's: (n/Σw)∇r if removing a row removes its share, else 0."""
         return calculus.penalty_share(self.objective, float(self.examples.weights.sum()), self.n)

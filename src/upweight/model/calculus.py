@@ -138,18 +138,20 @@ def output_jacobians(objective: Objective, batch: Any) -> Float[Tensor, "b K p"]
     return _pull_rows(objective, f, params, cotangents).reshape(*f.shape, -1)
 
 
-def flat_outputs(objective: Objective) -> Callable[[Any, Any], Tensor]:
-    """The model's output for one example as one flat vector, a function of (params, example)."""
-    output, _ = structure(objective)
-    return lambda params, example: output(params, example).reshape(-1)
-
-
 def outputs(objective: Objective, batch: Any) -> Float[Tensor, "b K"]:
     """The model's output for every example as one flat vector."""
     if objective.linear is not None:
         return linear.predictor(objective, linear.wide(batch[0] if isinstance(batch, tuple | list) else batch))
     with torch.no_grad():
         return _outputs(objective, objective.params, ready(objective, batch))
+
+
+def shaped_outputs(objective: Objective, batch: Any) -> Float[Tensor, "b ..."]:
+    """The model's output for every example."""
+    if objective.linear is not None:
+        return outputs(objective, batch)
+    with torch.no_grad():
+        return _shaped_outputs(objective, objective.params, ready(objective, batch))
 
 
 def depends(values: Tensor, params: Any, names: Iterable[str]) -> dict[str, bool]:
@@ -180,9 +182,14 @@ def slopes(
     return [torch.stack([_or_zero(one[j], x) for one in every]) for j, x in enumerate(inputs)]
 
 
-def output_hessians(objective: Objective, batch: Any) -> Float[Tensor, "b K K"]:
-    """∂²ℓ/∂f² of every example, with f the flattened model output.  Cost: K backward passes of the output loss."""
-    first, f = _output_slopes(objective, ready(objective, batch))
+def output_hessians(
+    objective: Objective, batch: Any, f: Float[Tensor, "b ..."] | None = None
+) -> Float[Tensor, "b K K"]:
+    """∂²ℓ/∂f² of every example, with f the model output, which is computed if it is not given.
+
+    Cost: K backward passes of the output loss.
+    """
+    first, f = _output_slopes(objective, ready(objective, batch), f)
     rows = []
     for j in range(f.shape[1]):
         rows.append(
@@ -193,15 +200,17 @@ def output_hessians(objective: Objective, batch: Any) -> Float[Tensor, "b K K"]:
     return torch.stack(rows, 1).detach()
 
 
-def output_products(objective: Objective, batch: Any, U: Float[Tensor, "k b K"]) -> Float[Tensor, "k b K"]:
-    """∂²ℓ/∂f² u for every example and vector, with f the flattened model output.
+def output_products(
+    objective: Objective, batch: Any, U: Float[Tensor, "k b K"], f: Float[Tensor, "b ..."] | None = None
+) -> Float[Tensor, "k b K"]:
+    """∂²ℓ/∂f² u for every example and vector, with f the model output, which is computed if it is not given.
 
     Cost: backward passes of the output loss, k of them or K, whichever are fewer; the K × K matrices of the examples
     are formed only if K is the smaller.
     """
     if U.shape[2] <= len(U):
-        return torch.einsum("bij,kbj->kbi", output_hessians(objective, batch), U)
-    first, f = _output_slopes(objective, ready(objective, batch))
+        return torch.einsum("bij,kbj->kbi", output_hessians(objective, batch, f), U)
+    first, f = _output_slopes(objective, ready(objective, batch), f)
     return _pull_rows(objective, first, f, U).reshape(U.shape) if first.requires_grad else torch.zeros_like(U)
 
 
@@ -210,12 +219,17 @@ def output_slopes(objective: Objective, batch: Any) -> Float[Tensor, "b K"]:
     return _output_slopes(objective, ready(objective, batch))[0].detach()
 
 
-def _output_slopes(objective: Objective, batch: Any) -> tuple[Float[Tensor, "b K"], Float[Tensor, "b K"]]:
+def _output_slopes(
+    objective: Objective, batch: Any, f: Float[Tensor, "b ..."] | None = None
+) -> tuple[Float[Tensor, "b K"], Float[Tensor, "b K"]]:
     """∂ℓ/∂f of every example, with its graph, and the outputs f that it is a function of."""
     output, output_loss = structure(objective)
-    shape = output(objective.params, take(batch, 0)).shape
-    with torch.no_grad():
-        f = _outputs(objective, objective.params, batch)
+    if f is None:
+        with torch.no_grad():
+            shape = output(objective.params, take(batch, 0)).shape
+            f = _outputs(objective, objective.params, batch)
+    else:
+        shape, f = f.shape[1:], f.reshape(len(f), -1)
 
     def one(f: Tensor, example: Any) -> Tensor:
         return output_loss(f.reshape(shape), example)
@@ -440,11 +454,15 @@ def _losses(objective: Objective, params: Any, batch: Any) -> Tensor:
 
 def _outputs(objective: Objective, params: Any, batch: Any) -> Tensor:
     """(b, K): the flattened outputs."""
+    values = _shaped_outputs(objective, params, batch)
+    return values.reshape(len(values), -1)
+
+
+def _shaped_outputs(objective: Objective, params: Any, batch: Any) -> Tensor:
     output, _ = structure(objective)
     if objective.route.examples == "vmap":
-        values = vmap(output, in_dims=(None, 0))(params, batch)
-        return values.reshape(len(values), -1)
-    return torch.stack([output(params, take(batch, b)).reshape(-1) for b in range(batch_length(batch))])
+        return vmap(output, in_dims=(None, 0))(params, batch)
+    return torch.stack([output(params, take(batch, b)) for b in range(batch_length(batch))])
 
 
 @quietly()

@@ -43,7 +43,7 @@ _ROWS = 48  # of the data, on which convexity is tried
 _AROUND = (0.0, 1.0, 3.0)  # how far around their outputs
 _FAR = 1e12  # around them: beyond every kink
 _DIRECTIONS = 4  # of either kind: one coordinate, and all of them; 1 where outputs are many
-_NUMBERS = 2**23  # held by directions at once
+_NUMBERS = 2**21  # held by directions at once
 _NOISE = {torch.float64: 1e-7}  # of the largest second derivative; 1e-3 in lower precision
 _FLAT = 1e-9  # of the slope: a second derivative that is rounding
 

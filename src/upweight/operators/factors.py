@@ -174,6 +174,74 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Tied(Weight):
+    """A weight that multiplies and is looked up as well, as the embeddings of language models are.
+
+    A use as a table is a product with unit vectors: its rows are outputs, and what is read has the gradient s, which
+    takes the place of the input. With positions as independent, the eigenvectors are those of the marginals
+
+        right: Σ w Σ_t (|d|² a aᵀ + s sᵀ)        left: Σ w Σ_t (|a|² d dᵀ + |s|² e eᵀ)
+
+    of E[GᵀG] and E[GGᵀ], and KFAC's eigenvalues their products over the common trace, which is KFAC itself where there
+    are no lookups. EKFAC measures the curvature along each pair, over all uses together.
+    """
+
+    def sums(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"]) -> list[Tensor]:
+        """What a batch adds to the two marginals."""
+        a, d, indices, s = self._uses(pieces)
+        w = weights.to(a)
+        right = _gram((a * d.square().sum((0, 4)).sqrt()[..., None])[None], w, WIDEST)
+        read = _gram(s[:, :, None], w, WIDEST)
+        left = _gram(d * a.square().sum(3).sqrt()[None, ..., None], w, WIDEST)
+        counts = d.new_zeros(self.at.shape[1])
+        counts.index_add_(0, indices.flatten(), (s.square().sum((0, 3)) * w[:, None]).flatten())
+        return [_upper(right) + _upper(read), _upper(left) + (counts if left.ndim == 2 else torch.diag(counts))]
+
+    def basis(self, sums: list[Tensor], n: int, strengths: Float[Tensor, " p"]) -> Basis:
+        """Eigenvectors of the marginals, and products of their eigenvalues over the trace."""
+        (a, right), (b, left) = (_eigen(total / n) for total in sums)
+        values = b[:, :, None] * a[:, None] / a.sum().clamp(min=1e-300)
+        return Basis(self.name, self.at, left, right, values, _within(strengths[self.at], left, right))
+
+    def squares(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:
+        """Σ_b w_b Σ_m (Q_leftᵀ G_bm Q_right)², from the matrices of a few examples at a time."""
+        total = weights.new_zeros(basis.values.shape)
+        for some, G in self._matrices(pieces, basis):
+            total += torch.einsum("b,mbgoi->goi", weights[some].to(G), G.square_()).to(total)
+        return [total]
+
+    def weighed(self, pieces: Sequence[Piece], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
+        """Σ_m Σ (Q_leftᵀ G_bm Q_right)² scale of every example."""
+        parts = [(G.square_().flatten(2) @ scale.flatten()).sum(0) for _, G in self._matrices(pieces, basis)]
+        return torch.cat(parts)
+
+    def _uses(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Inputs (b, 1, t, i) with a 1 for the bias, slopes (m, b, 1, t, o); rows read (b, t), and s (m, b, t, i)."""
+        uses = [pieces[number] for number in self.numbers]
+        a, d = Weight(self.name, self._products(uses), self.at)._sides(pieces)
+        lookups = [use for use in uses if isinstance(use, Lookup)]
+        indices = torch.cat([use.indices for use in lookups], 1)
+        s = torch.cat([use.slopes for use in lookups], 2) * (indices >= 0).to(a)[None, :, :, None]
+        return self._turned(a, None), d, indices.clamp(min=0), functional.pad(s, (0, self.at.shape[2] - s.shape[3]))
+
+    def _products(self, uses: Sequence[Piece]) -> tuple[int, ...]:
+        return tuple(number for number, use in zip(self.numbers, uses, strict=True) if isinstance(use, Product))
+
+    def _matrices(self, pieces: Sequence[Piece], basis: Basis) -> Iterator[tuple[slice, Tensor]]:
+        """Q_leftᵀ G Q_right of a few examples at a time, (m, c, 1, o, i)."""
+        a, d, indices, s = self._uses(pieces)
+        (_, o, i), m, t = self.at.shape, len(d), a.shape[2] + indices.shape[1]
+        step = max(1, _NUMBERS // (m * o * max(t, i)))
+        for start in range(0, len(a), step):
+            some = slice(start, start + step)
+            read = functional.one_hot(indices[some], o).to(d).expand(m, -1, -1, -1)
+            inputs = torch.cat([a[some].expand(m, *a[some].shape), s[:, some, None]], 3).flatten(0, 1)
+            slopes = torch.cat([d[:, some], read[:, :, None]], 3).flatten(0, 1)[None]
+            G = torch.cat([part[0] for _, part in self._written(inputs, slopes, basis)])
+            yield some, G.unflatten(0, (m, -1))
+
+
+@dataclass(frozen=True)
 class Table:
     """A table whose rows are read: its left factor is diagonal, how often each row is.
 
@@ -304,7 +372,7 @@ def layers_of(pieces: Sequence[Piece], sizes: dict[str, int]) -> tuple[list[Laye
 def _layer(
     pieces: Sequence[Piece], at: list[Tensor], numbers: tuple[int, ...], sizes: dict[str, int], starts: dict[str, int]
 ) -> Layer:
-    """A Weight or a Table if all uses read the same entries in the same way, else a Whole."""
+    """A Weight, a Table or a Tied if all uses read the same entries, else a Whole."""
     uses = [pieces[number] for number in numbers]
     name = " + ".join(dict.fromkeys(block for use in uses for block in use.blocks))
     first = at[numbers[0]]
@@ -315,10 +383,25 @@ def _layer(
             return Table(name, numbers, first)
         if len(uses) == 1:
             return Whole(name, numbers, first, {}, first.flatten())
+    whole = max((at[number] for number in numbers), key=Tensor.numel)
+    if whole.numel() > DENSE and _is_tied(uses, [at[number] for number in numbers]):
+        return Tied(name, numbers, whole)
     union = torch.cat([at[number].flatten() for number in numbers]).unique()
     blocks = {block: sizes[block] for block in sizes if any(block in use.blocks for use in uses)}
     joined = torch.cat([torch.arange(size) + starts[block] for block, size in blocks.items()])
     return Whole(name, numbers, union[None, None], blocks, torch.searchsorted(joined, union))
+
+
+def _is_tied(uses: Sequence[Piece], at: list[Tensor]) -> bool:
+    """Whether one weight is multiplied with and looked up, whole each time; a product may have a bias beside it."""
+    products = [places for use, places in zip(uses, at, strict=True) if isinstance(use, Product)]
+    lookups = [places for use, places in zip(uses, at, strict=True) if isinstance(use, Lookup)]
+    if not products or len(products) + len(lookups) < len(uses):
+        return False
+    whole = products[0]
+    return all(torch.equal(places, whole) for places in products) and all(
+        torch.equal(places, whole[:, :, : places.shape[2]]) for places in lookups
+    )
 
 
 def _starts(sizes: dict[str, int]) -> dict[str, int]:
@@ -358,6 +441,11 @@ def _gram(x: Float[Tensor, "m b g t i"], weights: Float[Tensor, " b"], widest: i
     if symmetric is None:
         return (flat.T @ flat)[None]
     return torch.from_numpy(symmetric(1.0, flat.numpy().T, lower=1).T)[None]  # half the flops of a product
+
+
+def _upper(gram: Tensor) -> Tensor:
+    """A Gram matrix with its upper half only, so that sums of several are alike; a diagonal as it is."""
+    return gram if gram.ndim == 2 else gram.triu()
 
 
 def _eigen(factor: Tensor) -> tuple[Float[Tensor, "g i"], Float[Tensor, "g i i"] | None]:

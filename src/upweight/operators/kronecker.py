@@ -34,7 +34,7 @@ from upweight.model.layers.pieces import Direct, Piece, Product
 from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
 from upweight.operators.base import Curvature
-from upweight.operators.cotangents import Exact, Observed, Signs
+from upweight.operators.cotangents import Cotangents, Exact, Observed, Signs, outputs
 from upweight.operators.cut import cut
 from upweight.operators.factors import DENSE, Basis, Layer, Whole, layers_of
 from upweight.operators.implicit import EmpiricalFisher, GaussNewton
@@ -303,7 +303,7 @@ def _swept(
 
     def total(batch: Any, weights: Tensor) -> Tensor:
         with source.undone_on_failure():  # a batch that does not fit is tried again in halves
-            pieces = _pieces(sweep.objective, plan, batch, source(sweep.objective, batch))
+            pieces = _pieces(sweep.objective, plan, batch, source.at(sweep.objective, batch))
             found = [(name, read(pieces, weights.to(_reference(pieces)))) for name, read in reading(pieces)]
         shapes[:] = [[part.shape for part in parts] for _, parts in found]
         flat = torch.cat([part.flatten() for _, parts in found for part in parts])
@@ -330,13 +330,13 @@ def _not_finite(label: str, found: list[tuple[str, list[Tensor]]]) -> InvalidInp
     return InvalidInput(message)
 
 
-def _pieces(objective: Objective, plan: layers.Plan | None, batch: Any, cotangents: Tensor | None) -> list[Piece]:
+def _pieces(objective: Objective, plan: layers.Plan | None, batch: Any, cotangents: Cotangents | None) -> list[Piece]:
     """The pieces of a batch; for a linear predictor its inputs and the cotangents themselves."""
     if plan is not None:
         return layers.capture(objective, plan, batch, cotangents)
     structure = objective.linear
     assert structure is not None  # every other objective has a plan
-    slopes = linear.slopes(objective, batch)[None] if cotangents is None else cotangents
+    slopes = linear.slopes(objective, batch)[None] if cotangents is None else cotangents(outputs(objective, batch))
     X = calculus.ready(objective, batch)[0].to(slopes)
     coef, bias = [*objective.blocks, None][:2]  # a linear predictor's blocks, in this order, whatever their names
     assert coef is not None

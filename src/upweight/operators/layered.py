@@ -132,7 +132,7 @@ def kept(objective: Objective, batch: Any, weights: Float[Tensor, " b"]) -> Kept
     middle = calculus.output_hessians(objective, batch)
     b, K = middle.shape[:2]
     cotangents = torch.eye(K, dtype=middle.dtype, device=middle.device)[:, None].expand(K, b, K)
-    found = layers.capture(objective, objective.route.plan, batch, cotangents)
+    found = layers.capture(objective, objective.route.plan, batch, lambda _: cotangents)
     moved = pieces.mapped(found, lambda x: x.cpu().contiguous())
     return Kept(moved, (middle * weights[:, None, None].to(middle)).cpu())
 

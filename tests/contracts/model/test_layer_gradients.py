@@ -307,7 +307,7 @@ def test_jacobians_along_onto_and_squares(case):
     J = by_hand(model, batch, outputs=True)  # (n, K, p)
     K, found = J.shape[1], objective.route.plan
     cotangents = torch.eye(K, dtype=torch.float64)[:, None].expand(K, n, K)
-    captured = layers.capture(objective, found, batch, cotangents)
+    captured = layers.capture(objective, found, batch, lambda _: cotangents)
     V, U = draw(3, objective.size), draw(3, n, K)
     close(pieces.rows(captured, found.sizes), J)
     close(pieces.along(captured, V, found.sizes), torch.einsum("nmp,kp->knm", J, V))

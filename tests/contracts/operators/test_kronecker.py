@@ -263,6 +263,60 @@ def test_shared_weights_are_counted_in_all_their_uses(spec):
         close(inner.eigenvalues.flatten(), diagonal_in(inner, exact))
 
 
+class Language(nn.Module):
+    """A table that is read, and multiplied with at the end, with or without a bias beside it."""
+
+    def __init__(self, bias: bool) -> None:
+        nn.Module.__init__(self)
+        self.table, self.inner, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=bias)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.inner(self.table(x))))
+
+
+def per_token(f, y):
+    return cross_entropy(f.movedim(2, 1), y)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("of", [GaussNewton(), EmpiricalFisher()], ids=["GaussNewton", "EmpiricalFisher"])
+def test_a_large_tied_weight_has_its_true_diagonal(bias, of, monkeypatch):
+    monkeypatch.setattr("upweight.operators.factors.DENSE", 0)
+    module = Language(bias).double()
+    X = torch.randint(0, 7, (30, 5), generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(30, generator=torch.Generator().manual_seed(2), dtype=torch.float64).numpy()
+    settings = {"sample_weight": weights, "penalty": PENALTY}
+    found, exact = (operator(s, module, X, X.flip(1), per_token, **settings) for s in (EKFAC(of=of), of))
+    tied = next(basis for basis in found.bases if "table" in basis.name)
+    assert tied.at.shape == (1, 7, 4 + bias)
+    close(tied.eigenvalues.flatten(), diagonal_in(tied, exact.matrix()))
+    G = draw(3, found.size)
+    batch = calculus.ready(found.sweep.objective, (X[:9], X.flip(1)[:9]))
+    rows = calculus.gradients(found.sweep.objective, batch)
+    close(found.weigh(found.pieces(batch), lambda values: values), (found.apply(rows) * rows).sum(1))
+    close(found.map(lambda values: 1 / values, found.apply(G)), G, 1e-8)
+
+
+def test_kfac_of_a_tied_weight_is_the_product_of_the_marginals_of_its_uses(monkeypatch):
+    """At one position each use's gradient is rank one, and an untied copy of the model tells the uses apart."""
+    monkeypatch.setattr("upweight.operators.factors.DENSE", 0)
+    module = Language(bias=False).double()
+    apart = Language(bias=False).double()
+    apart.head.weight = nn.Parameter(module.head.weight.detach().clone())
+    apart.load_state_dict(module.state_dict())
+    X = torch.randint(0, 7, (30, 1), generator=torch.Generator().manual_seed(0))
+    spec = KFAC(of=EmpiricalFisher())
+    found = next(basis for basis in operator(spec, module, X, X.flip(0), per_token).bases if "table" in basis.name)
+    objective = uw.Objective.from_module(apart, per_token)
+    rows = calculus.gradients(objective, (X, X.flip(0)))
+    uses = [rows[:, list(at)].reshape(30, 7, 4) for at in map(blocks(apart).get, ("table.weight", "head.weight"))]
+    left = sum(torch.einsum("boi,bpi->op", G, G) for G in uses) / 30
+    right = sum(torch.einsum("boi,boj->ij", G, G) for G in uses) / 30
+    Q = torch.kron(found.left[0], found.right[0])
+    close(Q @ torch.diag(found.values.flatten()) @ Q.T, torch.kron(left, right) / left.trace(), 1e-9)
+
+
 class Transformer(nn.Module):
     """A block with attention, norms and a feed-forward part between tied tables."""
 
@@ -286,10 +340,6 @@ def test_every_block_of_a_transformer_has_its_true_diagonal():
         for number, p in enumerate(module.parameters()):
             p.copy_(draw(*p.shape, seed=number))
     X = torch.randint(0, 7, (30, 5), generator=torch.Generator().manual_seed(0))
-
-    def per_token(f, y):
-        return cross_entropy(f.movedim(2, 1), y)
-
     found, exact = (operator(s, module, X, X.flip(1), per_token) for s in (EKFAC(), GaussNewton()))
     G, reached = exact.matrix(), []
     for basis in found.bases:

@@ -12,7 +12,7 @@ import upweight as uw
 from nets import draw, z_scores
 from tolerances import EXACT, STANDARD_ERRORS
 from upweight import calculus
-from upweight.operators.cotangents import FORMED, Exact, Signs
+from upweight.operators.cotangents import FORMED, Exact, Signs, outputs
 
 
 def weighted_entropy(f, y):
@@ -65,9 +65,10 @@ def test_cotangents_have_the_second_derivative_as_their_second_moment(name, monk
     objective, batch, H = scores_as_outputs(name)
     if name != "coupled otherwise":  # these have closed forms, which must be found
         monkeypatch.setattr("upweight.operators.cotangents._formed", None)
-    u = Exact()(objective, batch)
+    f = outputs(objective, batch)
+    u = Exact().of(objective, batch, f)
     assert float((torch.einsum("mbi,mbj->bij", u, u) - H).abs().max()) <= EXACT * float(H.abs().max())
-    drawn = [Signs(8, seed)(objective, batch) for seed in range(20)]
+    drawn = [Signs(8, seed).of(objective, batch, f) for seed in range(20)]
     moments = [torch.einsum("mbi,mbj->bij", v, v) for v in drawn]
     probe = draw(len(H[0]), 5, seed=2)
     scores = z_scores(

@@ -8,12 +8,26 @@ from upweight.model.layers.per_example import (
     Plan,
     capture,
     dots,
+    dots_and_sum,
     gradients,
     plan,
     rules,
     squares,
+    structured,
     vectors,
     written_out,
 )
 
-__all__ = ["Plan", "capture", "dots", "gradients", "plan", "rules", "squares", "vectors", "written_out"]
+__all__ = [
+    "Plan",
+    "capture",
+    "dots",
+    "dots_and_sum",
+    "gradients",
+    "plan",
+    "rules",
+    "squares",
+    "structured",
+    "vectors",
+    "written_out",
+]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Plan:
         sizes: numbers in every block.
         bytes: memory that the captured pieces of one example need, for one cotangent.
         shapes: of the tensors of an example; another shape needs another plan.
+        others: the plans of other shapes that were met.
     """
 
     uses: tuple[Use, ...]
@@ -56,6 +57,17 @@ class Plan:
     sizes: dict[str, int]
     bytes: int
     shapes: tuple[tuple[int, ...], ...] = ()
+    others: dict[tuple[tuple[int, ...], ...], Plan] = field(default_factory=dict, compare=False, repr=False)
+
+    def at(self, objective: Objective, batch: Any) -> Plan:
+        """The plan for examples of these shapes: the same uses, made at other sizes, or one that is found anew."""
+        shapes = _shapes(batch)
+        if not self.structured or shapes == self.shapes:
+            return self
+        if shapes not in self.others:
+            few = tree_map(lambda leaf: leaf[:_FEW], batch)
+            self.others[shapes] = _resized(objective, self, few) or plan(objective, few)
+        return self.others[shapes]
 
 
 def plan(objective: Objective, batch: Any) -> Plan:
@@ -107,7 +119,10 @@ def _structured(
 
 
 def capture(
-    objective: Objective, found: Plan, batch: Any, cotangents: Float[Tensor, "m b K"] | None = None
+    objective: Objective,
+    found: Plan,
+    batch: Any,
+    cotangents: Callable[[Tensor], Float[Tensor, "m b K"]] | None = None,
 ) -> list[Piece]:
     """The pieces of a batch: of each example's loss, or of u·f for m cotangents u of its flattened outputs f.
 
@@ -117,12 +132,10 @@ def capture(
         objective: whose θ̂ it is.
         found: of `plan`.
         batch: b examples.
-        cotangents: u; None means the loss.
+        cotangents: u, from the outputs (b, …); None means the loss.
     """
     batch = calculus.ready(objective, batch)
-    if found.structured and found.shapes != _shapes(batch):
-        few = tree_map(lambda leaf: leaf[:_FEW], batch)
-        found = plan(objective, few)
+    found = found.at(objective, batch)
     if not found.structured:
         return _by_autograd(objective, found, batch, cotangents)
     offsets = [
@@ -133,7 +146,7 @@ def capture(
     ]
     for offset in offsets:
         offset.requires_grad_()
-    function = objective.loss if cotangents is None else calculus.flat_outputs(objective)
+    function = objective.loss if cotangents is None else calculus.structure(objective)[0]
 
     def one(example: Any, *offsets: Tensor) -> tuple[Tensor, list[Tensor]]:
         watch = Watch(objective, objective.params, offsets)
@@ -141,7 +154,10 @@ def capture(
         return value, watch.inputs
 
     values, inputs = vmap(one)(batch, *offsets)
-    slopes = calculus.slopes(objective, values, offsets, cotangents)
+    if cotangents is None:
+        slopes = calculus.slopes(objective, values, offsets, None)
+    else:
+        slopes = calculus.slopes(objective, values.reshape(len(values), -1), offsets, cotangents(values.detach()))
     found_pieces = [_piece(use, x.detach(), slope) for use, x, slope in zip(found.uses, inputs, slopes, strict=True)]
     return merged([piece for group in found_pieces for piece in group])
 
@@ -160,11 +176,27 @@ def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Ten
     Cost: a forward and a backward pass whatever k is, then 2·k·p flops per example, and where a weight acts at t > 1
     positions 2·t·p more to write its gradient out, one layer at a time.
     """
-    found = objective.route.plan
-    if objective.linear is not None or found is None or not found.structured:
+    if not structured(objective):
         return calculus.dots(objective, batch, V)
+    captured = capture(objective, objective.route.plan, batch)
+    return pieces.along(captured, V.to(objective.reference), objective.route.plan.sizes)[:, :, 0].T
+
+
+def dots_and_sum(
+    objective: Objective, batch: Any, weights: Float[Tensor, " b"], V: Float[Tensor, "k p"]
+) -> tuple[Float[Tensor, "b k"], Float[Tensor, " p"]]:
+    """The same, and Σ_b w_b ∇L(z_b) from the same passes, for a model that is `structured`."""
+    found = objective.route.plan
     captured = capture(objective, found, batch)
-    return pieces.along(captured, V.to(objective.reference), found.sizes)[:, :, 0].T
+    V = V.to(objective.reference)
+    total = pieces.onto(captured, weights.to(V)[None, :, None], found.sizes)[0]
+    return pieces.along(captured, V, found.sizes)[:, :, 0].T, total
+
+
+def structured(objective: Objective) -> bool:
+    """Whether gradients of examples come from layers."""
+    found = objective.route.plan
+    return objective.linear is None and found is not None and found.structured
 
 
 def squares(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
@@ -198,12 +230,15 @@ def written_out(objective: Objective, batch: Any) -> dict[str, int]:
     return {piece.block: piece.inputs.shape[2] for piece in products if piece.inputs.shape[2] > 1}
 
 
-def vectors(objective: Objective, example_bytes: int) -> int:
-    """How many vectors' memory the pieces of one example are worth, with the largest weight's gradient written out."""
+def vectors(objective: Objective, example_bytes: int, k: int | None = None) -> int:
+    """How many vectors' memory `dots` of k vectors takes for one example; without k, its gradient written out."""
     found = objective.route.plan
-    if found is None or not found.structured:
-        return 0
-    return 1 + (found.bytes + 8 * max(found.sizes.values())) // example_bytes
+    if not structured(objective):
+        return k or 0
+    if k is None:
+        return 1 + (found.bytes + 8 * max(found.sizes.values())) // example_bytes
+    lookups = [math.prod(use.offset) for use in found.uses if use.rule == "embedding"]  # their vectors' rows are read
+    return 1 + (found.bytes + 8 * k * max([4096, *lookups])) // example_bytes
 
 
 # ---- inner steps -----------------------------------------------------------------------------------------------------
@@ -212,6 +247,18 @@ def vectors(objective: Objective, example_bytes: int) -> int:
 def _watched(watch: Watch, function: Callable[[Any, Any], Tensor], params: Any, example: Any) -> Tensor:
     with watch:
         return function(params, example)
+
+
+def _resized(objective: Objective, found: Plan, batch: Any) -> Plan | None:
+    """The same uses at the sizes of these examples; None if they are others."""
+    watch = Watch(objective, calculus.leaves_of(objective))
+    with torch.no_grad():
+        vmap(lambda example: _watched(watch, objective.loss, watch.params, example))(batch)
+    if len(watch.uses) != len(found.uses):
+        return None
+    if not all(one.like(other) for one, other in zip(watch.uses, found.uses, strict=True)):
+        return None
+    return replace(found, uses=tuple(watch.uses), bytes=watch.bytes, shapes=_shapes(batch), others={})
 
 
 def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
@@ -306,12 +353,15 @@ def _unrolled(windows: Tensor, N: int, groups: int) -> Tensor:
     return apart.permute(order).reshape(b, groups, inner, -1).transpose(-1, -2)
 
 
-def _by_autograd(objective: Objective, found: Plan, batch: Any, cotangents: Tensor | None) -> list[Piece]:
+def _by_autograd(
+    objective: Objective, found: Plan, batch: Any, cotangents: Callable[[Tensor], Tensor] | None
+) -> list[Piece]:
     """Every block as a Direct, example by example."""
     if cotangents is None:
         J = calculus.gradients(objective, batch)[None]
     else:
-        J = torch.einsum("mbk,bkp->mbp", cotangents, calculus.output_jacobians(objective, batch).to(cotangents))
+        u = cotangents(calculus.shaped_outputs(objective, batch))
+        J = torch.einsum("mbk,bkp->mbp", u, calculus.output_jacobians(objective, batch).to(u))
     shapes = {name: tuple(block.shape) for name, block in objective.blocks.items()}
     parts = J.split(list(found.sizes.values()), 2)
     return [Direct(name, part, shapes[name]) for name, part in zip(found.sizes, parts, strict=True)]

@@ -44,6 +44,14 @@ class Use:
     bias_where: Tensor | None = None
     bias_shape: tuple[int, ...] = ()
 
+    def like(self, other: Use) -> bool:
+        """Whether it is the same use of the same parameters, be it at another size."""
+        places = ((self.where, other.where), (self.bias_where, other.bias_where))
+        same = (self.rule, self.block, self.shape, self.settings, self.bias) == (
+            *(other.rule, other.block, other.shape, other.settings, other.bias),
+        )
+        return same and all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in places)  # pyright: ignore
+
 
 @dataclass
 class _Held:
