@@ -45,7 +45,7 @@ from upweight.influence.deletion import (
 )
 from upweight.influence.system import Explained, System
 from upweight.influence.top import index_of
-from upweight.model import calculus, linear
+from upweight.model import linear, penalties
 from upweight.operators import Dense, GaussNewton, Hessian
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def _edf_without(system: System, edf: float, own: Vector) -> Vector:
     rank = p if system.flat is None else p - system.flat.plain.shape[1]
     w = system.examples.weights
     eye = torch.eye(p, dtype=torch.float64)
-    product = solve(system, system.project(calculus.penalty_hvp(system.objective, eye)))  # rows of D M⁻¹
+    product = solve(system, system.project(penalties.hvp(system.objective, eye)))  # rows of D M⁻¹
     eigenvalues = torch.linalg.eigvals(product).real.numpy()
     shares, place = np.unique(w / w.sum(), return_inverse=True)
     traces = np.array([np.sum(eigenvalues / (1 - share * eigenvalues)) for share in shares])
