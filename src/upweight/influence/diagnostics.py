@@ -106,7 +106,7 @@ def summary_frame(influence: Explained) -> DataFrame:
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         columns = _least_squares if family.least_squares else _one_step
         table = columns(system, rows, h, removals, family)
-    blank = _undefined(removals.determined, rows.curvatures < 0)
+    blank = _undefined(removals.determined, rows.curvatures < 0, system.examples.ids)
     for name, values in table.items():
         if name != "leverage":
             values[blank] = np.nan
@@ -374,7 +374,9 @@ def _name_undetermined(system: System, what: str) -> None:
     warnings.warn(message, TheoryWarning, stacklevel=4)
 
 
-def _undefined(determined: NDArray[np.bool_], concave: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _undefined(
+    determined: NDArray[np.bool_], concave: NDArray[np.bool_], ids: NDArray[Any] | None
+) -> NDArray[np.bool_]:
     """The rows whose columns do not exist, with a warning that names them."""
     reasons = (
         (determined, "leverage 1: each determines a parameter alone, so there is no fit without it", "add a penalty"),
@@ -383,8 +385,9 @@ def _undefined(determined: NDArray[np.bool_], concave: NDArray[np.bool_]) -> NDA
     for mask, why, advice in reasons:
         which = np.flatnonzero(mask)
         if which.size:
+            called = which if ids is None else ids[which]
             message = (
-                f"{which.size} rows (first: {which[:5].tolist()}) have {why}; their columns are NaN. "
+                f"{which.size} rows (first: {called[:5].tolist()}) have {why}; their columns are NaN. "
                 f"Leave them out, or {advice}."
             )
             warnings.warn(message, TheoryWarning, stacklevel=4)
