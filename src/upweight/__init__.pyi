@@ -35,7 +35,7 @@ from .influence.scores import (
     extremes as extremes,
 )
 from .influence.top import TopK as TopK
-from .model import calculus as calculus, losses as losses
+from .model import calculus as calculus, losses as losses, penalties as penalties
 from .model.objective import L2 as L2, Linear as Linear, Objective as Objective
 from .show import plots as plots
 from .training import minibatch as minibatch

@@ -11,6 +11,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 import upweight as uw
+from upweight.apps import pictures
 
 SOURCE = """
 from apps.test_row_names import FRAME, LABELS, influence
@@ -105,3 +106,83 @@ def test_top_names_rows_also_from_a_file(upweight, saved):
     code, out, _ = upweight("top", source, "--query", 2, "-k", 3)
     assert code == 0
     assert all(f"{values[name]:+14.6g}  {name}\n" in out for name in names)
+
+
+def names(rows) -> list[str]:
+    return FRAME.index[np.asarray(rows)].tolist()
+
+
+def test_attacks_name_the_rows_that_could_move_an_answer_and_those_that_did():
+    explained = influence()
+    found = uw.apps.vulnerability(explained, ON, k=3)
+    assert names(found.top()) == [line["id"] for line in found.to_dict()["rows"]]
+    assert [line.split("  ")[-1] for line in str(found).splitlines()[2:]] == names(found.top())
+    some = uw.apps.vulnerability(explained, ON, rows=[7, 4])
+    assert some.ids.tolist() == names([4, 7])
+    made = uw.apps.attack(explained, ON, rows=[4, 7], iterations=2, level=1.0, step=0.5)
+    assert str(made).startswith(f"Rows {', '.join(names([4, 7]))} changed by")
+    assert made.to_dict()["ids"] == names([4, 7])
+
+
+def test_label_changes_are_told_by_name_with_the_rows_that_they_turn():
+    made = uw.apps.flip_labels(influence(), ON, 3)
+    assert len(made.rows) == 3
+    assert len(made.newly_wrong)
+    told = made.to_dict()
+    assert told["ids"] == names(made.rows)
+    assert told["newly_wrong_ids"] == names(made.newly_wrong)
+    lines = str(made).splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("row ")) + 1
+    assert [line.split("  ")[-1] for line in lines[start : start + 3]] == names(made.rows)
+    assert lines[-1] == f"Training rows that are now called wrong: {', '.join(names(made.newly_wrong))}."
+
+
+def test_contrast_names_the_rows_and_the_query():
+    explained = influence()
+    wrong = np.flatnonzero(uw.predict(explained, FRAME).labels != LABELS.to_numpy())[:1]
+    found = uw.apps.contrast(explained, (FRAME.iloc[wrong], LABELS.iloc[wrong]))
+    (answer,) = found.answers
+    (told,) = found.to_dict()["answers"]
+    assert len(answer.rows)
+    assert told["query_id"] == names(wrong)[0]
+    assert told["ids"] == names(answer.rows)
+    assert f"query {names(wrong)[0]}, " in str(found)
+    assert f"({', '.join(names(answer.rows)[:6])}" in str(found)
+
+
+def test_features_and_pictures_are_of_rows_by_name():
+    found = uw.apps.mismatch(influence(), ON, k=4)
+    assert f"features of rows {', '.join(names(found.responsible))} (equation 5)" in str(found)
+    one = found.features.of(found.responsible[:1])
+    assert one.to_dict()["ids"] == names(found.responsible[:1])
+    ticks = pictures.responsible(found).get_yticklabels()
+    assert [tick.get_text() for tick in ticks][:1] == [f"row {found.helpful.ids[0]}"]
+
+
+def test_corrections_are_written_with_names_and_read_by_number(tmp_path):
+    explained = influence()
+    other = {row: "no" if LABELS.iloc[row] == "yes" else "yes" for row in (5, 9)}
+    made = uw.apps.corrected(explained, other)
+    assert made.to_dict()["ids"] == names([5, 9])
+    patch = uw.apps.write_patch(made.patch, tmp_path / "patch.csv", ids=explained.examples.ids)
+    assert [line["id"] for line in csv.DictReader(patch.read_text().splitlines())] == names([5, 9])
+    assert uw.apps.read_patch(explained, patch) == other
+    labels = uw.apps.write_labels(made.labels, tmp_path / "labels.csv", ids=explained.examples.ids)
+    told = list(csv.DictReader(labels.read_text().splitlines()))
+    assert [line["id"] for line in told] == FRAME.index.tolist()
+    assert {row: told[row]["label"] for row in other} == other
+
+
+def test_understand_calls_a_query_by_its_name():
+    found = uw.apps.understand(influence(), ON)
+    assert str(found).startswith(f"Query {FRAME.index[0]}: ")
+    assert [query["id"] for query in found.to_dict()["queries"]] == FRAME.index[:3].tolist()
+
+
+def test_validate_names_the_rows_that_it_removes(upweight):
+    code, out, _ = upweight("validate", "cli_studies:named", "--rows", 3, "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["ids"] == names([pair["row"] for pair in told["pairs"]])
+    _, out, _ = upweight("validate", "cli_studies:named", "--rows", 3)
+    assert [line.split("  ")[-1] for line in out.splitlines()[1:4]] == told["ids"]

@@ -58,7 +58,7 @@ def test_a_large_group_of_a_softmax_is_the_dense_newton_step_and_the_error_says_
 
     rest = np.setdiff1d(np.arange(N), group)
     without = inf.operator.of_rows(rest).matrix() * len(rest) / N
-    without += torch.diag(uw.calculus.penalty_diagonal(inf.objective)) * (1 - len(rest) / N)
+    without += torch.diag(uw.penalties.diagonal(inf.objective)) * (1 - len(rest) / N)
     G = per_row.gradients(inf.sweep, group)
     side = (G * torch.from_numpy(weights[group])[:, None]).sum(0) / N
     step = inf.operator.project(torch.linalg.lstsq(without, side[:, None], driver="gelsd").solution.T)

@@ -129,7 +129,7 @@ def test_equation_16_what_is_left_of_the_gradient_separates_from_the_rows_effect
         """−H⁻¹∇R of the reweighted risk, from the early θ̂, with the Hessian at θ̂ (equation 16)."""
         gradient = influence.sweep.fold(lambda batch, w: uw.calculus.pull(objective, batch, w[None]))[
             0
-        ] / n + uw.calculus.penalty_gradient(objective)
+        ] / n + uw.penalties.gradient(objective)
         own = uw.calculus.gradients(objective, influence.examples.batch([row]))[0] / n
         return -influence.prepared.solve((gradient - (1 - weights) * own)[None]).x[0]
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from numpy.typing import NDArray
+
+from upweight.apps.names import listed, names_in_json, plain, short
 
 _SHOWN = 20  # answers in a text
 
@@ -31,6 +33,8 @@ class Answer:
         after: what that model says, None if it was not trained.
         grown: a larger set that really corrects, found with further refits; None if it was not asked for or found.
         refused: why training again failed, "" if it did not.
+        ids: (n,) names of all training rows, None where they have none.
+        query_id: the name of the query, None where it has none.
     """
 
     query: int
@@ -46,6 +50,8 @@ class Answer:
     after: Any
     grown: Int[NDArray[np.int64], " m"] | None = None
     refused: str = ""
+    ids: Shaped[NDArray[Any], " n"] | None = field(default=None, repr=False)
+    query_id: Any = None
 
     @property
     def corrected_alone(self) -> bool:
@@ -75,6 +81,9 @@ class Answer:
             "corrected": self.corrected,
             "grown": None if self.grown is None else self.grown.tolist(),
             "refused": self.refused,
+            **names_in_json(self.ids, self.rows),
+            **({} if self.grown is None else names_in_json(self.ids, self.grown, "grown_ids")),
+            **({} if self.query_id is None else {"query_id": plain(self.query_id)}),
         }
 
 
@@ -159,7 +168,8 @@ class Contrast:
 
 def _said(answer: Answer) -> str:
     """One query's answer, in words."""
-    head = f"  query {answer.query}, {answer.label} instead of {answer.wanted}: "
+    query = answer.query if answer.query_id is None else short(answer.query_id)
+    head = f"  query {query}, {answer.label} instead of {answer.wanted}: "
     if answer.corrected_alone:
         return head + (
             f"0 rows; training again with nothing changed corrects it, margin {answer.margin:+.3g}, then "
@@ -167,11 +177,10 @@ def _said(answer: Answer) -> str:
         )
     if not len(answer.rows):
         return head + "no set within the limit is predicted to be enough"
-    shown = ", ".join(map(str, answer.rows[:6])) + ("" if len(answer.rows) <= 6 else ", …")
     outcome = "really corrected" if answer.corrected else f"NOT confirmed: {answer.refused or answer.after}"
     more = "" if answer.grown is None else f"; {len(answer.grown)} rows do"
+    rows = f"{len(answer.rows)} row{'' if len(answer.rows) == 1 else 's'} ({listed(answer.ids, answer.rows, 6)})"
     return head + (
-        f"{len(answer.rows)} row{'' if len(answer.rows) == 1 else 's'} ({shown}); margin {answer.margin:+.3g}, "
-        f"with nothing changed {answer.control:+.3g}, "
+        f"{rows}; margin {answer.margin:+.3g}, with nothing changed {answer.control:+.3g}, "
         f"predicted {answer.predicted:+.3g}, actual {answer.actual:+.3g}; {outcome}{more}"
     )

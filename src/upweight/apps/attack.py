@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import upweight as uw
 from upweight.apps.mean_loss import MeanLoss, losses_of
+from upweight.apps.names import listed, names_in_json
 from upweight.apps.outcome import accuracies, check_retrain, flips_in_words, newly_wrong, outcome_in_words, tested
 from upweight.apps.vulnerability import Vulnerability, check_positive, vulnerability
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count, first_line
@@ -27,6 +28,7 @@ _HAIR = 1e-3  # of the box is left out, so that a changed pixel rounds to what i
 _NUMBERS = 2**22  # of features at once: 32 MB
 _RISE = 0.01  # a loss that has not risen by this share for `patience` steps has stopped rising
 _PROBE = 1e-3  # levels by which equation 5 is tried out
+_SHOWN = 20  # changed rows in a text
 _AGREE = 0.5  # share of the larger by which equation 3 and equation 5 may differ there
 
 
@@ -84,6 +86,11 @@ class Attack:
     model: uw.Influence = field(repr=False)
 
     @property
+    def ids(self) -> Shaped[NDArray[Any], " n"] | None:
+        """The names of all training rows, None where they have none."""
+        return self.model.examples.ids
+
+    @property
     def flipped(self) -> Bool[NDArray[np.bool_], " q"]:
         """Which queries the model as given and the control call right, and the retrained model calls wrong."""
         if self.targets is None:
@@ -123,7 +130,7 @@ class Attack:
             size = f"stay as they were, for none of {steps} steps raised the loss"
         q = "the queries" if self.targets is None else f"{len(self.targets)} queries"
         lines = [
-            f"Rows {', '.join(map(str, self.rows))} {size}.",
+            f"Rows {listed(self.ids, self.rows, _SHOWN)} {size}.",
             f"Mean loss of {q} {self.loss_given:.4g}; {self.loss[0]:.4g} after training again with nothing changed; "
             f"{self.loss[1]:.4g} on the changed rows; {self.random_loss:.4g} by a random change of that size.",
             "Features moved by "
@@ -132,7 +139,7 @@ class Attack:
         ]
         if self.targets is not None:
             lines.insert(1, flips_in_words(self.flipped, self.flipped_by_control))
-        return "\n".join([*lines, *outcome_in_words(self.accuracy, self.accuracy_control, self.newly_wrong)])
+        return "\n".join([*lines, *outcome_in_words(self.accuracy, self.accuracy_control, self.newly_wrong, self.ids)])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the inputs, as plain numbers and lists."""
@@ -155,6 +162,8 @@ class Attack:
             "accuracy": None if self.accuracy is None else list(self.accuracy),
             "accuracy_control": self.accuracy_control,
             "newly_wrong": self.newly_wrong.tolist(),
+            **names_in_json(self.ids, self.rows),
+            **names_in_json(self.ids, self.newly_wrong, "newly_wrong_ids"),
         }
 
 

@@ -222,7 +222,11 @@ def _contrast(
     queries, said, wanted = _read(influence, on)
     names, control = list(said.names or ()), _Control.of(influence, retrain)
     alone = uw.predict(control.influence, queries)
-    before = _unchanged(control, said, alone, wanted)
+    ids = queries.ids
+    before = [
+        replace(answer, ids=influence.examples.ids, query_id=None if ids is None else ids[answer.query])
+        for answer in _unchanged(control, said, alone, wanted)
+    ]
     outputs = alone.per_class()
     changes: dict[Any, Change] = {}
     answers = []

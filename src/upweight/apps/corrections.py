@@ -19,6 +19,7 @@ from jaxtyping import Shaped
 from numpy.typing import NDArray
 
 import upweight as uw
+from upweight.apps.names import names_in_json
 from upweight.apps.repair import RANDOM, Repair
 from upweight.errors import InvalidInput, PathNotFound, UnsupportedModel
 
@@ -59,6 +60,7 @@ class Corrected:
         return {
             "corrected": len(self.patch),
             "patch": [{"row": row, "old": old, "new": new} for row, (old, new) in self.patch.items()],
+            **names_in_json(self.influence.examples.ids, np.array(list(self.patch), dtype=np.int64)),
             **{name: dict(values) for name, values in measured.items()},
         }
 
@@ -221,7 +223,12 @@ def read_review(influence: uw.Influence, file: str | Path, *, numbers: Numbers |
 
 
 def write_patch(
-    patch: Mapping[int, tuple[Any, Any]], file: str | Path, *, numbers: Numbers | None = None, overwrite: bool = False
+    patch: Mapping[int, tuple[Any, Any]],
+    file: str | Path,
+    *,
+    numbers: Numbers | None = None,
+    ids: Shaped[NDArray[Any], " n"] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """A CSV file of row, old and new label: what is needed to take the corrections back.
 
@@ -229,6 +236,7 @@ def write_patch(
         patch: of `Corrected`.
         file: where; its folder is made.
         numbers: as for `write_review`.
+        ids: (n,) names of the training rows for a column `id`, such as `influence.examples.ids`; None leaves it out.
         overwrite: whether a patch that is there may be replaced, after which its corrections cannot be taken back.
 
     Raises:
@@ -236,7 +244,7 @@ def write_patch(
     """
     check_free(Path(file), overwrite=overwrite)
     lines = [[row if numbers is None else numbers[row], old, new] for row, (old, new) in patch.items()]
-    return _write(Path(file), ("row", "old", "new"), lines)
+    return _write(Path(file), ("row", "old", "new"), lines, None if ids is None else ids[list(patch)])
 
 
 def read_patch(
@@ -266,19 +274,26 @@ def read_patch(
     return {checked[number]: meant(line[end])[0] for number, line in lines}
 
 
-def write_labels(labels: Shaped[NDArray[Any], " n"], file: str | Path, *, overwrite: bool = False) -> Path:
+def write_labels(
+    labels: Shaped[NDArray[Any], " n"],
+    file: str | Path,
+    *,
+    ids: Shaped[NDArray[Any], " n"] | None = None,
+    overwrite: bool = False,
+) -> Path:
     """A CSV file of row and label for all rows.
 
     Args:
         labels: of `Corrected`.
         file: where; its folder is made.
+        ids: (n,) names of the rows for a column `id`, such as `influence.examples.ids`; None leaves it out.
         overwrite: whether a file that is there may be replaced.
 
     Raises:
         InvalidInput: if the file is there already and may not be replaced, or is a folder.
     """
     check_free(Path(file), overwrite=overwrite)
-    return _write(Path(file), ("row", "label"), [[row, label] for row, label in enumerate(labels.tolist())])
+    return _write(Path(file), ("row", "label"), [[row, label] for row, label in enumerate(labels.tolist())], ids)
 
 
 def check_free(*files: Path, overwrite: bool) -> None:
@@ -401,8 +416,11 @@ def _read(file: Path, needed: tuple[str, ...]) -> list[tuple[int, dict[str, str]
     return list(enumerate(lines, start=2))
 
 
-def _write(file: Path, columns: tuple[str, ...], lines: list[list[Any]]) -> Path:
-    """The file, written to another name and then renamed."""
+def _write(file: Path, columns: tuple[str, ...], lines: list[list[Any]], ids: NDArray[Any] | None = None) -> Path:
+    """The file, written to another name and then renamed; a column `id` behind the first where the lines have names."""
+    if ids is not None:
+        columns = (columns[0], "id", *columns[1:])
+        lines = [[line[0], name, *line[1:]] for line, name in zip(lines, ids, strict=True)]
     file.parent.mkdir(parents=True, exist_ok=True)
     there = file.with_name(f".{file.name}.unfinished")
     with there.open("w", newline="", encoding="utf-8") as stream:

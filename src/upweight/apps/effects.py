@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 
+from upweight.apps.names import listed, names_in_json
 from upweight.errors import InvalidInput, checked_count
 
 
@@ -43,6 +44,7 @@ class FeatureEffects:
         coefficient: (f,) the largest |θ| of the feature's columns, the naive reading; None if the model is not linear
             in just these columns.
         widest: (f,) the column with the largest Σᵢ |g| in each feature.
+        ids: (r,) names of the rows, None where they have none.
     """
 
     names: list[str] = field(repr=False)
@@ -53,6 +55,7 @@ class FeatureEffects:
     held_by_row: Float[NDArray[np.float64], "r f"] | None = field(repr=False)
     coefficient: Float[NDArray[np.float64], " f"] | None = field(repr=False)
     widest: list[str] = field(repr=False)
+    ids: Shaped[NDArray[Any], " r"] | None = field(default=None, repr=False)
 
     @property
     def signed(self) -> Float[NDArray[np.float64], " f"]:
@@ -90,6 +93,7 @@ class FeatureEffects:
             held,
             self.coefficient,
             self.widest,
+            None if self.ids is None else self.ids[places],
         )
 
     def places(self, name: str) -> Places:
@@ -124,6 +128,7 @@ class FeatureEffects:
         held, coefficient = self.held, self.coefficient
         return {
             "rows": self.rows.tolist(),
+            **names_in_json(self.ids, np.arange(len(self.rows))),
             "features": [
                 {
                     "name": self.names[j],
@@ -180,7 +185,8 @@ class GroupEffects:
 def feature_lines(effects: FeatureEffects) -> list[str]:
     """The features that matter most, in words."""
     held, coefficient = effects.held, effects.coefficient
-    lines = [f"features of rows {', '.join(map(str, effects.rows[:8]))} (equation 5):"]
+    rows = effects.rows if effects.ids is None else np.arange(len(effects.rows))
+    lines = [f"features of rows {listed(effects.ids, rows, 8)} (equation 5):"]
     for j in effects.top():
         own = "" if held is None else f"of what they hold {held[j]:.3g}; "
         signed = f"signed {effects.signed[j]:+.3g}, " if len(effects.columns[j]) == 1 else ""

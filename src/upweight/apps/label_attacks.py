@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import upweight as uw
 from upweight.apps.mean_loss import MeanLoss, losses_of
+from upweight.apps.names import name_in_text, names_in_json
 from upweight.apps.outcome import accuracies, check_retrain, flips_in_words, newly_wrong, outcome_in_words, tested
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 
@@ -69,6 +70,11 @@ class Edits:
     model: uw.Influence = field(repr=False)
 
     @property
+    def ids(self) -> Shaped[NDArray[Any], " n"] | None:
+        """The names of all training rows, None where they have none."""
+        return self.model.examples.ids
+
+    @property
     def flipped(self) -> Bool[NDArray[np.bool_], " q"]:
         """Which queries the model as given and the control call right, and the last model calls wrong."""
         right = (self.said_before == self.targets) & (self.said_control == self.targets)
@@ -93,12 +99,12 @@ class Edits:
         else:
             lines.append("No change is predicted to raise the loss.")
         lines += [
-            f"{row:<7} {old!s:<9} {new!s:<9} {predicted:<+11.3g} {really:+.3g}"
+            f"{row:<7} {old!s:<9} {new!s:<9} {predicted:<+11.3g} {really:<+11.3g}{name_in_text(self.ids, row)}".rstrip()
             for row, old, new, predicted, really in zip(
                 self.rows, self.old, self.new, self.predicted, np.diff(self.losses), strict=True
             )
         ]
-        return "\n".join([*lines, *outcome_in_words(self.accuracy, self.accuracy_control, self.newly_wrong)])
+        return "\n".join([*lines, *outcome_in_words(self.accuracy, self.accuracy_control, self.newly_wrong, self.ids)])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, lists and text."""
@@ -117,6 +123,8 @@ class Edits:
             "accuracy": None if self.accuracy is None else list(self.accuracy),
             "accuracy_control": self.accuracy_control,
             "newly_wrong": self.newly_wrong.tolist(),
+            **names_in_json(self.ids, self.rows),
+            **names_in_json(self.ids, self.newly_wrong, "newly_wrong_ids"),
         }
 
 

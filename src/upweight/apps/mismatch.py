@@ -228,6 +228,7 @@ def _features(
         None if x is None else summed(x.multiply(g).toarray() if scipy.sparse.issparse(x) else x * g),
         None if coefficient is None else np.array([coefficient[own].max() for own in columns.values()]),
         [unique(named)[own[int(np.argmax(total[own]))]] for own in columns.values()],
+        None if influence.examples.ids is None else influence.examples.ids[rows],
     )
 
 

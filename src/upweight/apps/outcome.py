@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int, Shaped
 from numpy.typing import NDArray
 
 import upweight as uw
+from upweight.apps.names import listed
 from upweight.errors import InvalidInput
 
 
@@ -78,9 +79,12 @@ def flips_in_words(flipped: Bool[NDArray[np.bool_], " q"], alone: Bool[NDArray[n
 
 
 def outcome_in_words(
-    accuracy: tuple[float, float] | None, control: float | None, wrong: Int[NDArray[np.int64], " m"]
+    accuracy: tuple[float, float] | None,
+    control: float | None,
+    wrong: Int[NDArray[np.int64], " m"],
+    ids: Shaped[NDArray[Any], " n"] | None,
 ) -> list[str]:
-    """What else a change does: accuracy on the test rows, and training rows that are called wrong."""
+    """What else a change does: accuracy on the test rows, and training rows that are called wrong, by their names."""
     lines = []
     if accuracy is not None:
         lines.append(
@@ -88,5 +92,5 @@ def outcome_in_words(
             f"{accuracy[1]:.4g} after the change."
         )
     if len(wrong):
-        lines.append(f"Training rows that are now called wrong: {', '.join(map(str, wrong[:10]))}.")
+        lines.append(f"Training rows that are now called wrong: {listed(ids, wrong, 10)}.")
     return lines

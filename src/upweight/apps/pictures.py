@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from upweight import plots
+from upweight.apps.names import called, short
 from upweight.errors import InvalidInput, first_line
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def responsible(found: Mismatch, ax: Axes | None = None) -> Axes:
     ]
     ax.barh(place, values, color=colors, height=0.7)
     ax.axvline(0, color=plots.GREY, linewidth=0.8)
-    ax.set_yticks(place, [f"row {row}" for row in rows], fontsize=8)
+    ax.set_yticks(place, [f"row {called(found.scores.ids, row)}" for row in rows], fontsize=8)
     ax.set_xlabel(f"change of the queries' mean {found.scores.measure} if the row is removed")
     ax.grid(alpha=0.25, axis="x")
     return ax
@@ -127,7 +128,7 @@ def feature_effects(found: Mismatch, ax: Axes | None = None, *, k: int = 10) -> 
             height=height,
             color=color,
             alpha=1 - 0.5 * at / len(effects.rows),
-            label=f"row {row}",
+            label=f"row {called(found.scores.ids, row)}",
         )
     ax.axvline(0, color=plots.GREY, linewidth=0.8)
     ax.set_yticks(place, [effects.names[j] for j in chosen], fontsize=8)
@@ -162,9 +163,8 @@ def margins(found: Contrast, ax: Axes | None = None) -> Axes:
     ax.scatter(place, control, s=36, marker="_", color=plots.ORANGE, label="nothing changed", zorder=2)
     ax.axhline(0, color=plots.GREY, linewidth=0.8)
     sizes = [len(answer.rows) or "–" for answer in found.answers]
-    ax.set_xticks(
-        place, [f"{answer.query}\n{size}" for answer, size in zip(found.answers, sizes, strict=True)], fontsize=8
-    )
+    names = [answer.query if answer.query_id is None else short(answer.query_id) for answer in found.answers]
+    ax.set_xticks(place, [f"{name}\n{size}" for name, size in zip(names, sizes, strict=True)], fontsize=8)
     ax.set(xlabel=f"query, and its number of {found.change}", ylabel="margin of the wrong class")
     ax.legend(fontsize=8, frameon=False)
     ax.grid(alpha=0.25, axis="y")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import upweight as uw
 from upweight.apps.distances import distances
-from upweight.apps.names import name_in_text, names_in_json
+from upweight.apps.names import called, name_in_text, names_in_json, plain
 from upweight.errors import InvalidInput, RowOutOfRange, checked_count
 
 
@@ -150,6 +150,7 @@ class Understanding:
 
         return {
             "query": query,
+            **({} if self.scores.query_ids is None else {"id": plain(self.scores.query_ids[query])}),
             "label": None if self.targets is None else self.targets[query].item(),
             "predicted": None if self.predicted is None else self.predicted[query].item(),
             "locality": float(self.locality[query]),
@@ -166,7 +167,7 @@ class Understanding:
             says = f": {self.targets[query]}, {right} called {self.predicted[query]}"
         n = self.scores.values.shape[1]
         lines = [
-            f"Query {query}{says}",
+            f"Query {called(self.scores.query_ids, query)}{says}",
             f"half of the influence is in {self.half[query]} of {n} rows; rank correlation of |value| and distance "
             f"{self.locality[query]:+.3f} in inputs, {self.feature_locality[query]:+.3f} in features",
         ]

@@ -274,7 +274,8 @@ def _correct(
     files = {} if out is None else _written(study, out)
     if files:
         rows.write(made, files["labels"])
-        apps.write_patch(made.patch, files["patch"], numbers=rows.numbers, overwrite=True)
+        ids = made.influence.examples.ids
+        apps.write_patch(made.patch, files["patch"], numbers=rows.numbers, ids=ids, overwrite=True)
     told = "".join(f"\n{name} written to {file}" for name, file in files.items())
     show(made.to_dict() | {"files": {name: str(file) for name, file in files.items()}}, f"{made}{told}", json)
     return 0

@@ -143,6 +143,7 @@ def validate(study: StudyName, query: int = 0, rows: int = 20, json: Json = Fals
     """
     import numpy as np
 
+    from upweight.data.ids import in_json, text_of
     from upweight.errors import checked_count
     from upweight.evaluation.leave_one_out import agreement, leave_one_out
 
@@ -156,9 +157,14 @@ def validate(study: StudyName, query: int = 0, rows: int = 20, json: Json = Fals
     pairs = [
         (int(row), float(scores.values[0, row]), float(outcomes.actual[0, place])) for place, row in enumerate(chosen)
     ]
+    ids = None if scores.ids is None else scores.ids[chosen]
+    names = [""] * len(chosen) if ids is None else [f"  {text_of(name)}" for name in ids]
     lines = [
         f"{'row':>8} {'predicted':>14} {'actual':>14}",
-        *(f"{row:>8} {predicted:>+14.6g} {actual:>+14.6g}" for row, predicted, actual in pairs),
+        *(
+            f"{row:>8} {predicted:>+14.6g} {actual:>+14.6g}{name}"
+            for (row, predicted, actual), name in zip(pairs, names, strict=True)
+        ),
     ]
     control = float(outcomes.control[0])
     numbers = {
@@ -166,6 +172,7 @@ def validate(study: StudyName, query: int = 0, rows: int = 20, json: Json = Fals
         "agreement": vars(found),
         "control": control,
         "pairs": [dict(zip(("row", "predicted", "actual"), p, strict=True)) for p in pairs],
+        **({} if ids is None else {"ids": in_json(ids)}),
     }
     show(numbers, "\n".join([*lines, "", str(found), f"control (nothing removed): {control:+.2e}"]), json)
     return 0

@@ -59,7 +59,7 @@ def of_study(study: Study) -> Labelled:
     """The training rows of a Study; its queries are the test rows."""
 
     def write(made: apps.Corrected, file: Path) -> Path:
-        return apps.write_labels(made.labels, file, overwrite=True)
+        return apps.write_labels(made.labels, file, ids=made.influence.examples.ids, overwrite=True)
 
     return Labelled(study.influence, study.describe, write, retrain=study.retrain, test=study.queries)
 

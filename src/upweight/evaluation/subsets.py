@@ -22,7 +22,7 @@ from torch import Tensor
 
 from upweight.errors import InvalidInput, checked_count
 from upweight.influence.face import Influence
-from upweight.model import calculus
+from upweight.model import penalties
 from upweight.runs.store import Store
 from upweight.training.retrainers import Retrain
 from upweight.training.trials import Trials
@@ -154,7 +154,7 @@ def subset_retraining(
     if store is not None:
         folder = Store(store, _fingerprint(influence, on, masks, trials, seed))
         folder.agree("query_values", now, 1e-6)
-        folder.agree("penalty_gradient", calculus.penalty_gradient(influence.objective).numpy(), 1e-6)
+        folder.agree("penalty_gradient", penalties.gradient(influence.objective).numpy(), 1e-6)
     values = np.empty((len(now), len(masks), seeds))
     missing = []
     for number, (k, line) in enumerate(jobs):

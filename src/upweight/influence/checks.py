@@ -15,7 +15,7 @@ from upweight.errors import SolverError, TheoryWarning, UpweightError
 from upweight.influence import defaults, per_row, scoring
 from upweight.influence.minimum import Distance, distance
 from upweight.influence.system import System
-from upweight.model import calculus, layers
+from upweight.model import calculus, layers, penalties
 from upweight.operators import Arnoldi, EmpiricalFisher, Hessian, Identity, Nystroem
 from upweight.solvers import Cholesky
 from upweight.solvers.lanczos import smallest_eigenvalue, suggest_damping
@@ -198,7 +198,7 @@ def examine(system: System, on: Any = None) -> Report:
         if len(x):
             drift = float((x @ gradient).abs().max())
             held = float((damping * x.square().sum(1) / (x * V).sum(1).clamp(min=1e-300)).clamp(0, 1).max())
-            share = calculus.penalty_gradient(objective) * (system.n / float(system.examples.weights.sum()))
+            share = penalties.gradient(objective) * (system.n / float(system.examples.weights.sum()))
             every = scoring.with_rows(system, replace(solution, x=x, replicas=None), share)
             total = float(np.abs(every.mean @ system.examples.weights).max()) / system.n
         if not solution.converged:

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from upweight.data.examples import Examples
 from upweight.data.trees import leaves, like, take, tree_map
 from upweight.errors import NotPositiveDefinite, UnsupportedModel
-from upweight.model import calculus
+from upweight.model import calculus, penalties
 from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
 from upweight.operators import (
@@ -177,7 +177,7 @@ def _every_coefficient_is_held(objective: Objective) -> bool:
     split = objective.size - (objective.linear.n_outputs if objective.linear and objective.linear.intercept else 0)
     probe = torch.zeros(1, objective.size, dtype=torch.float64)
     probe[:, :split] = torch.linspace(1, 2, split, dtype=torch.float64)
-    held = float(calculus.penalty_diagonal(objective)[:split].min()) > 0 and objective.linear.loss.convex  # type: ignore[union-attr]
+    held = float(penalties.diagonal(objective)[:split].min()) > 0 and objective.linear.loss.convex  # type: ignore[union-attr]
     return held and bool(torch.equal(objective.project(probe), probe))
 
 
@@ -201,7 +201,7 @@ def damping(objective: Objective, spec: Curvature, operator: Operator, missed: C
     linear = closed or isinstance(spec, Identity)
     if not low_rank and (linear or not isinstance(stands_for, GaussNewton | EmpiricalFisher)):
         return 0.0
-    covered = isinstance(objective.penalty, L2) and float(calculus.penalty_diagonal(objective).min()) > 0
+    covered = isinstance(objective.penalty, L2) and float(penalties.diagonal(objective).min()) > 0
     if covered and (closed or missed() < AT_MINIMUM):
         return 0.0
     return _positive_mean(operator)

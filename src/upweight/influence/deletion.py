@@ -22,7 +22,7 @@ from torch import Tensor
 from upweight.errors import NotConverged, UnsupportedModel
 from upweight.influence import per_row
 from upweight.influence.system import System
-from upweight.model import calculus, linear
+from upweight.model import linear, penalties
 from upweight.model.objective import L2, Objective
 from upweight.solvers import LiSSA, Solution
 from upweight.solvers.base import Quadratic
@@ -110,7 +110,7 @@ def all_removals(system: System, family: Family) -> Removals:
     """Δᵢ and what follows from it, for every row, in one sweep."""
     objective, n, p = system.objective, system.n, system.objective.size
     total = float(system.examples.weights.sum())
-    b = n * calculus.penalty_gradient(objective)
+    b = n * penalties.gradient(objective)
     curved = _penalty_curvature(system)
     plain = solve(system, b[None])[0] / n if objective.folded else None
 
@@ -164,9 +164,9 @@ def _penalty_curvature(system: System) -> Callable[[Tensor], Tensor]:
     """V ↦ V(n∇²r) for rows V."""
     objective, n = system.objective, system.n
     if objective.penalty is None or isinstance(objective.penalty, L2):
-        diagonal = n * calculus.penalty_diagonal(objective)
+        diagonal = n * penalties.diagonal(objective)
         return lambda V: V * diagonal
-    matrix = n * calculus.penalty_hvp(objective, torch.eye(objective.size, dtype=torch.float64))
+    matrix = n * penalties.hvp(objective, torch.eye(objective.size, dtype=torch.float64))
     return lambda V: V @ matrix
 
 

@@ -45,7 +45,7 @@ from upweight.influence.deletion import (
 )
 from upweight.influence.system import Explained, System
 from upweight.influence.top import index_of
-from upweight.model import calculus, linear
+from upweight.model import linear, penalties
 from upweight.operators import Dense, GaussNewton, Hessian
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def summary_frame(influence: Explained) -> DataFrame:
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         columns = _least_squares if family.least_squares else _one_step
         table = columns(system, rows, h, removals, family)
-    blank = _undefined(removals.determined, rows.curvatures < 0)
+    blank = _undefined(removals.determined, rows.curvatures < 0, system.examples.ids)
     for name, values in table.items():
         if name != "leverage":
             values[blank] = np.nan
@@ -267,7 +267,7 @@ def _edf_without(system: System, edf: float, own: Vector) -> Vector:
     rank = p if system.flat is None else p - system.flat.plain.shape[1]
     w = system.examples.weights
     eye = torch.eye(p, dtype=torch.float64)
-    product = solve(system, system.project(calculus.penalty_hvp(system.objective, eye)))  # rows of D M⁻¹
+    product = solve(system, system.project(penalties.hvp(system.objective, eye)))  # rows of D M⁻¹
     eigenvalues = torch.linalg.eigvals(product).real.numpy()
     shares, place = np.unique(w / w.sum(), return_inverse=True)
     traces = np.array([np.sum(eigenvalues / (1 - share * eigenvalues)) for share in shares])
@@ -374,7 +374,9 @@ def _name_undetermined(system: System, what: str) -> None:
     warnings.warn(message, TheoryWarning, stacklevel=4)
 
 
-def _undefined(determined: NDArray[np.bool_], concave: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _undefined(
+    determined: NDArray[np.bool_], concave: NDArray[np.bool_], ids: NDArray[Any] | None
+) -> NDArray[np.bool_]:
     """The rows whose columns do not exist, with a warning that names them."""
     reasons = (
         (determined, "leverage 1: each determines a parameter alone, so there is no fit without it", "add a penalty"),
@@ -383,8 +385,9 @@ def _undefined(determined: NDArray[np.bool_], concave: NDArray[np.bool_]) -> NDA
     for mask, why, advice in reasons:
         which = np.flatnonzero(mask)
         if which.size:
+            called = which if ids is None else ids[which]
             message = (
-                f"{which.size} rows (first: {which[:5].tolist()}) have {why}; their columns are NaN. "
+                f"{which.size} rows (first: {called[:5].tolist()}) have {why}; their columns are NaN. "
                 f"Leave them out, or {advice}."
             )
             warnings.warn(message, TheoryWarning, stacklevel=4)

@@ -28,7 +28,7 @@ from upweight.errors import NotConverged, NotPositiveDefinite, Undefined, Unsupp
 from upweight.influence.classes import Classes
 from upweight.influence.deletion import AMPLIFIED
 from upweight.influence.system import System
-from upweight.model import calculus, linear, losses
+from upweight.model import linear, losses, penalties
 from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
 from upweight.solvers import Solution, Substitution
@@ -164,9 +164,9 @@ def _warm_rest(system: System, group: NDArray[np.int64]) -> _Rest:
     batch, n = sweep.examples.batch(group), sweep.n
     weights = torch.from_numpy(sweep.examples.weights[group])
     share = float(weights.sum()) / float(sweep.examples.weights.sum()) if objective.folded else 0.0
-    strengths = share * calculus.penalty_diagonal(objective)
+    strengths = share * penalties.diagonal(objective)
     project = system.project
-    side = project(linear.pull(objective, batch, weights[None]) / n + share * calculus.penalty_gradient(objective))
+    side = project(linear.pull(objective, batch, weights[None]) / n + share * penalties.gradient(objective))
 
     def without(V: Tensor) -> Tensor:
         gone = linear.hvp(objective, batch, V, weights) / n + strengths * V
@@ -231,7 +231,7 @@ def _steps(
     weights = torch.from_numpy(examples.weights[union])
     slopes = linear.slopes(objective, batch) * weights[:, None]
     curvatures = linear.curvatures(objective, batch) * weights[:, None, None]
-    penalty = calculus.penalty_gradient(objective) if objective.folded else None
+    penalty = penalties.gradient(objective) if objective.folded else None
     weightless = torch.from_numpy(np.repeat(examples.weights[union] == 0, K))
     U = torch.where(weightless[:, None], 0.0, U)  # removing it changes nothing, whatever it leans on
     solution = solve(U if penalty is None else torch.cat([U, penalty[None]]))
@@ -265,7 +265,7 @@ def _steps(
         return _Rest(without_groups(torch.stack(moves)), inverse)
     share = torch.tensor(shares, dtype=torch.float64)[:, None]
     first = without_groups(torch.stack(moves) + share * solved[-1])
-    strengths, delta = calculus.penalty_diagonal(objective), first
+    strengths, delta = penalties.diagonal(objective), first
     for _ in range(_SHARE_STEPS):
         before, delta = delta, first + without_groups(solve(share * strengths * delta).x)
         if float((delta - before).norm()) <= _SHARE_RTOL * float(delta.norm()):
@@ -300,7 +300,7 @@ def _remaining(
 
     gradient = sweep.fold(total, vectors=g * max(1, K // 2), label="removal error") / sweep.n
     n_total = float(sweep.examples.weights.sum())
-    penalty = torch.stack([calculus.penalty_gradient(objective.at(objective.theta + step)) for step in change])
+    penalty = torch.stack([penalties.gradient(objective.at(objective.theta + step)) for step in change])
     for j, group in enumerate(groups):
         batch = sweep.examples.batch(group)
         weights = torch.from_numpy(sweep.examples.weights[group])

@@ -22,7 +22,7 @@ from upweight.data.arrays import as_tensor
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, TheoryWarning
 from upweight.influence import defaults, per_row
-from upweight.model import calculus, routes
+from upweight.model import calculus, penalties, routes
 from upweight.model.encoders import Encoder, PlainEncoder, training_examples
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
@@ -149,7 +149,7 @@ class System:
         else:
             pulled = self.sweep.fold(lambda batch, w: calculus.pull(objective, batch, w[None]), label="gradient")
             mean = pulled[0] / self.n
-        return mean + calculus.penalty_gradient(objective)
+        return mean + penalties.gradient(objective)
 
     @property
     def knows_risk_gradient(self) -> bool:
@@ -164,7 +164,7 @@ class System:
     @property
     def penalty_share(self) -> Float[Tensor, " p"]:
         """What a row's gradient carries of the penalty's: (n/Σw)∇r if removing a row removes its share, else 0."""
-        return calculus.penalty_share(self.objective, float(self.examples.weights.sum()), self.n)
+        return penalties.share(self.objective, float(self.examples.weights.sum()), self.n)
 
     @cached_property
     def _factorised(self) -> dict[str, Prepared]:

@@ -10,7 +10,7 @@ Hessian products are a double backward pass with batched cotangents over a vmapp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import scipy.sparse
@@ -19,10 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.data.trees import batch_length, like, take, tree_map
-from upweight.errors import InvalidInput, UnsupportedModel, first_line
+from upweight.errors import InvalidInput, UnsupportedModel
 from upweight.model import linear
-from upweight.model.objective import L2, Objective
-from upweight.model.transforms import grad, quietly, undisturbed, vmap
+from upweight.model.objective import Objective
+from upweight.model.transforms import grad, quietly, vmap
 
 
 def losses(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
@@ -71,7 +71,7 @@ def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Ten
     params = leaves_of(objective)
     values = _losses(objective, params, ready(objective, batch))
     u = torch.ones_like(values, requires_grad=True)
-    pulled = _grad(values, params, u[None], create_graph=True)[0]
+    pulled = vjps(values, params, u[None], create_graph=True)[0]
     return _pull_rows(objective, pulled, u, V.to(pulled)).T
 
 
@@ -96,7 +96,7 @@ def hvp(
     params = leaves_of(objective)
     values = _losses(objective, params, ready(objective, batch))
     total = (values * _weights(batch, weights).to(values)).sum()
-    first = _grad(total[None], params, total.new_ones(1, 1), create_graph=True)[0]
+    first = vjps(total[None], params, total.new_ones(1, 1), create_graph=True)[0]
     if not first.requires_grad:  # a loss that is linear in θ has no curvature
         return torch.zeros_like(V)
     return _pull_rows(objective, first, params, V.to(first))
@@ -115,7 +115,7 @@ def ggnvp(
     params = leaves_of(objective)
     f = _outputs(objective, params, batch)  # (b, K)
     u = torch.zeros_like(f, requires_grad=True)
-    pulled = _grad(f.reshape(-1), params, u.reshape(1, -1), create_graph=True)[0]  # Jᵀu, linear in u
+    pulled = vjps(f.reshape(-1), params, u.reshape(1, -1), create_graph=True)[0]  # Jᵀu, linear in u
     JV = _pull_rows(objective, pulled, u, V.to(pulled)).reshape(len(V), *f.shape)  # (k, b, K)
     bent = output_products(objective, batch, JV) * _weights(batch, weights).to(f)[:, None]
     return _pull_rows(objective, f, params, bent)
@@ -255,7 +255,7 @@ def input_gradients(objective: Objective, batch: Any, S: Float[Tensor, "k p"]) -
     moved = (x, *batch[1:]) if isinstance(batch, tuple | list) else x
     params = leaves_of(objective)
     values = _losses(objective, params, moved)
-    pulled = _grad(values.sum()[None], params, values.new_ones(1, 1), create_graph=True)[0]
+    pulled = vjps(values.sum()[None], params, values.new_ones(1, 1), create_graph=True)[0]
     return _pull_rows(objective, pulled, x, S.to(pulled)).reshape(len(S), *x.shape)
 
 
@@ -297,76 +297,6 @@ def pushed_forward(
     return torch.autograd.grad(back, cotangent, delta.to(back).reshape(back.shape))[0].double().cpu()
 
 
-def penalty_value(objective: Objective) -> float:
-    """r(θ̂)."""
-    return 0.0 if objective.penalty is None else float(_penalty(objective)(objective.params))
-
-
-@undisturbed()
-def penalty_gradient(objective: Objective) -> Float[Tensor, " p"]:
-    """∇r(θ̂), float64."""
-    if objective.penalty is None:
-        return torch.zeros(objective.size, dtype=torch.float64)
-    params = leaves_of(objective)
-    value = _penalty(objective)(params)
-    if not value.requires_grad:  # a constant penalty moves nothing
-        return torch.zeros(objective.size, dtype=torch.float64)
-    return _flat(torch.autograd.grad(value, _blocks(params), allow_unused=True), _blocks(params)).double().cpu()
-
-
-def penalty_share(objective: Objective, total_weight: float, n: int) -> Float[Tensor, " p"]:
-    """(n/Σw) ∇r when removing a row removes its share of the penalty, else 0: what is added to ∇L of every row."""
-    if not objective.folded:
-        return torch.zeros(objective.size, dtype=torch.float64)
-    return penalty_gradient(objective) * (n / total_weight)
-
-
-@undisturbed()
-def penalty_hvp(objective: Objective, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
-    """∇²r(θ̂) V, float64."""
-    if objective.penalty is None:
-        return torch.zeros_like(V)
-    if isinstance(objective.penalty, L2):
-        return V * penalty_diagonal(objective)
-    params = leaves_of(objective)
-    value = _penalty(objective)(params)
-    if not value.requires_grad:
-        return torch.zeros_like(V)
-    first = _grad(value[None], params, value.new_ones(1, 1), create_graph=True)[0]
-    if not first.requires_grad:
-        return torch.zeros_like(V)
-    return torch.stack(
-        [
-            _flat(
-                torch.autograd.grad(first, _blocks(params), v.to(first), retain_graph=True, allow_unused=True),
-                _blocks(params),
-            )
-            for v in V
-        ]
-    ).to(V)
-
-
-def penalty_rows(objective: Objective, step: int = 256) -> Iterator[tuple[slice, Float[Tensor, "k p"]]]:
-    """∇²r(θ̂), `step` rows at a time; nothing for an L2 penalty, whose Hessian is its diagonal.  Cost: p products."""
-    if objective.penalty is None or isinstance(objective.penalty, L2):
-        return
-    for start in range(0, objective.size, step):
-        rows = slice(start, min(start + step, objective.size))
-        eye = torch.zeros(rows.stop - start, objective.size, dtype=torch.float64)
-        eye[:, rows].fill_diagonal_(1)
-        yield rows, penalty_hvp(objective, eye)
-
-
-def penalty_diagonal(objective: Objective) -> Float[Tensor, " p"]:
-    """The diagonal λ of an L2 penalty's Hessian, zero where a parameter is free."""
-    strengths = objective.penalty.strengths if isinstance(objective.penalty, L2) else {}
-    pieces = [
-        torch.as_tensor(strengths.get(name, 0.0), dtype=torch.float64).expand(block.shape).reshape(-1)
-        for name, block in objective.blocks.items()
-    ]
-    return torch.cat(pieces)
-
-
 # ---- autograd ----------------------------------------------------------------------------------------------------
 
 
@@ -406,30 +336,6 @@ def _blocks(params: Any) -> list[Tensor]:
     return list(params.values()) if isinstance(params, dict) else [params]
 
 
-def _penalty(objective: Objective) -> Callable[[Any], Tensor]:
-    def value(params: Any) -> Tensor:
-        try:
-            r = objective.penalty(params)  # type: ignore[operator, misc]
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            message = (
-                f"The penalty failed: {type(error).__name__}: {first_line(error)}. It is called as penalty(params), "
-                f"with params as in the Objective: {', '.join(objective.blocks)}."
-            )
-            raise InvalidInput(message) from error
-        if not isinstance(r, Tensor) or r.shape != ():
-            shape = tuple(r.shape) if isinstance(r, Tensor) else type(r).__name__
-            message = (
-                f"The penalty returned {shape}; it must return one number, a tensor of shape (), computed from params."
-            )
-            raise InvalidInput(message)
-        if not bool(torch.isfinite(r.detach())):
-            message = f"The penalty is {float(r.detach())} at the fitted parameters. Check it for log(0) or 0/0."
-            raise InvalidInput(message)
-        return r
-
-    return value
-
-
 def structure(objective: Objective) -> tuple[Callable[[Any, Any], Tensor], Callable[[Tensor, Any], Tensor]]:
     """The model's output, and the loss as a function of it.
 
@@ -466,8 +372,8 @@ def _shaped_outputs(objective: Objective, params: Any, batch: Any) -> Tensor:
 
 
 @quietly()
-def _grad(values: Tensor, params: Any, cotangents: Tensor, *, create_graph: bool) -> list[Tensor]:
-    """One flat gradient per row of cotangents, keeping the graph when asked."""
+def vjps(values: Tensor, params: Any, cotangents: Tensor, *, create_graph: bool = False) -> list[Float[Tensor, " p"]]:
+    """cᵀ ∂values/∂params for every line c of the cotangents, flat, with its graph when asked."""
     blocks = _blocks(params)
     return [
         _flat(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.errors import InvalidInput
-from upweight.model import calculus, layers
+from upweight.model import calculus, layers, penalties
 from upweight.model.layers import pieces
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
@@ -50,13 +50,13 @@ class Implicit:
 
     def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """C v for every row v.  Cost: one sweep."""
-        return self._sum(V, None) / self.sweep.n + calculus.penalty_hvp(self.sweep.objective, V)
+        return self._sum(V, None) / self.sweep.n + penalties.hvp(self.sweep.objective, V)
 
     def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:
         """(1/b) Σ_{i in rows} wᵢ cᵢ v + ∇²r v."""
         weights = torch.from_numpy(self.sweep.examples.weights[rows])
         total = self.product(self.sweep.objective, self.sweep.examples.batch(rows), V, weights)
-        return total.double().cpu() / len(rows) + calculus.penalty_hvp(self.sweep.objective, V)
+        return total.double().cpu() / len(rows) + penalties.hvp(self.sweep.objective, V)
 
     def largest_row_curvature(self) -> float | None:
         """None: no closed form bounds a row's curvature."""
@@ -66,7 +66,7 @@ class Implicit:
         """C as a dense matrix.  Cost: p products' worth of arithmetic in as few sweeps as memory allows; 8p² bytes."""
         p = self.size
         eye = torch.eye(p, dtype=torch.float64)
-        penalty = calculus.penalty_hvp(self.sweep.objective, eye)
+        penalty = penalties.hvp(self.sweep.objective, eye)
         if self.assemble is not None:
             assemble = self.assemble
             vectors = 1 + self.assembly_bytes // self.sweep.example_bytes

@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, checked_count
-from upweight.model import calculus, layers, linear
+from upweight.model import calculus, layers, linear, penalties
 from upweight.model.layers.pieces import Direct, Piece, Product
 from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
@@ -357,10 +357,10 @@ def _penalty_diagonal(objective: Objective) -> Float[Tensor, " p"]:
         UnsupportedModel: if the penalty couples parameters.
     """
     if objective.penalty is None or isinstance(objective.penalty, L2):
-        return calculus.penalty_diagonal(objective)
+        return penalties.diagonal(objective)
     draw = torch.Generator().manual_seed(0)
     signs = 2.0 * torch.randint(0, 2, (2, objective.size), generator=draw, dtype=torch.float64) - 1
-    first, second = calculus.penalty_hvp(objective, signs)
+    first, second = penalties.hvp(objective, signs)
     diagonal = first * signs[0]
     rtol = 1e-8 if objective.reference.dtype == torch.float64 else 1e-4
     if torch.allclose(diagonal * signs[1], second, rtol=rtol, atol=rtol * float(diagonal.abs().max())):

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.model import calculus, layers
+from upweight.model import calculus, layers, penalties
 from upweight.model.layers import pieces
 from upweight.model.layers.pieces import Piece
 from upweight.model.objective import Objective
@@ -84,13 +84,13 @@ class LayeredGaussNewton:
         total = torch.zeros(V.shape, dtype=torch.float64)
         for batch in self.kept:
             total += self._product(batch, V).double()
-        return total / self.sweep.n + calculus.penalty_hvp(self.sweep.objective, V)
+        return total / self.sweep.n + penalties.hvp(self.sweep.objective, V)
 
     def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:
         """(1/b) Σ_{i in rows} wᵢ cᵢ v + ∇²r v."""
         examples = self.sweep.examples
         batch = kept(self.sweep.objective, examples.batch(rows), torch.from_numpy(examples.weights[rows]))
-        return self._product(batch, V).double() / len(rows) + calculus.penalty_hvp(self.sweep.objective, V)
+        return self._product(batch, V).double() / len(rows) + penalties.hvp(self.sweep.objective, V)
 
     def largest_row_curvature(self) -> float | None:
         """None: no closed form bounds a row's curvature."""
@@ -101,9 +101,7 @@ class LayeredGaussNewton:
         total = torch.zeros(self.size, self.size, dtype=torch.float64)
         for J, middle in self._jacobians():
             total += J.flatten(0, 1).T @ (middle @ J).flatten(0, 1)
-        full = total / self.sweep.n + calculus.penalty_hvp(
-            self.sweep.objective, torch.eye(self.size, dtype=torch.float64)
-        )
+        full = total / self.sweep.n + penalties.hvp(self.sweep.objective, torch.eye(self.size, dtype=torch.float64))
         return (full + full.T) / 2
 
     def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:

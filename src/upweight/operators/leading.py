@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from upweight.data.arrays import as_tensor
-from upweight.model import calculus
+from upweight.model import penalties
 from upweight.model.objective import Linear
 from upweight.operators.linear import LinearHessian, mean_factors
 
@@ -41,7 +41,7 @@ def leading_inverse(operator: LinearHessian, damping: float, rank: int) -> Calla
     (a, Q), (b, QB) = torch.linalg.eigh(A.float()), torch.linalg.eigh(B)
     a, Q = a.double(), Q.double()
     rank = min(rank, len(a))
-    strengths = _augmented(calculus.penalty_diagonal(objective)[None], K, d, structure.intercept)[0] + damping  # (K, w)
+    strengths = _augmented(penalties.diagonal(objective)[None], K, d, structure.intercept)[0] + damping  # (K, w)
     factor, failed = torch.linalg.cholesky_ex(_exact_block(operator, Q[:, -rank:], strengths))
     if int(failed):
         return None

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.arrays import as_tensor
-from upweight.model import calculus, linear
+from upweight.model import linear, penalties
 from upweight.model.objective import Linear
 from upweight.model.sweep import Sweep
 from upweight.operators.shift import Shift, shift_invariant
@@ -146,12 +146,12 @@ class LinearHessian:
             self._product(V, kept), vectors=len(V), label="curvature product", chunk=self._chunk
         )
         self._moved = None if kept is None else (V.clone(), torch.cat(kept))
-        return total / self.sweep.n + calculus.penalty_hvp(self.sweep.objective, V)
+        return total / self.sweep.n + penalties.hvp(self.sweep.objective, V)
 
     def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:
         """(1/b) Σ_{i in rows} wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ v + ∇²r v."""
         total = self._product(V)(self.rows_with_curvatures.examples.batch(rows), torch.empty(0))
-        return total.double() / len(rows) + calculus.penalty_hvp(self.sweep.objective, V)
+        return total.double() / len(rows) + penalties.hvp(self.sweep.objective, V)
 
     def largest_row_curvature(self) -> float:
         """max wᵢ λmax(hᵢ) ‖x̃ᵢ‖² + the largest penalty strength."""
@@ -159,7 +159,7 @@ class LinearHessian:
         largest = self.sweep.emit(
             lambda batch, weights: weights * linear.largest_curvature(objective, batch), label="curvature bound"
         )
-        return float(largest.max()) + float(calculus.penalty_diagonal(objective).max())
+        return float(largest.max()) + float(penalties.diagonal(objective).max())
 
     def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """V without the objective's gauge directions."""
@@ -198,7 +198,7 @@ class LinearHessian:
         No gradient of a softmax points that way. Left in a matrix, its tiny curvature would cost the others digits.
         """
         K, d = self._structure.n_outputs, self._structure.n_features
-        strengths = calculus.penalty_diagonal(self.sweep.objective)[: K * d].reshape(K, d)
+        strengths = penalties.diagonal(self.sweep.objective)[: K * d].reshape(K, d)
         coupled = self.curvatures.shape[1] > K and shift_invariant(self.curvatures, K)
         if not coupled or not bool((strengths == strengths[0]).all()) or float(strengths.min()) <= 0:
             return None
@@ -234,8 +234,8 @@ class LinearHessian:
             return torch.cat([coef.reshape(-1), spread.sum(0)]) if self._structure.intercept else coef.reshape(-1)
 
         total = self.rows_with_curvatures.fold(squares, vectors=2, label="diagonal", chunk=self._chunk)
-        curved = calculus.penalty_diagonal(self.sweep.objective)
-        for rows, second in calculus.penalty_rows(self.sweep.objective):
+        curved = penalties.diagonal(self.sweep.objective)
+        for rows, second in penalties.rows(self.sweep.objective):
             curved[rows] += second[:, rows].diagonal()
         return total / self.sweep.n + curved
 
@@ -350,8 +350,8 @@ class LinearHessian:
             block = total[start:stop, start:stop]
             block[:] = np.triu(block) + np.triu(block, 1).T
             total[stop:, start:stop] = total[start:stop, stop:].T
-        total[np.diag_indices(p)] += calculus.penalty_diagonal(objective).numpy()
-        for rows, second in calculus.penalty_rows(objective):
+        total[np.diag_indices(p)] += penalties.diagonal(objective).numpy()
+        for rows, second in penalties.rows(objective):
             total[rows] += second.numpy()
         return torch.from_numpy(total)
 
@@ -361,7 +361,7 @@ class LinearHessian:
         A, B = mean_factors(self)
         (a, QA), (b, QB) = torch.linalg.eigh(A), torch.linalg.eigh(B)
         products = b.clamp(min=0)[:, None] * a.clamp(min=0)[None]
-        penalty = calculus.penalty_diagonal(self.sweep.objective)[: K * d].mean()
+        penalty = penalties.diagonal(self.sweep.objective)[: K * d].mean()
         floor = max(float(penalty) + damping, 1e-6 * float(products.max()), 1e-300)
         inverse = 1 / (products + floor)
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import InvalidInput, NotPositiveDefinite, checked_count
-from upweight.model import calculus
+from upweight.model import penalties
 from upweight.model.sweep import Sweep
 from upweight.operators.base import Curvature, Operator
 from upweight.operators.implicit import GaussNewton, Hessian
@@ -236,7 +236,7 @@ def _check(spec: Nystroem | Arnoldi) -> None:
 
 def _floor(sweep: Sweep) -> float:
     """μ: the curvature that an L2 penalty gives every direction at least."""
-    return max(float(calculus.penalty_diagonal(sweep.objective).min()), 0.0)
+    return max(float(penalties.diagonal(sweep.objective).min()), 0.0)
 
 
 def _nystroem(omega: Tensor, image: Tensor, eps: float, spec: Nystroem) -> tuple[Tensor, Tensor]:

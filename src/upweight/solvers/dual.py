@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.errors import NotPositiveDefinite, UnsupportedModel
-from upweight.model import calculus, linear
+from upweight.model import linear, penalties
 from upweight.model.objective import L2
 from upweight.operators.base import Operator
 from upweight.operators.linear import LinearHessian
@@ -70,7 +70,7 @@ class Woodbury:
         structure = objective.linear
         assert structure is not None  # LinearHessian has a linear predictor
         self._K, self._split = structure.n_outputs, structure.n_outputs * structure.n_features
-        strengths = calculus.penalty_diagonal(objective) + damping
+        strengths = penalties.diagonal(objective) + damping
         _refuse(operator, strengths[: self._split], damping)
         self._inverse = 1 / strengths[: self._split]
         self._X = operator.sweep.examples.batch(slice(None))[0]

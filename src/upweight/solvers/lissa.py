@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import Diverged, InvalidInput, UnsupportedModel, checked_count
-from upweight.model.calculus import penalty_diagonal
+from upweight.model import penalties
 from upweight.operators.base import Operator, Sampled
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 from upweight.solvers.lanczos import rounded_up
@@ -157,7 +157,7 @@ class Recursion:
 
     def _truncation(self) -> float:
         """(1 − μ/s)^depth, μ the best lower bound of C + λI that is known: damping + the smallest penalty strength."""
-        floor = self.damping + float(penalty_diagonal(self.operator.sweep.objective).min())
+        floor = self.damping + float(penalties.diagonal(self.operator.sweep.objective).min())
         return float(max(0.0, 1 - floor / self.scale) ** self.spec.depth)
 
 

@@ -28,7 +28,7 @@ from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, Und
 from upweight.influence import defaults, per_row
 from upweight.influence.classes import Classes
 from upweight.influence.face import Influence
-from upweight.model import calculus, linear
+from upweight.model import calculus, linear, penalties
 from upweight.model.encoders import Refitting
 from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
@@ -326,7 +326,7 @@ def _value_and_gradient(sweep: Sweep, theta: Tensor) -> tuple[float, Tensor]:
         return torch.cat([values[None], calculus.pull(objective, batch, weights[None])[0].double().cpu()])
 
     total = sweep.fold(both) / sweep.n
-    return float(total[0]) + calculus.penalty_value(objective), total[1:] + calculus.penalty_gradient(objective)
+    return float(total[0]) + penalties.value(objective), total[1:] + penalties.gradient(objective)
 
 
 def _descend(sweep: Sweep, theta: Tensor, step: Tensor, value: float, gradient: Tensor) -> tuple[Tensor, float, Tensor]:

@@ -33,7 +33,7 @@ from estimators import (
     targets,
     tube,
 )
-from upweight import calculus
+from upweight import calculus, penalties
 
 
 def pairs(model, X, y):
@@ -176,7 +176,7 @@ def test_the_risk_is_what_fit_minimised(fit):
     objective = fit.explain().objective
     if isinstance(fit.model, SVC | SVR):
         at = objective.blocks["coef"]
-        assert calculus.penalty_value(objective) - held(objective) == pytest.approx(
+        assert penalties.value(objective) - held(objective) == pytest.approx(
             float((at**2).sum()) / (2 * fit.model.C * N), rel=1e-9
         )
         return
@@ -190,7 +190,7 @@ def test_the_risk_is_what_fit_minimised(fit):
         expected = (2 if model.loss == "squared_error" else 1) * model.alpha * (model.coef_**2).sum() / 2
     else:
         expected = ((model.coef_**2).sum() + float(np.squeeze(model.intercept_)) ** 2) / (2 * model.C * N)
-    assert calculus.penalty_value(objective) - held(objective) == pytest.approx(float(expected), rel=1e-9)
+    assert penalties.value(objective) - held(objective) == pytest.approx(float(expected), rel=1e-9)
 
 
 def held(objective):
@@ -361,10 +361,7 @@ def test_without_free_support_vectors_the_intercept_is_said_to_be_unidentified()
     assert model.intercept_[0]
     with pytest.warns(uw.errors.TheoryWarning, match="intercept is unidentified.*none is free"):
         influence = uw.explain(model, X, y)
-    assert (
-        abs(calculus.penalty_gradient(influence.objective)[-1])
-        < 1e-9 * calculus.penalty_diagonal(influence.objective)[-1]
-    )
+    assert abs(penalties.gradient(influence.objective)[-1]) < 1e-9 * penalties.diagonal(influence.objective)[-1]
     moved = influence.on_params()
     assert np.abs(moved[:, 1]).max() < 1e-4 * np.abs(moved[:, 0]).max()
 

@@ -14,7 +14,7 @@ from nets import NETS, Net, draw, known, z_scores
 from tolerances import EXACT, FLOAT32, STANDARD_ERRORS
 from upweight import calculus
 from upweight.errors import InvalidInput, UnsupportedModel
-from upweight.model import layers
+from upweight.model import layers, penalties
 from upweight.model.sweep import Sweep
 from upweight.operators import EKFAC, KFAC, EmpiricalFisher, GaussNewton, Hessian
 from upweight.operators.cotangents import Signs
@@ -430,7 +430,7 @@ def test_a_penalty_that_differs_inside_a_layer_enters_by_its_diagonal_in_the_eig
         KFAC().bind(Sweep(uw.Objective.from_module(one.module, cross_entropy, penalty=penalty), examples))
         for penalty in (uw.L2(strengths), None)
     )
-    D = calculus.penalty_diagonal(uw.Objective.from_module(one.module, cross_entropy, penalty=uw.L2(strengths)))
+    D = penalties.diagonal(uw.Objective.from_module(one.module, cross_entropy, penalty=uw.L2(strengths)))
     for a, b in zip(with_.bases, without.bases, strict=True):
         Q = torch.kron(a.left[0], a.right[0])
         close(
