@@ -604,3 +604,45 @@ def test_data_of_other_names():
     table = scores.top(2, data=frame)
     assert np.array_equal(table["a"], frame.loc[table.index, "a"])
     pd.testing.assert_frame_equal(scores.top(2, data=other.reset_index(drop=True)), table)
+
+
+# ---- tokens.py -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def tagged():
+    """A tagger of three places, with its texts and tags."""
+    texts = torch.randint(0, 5, (8, 3), generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 4)).double().requires_grad_(True)
+    influence = uw.explain(model, texts, texts % 4, loss=tags, damping=0.1)
+    return influence, texts, texts % 4
+
+
+def tags(output, y):
+    return nn.functional.cross_entropy(output.transpose(1, 2), y)
+
+
+def test_tokens_are_told_of_one_query_and_one_row():
+    influence, texts, y = tagged()
+    with refused("queries, and tokens are told of one query and one row", "Pass one: by_token(row, on=[question])"):
+        influence.by_token(0, on=(texts[:2], y[:2]))
+    with refused("rows, and tokens are told of one row and one query", "Pass one row: by_token(0, on=…)"):
+        influence.by_token([0, 1], on=(texts[:1], y[:1]))
+    found = influence.by_token(0, on=(texts[:1], y[:1]))
+    assert_allclose(found.total, influence.on_loss(texts[:1], y[:1]).values[0, 0])
+
+
+def test_a_tokenizer_shows_tokens():
+    influence, texts, y = tagged()
+    with refused("tokenizer is a", "Pass a tokenizer with decode(), or a function from a token's number to its text"):
+        influence.by_token(0, on=(texts[:1], y[:1]), tokenizer=["a", "b", "c", "d"])
+    words = ["a", "b", "c", "d"]
+    found = influence.by_token(0, on=(texts[:1], y[:1]), tokenizer=words.__getitem__)
+    assert [token.text for token in found.row] == [words[k] for k in y[0]]
+
+
+def test_a_loss_of_one_prediction_has_no_tokens():
+    one = classifier()
+    with refused("so its value has no tokens to be taken apart by", "Use on_loss; tokens are for losses with a target"):
+        one.by_token(0, on=(XQ[:1], YQ[:1]))
+    assert np.isfinite(one.on_loss(XQ[:1], YQ[:1]).values).all()

@@ -28,11 +28,13 @@ from upweight.influence import (
     perturbation,
     removal,
     self_scores,
+    tokens,
 )
 from upweight.influence.checks import Report, examine
 from upweight.influence.damping_path import DampingPath, path_of
 from upweight.influence.scores import Scores, SelfScores
 from upweight.influence.system import System
+from upweight.influence.tokens import TokenScores
 from upweight.model.encoders import Encoder
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
@@ -41,7 +43,7 @@ from upweight.solvers import Prepared, Solver
 
 Rows = Any  # one row number, several, a mask of n booleans, or None for all
 Queries = Any  # inputs, or Examples, or a Dataset
-On = tuple[Any, ...] | Examples
+On = tuple[Any, ...] | list[Any] | Mapping[str, Any] | Examples
 Groups = Iterable[Rows] | Mapping[Any, Rows]
 
 
@@ -247,6 +249,26 @@ class Influence:
             store: as for on_loss.
         """
         return removal.on_measure(self.system, measure, Xq, yq, store)
+
+    def by_token(self, row: Rows, *, on: On, tokenizer: Any = None) -> TokenScores:
+        """The value of `on_loss` for one query and one training row, by the tokens of both.
+
+        values[s, t] = (wᵢ/n) g_sᵀ (C + λI)⁻¹ g_t with g the gradient of the loss at one token of the query or the row;
+        they add up to the value of `on_loss` (with what the row carries of the penalty, told apart in `penalty`).
+
+        Cost: as many systems as the shorter of the two texts has tokens, and a backward pass for each token.
+
+        Args:
+            row: a training row.
+            on: one query: (Xq, yq), a list with one dict, Examples.
+            tokenizer: how tokens are shown: one with `decode`, or a function from a number to a text; None shows
+                numbers.
+
+        Raises:
+            InvalidInput: if `on` holds several queries; RowOutOfRange if the row does not exist.
+            UnsupportedModel: if the loss has one prediction a row.
+        """
+        return tokens.by_token(self.system, row, self.system.queries(on), tokens.decoder(tokenizer))
 
     def damping_path(self, Xq: Queries, yq: Any = None, *, dampings: Iterable[float] | None = None) -> DampingPath:
         """`on_loss` at many dampings, from one factorisation: how much do the values depend on λ?

@@ -159,7 +159,7 @@ class System:
     def learn_risk_gradient(self, total: Float[Tensor, " p"]) -> None:
         """∇R from Σᵢ wᵢ∇Lᵢ, which a sweep over all rows has found on its way."""
         if not self.knows_risk_gradient:
-            self.__dict__["risk_gradient"] = total / self.n + calculus.penalty_gradient(self.objective)
+            self.__dict__["risk_gradient"] = total / self.n + penalties.gradient(self.objective)
 
     @property
     def penalty_share(self) -> Float[Tensor, " p"]:
@@ -275,7 +275,7 @@ class System:
     # ---- inputs ------------------------------------------------------------------------------------------------------
 
     def queries(self, on: Any) -> Examples:
-        """The queries of a question: (Xq, yq), Examples, or (Dataset,), as examples that have targets.
+        """The queries of a question: (Xq, yq), Examples, (Dataset,), or rows of named parts, with their targets.
 
         Raises:
             InvalidInput: if `on` is something else.
@@ -284,6 +284,8 @@ class System:
             return self.encoded(on)
         if isinstance(on, tuple) and 1 <= len(on) <= 2:
             return self.encoded(*on)
+        if isinstance(on, Mapping) or (isinstance(on, list) and on and isinstance(on[0], Mapping)):
+            return self.encoded(on)  # rows of named parts
         kind = f"{len(on)} things" if isinstance(on, tuple) else f"a {type(on).__name__}"
         message = f"on is {kind}. Pass the pair on=(Xq, yq), or upweight.Examples."
         raise InvalidInput(message)

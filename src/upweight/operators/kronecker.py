@@ -268,7 +268,7 @@ def _warn_of_diagonals(blocks: Sequence[Layer], size: int) -> None:
         message = (
             f"{count:,} of {size:,} parameters ({', '.join(layer.name for layer in bare[:3])}"
             f"{' …' if len(bare) > 3 else ''}) act in no layer that has Kronecker factors, so only the diagonal of "
-            "their curvature is kept (tied weights, compiled functions). Use GaussNewton() with CG(), or "
+            "their curvature is kept (compiled functions, weights with unlike uses). Use GaussNewton() with CG(), or "
             "Nystroem(rank)."
         )
         warnings.warn(message, TheoryWarning, stacklevel=6)
