@@ -441,3 +441,40 @@ def test_a_penalty_that_is_a_function_has_no_dual_form():
         torch.testing.assert_close(
             scored(solver, penalty).prepared.solve(V).x, torch.linalg.solve(H, V.T).T, rtol=1e-5, atol=0
         )
+
+
+def linear(X, solver=None):
+    return uw.explain(LinearRegression().fit(X, Z), X, Z, solver=solver)
+
+
+def test_columns_that_nearly_repeat_under_cg():
+    nearly = np.c_[X, X[:, 0] + 1e-8 * np.random.default_rng(0).normal(size=N)]
+    with refused(
+        "where every column alone has 1, which is singular to rounding", "Drop or standardise features, or fit"
+    ):
+        linear(nearly, CG()).on_loss(nearly[:4], Z[:4])
+    exact = linear(X, Cholesky()).on_loss(XQ, ZQ).values
+    assert_allclose(linear(nearly[:, :3], CG()).on_loss(*ON).values, exact, **EXACT)  # dropped
+    model = Ridge(alpha=0.1).fit(nearly, Z)
+    penalised, direct = (uw.explain(model, nearly, Z, solver=solver) for solver in (CG(), Cholesky()))
+    assert_allclose(penalised.on_loss(nearly[:4], Z[:4]).values, direct.on_loss(nearly[:4], Z[:4]).values, **EXACT)
+    far = X + np.array([1e8, 0, 0])  # a constant column but for its digits
+    with refused("where every column alone has 1, which is singular to rounding", "standardise features"):
+        linear(far, CG()).on_loss(far[:4], Z[:4])
+    standardised = make_pipeline(StandardScaler(), LinearRegression()).fit(far, Z)
+    values = uw.explain(standardised, far, Z, solver=CG()).on_loss(far[:4], Z[:4]).values
+    assert_allclose(values, linear(X).on_loss(X[:4], Z[:4]).values, rtol=1e-3, atol=1e-6)
+
+
+def test_more_columns_that_repeat_than_cg_looks_for(monkeypatch):
+    monkeypatch.setattr("upweight.solvers.cg._MATRIX_UP_TO", 10)  # parameters, in place of 4,000
+    many = np.c_[X, np.zeros((N, 40))]
+    with refused(
+        "or more directions of the ", "Use solver=Cholesky(), which finds them all, drop such columns and fit"
+    ):
+        linear(many, CG()).on_loss(many[:4], Z[:4])
+    values = linear(many, Cholesky()).on_loss(many[:4], Z[:4]).values
+    assert_allclose(linear(X, CG()).on_loss(X[:4], Z[:4]).values, values, **EXACT)
+    model = Ridge(alpha=0.1).fit(many, Z)
+    penalised = uw.explain(model, many, Z, solver=CG()).on_loss(many[:4], Z[:4]).values
+    assert_allclose(penalised, uw.explain(model, many, Z, solver=Cholesky()).on_loss(many[:4], Z[:4]).values, **EXACT)

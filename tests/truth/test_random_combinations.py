@@ -1,8 +1,11 @@
 """Random combinations of module, criterion, reduction, penalty, weights: values are those of the user's own training.
 
 The oracle is written with torch.nn.functional alone: num_i/Σ c_j of a mean, Σ num_i of a sum, plus the penalty, as a
-script has it; it is minimised with every row once, and with one row at weight 0.99. A hundred times that change is what
-`on_loss` predicts.
+script has it; it is minimised with every row once, and with one row at weights 0.999 and 1.001. What its weight does
+is half their difference, 1000 times, and what `on_loss` predicts: on both sides, for in a minimum that is nearly flat
+(a network's, of curvature 0.006) one side is off by 4 % at weight 0.99 and by 0.4 % at 0.999.
+
+Examples are drawn by their number, so that they are always the same: a number that fails is an example to keep.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,9 +27,9 @@ import upweight as uw
 from upweight.errors import TheoryWarning, UpweightError
 
 N, D = 40, 3
-LESS = 0.99
-SOLVED = 1e-10
-SLOPES = (0.97, 1.03)
+STEP = 1e-3
+SOLVED = 1e-11
+MISSED = 1e-3
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,6 @@ KINDS = {
     "probability": Kind(nn.BCELoss, switches, each(F.binary_cross_entropy), ("sigmoid",)),
     "poisson": Kind(nn.PoissonNLLLoss, counts, each(F.poisson_nll_loss)),
     "margin": Kind(nn.SoftMarginLoss, signs, each(F.soft_margin_loss)),
-    "absolute": Kind(nn.L1Loss, numbers, each(F.l1_loss)),  # refused: it has no curvature
 }
 HEADS = {"plain": nn.Identity, "log_softmax": lambda: nn.LogSoftmax(1), "sigmoid": nn.Sigmoid}
 BODIES = {
@@ -99,6 +100,7 @@ BODIES = {
     "tanh": lambda K: nn.Sequential(nn.Linear(D, 2), nn.Tanh(), nn.Linear(2, K)),
     "softplus": lambda K: nn.Sequential(nn.Linear(D, 2), nn.Softplus(), nn.Linear(2, K)),
 }
+CONVEX = {"linear", "no bias"}
 
 
 @dataclass(frozen=True)
@@ -158,23 +160,27 @@ class Script:
         return None
 
 
-@st.composite
-def scripts(draw):
-    name = draw(st.sampled_from(sorted(KINDS)))
-    kind, body = KINDS[name], draw(st.sampled_from(sorted(BODIES)))
-    seed = draw(st.integers(0, 2**16))
-    rng = np.random.default_rng(seed)
-    K = 3 if kind.weighted else draw(st.integers(1, 2))
+def drawn(number):
+    """The script of a number; ten in a row have every criterion. Without a penalty only what has one minimum then."""
+    rng = np.random.default_rng(number)
+
+    def either(*these):
+        return these[int(rng.integers(len(these)))]
+
+    name, body = sorted(KINDS)[number % len(KINDS)], either(*sorted(BODIES))
+    kind = KINDS[name]
+    K = 3 if kind.weighted else either(1, 2)
     X = torch.from_numpy(rng.normal(size=(N, D)))
     options = {}
-    if kind.weighted and draw(st.booleans()):
+    if kind.weighted and either(True, False):
         options["weight"] = torch.from_numpy(rng.uniform(0.3, 3, K))
-    own = not options and name != "ignored" and draw(st.booleans())
+    own = not options and name != "ignored" and either(True, False)
     sample_weight = torch.from_numpy(rng.uniform(0.3, 2, N)) if own else torch.ones(N, dtype=torch.float64)
     sample_weight *= N / sample_weight.sum()
-    total = draw(st.booleans())
-    penalty = draw(st.sampled_from([0.0, 0.02, 0.3])) * (N if total else 1)
-    torch.manual_seed(seed)
+    total = either(True, False)
+    one_minimum = body in CONVEX and not kind.weighted
+    penalty = either(*([0.0] if one_minimum else []), 0.02, 0.3) * (N if total else 1)
+    torch.manual_seed(number)
     model = nn.Sequential(BODIES[body](K), HEADS[kind.heads[0]]()).double()
     return Script(kind, model, X, kind.targets(rng, K), options, total, penalty, sample_weight), name, body, own
 
@@ -192,13 +198,14 @@ def fitted(script: Script) -> Tensor | None:
     return script.trained(torch.from_numpy(found.x), ones)
 
 
-def compare(case) -> tuple[str, float]:
-    """What became of it, with the slope of what really happened on what was predicted."""
-    script, name, body, own = case
+def compare(number) -> tuple[str, float]:
+    """What became of it, with the share of what was predicted by which it misses what really happened."""
+    script, name, body, own = drawn(number)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theta = fitted(script)
-    assume(theta is not None)
+    if theta is None:
+        return "no minimum", 0.0
     with torch.no_grad():
         for one, value in zip(script.model.parameters(), script.parameters(theta).values(), strict=True):
             one.copy_(value)
@@ -206,7 +213,6 @@ def compare(case) -> tuple[str, float]:
     if not own:  # the oracle is the script: torch's own criterion on the whole batch
         by_torch = criterion(script.model(script.X), script.y) + script.penalty / 2 * (theta**2).sum()
         torch.testing.assert_close(by_torch, script.risk(theta, torch.ones(N, dtype=torch.float64)))
-    convex = body in {"linear", "no bias"}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TheoryWarning)  # about labels that are ignored
@@ -217,53 +223,46 @@ def compare(case) -> tuple[str, float]:
                 loss=criterion,
                 penalty=script.penalty or None,
                 sample_weight=script.sample_weight.numpy() if own else None,
-                curvature=None if convex else uw.operators.Hessian(),
+                curvature=None if body in CONVEX else uw.operators.Hessian(),
                 damping=None if script.penalty else 0.0,
             )
             asked = torch.nonzero(script.counted > 0).flatten()[:4]
             values = influence.on_loss(script.X[asked], script.y[asked]).values
     except UpweightError as error:
-        return f"{name}: {type(error).__name__}", 1.0
+        return f"{name}: {type(error).__name__}", 0.0
     rows = np.union1d(np.argsort(-np.abs(values).max(0))[:3], [int(asked[-1])])
-    now = script.rows(theta)[asked] / (1 if script.total else script.counted[asked])
     predicted, actual = [], []
     for row in rows:
-        factors = torch.ones(N, dtype=torch.float64)
-        factors[row] = LESS
-        moved = script.trained(theta, factors)
-        assume(moved is not None)
-        then = script.rows(moved)[asked] / (1 if script.total else script.counted[asked])
-        actual.append(((then - now) / (1 - LESS)).detach().numpy())
+        sides = []
+        for step in (-STEP, STEP):
+            factors = torch.ones(N, dtype=torch.float64)
+            factors[row] += step
+            moved = script.trained(theta, factors)
+            if moved is None:
+                return "no minimum", 0.0
+            sides.append(script.rows(moved)[asked] / (1 if script.total else script.counted[asked]))
+        actual.append(((sides[0] - sides[1]) / (2 * STEP)).detach().numpy())
         predicted.append(values[:, row])
     p, a = np.concatenate(predicted), np.concatenate(actual)
-    assume(np.abs(p).max() > 1e-9)
-    return f"{name}: values", float(a @ p / (p @ p))
+    if np.abs(p).max() <= 1e-9:
+        return "nothing to predict", 0.0
+    return f"{name}: values", float(np.linalg.norm(a - p) / np.linalg.norm(p))
 
 
-QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+def every(numbers):
+    """What became of each."""
+    found = {number: compare(number) for number in numbers}
+    assert {number: one for number, one in found.items() if not one[1] < MISSED} == {}
+    return [what for what, _ in found.values()]
 
 
-@pytest.mark.slow
-@settings(max_examples=40, **QUIET)
-@given(scripts())
-def test_values_are_those_of_the_script_or_an_error(case):
-    _, slope = compare(case)
-    assert SLOPES[0] < slope < SLOPES[1]
+def test_values_are_those_of_the_script_or_an_error():
+    every(range(20))
 
 
 @pytest.mark.slow
 def test_three_hundred_of_them():
-    """And most of them have values: what is refused is what has no curvature, or rows that all count alike twice."""
-    seen: list[str] = []
-
-    @settings(max_examples=300, **QUIET)
-    @given(scripts())
-    def every(case):
-        what, slope = compare(case)
-        seen.append(what)
-        assert SLOPES[0] < slope < SLOPES[1], what
-
-    every()
-    valued = [what for what in seen if what.endswith("values")]
-    assert len(valued) > 0.75 * len(seen)
-    assert {what.partition(":")[0] for what in valued} == set(KINDS) - {"absolute"}
+    """And nearly all of them have values."""
+    valued = [what for what in every(range(20, 320)) if what.endswith("values")]
+    assert len(valued) > 0.9 * 300
+    assert {what.partition(":")[0] for what in valued} == set(KINDS)

@@ -60,10 +60,10 @@ def descend_together(
         Q = product(P)
         G = P @ Q.T
         lowest, witness = _lowest((G + G.T) / 2, P)
-        if not lowest > 0:
+        factor, failed = torch.linalg.cholesky_ex((G + G.T) / 2)
+        if not lowest > 0 or bool(failed):
             return Progress(x, R, _padded(witness, R), step + 1, smallest.clamp(max=lowest), stopped=0)
         smallest = smallest.clamp(max=lowest)
-        factor = torch.linalg.cholesky((G + G.T) / 2)
         length = torch.cholesky_solve(P @ R.T, factor).T  # (k, directions)
         x += length @ P
         R -= length @ Q

@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, checked_count
+from upweight.model import calculus
+from upweight.model.objective import Objective
 from upweight.operators.base import Operator
+from upweight.operators.linear import LinearHessian
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 from upweight.solvers.block import descend_together, spanning
+from upweight.solvers.direct import Cholesky
+from upweight.solvers.flat import LEANS, PROBES, Flat, probed
 from upweight.solvers.lanczos import suggest_damping
 from upweight.solvers.precondition import ByEigenvalues, Plain, Preconditioner
 from upweight.solvers.recurrence import Progress, descend
@@ -21,6 +27,8 @@ from upweight.solvers.recurrence import Progress, descend
 _RECOMPUTE = 50  # the recurrence for r drifts from v − Ax in floating point; every so often it is replaced by the truth
 _COARSE_GAIN = 0.1  # a run in float32 must shrink the true residual to this share, else products become float64
 _SCALE_ROWS = 1024
+_MATRIX_UP_TO = 4000  # parameters: many directions that no row sees are found in a matrix
+_SMALL = 500  # where the matrix takes a few products as long as a solution: the same of models that are not linear
 _MARGIN = 0.9  # of the goal, so that the residual that is recomputed at the end passes too
 
 
@@ -87,6 +95,30 @@ class Iteration:
     inverse: Callable[[Tensor], Tensor] | None = None
     scale: Tensor | None = None
 
+    @cached_property
+    def flat(self) -> Flat | None:
+        """The directions that no row sees, of an exact Hessian without damping; `_held` says where there are none.
+
+        Raises:
+            NotPositiveDefinite: if there are more than can be found by probes, and too many parameters for a matrix.
+        """
+        operator = self.operator
+        if self.damping or not getattr(operator, "exact", False) or _held(operator.sweep.objective):  # type: ignore[attr-defined]
+            return None
+        if not isinstance(operator, LinearHessian):
+            return _in_a_matrix(operator) if operator.size <= _SMALL else None
+        found = probed(operator, operator.diagonal(), self.spec.max_sweeps)
+        if found is None or found.plain.shape[1] < PROBES[-1]:
+            return found
+        if operator.size <= _MATRIX_UP_TO:
+            return Cholesky().prepare(operator).flat
+        message = (
+            f"No row sees {PROBES[-1]} or more directions of the {operator.size:,} parameters: columns repeat, add up "
+            "to others, or are 0, without a penalty on them. Use solver=Cholesky(), which finds them all, drop such "
+            "columns and fit again, or fit with a penalty."
+        )
+        raise NotPositiveDefinite(message)
+
     def solve(self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None) -> Solution:
         """x with (C + λI) x = v for every row v.
 
@@ -99,7 +131,15 @@ class Iteration:
             NotPositiveDefinite: if a direction of curvature ≤ 0 is met; carries the partial Solution and a damping
                 that would do.
         """
-        V = self.operator.project(checked_sides(V))
+        V = checked_sides(V)
+        if self.flat is not None:
+            share = self.flat.leaning(V)
+            leans = share > LEANS
+            if bool(leans.any()):
+                found = self.solve(torch.where(leans[:, None], 0.0, V), state=state)
+                x = torch.where(leans[:, None], torch.nan, found.x)
+                return replace(found, x=x, residual=torch.where(leans, share, found.residual))
+        V = self._project(V)
         if state is not None and ("x" not in state or any(state[name].shape != V.shape for name in state)):
             message = (
                 f"state is not that of an earlier Solution for {tuple(V.shape)} right-hand sides. Pass solution.state."
@@ -143,7 +183,7 @@ class Iteration:
             drifted = float((true * D - run.residual).norm() / (true * D).norm().clamp(min=1e-300))
             X, R = run.x * D, true
             P = run.direction if drifted < 1e-3 and (self.inverse is None or self.together(V)) else None
-        X = self.operator.project(X)
+        X = self._project(X)
         bottom = float(smallest.min()) - self.damping if bool(torch.isfinite(smallest).any()) else float("nan")
         state = {"x": X, "p": R if P is None else P}
         gap = self._gap(X, V, R)
@@ -190,7 +230,7 @@ class Iteration:
         """‖x₀ − x‖/‖x‖ in the norm of C + λI, with x₀ the preconditioner's own answer.  Cost: one product."""
         if not isinstance(self.inverse, ByEigenvalues):
             return None
-        off = self.operator.project(self.inverse(V)) - X
+        off = self._project(self.inverse(V)) - X
         image = getattr(self.operator, "coarse", self.operator).apply(off) + self.damping * off
         return ((off * image).sum(1).clamp(min=0) / (X * (V - R)).sum(1).clamp(min=1e-300)).sqrt()
 
@@ -198,7 +238,7 @@ class Iteration:
         self, coarse: Operator | None, Y: Tensor, R: Tensor, goal: Tensor, left: int, direction: Tensor | None
     ) -> Progress:
         """Steps on D (C + λI) D y = D v until the recurrence believes in the goal, or it is time to look again."""
-        operator, project = self.operator if coarse is None else coarse, self.operator.project
+        operator, project = self.operator if coarse is None else coarse, self._project
         D = torch.ones_like(R[0]) if self.scale is None else self.scale
 
         def product(Y: Tensor) -> Tensor:
@@ -213,7 +253,12 @@ class Iteration:
         return descend(product, precondition, Y, R, goal, steps, direction, scale=D)
 
     def _apply(self, V: Tensor) -> Tensor:
-        return self.operator.project(self.operator.apply(V)) + self.damping * V
+        return self._project(self.operator.apply(V)) + self.damping * V
+
+    def _project(self, V: Tensor) -> Tensor:
+        """V without the directions in which R is constant, by construction or because no row sees them."""
+        V = self.operator.project(V)
+        return V if self.flat is None else self.flat.project(V)
 
     def _partial(self, X: Tensor, P: Tensor, V: Tensor, sweeps: int) -> Solution:
         return Solution(
@@ -245,6 +290,20 @@ class Iteration:
             "see influence.check()."
         )
         return NotPositiveDefinite(message, self._partial(run.x, run.direction, V, sweeps), suggestion)
+
+
+def _held(objective: Objective) -> bool:
+    """Whether a penalty holds every parameter, or all but the intercepts, which all rows see."""
+    structure, strengths = objective.linear, calculus.penalty_diagonal(objective)
+    return bool((strengths[: None if structure is None else structure.n_outputs * structure.n_features] > 0).all())
+
+
+def _in_a_matrix(operator: Operator) -> Flat | None:
+    """The flat directions of a small matrix; None if there is negative curvature, which CG will meet."""
+    try:
+        return Cholesky().prepare(operator).flat
+    except NotPositiveDefinite:
+        return None
 
 
 def _share(R: Tensor, size: Tensor) -> Tensor:
