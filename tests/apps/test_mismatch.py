@@ -355,3 +355,53 @@ def test_unknown_names_and_rows_are_refused():
     assert effects is not None
     refuses(lambda: effects.places("nothing"), ValueError, "no feature 'nothing'")
     refuses(lambda: effects.of([0, 239]), ValueError, "features were computed for rows")
+
+
+def repeating(width=4, **settings):
+    """30 rows whose column 3 repeats column 0, and three queries; in query 1 it does not."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(30, 3))
+    y = x @ [1.0, 2.0, 0.0] + draw.normal(size=30)
+    x, xq = np.c_[x, x[:, 0]], np.array([[1.0, 2.0, 3.0, 1.0], [1.0, 2.0, 3.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
+    model = Ridge(**settings) if settings else LinearRegression()
+    return uw.explain(model.fit(x[:, :width], y), x[:, :width], y), (xq[:, :width], np.array([0.0, 1.0, 2.0]))
+
+
+@pytest.mark.filterwarnings("ignore::upweight.errors.TheoryWarning")
+def test_queries_without_a_value_are_left_out_and_told():
+    influence, (xq, yq) = repeating()
+    told, known = (mismatch(influence, on, groups=np.arange(30) % 3) for on in ((xq, yq), (xq[[0, 2]], yq[[0, 2]])))
+    assert told.left_out.tolist() == [1]
+    assert known.left_out.tolist() == []
+    for side in ("harmful", "helpful"):
+        np.testing.assert_array_equal(getattr(told, side).rows, getattr(known, side).rows)
+        np.testing.assert_allclose(getattr(told, side).values, getattr(known, side).values)
+    np.testing.assert_allclose(told.loss, known.loss)
+    np.testing.assert_allclose(told.features.by_row, known.features.by_row)
+    np.testing.assert_allclose(told.groups.newton, known.groups.newton)
+    said = str(told).splitlines()[1]
+    assert said.startswith("1 of 3 queries has no value and is left out: query 1. The training rows do not determine")
+    assert "left out: query" not in str(known)
+    numbers = told.to_dict()
+    assert (numbers["queries"], numbers["left_out"]) == (2, [1])
+    first = mismatch(influence, (xq[[1, 0, 2]], yq[[1, 0, 2]]))  # the first query has no value
+    np.testing.assert_allclose(first.features.by_row, known.features.by_row)
+    dropped, on = repeating(width=3)
+    assert mismatch(dropped, on).left_out.tolist() == []
+    penalised, on = repeating(alpha=0.1)
+    assert mismatch(penalised, on).left_out.tolist() == []
+
+
+@pytest.mark.filterwarnings("ignore::upweight.errors.TheoryWarning")
+def test_features_without_a_derivative_are_left_out_and_told():
+    influence, on = repeating()
+    effects = mismatch(influence, on).features
+    assert effects is not None
+    assert effects.undetermined == [0, 3]
+    assert effects.top(4) == effects.top(2) == [1, 2]
+    assert (effects.places("column 0").absolute, effects.places("column 1").absolute) == (None, 1)
+    assert "nan" not in str(mismatch(influence, on))
+    assert "left out: column 0, column 3. The columns repeat" in str(mismatch(influence, on))
+    assert [each["name"] for each in effects.to_dict()["features"]] == [f"column {j}" for j in (1, 2, 0, 3)]
+    dropped, on = repeating(width=3)
+    assert mismatch(dropped, on).features.undetermined == []

@@ -8,7 +8,7 @@ import scipy.sparse
 import scipy.stats
 import torch
 from sklearn.datasets import load_iris, make_moons
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
@@ -152,3 +152,29 @@ def test_the_numbers_and_the_picture(found):
     ax = pictures.influence_against_distance(found, 0)
     assert sum(len(dots.get_offsets()) for dots in ax.collections) >= len(X)
     assert ax.get_xlabel()
+
+
+@pytest.mark.filterwarnings("ignore::upweight.errors.TheoryWarning")
+def test_queries_without_a_value_are_left_out_and_told():
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(30, 3))
+    y = x @ [1.0, 2.0, 0.0] + draw.normal(size=30)
+    x, xq = np.c_[x, x[:, 0]], np.array([[1.0, 2.0, 3.0, 1.0], [1.0, 2.0, 3.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
+    asked = (xq, np.array([0.0, 1.0, 2.0]))
+    influence = uw.explain(LinearRegression().fit(x, y), x, y)
+    found = uw.apps.understand(influence, asked)
+    known = uw.apps.understand(influence, (xq[[0, 2]], asked[1][[0, 2]]))
+    assert found.left_out.tolist() == [1]
+    assert known.left_out.tolist() == []
+    text = str(found)
+    assert "Query 1" not in text
+    assert "nan" not in text
+    assert text.splitlines()[-1].startswith("1 of 3 queries has no value and is left out: query 1. The training rows")
+    assert "left out" not in str(known)
+    assert [each["query"] for each in found.to_dict()["queries"]] == [0, 2]
+    assert found.to_dict()["left_out"] == [1]
+    pair = uw.apps.side_by_side({"a": found, "b": found})
+    assert str(pair).splitlines()[0].startswith("2 queries (of 3: the others have no value")
+    assert f"in {np.median(known.half):.0f} rows" in str(pair)
+    dropped = uw.explain(LinearRegression().fit(x[:, :3], y), x[:, :3], y)
+    assert uw.apps.understand(dropped, (xq[:, :3], asked[1])).left_out.tolist() == []

@@ -46,6 +46,17 @@ def test_columns_that_repeat_cannot_be_moved_apart():
     np.testing.assert_allclose(moved[..., 1], plain[..., 1], rtol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:Moving x0, x2 apart")
+def test_a_query_that_leans_is_nan_for_every_move_and_the_others_keep_theirs():
+    apart = TWICE[:2].copy()
+    apart[0, 2] += 1
+    with pytest.warns(TheoryWarning, match=r"1 of 2 systems \(first: number 0\)"):
+        moved = influence(TWICE).of_perturbing([3, 4], on=(apart, Y[:2]))
+    assert np.isnan(moved[0]).all()
+    plain = influence(FREE).of_perturbing([3, 4], on=(FREE[1:2], Y[1:2]))
+    np.testing.assert_allclose(moved[1, :, 1], plain[0, :, 1], rtol=1e-7)
+
+
 def test_a_row_without_weight_may_lean():
     weights = np.ones(N)
     weights[:2] = 0

@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 from upweight.apps.names import listed, names_in_json
 from upweight.errors import InvalidInput, checked_count
 
+_NAMED = 5  # features in a sentence
+
 
 @dataclass(frozen=True)
 class Places:
     """A feature's place among all features by four readings; 1 is the first, None where a reading is not defined."""
 
-    rising: int
-    falling: int
-    absolute: int
+    rising: int | None
+    falling: int | None
+    absolute: int | None
     held: int | None
     coefficient: int | None
 
@@ -29,7 +31,8 @@ class Places:
 class FeatureEffects:
     """Equation 5 by feature, for the rows that stand out; the columns of a one-hot group are one feature.
 
-    With g[i, j] the derivative of the queries' mean loss by column j of row i, in nats per unit of the column:
+    With g[i, j] the derivative of the queries' mean loss by column j of row i, in nats per unit of the column, NaN
+    where the training rows do not determine the coefficient of the column:
 
     Args:
         names: (f,) of the features.
@@ -107,8 +110,8 @@ class FeatureEffects:
             raise InvalidInput(message)
         j = self.names.index(name)
 
-        def place(values: NDArray[np.float64]) -> int:
-            return int((values > values[j]).sum()) + 1
+        def place(values: NDArray[np.float64]) -> int | None:
+            return None if np.isnan(values[j]) else int((values > values[j]).sum()) + 1
 
         return Places(
             rising=place(self.signed),
@@ -118,13 +121,22 @@ class FeatureEffects:
             coefficient=None if self.coefficient is None else place(self.coefficient),
         )
 
+    @property
+    def undetermined(self) -> list[int]:
+        """The numbers of the features without a derivative: the training rows do not determine their coefficients."""
+        return np.flatnonzero(np.isnan(self.absolute)).tolist()
+
     def top(self, k: int = 5) -> list[int]:
-        """The numbers of the k features that matter most: by what the rows hold, or in size where that is unknown."""
+        """The numbers of the k features that matter most: by what the rows hold, or in size where that is unknown.
+
+        Fewer, if fewer have a derivative.
+        """
         keys = self.absolute if self.held is None else self.held
-        return np.argsort(-keys, kind="stable")[: checked_count(k, "k")].tolist()
+        order = np.argsort(-keys, kind="stable")[: checked_count(k, "k")]
+        return order[~np.isnan(keys[order])].tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """One entry per feature, in the order of `top`."""
+        """One entry per feature, in the order of `top`; last those that are `undetermined`."""
         held, coefficient = self.held, self.coefficient
         return {
             "rows": self.rows.tolist(),
@@ -137,7 +149,7 @@ class FeatureEffects:
                     "held": None if held is None else float(held[j]),
                     "coefficient": None if coefficient is None else float(coefficient[j]),
                 }
-                for j in self.top(len(self.names))
+                for j in [*self.top(len(self.names)), *self.undetermined]
             ],
         }
 
@@ -193,6 +205,13 @@ def feature_lines(effects: FeatureEffects) -> list[str]:
         places = effects.places(effects.names[j])
         naive = "" if coefficient is None else f"; |θ| {coefficient[j]:.3g}, place {places.coefficient}"
         lines.append(f"  {effects.names[j]}: {own}{signed}absolute {effects.absolute[j]:.3g}{naive}")
+    without = [effects.names[j] for j in effects.undetermined]
+    if without:
+        more = f" and {len(without) - _NAMED} more" if len(without) > _NAMED else ""
+        lines.append(
+            f"  left out: {', '.join(without[:_NAMED])}{more}. The columns repeat or add up to others in every "
+            "training row, so nothing says what moving one alone would do. Drop one and fit again."
+        )
     return lines
 
 

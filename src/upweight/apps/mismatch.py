@@ -21,6 +21,7 @@ import upweight as uw
 from upweight.apps.columns import grouped_columns, one_hot_groups, unique
 from upweight.apps.effects import FeatureEffects, GroupEffects, feature_lines, group_lines
 from upweight.apps.names import name_in_text, names_in_json
+from upweight.apps.undetermined import left_out_line, undetermined
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, UpweightError, checked_count, first_line
 
 _SHOWN = 12  # rows of either kind in a text
@@ -71,11 +72,14 @@ class Side:
 class Mismatch:
     """Which training rows, which features of them and which sources are responsible for some errors.
 
+    Queries that ask for what the training rows do not determine have no value; all means are over the others.
+
     Args:
         harmful: the rows whose removal would lower the queries' mean loss most.
         helpful: the rows whose removal would raise it most.
         loss: the queries' mean loss now.
-        scores: the values of all rows on every query; `scores.harmful(5)` are the rows of each query.
+        scores: the values of all rows on every query; `scores.harmful(5)` are the rows of each query. Those of a query
+            without a value are NaN.
         features: of the rows that stand out; None where equation 5 is not defined, as for kernels.
         groups: of the metadata column, None if none was given.
     """
@@ -88,6 +92,11 @@ class Mismatch:
     groups: GroupEffects | None = field(repr=False)
 
     @property
+    def left_out(self) -> Int[NDArray[np.int64], " m"]:
+        """The queries that have no value, which are left out of the means."""
+        return undetermined(self.scores)
+
+    @property
     def responsible(self) -> Int[NDArray[np.int64], " m"]:
         """The rows that stand out: harmful ones first, then helpful ones."""
         return np.concatenate([self.harmful.responsible, self.helpful.responsible])
@@ -95,7 +104,8 @@ class Mismatch:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers and lists; of the features and sources all."""
         return {
-            "queries": len(self.scores.values),
+            "queries": len(self.scores.values) - len(self.left_out),
+            "left_out": self.left_out.tolist(),
             "loss": self.loss,
             "harmful": self.harmful.to_dict(),
             "helpful": self.helpful.to_dict(),
@@ -104,8 +114,9 @@ class Mismatch:
         }
 
     def __str__(self) -> str:
-        q = len(self.scores.values)
+        q, without = len(self.scores.values) - len(self.left_out), left_out_line(self.scores)
         lines = [f"{'1 query' if q == 1 else f'{q} queries'}, mean {self.scores.measure} {self.loss:.4g}"]
+        lines += [without] if without else []
         for name, verb, side in (("harmful", "fall", self.harmful), ("helpful", "rise", self.helpful)):
             if side.stand_out:
                 lines += ["", f"most {name}: {_said(side, verb)}"]
@@ -134,7 +145,7 @@ def mismatch(
 
     Rows are ranked by the mean over the queries of values[q, i] = (wᵢ/n) ∇L(z_q)ᵀ (C + λI)⁻¹ ∇L(zᵢ), the predicted
     change of the loss if row i is removed. Those before the largest gap stand out, and their features are read with
-    equation 5: g[i] = −(wᵢ/n) ∇L(z_q)ᵀ (C + λI)⁻¹ ∇ₓ∇L(zᵢ).
+    equation 5: g[i] = −(wᵢ/n) ∇L(z_q)ᵀ (C + λI)⁻¹ ∇ₓ∇L(zᵢ). Queries without a value (`Mismatch.left_out`) are left out.
 
     Cost: on_loss of the queries and, with the rows that stand out, of_perturbing; with groups their Newton steps too.
 
@@ -149,6 +160,7 @@ def mismatch(
 
     Raises:
         InvalidInput: if the queries, names, groups or k cannot be used.
+        NotPositiveDefinite: if no query has a value.
 
     References: Koh & Liang (2017), section 5.3.
 
@@ -162,14 +174,15 @@ def mismatch(
     checked_count(k, "k", hint="10 rows on either side")
     queries = influence.queries(on)
     scores = influence.on_loss(queries)
-    values = scores.values.mean(0)
+    known = np.setdiff1d(np.arange(len(queries)), undetermined(scores))
+    queries, values = queries.subset(known), scores.values[known].mean(0)
     harmful, helpful = _side(values, scores.ids, -1, k), _side(values, scores.ids, 1, k)
     rows = np.concatenate([harmful.responsible, helpful.responsible])
     assert scores.query_values is not None
     return Mismatch(
         harmful,
         helpful,
-        float(scores.query_values.mean()),
+        float(scores.query_values[known].mean()),
         scores,
         _features(influence, queries, rows, feature_names, feature_groups),
         None if groups is None else _groups(influence, queries, _named(groups, influence.n), k),

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 import upweight as uw
 from upweight.apps.distances import distances
 from upweight.apps.names import called, name_in_text, names_in_json, plain
+from upweight.apps.undetermined import left_out_line, undetermined
 from upweight.errors import InvalidInput, RowOutOfRange, checked_count
 
 
@@ -49,8 +50,10 @@ class Ranked:
 class Understanding:
     """What a model's answers to some queries rest on.
 
+    Queries that ask for what the training rows do not determine have no value: texts and `to_dict` leave them out.
+
     Args:
-        scores: predicted change of each query's loss for every training row.
+        scores: predicted change of each query's loss for every training row, NaN for a query without a value.
         distances: (q, n) Euclidean, between inputs as the user gave them.
         feature_distances: (q, n) Euclidean, between what the objective sees; the same where nothing lies between.
         labels: (n,) of the training rows, or None where targets are no classes.
@@ -70,6 +73,11 @@ class Understanding:
     outputs: Float[NDArray[np.float64], "q K"] = field(repr=False)
     k: int = 5
     describe: Callable[[int], str] | None = field(default=None, repr=False)
+
+    @property
+    def left_out(self) -> Int[NDArray[np.int64], " m"]:
+        """The queries that have no value."""
+        return undetermined(self.scores)
 
     def helpful(self, query: int = 0, k: int | None = None) -> Ranked:
         """The k rows that help a query most: its loss would rise without them. Fewer, if fewer have a value > 0."""
@@ -91,7 +99,7 @@ class Understanding:
 
     @property
     def half(self) -> Int[NDArray[np.int64], " q"]:
-        """The smallest number of rows that hold half of Σ|value|, for each query; 0 if all values are 0."""
+        """The smallest number of rows that hold half of Σ|value|, for each query; 0 if all are 0, or NaN."""
         sizes = -np.sort(-np.abs(self.scores.values), 1)
         total = sizes.sum(1, keepdims=True)
         return np.where(total[:, 0] > 0, (np.cumsum(sizes, 1) < total / 2).sum(1) + 1, 0)
@@ -126,17 +134,24 @@ class Understanding:
         return first, second
 
     def __str__(self) -> str:
-        return "\n\n".join(self._text(query) for query in range(min(len(self.scores.values), 3))) + (
-            f"\n\n… and {len(self.scores.values) - 3} more queries" if len(self.scores.values) > 3 else ""
-        )
+        known = self._known.tolist()
+        more = [f"… and {len(known) - 3} more queries"] if len(known) > 3 else []
+        without = left_out_line(self.scores)
+        return "\n\n".join([*map(self._text, known[:3]), *more, *([without] if without else [])])
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers of every query, ready for JSON."""
+        """The numbers of every query that has a value, ready for JSON, and which have none."""
         return {
             "measure": self.scores.measure,
             "counterfactual": self.scores.counterfactual,
-            "queries": [self._numbers(query) for query in range(len(self.scores.values))],
+            "queries": [self._numbers(query) for query in self._known.tolist()],
+            "left_out": self.left_out.tolist(),
         }
+
+    @property
+    def _known(self) -> NDArray[np.int64]:
+        """The queries that have a value."""
+        return np.setdiff1d(np.arange(len(self.scores.values)), self.left_out)
 
     def _numbers(self, query: int) -> dict[str, Any]:
         def listed(ranked: Ranked) -> list[dict[str, Any]]:
@@ -232,6 +247,7 @@ def understand(
 
     Raises:
         InvalidInput: if X does not have the training rows' number, or the inputs are no arrays.
+        NotPositiveDefinite: if no query has a value, for the training rows do not determine what the model says there.
 
     References: Koh & Liang (2017), section 5.1 and figure 4.
 
@@ -283,6 +299,11 @@ class SideBySide:
         """Spearman's correlation of the two models' values over all rows, for each query."""
         return _rank_correlations(self.first.scores.values, self.second.scores.values)
 
+    @property
+    def _known(self) -> NDArray[np.int64]:
+        """The queries that have a value with both models."""
+        return np.intersect1d(self.first._known, self.second._known)
+
     def shared(self, k: int = 20) -> Float[NDArray[np.float64], " q"]:
         """The share of each query's k most helpful rows that both models have in common.
 
@@ -298,17 +319,19 @@ class SideBySide:
     def __str__(self) -> str:
         width = max(len(name) for name in self.names)
         k = min(20, self.first.scores.values.shape[1])
-        shared = self.shared(k)
+        shared, known = self.shared(k), self._known
         common = "nothing helps" if np.isnan(shared).all() else f"{_mean(shared):.0%} are the same"
         lines = [
             f"{name:<{width}}  locality {_mean(found.locality):+.3f} in inputs, "
             f"{_mean(found.feature_locality):+.3f} in features; half of the influence in "
-            f"{np.median(found.half):.0f} rows"
+            f"{np.median(found.half[known]) if len(known) else float('nan'):.0f} rows"
             for name, found in zip(self.names, (self.first, self.second), strict=True)
         ]
+        asked = len(self.agreement)
+        without = f" (of {asked}: the others have no value with one of the models)" if len(known) < asked else ""
         return "\n".join(
             [
-                f"{len(self.agreement)} queries; means over them, of the number of rows the median",
+                f"{len(known)} queries{without}; means over them, of the number of rows the median",
                 *lines,
                 f"rank correlation of their values {_mean(self.agreement):+.3f}; of the {k} most helpful rows {common}",
             ]

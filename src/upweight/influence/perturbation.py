@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -21,12 +22,15 @@ def of_perturbing(system: System, rows: Any, on: Any) -> Float[NDArray[np.float6
     rows = system.examples.rows(rows)
     movable = system.encoder.movable(rows)
     S = scoring.solutions(system, system.queries(on)).x
+    leaning = S.isnan().any(1)  # queries whose system has no solution
+    S = torch.where(leaning[:, None], 0.0, S)
 
     def fields(batch: Any, w: Tensor) -> Tensor:
         gradient = calculus.input_gradients(system.objective, batch, S).double().cpu().movedim(0, 1)  # (b, q, *x)
         return gradient * w.reshape(-1, *[1] * (gradient.ndim - 1))
 
     moved = system.sweep.emit(fields, vectors=len(S), rows=rows, label="perturb")
+    moved[:, leaning.numpy()] = np.nan
     apart = system.undetermined_features
     if len(apart):
         message = (
