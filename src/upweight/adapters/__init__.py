@@ -28,6 +28,7 @@ def explain(
     sample_weight: Any = None,
     ids: Any = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    reduction: str | None = None,
     penalty_per_example: bool | None = None,
     curvature: Curvature | None = None,
     solver: Solver | None = None,
@@ -57,6 +58,9 @@ def explain(
             DataFrame or Series, or a Dataset's column `id` or attribute `ids`, where that names every row once.
         collate_fn: from a list of rows to a batch, for rows that are no numbers yet, as in a DataLoader. Without it
             rows of unequal length are padded at their end, with a mask, and their labels with −100.
+        reduction: for a cross-entropy of several labels a row, what training took the mean of: "tokens", all counted
+            labels alike, or "rows", the mean of the rows' own means, so that every row has weight 1. None is "tokens",
+            the criterion's own mean over a batch; docs/math.md, "What was minimised", says which a Trainer takes.
         penalty_per_example: whether removing a row removes its share of the penalty; None means the estimator's own
             meaning of leaving a row out (sample_weight=0; for SGD a smaller sum, so True), and that of deleting it from
             the script for modules: True beside a mean, False beside a sum.
@@ -88,12 +92,13 @@ def explain(
     }
     if isinstance(model, torch.nn.Module):
         asked = {"loss": loss, "penalty": penalty, "parameters": parameters, "collate_fn": collate_fn}
+        asked["reduction"] = reduction
         return module.explain(model, X, y, **asked, **settings)
     _refuse_wrapper(model)
     if "sklearn" in sys.modules and (hasattr(model, "get_params") or hasattr(model, "fit")):
         from upweight.adapters import sklearn
 
-        others = {"penalty": penalty, "parameters": parameters, "collate_fn": collate_fn}
+        others = {"penalty": penalty, "parameters": parameters, "collate_fn": collate_fn, "reduction": reduction}
         given = [name for name, value in others.items() if value is not None]
         if given:
             message = (

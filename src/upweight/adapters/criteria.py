@@ -51,6 +51,7 @@ class Reduction:
         weight: (K,) of the classes, or None.
         ignore_index: the label that is not counted.
         name: the criterion's own.
+        by_rows: whether every example that counts at all counts alike: a mean of the examples' own means.
     """
 
     criterion: Criterion
@@ -59,6 +60,7 @@ class Reduction:
     weight: Tensor | None = None
     ignore_index: int = -100
     name: str = "criterion"
+    by_rows: bool = False
 
     @classmethod
     def of(cls, criterion: Any) -> Reduction:
@@ -105,7 +107,8 @@ class Reduction:
         """cᵢ of every example: how much of it is counted in a mean over the batch; ones where all count alike."""
         if self.summed is None or targets.is_floating_point():
             return np.ones(len(targets))
-        return self._weights(targets).reshape(len(targets), -1).sum(1).double().cpu().numpy()
+        counted = self._weights(targets).reshape(len(targets), -1).sum(1).double().cpu().numpy()
+        return (counted > 0).astype(np.float64) if self.by_rows else counted
 
     def scale(self, counted: NDArray[np.float64]) -> float:
         """n/Σc, which makes weights of what the training rows count.
@@ -120,6 +123,31 @@ class Reduction:
             )
             raise InvalidInput(message)
         return len(counted) / float(counted.sum())
+
+    def taken(self, given: str | None) -> Reduction:
+        """The same with the mean that training took: "tokens" or None, its own; "rows", a mean of means.
+
+        Raises:
+            InvalidInput: if it is neither, or the criterion has no labels to count.
+        """
+        if given not in {None, "tokens", "rows"}:
+            message = (
+                f"reduction={given!r} is no mean that is known. Pass reduction='tokens', a mean over all counted "
+                "labels, or reduction='rows', a mean of the rows' own means."
+            )
+            raise InvalidInput(message)
+        if given is not None and self.summed is None:
+            message = (
+                f"reduction={given!r} was given, and {self.name} does not say how labels count in it. "
+                "Pass loss=torch.nn.CrossEntropyLoss(), whose labels are counted, or omit reduction: every row then "
+                "weighs what sample_weight says."
+            )
+            raise InvalidInput(message)
+        return replace(self, by_rows=given == "rows")
+
+    def of_a_batch(self) -> Reduction:
+        """The criterion's own, whatever training took the mean of."""
+        return replace(self, by_rows=False)
 
     def plain(self) -> Reduction:
         """The criterion as it is, for examples that count alike."""

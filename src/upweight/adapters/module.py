@@ -43,6 +43,7 @@ def explain(
     sample_weight: Any = None,
     ids: Any = None,
     collate_fn: Any = None,
+    reduction: str | None = None,
     penalty_per_example: bool | None = None,
     **settings: Any,
 ) -> Influence:
@@ -66,7 +67,7 @@ def explain(
     path = None if isinstance(model, Called) else frozen.split(model, parameters)
     parts = None if path is None else frozen.headed(model, path, probe[0])
     if parts is not None:
-        asked = {"loss": loss, "penalty": penalty, "penalty_per_example": penalty_per_example}
+        asked = {"loss": loss, "penalty": penalty, "penalty_per_example": penalty_per_example, "reduction": reduction}
         features = frozen.features_of(parts[0], examples, settings)
         if features is not None:
             return _explain_head(*parts, examples, features, asked, settings)
@@ -81,29 +82,31 @@ def explain(
             dtype=reading.dtype,
         )
 
-    reduction = Reduction.of(loss)
+    weighing = Reduction.of(loss).taken(reduction)
     try:
         reading, objective = working(
-            lambda reading: build(reading, reduction), readings(probe, defaults.precision(model)), probe
+            lambda reading: build(reading, weighing), readings(probe, defaults.precision(model)), probe
         )
     except InvalidInput as error:  # perhaps of one row alone, which a loss of several rows has no value for
-        how = compares(model, reduction, probe)
-        raise (refused_comparison(reduction.name, how) if how else error) from error.__cause__
+        how = compares(model, weighing, probe)
+        raise (refused_comparison(weighing.name, how) if how else error) from error.__cause__
     if examples.x is not None:
         examples = _read(examples, reading, reading.labels(examples.y))
     seen = examples if examples.x is not None else probe
-    if reduction.counts_alike(_targets(reading, seen)):
-        objective = build(reading, reduction.plain())
+    if weighing.counts_alike(_targets(reading, seen)):
+        objective = build(reading, weighing.plain())
         scale = 1.0
     else:
         examples = copy(examples)
-        counted = reduction.counted(_targets(reading, examples))
-        scale = reduction.scale(counted)
+        counted = weighing.counted(_targets(reading, examples))
+        scale = weighing.scale(counted)
         examples.weights = examples.sample_weight * counted * scale
-        _name_ignored(reduction, counted)
-    refuse_batch_effects(model, reading.criterion(reduction.criterion), objective, reading.batch(probe), reduction)
+        _name_ignored(weighing, counted)
+    refuse_batch_effects(
+        model, reading.criterion(weighing.criterion), objective, reading.batch(probe), weighing.of_a_batch()
+    )
     objective = replace(objective, name=f"{objective.name}{_precision_in_words(model, reading, objective)}")
-    encoder = ModuleEncoder(reading, reduction, scale, rows)
+    encoder = ModuleEncoder(reading, weighing, scale, rows)
     return Influence(objective, examples, encoder=encoder, **settings)
 
 

@@ -126,7 +126,7 @@ def prepared(model: nn.Module, X: Any, y: Any, loss: Criterion | None, collate_f
         rows,
         takes=taken(model),
         collate=collate,
-        labelled=type(model).__name__.endswith(_CAUSAL),
+        labelled=any(kind.__name__.endswith(_CAUSAL) for kind in type(model).__mro__),
         with_labels=bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)),
         pad=_pad(model),
     )

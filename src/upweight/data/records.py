@@ -3,7 +3,8 @@
     a list of dicts · a dict of columns · a Hugging Face Dataset · any map-style Dataset of dicts · a tokenizer's output
 
 Row i becomes the example (x, y): x a dict of tensors under the names that the model takes, y its labels. Rows of
-unequal length are padded where they are stacked (`data.examples`), labels with −100, and have a mask by then.
+unequal length are padded where they are stacked (`data.examples`), labels with −100, and have a mask by then. A row
+into which several sequences were packed is taken apart, and its k-th sequence is named (row, k).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from upweight.errors import InvalidInput, first_line
 
 LABELS = ("labels", "label", "label_ids")
 MASK, TOKENS = "attention_mask", "input_ids"
+PLACES, LENGTHS = "position_ids", "seq_lengths"  # what says that a row holds several sequences
 UNCOUNTED = -100  # the label that cross-entropies leave out
 
 
@@ -53,7 +55,7 @@ class Records:
         with_labels: bool = False,
         pad: int = 0,
     ) -> None:
-        self.rows = rows
+        self.rows = unpacked(rows)
         self.takes = None if takes is None else frozenset(takes)
         self.collate = collate
         self.labelled, self.shifted, self.with_labels, self.pad = labelled, shifted, with_labels, pad
@@ -122,7 +124,7 @@ class Records:
         if rows is None:
             return None
         other = copy(self)
-        other.rows = rows
+        other.rows = unpacked(rows)
         other.collate = None if isinstance(rows, Columns) else self.collate  # columns are collated
         return other
 
@@ -189,6 +191,74 @@ class Rows:
             }
         own = getattr(self.rows, "ids", None)
         return {} if own is None else {"id": own}
+
+
+class Sequences:
+    """The sequences of packed rows, in their order.
+
+    Args:
+        rows: of mappings, by number.
+        bounds: the row, the number in it, the first token and the end of every sequence.
+    """
+
+    def __init__(self, rows: Any, bounds: list[tuple[int, int, int, int]]) -> None:
+        self.rows, self.bounds = rows, bounds
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __getitem__(self, number: int) -> Any:
+        row, _, start, stop = self.bounds[number]
+        item = self.rows[row]
+        whole, target = item if isinstance(item, tuple | list) else (item, None)
+        size = len(whole[TOKENS])
+
+        def part(value: Any) -> Any:
+            along = hasattr(value, "__len__") and not isinstance(value, str) and len(value) == size
+            return value[start:stop] if along else value
+
+        parts = {name: part(value) for name, value in whole.items()}
+        if LENGTHS in parts:
+            parts[LENGTHS] = [stop - start]
+        return (parts, part(target)) if isinstance(item, tuple | list) else parts
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """The column of ids: (name of the row, number in it)."""
+        brought = getattr(self.rows, "columns", {})
+        names = next((list(brought[name]) for name in ("id", "idx") if name in brought), range(len(self.rows)))
+        return {"id": [(names[row], place) for row, place, _, _ in self.bounds]}
+
+
+def unpacked(rows: Any) -> Any:
+    """Rows with the sequences of packed ones apart; the same rows where none holds more than one.
+
+    Sequences begin where `position_ids` are 0 again under the mask, or have the lengths that `seq_lengths` lists.
+    """
+    first = rows[0] if len(rows) else None
+    first = first[0] if isinstance(first, tuple | list) and first else first
+    if not isinstance(first, Mapping) or TOKENS not in first or not (LENGTHS in first or PLACES in first):
+        return rows
+    bounds = []
+    for row in range(len(rows)):
+        item = rows[row]
+        whole = item[0] if isinstance(item, tuple | list) else item
+        starts = _starts(whole)
+        ends = [*starts[1:], len(whole[TOKENS])]
+        bounds += [(row, k, start, stop) for k, (start, stop) in enumerate(zip(starts, ends, strict=True))]
+    return rows if len(bounds) == len(rows) else Sequences(rows, bounds)
+
+
+def _starts(row: Mapping[str, Any]) -> list[int]:
+    """Where the sequences of a row begin; 0 for the first, whatever padding stands before it."""
+    size = len(row[TOKENS])
+    if row.get(LENGTHS) is not None:
+        return [0, *np.cumsum(np.asarray(row[LENGTHS]))[:-1].tolist()]
+    places = np.asarray(row.get(PLACES, range(size)))
+    if places.shape != (size,):
+        return [0]
+    counted = np.asarray(row[MASK]) > 0 if row.get(MASK) is not None else np.ones(size, dtype=bool)
+    return [0, *np.flatnonzero((places == 0) & (counted if counted.shape == (size,) else True)).tolist()[1:]]
 
 
 def rows_of(data: Any, y: Any = None) -> Rows | Columns | None:

@@ -22,7 +22,10 @@ from upweight.data.trees import batch_length, like, take, tree_map
 from upweight.errors import InvalidInput, UnsupportedModel
 from upweight.model import linear
 from upweight.model.objective import Objective
-from upweight.model.transforms import grad, quietly, vmap
+from upweight.model.transforms import grad, pushed, quietly, vmap
+
+_FEW_OUTPUTS = 32  # so many rows of J are always affordable
+AT_ONCE = 64  # columns of J in forward mode, so that they stay near the processor
 
 
 def losses(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
@@ -114,11 +117,72 @@ def ggnvp(
     batch = ready(objective, batch)
     params = leaves_of(objective)
     f = _outputs(objective, params, batch)  # (b, K)
-    u = torch.zeros_like(f, requires_grad=True)
-    pulled = vjps(f.reshape(-1), params, u.reshape(1, -1), create_graph=True)[0]  # Jᵀu, linear in u
-    JV = _pull_rows(objective, pulled, u, V.to(pulled)).reshape(len(V), *f.shape)  # (k, b, K)
+    JV = _pushed(objective, f, params, V)
     bent = output_products(objective, batch, JV) * _weights(batch, weights).to(f)[:, None]
     return _pull_rows(objective, f, params, bent)
+
+
+def gauss_newton(objective: Objective, batch: Any, weights: Float[Tensor, " b"]) -> Float[Tensor, "p p"]:
+    """Σ_b w_b J_bᵀ (∂²ℓ/∂f²) J_b as a matrix, float64.
+
+    Cost: a backward pass for each of the K outputs, or two for each of the p parameters where outputs are many
+    (`through_parameters`). Memory: b·K·p numbers, and then no K × K matrix.
+    """
+    if not through_parameters(objective, outputs(objective, tree_map(lambda leaf: leaf[:1], batch)).shape[1]):
+        J = output_jacobians(objective, batch).double()  # (b, K, p)
+        h = output_hessians(objective, batch).double() * weights[:, None, None].to(J)
+        return J.flatten(0, 1).T @ torch.einsum("bij,bjp->bip", h, J).flatten(0, 1)
+    batch = ready(objective, batch)
+    params = leaves_of(objective)
+    f = _outputs(objective, params, batch)
+    columns = _columns(objective, batch, f, params)  # (p, b, K)
+    bent = output_products(objective, batch, columns) * weights.to(f)[:, None]
+    return (columns.flatten(1) @ bent.flatten(1).T).double()
+
+
+def through_parameters(objective: Objective, n_outputs: int) -> bool:
+    """Whether J is computed by its p columns, and not by its K rows, as for adapters of a language model.
+
+    Columns are batched, so that they are worth it before p < K.
+    """
+    return n_outputs > _FEW_OUTPUTS and 4 * n_outputs > objective.size
+
+
+def _columns(objective: Objective, batch: Any, f: Float[Tensor, "b K"], params: Any) -> Float[Tensor, "p b K"]:
+    """J of every example, by its columns: forward mode where the model can and one random vector agrees with J v.
+
+    Forward mode keeps nothing for a backward pass, and a block's columns begin at the block.
+    """
+    eye = torch.eye(objective.size, dtype=objective.reference.dtype, device=f.device)
+    v = torch.randn(1, objective.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parts, start = [], 0
+    try:
+        for name, block in objective.blocks.items():
+
+            def outputs(moved: Tensor, name: str = name) -> Tensor:
+                whole = objective.params
+                return _outputs(objective, {**whole, name: moved} if isinstance(whole, dict) else moved, batch)
+
+            unit = eye[start : start + block.numel(), start : start + block.numel()].reshape(-1, *block.shape)
+            parts.append(pushed(outputs, block.detach(), unit, at_once=AT_ONCE))
+            start += block.numel()
+        forward = torch.cat(parts).detach()
+        along = _pushed(objective, f, params, v)[0]
+        near = 1e-8 if f.dtype == torch.float64 else 1e-3
+        if torch.allclose(
+            torch.einsum("p,pbk->bk", v[0].to(forward), forward), along, near, near * float(along.abs().max())
+        ):
+            return forward
+    except Exception:  # no rule for forward mode, in torch or in a function of the user's own
+        pass
+    return torch.cat([_pushed(objective, f, params, some) for some in eye.split(AT_ONCE)])
+
+
+def _pushed(objective: Objective, f: Float[Tensor, "b K"], params: Any, V: Tensor) -> Float[Tensor, "k b K"]:
+    """J v for every vector, by differentiating Jᵀu, which is linear in u."""
+    u = torch.zeros_like(f, requires_grad=True)
+    pulled = vjps(f.reshape(-1), params, u.reshape(1, -1), create_graph=True)[0]
+    return _pull_rows(objective, pulled, u, V.to(pulled)).reshape(len(V), *f.shape)
 
 
 def output_jacobians(objective: Objective, batch: Any) -> Float[Tensor, "b K p"]:

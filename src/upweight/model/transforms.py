@@ -9,11 +9,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.func import functional_call, grad
 
 from upweight.errors import InvalidInput
 
-__all__ = ["functional_call", "grad", "quietly", "refuse_inference_mode", "unbatched", "undisturbed", "vmap"]
+__all__ = ["functional_call", "grad", "pushed", "quietly", "refuse_inference_mode", "unbatched", "undisturbed", "vmap"]
 
 _NO_RULE = "There is a performance drop because we have not yet implemented the batching rule"  # how torch begins
 _LISTENING: list[bool] = []  # while `unbatched` gathers
@@ -85,3 +86,19 @@ def _warns(on: bool) -> bool:
 def vmap(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:
     """torch.func.vmap, quietly."""
     return quietly()(torch.func.vmap(function, in_dims=in_dims))
+
+
+def pushed(function: Callable[[Tensor], Tensor], at: Tensor, along: Tensor, *, at_once: int) -> Tensor:
+    """The derivative of function at one place along every one of k directions, (k, …), by forward mode.
+
+    Args:
+        function: from a tensor to a tensor.
+        at: the place.
+        along: (k, …) directions of its shape.
+        at_once: directions that are taken together.
+    """
+
+    def one(direction: Tensor) -> Tensor:
+        return torch.func.jvp(function, (at,), (direction,))[1]
+
+    return quietly()(torch.func.vmap(one, chunk_size=at_once))(along)

@@ -151,12 +151,13 @@ class GaussNewton:
         first = sweep.examples.batch([0])
         outputs = calculus.outputs(sweep.objective, first)
         n_outputs, middle = outputs.shape[1], outputs.element_size() * outputs.shape[1] ** 2 * sweep.n
-        needed = kept_bytes(sweep.objective, first, sweep.n) if middle <= self.keep else None
+        few = not calculus.through_parameters(sweep.objective, n_outputs)
+        needed = kept_bytes(sweep.objective, first, sweep.n) if few and middle <= self.keep else None
         if needed is not None and needed <= self.keep:
             return LayeredGaussNewton(sweep)
-        return Implicit(
-            sweep, calculus.ggnvp, _assemble_gauss_newton, assembly_bytes=16 * n_outputs * sweep.objective.size
-        )
+        matrices = 16 * n_outputs * sweep.objective.size
+        columns = 0 if few else calculus.AT_ONCE * sweep.example_bytes
+        return Implicit(sweep, calculus.ggnvp, calculus.gauss_newton, assembly_bytes=matrices + columns)
 
 
 @dataclass(frozen=True)
@@ -236,9 +237,3 @@ def _fisher_product(objective: Objective, batch: Any, V: Tensor, weights: Tensor
 def _assemble_fisher(objective: Objective, batch: Any, weights: Tensor) -> Tensor:
     G = layers.gradients(objective, batch).double()
     return G.T @ (G * weights[:, None].to(G))
-
-
-def _assemble_gauss_newton(objective: Objective, batch: Any, weights: Tensor) -> Tensor:
-    J = calculus.output_jacobians(objective, batch).double()  # (b, K, p)
-    h = calculus.output_hessians(objective, batch).double() * weights[:, None, None].to(J)
-    return J.flatten(0, 1).T @ torch.einsum("bij,bjp->bip", h, J).flatten(0, 1)

@@ -246,3 +246,93 @@ def test_an_answer_read_off_the_last_token_needs_to_know_which_that_is():
         loss = model(input_ids=torch.tensor([item["input_ids"]]), labels=torch.tensor([item["labels"]])).loss
         (theirs,) = torch.autograd.grad(loss, [model.score.weight])
         torch.testing.assert_close(ours[row].float(), theirs.reshape(-1), rtol=1e-4, atol=1e-6)
+
+
+def packed(rows):
+    """Rows as a flattening collator stores them: one after another, with places that begin again."""
+    return {
+        "input_ids": [token for row in rows for token in row["input_ids"]],
+        "position_ids": [place for row in rows for place in range(len(row["input_ids"]))],
+        "labels": [label for row in rows for label in [-100, *row["input_ids"][1:]]],
+    }
+
+
+def test_packed_rows_are_their_sequences():
+    model = built("llama")
+    plain = [{"input_ids": tokens} for tokens in TOKENS]
+    together = [packed(plain[:2]), packed(plain[2:5]), packed(plain[5:])]
+    lengths = [len(tokens) for tokens in TOKENS]
+    listed = [
+        {"input_ids": one["input_ids"], "seq_lengths": some, "id": name}
+        for one, some, name in zip(together, (lengths[:2], lengths[2:5], lengths[5:]), "abc", strict=True)
+    ]
+    settings = {"damping": 1.0, "curvature": uw.operators.Hessian(), "solver": uw.solvers.CG()}
+    expected = uw.explain(model, plain, **settings)
+    G = calculus.gradients(expected.objective, expected.examples.batch(range(len(plain))))
+    for rows, names in ((together, (0, 1, 2)), (listed, "abc")):
+        found = uw.explain(model, rows, **settings)
+        assert found.examples.ids.tolist() == [
+            (names[row], k) for row, k in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0)]
+        ]
+        ours = calculus.gradients(found.objective, found.examples.batch(range(len(plain))))
+        torch.testing.assert_close(ours, G, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(found.examples.weights, expected.examples.weights)
+    queries = found.encoder.examples([together[0]])
+    assert queries.ids.tolist() == [(0, 0), (0, 1)]
+
+
+def test_a_flattening_collator_gives_rows_back():
+    model = built("llama")
+    loader = DataLoader(
+        [{"input_ids": tokens} for tokens in TOKENS],
+        batch_size=3,
+        collate_fn=transformers.DataCollatorWithFlattening(return_tensors="pt"),
+    )
+    settings = {"damping": 1.0, "curvature": uw.operators.Hessian(), "solver": uw.solvers.CG()}
+    ours, theirs = (uw.explain(model, rows, **settings) for rows in (loader, rows("llama")))
+    torch.testing.assert_close(ours.system.risk_gradient, theirs.system.risk_gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_gpt2_padded_on_the_left_is_explained_as_it_was_trained():
+    """Without position_ids padding moves the places of the tokens, and so the loss: rows are kept as they are."""
+    model, longest = built("gpt2"), max(LENGTHS)
+    left = [
+        {
+            "input_ids": [0] * (longest - len(tokens)) + tokens,
+            "attention_mask": [0] * (longest - len(tokens)) + [1] * len(tokens),
+            "labels": [-100] * (longest - len(tokens) + 1) + tokens[1:],
+        }
+        for tokens in TOKENS
+    ]
+    influence = uw.explain(model, left, damping=1.0, curvature=uw.operators.Hessian(), solver=uw.solvers.CG())
+    ours = calculus.gradients(influence.objective, influence.examples.batch(range(len(left))))
+    moved = 0.0
+    for k, row in enumerate(left):
+        inputs = {name: torch.tensor([value]) for name, value in row.items()}
+        theirs = torch.autograd.grad(model(**inputs).loss, list(model.parameters()))
+        torch.testing.assert_close(ours[k].float(), torch.cat([g.reshape(-1) for g in theirs]), rtol=1e-4, atol=1e-6)
+        unpadded = alone(model, {"input_ids": TOKENS[k]}, "gpt2")[0]
+        moved = max(moved, abs(float(model(**inputs).loss.detach() - unpadded.detach())))
+    assert moved > 1e-3
+
+
+def test_pictures():
+    draw = torch.Generator().manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    settings = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=3, num_labels=3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.ViTForImageClassification(settings).eval()
+    pixels = torch.rand(8, 3, 8, 8, generator=draw)
+    data = [{"pixel_values": one, "labels": k % 3} for k, one in enumerate(pixels)]
+    influence = uw.explain(model, data)
+    ours = calculus.gradients(influence.objective, influence.examples.batch(range(8)))
+    for k, row in enumerate(data):
+        loss = model(pixel_values=row["pixel_values"][None], labels=torch.tensor([row["labels"]])).loss
+        theirs = torch.autograd.grad(loss, list(model.parameters()))
+        torch.testing.assert_close(ours[k].float(), torch.cat([g.reshape(-1) for g in theirs]), rtol=1e-4, atol=1e-6)
+    scores = influence.on_loss(data[:2])
+    assert scores.values.shape == (2, 8)
+    C, lam = influence.operator.matrix(), influence.damping
+    expected = ours[:2] @ torch.linalg.solve(C + lam * torch.eye(len(C), dtype=C.dtype), ours.T.double()) / 8
+    np.testing.assert_allclose(scores.values, expected.numpy(), rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
