@@ -27,6 +27,7 @@ from .influence import baselines as baselines, defaults as defaults, diagnostics
 from .influence.checks import Report as Report
 from .influence.damping_path import DampingPath as DampingPath
 from .influence.face import Influence as Influence
+from .influence.index import Coordinates as Coordinates, Index as Index
 from .influence.scores import (
     Certificate as Certificate,
     Extremes as Extremes,
@@ -34,6 +35,7 @@ from .influence.scores import (
     SelfScores as SelfScores,
     extremes as extremes,
 )
+from .influence.tokens import TokenScores as TokenScores
 from .influence.top import TopK as TopK
 from .model import calculus as calculus, losses as losses, penalties as penalties
 from .model.objective import L2 as L2, Linear as Linear, Objective as Objective

@@ -21,7 +21,7 @@ import upweight as uw
 from refusals import refused, warned
 from small import XQ, YQ, ZQ, D, N, X, Y, Z, classifier, net, ridge
 from upweight.influence import baselines, diagnostics
-from upweight.operators import EmpiricalFisher, GaussNewton, Hessian, Nystroem
+from upweight.operators import EKFAC, EmpiricalFisher, GaussNewton, Hessian, Nystroem
 from upweight.solvers import CG, Cholesky, LiSSA
 
 ON = (XQ, ZQ)
@@ -646,3 +646,41 @@ def test_a_loss_of_one_prediction_has_no_tokens():
     with refused("so its value has no tokens to be taken apart by", "Use on_loss; tokens are for losses with a target"):
         one.by_token(0, on=(XQ[:1], YQ[:1]))
     assert np.isfinite(one.on_loss(XQ[:1], YQ[:1]).values).all()
+
+
+# ---- index.py --------------------------------------------------------------------------------------------------------
+
+
+def indexed(model, **settings):
+    return uw.explain(model, X, Y, loss=nn.functional.cross_entropy, damping=0.1, **{"curvature": EKFAC(), **settings})
+
+
+def test_an_index_says_what_it_needs(tmp_path):
+    model = nn.Sequential(nn.Linear(D, 20), nn.Tanh(), nn.Linear(20, 3)).double()
+    folder = tmp_path / "index"
+    with refused("The error", "Pass an error between 0 and 1, such as 0.1, and 4 or 8 bits"):
+        indexed(model).index(folder, error=2.0)
+    with refused(
+        "An index keeps gradients along the eigenvectors of a network",
+        "Pass a network, and curvature=operators.EKFAC()",
+    ):
+        indexed(model, curvature=GaussNewton()).index(folder)
+    with refused("holds no finished index", "Make one: influence.index"):
+        uw.Index.open(folder)
+    influence = indexed(model)
+    index = influence.index(folder, error=0.1, bits=4)
+    (folder / "chunk-000000.safetensors").unlink()
+    with refused("chunks", "Make the same call again, which goes on where it was interrupted"):
+        uw.Index.open(folder)
+    index = influence.index(folder, error=0.1, bits=4)
+    queries = index.coordinates(influence, XQ, YQ)
+    other = indexed(nn.Sequential(nn.Linear(D, 20), nn.Tanh(), nn.Linear(20, 3)).double())
+    with refused("was made of other parameters", "Pass the Influence of the model as it was then"):
+        index.coordinates(other, XQ, YQ)
+    with refused("coordinates, and the index", "Make them with this index: index.coordinates"):
+        index.on_loss(uw.Coordinates(queries.values[:, :5], queries.query_values))
+    with refused("and the index has", "Ask for 1 to"):
+        index.extremes(queries, N + 1)
+    assert index.extremes(queries, N).helpful.rows.shape == (len(XQ), N)
+    exact = influence.on_loss(XQ, YQ).values
+    assert np.linalg.norm(index.on_loss(queries).values - exact) < 0.2 * np.linalg.norm(exact)

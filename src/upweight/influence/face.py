@@ -11,6 +11,7 @@ Reference: Koh & Liang (2017), equations 1 to 5.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from upweight.influence import (
     diagnostics,
     edits,
     groups as groups_of_rows,
+    index as indexes,
     parameters,
     perturbation,
     removal,
@@ -32,6 +34,7 @@ from upweight.influence import (
 )
 from upweight.influence.checks import Report, examine
 from upweight.influence.damping_path import DampingPath, path_of
+from upweight.influence.index import Index
 from upweight.influence.scores import Scores, SelfScores
 from upweight.influence.system import System
 from upweight.influence.tokens import TokenScores
@@ -269,6 +272,28 @@ class Influence:
             UnsupportedModel: if the loss has one prediction a row.
         """
         return tokens.by_token(self.system, row, self.system.queries(on), tokens.decoder(tokenizer))
+
+    def index(self, folder: str | os.PathLike[str], *, error: float = 0.14, bits: int = 4) -> Index:
+        """Training gradients in few bits, kept in a folder that answers new queries without model or data.
+
+        `index.coordinates(influence, Xq, yq)` reads queries with the model, `index.on_loss(…, damping=…)` and
+        `index.extremes(…)` answer from the folder. Needs a network and Kronecker factors (`EKFAC()`); an interrupted
+        call goes on when it is made again.
+
+        Cost: the factors, then one sweep. On disk: bits/8 bytes and a sixteenth for each coordinate that is kept of a
+        row; memory does not grow with the rows.
+
+        Args:
+            folder: a new or empty folder, or that of the same call.
+            error: ‖values of the index − values‖ / ‖values‖ that is allowed, where 0.14 is a correlation of about 0.99;
+                measured on pairs of rows held out.
+            bits: 4 or 8 for each coordinate.
+
+        Raises:
+            UnsupportedModel: if the curvature has no Kronecker factors.
+            StoreMismatch: if the folder holds other work.
+        """
+        return indexes.index(self.system, folder, error, bits)
 
     def damping_path(self, Xq: Queries, yq: Any = None, *, dampings: Iterable[float] | None = None) -> DampingPath:
         """`on_loss` at many dampings, from one factorisation: how much do the values depend on λ?

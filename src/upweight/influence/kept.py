@@ -43,18 +43,26 @@ def compared(system: System, folder: Store, solution: Solution) -> Solution:
     return replace(solution, x=torch.from_numpy(kept))
 
 
-def _fingerprint(system: System, queries: Examples, measure: str) -> dict[str, Any]:
-    """What scores on these queries depend on: θ̂, a probe of the data, n, curvature, solver, damping, versions."""
+def theta(system: System) -> str:
+    """A hash of θ̂."""
+    return hashlib.sha256(system.objective.theta.numpy().tobytes()).hexdigest()[:16]
+
+
+def work(system: System, damping: float) -> dict[str, Any]:
+    """What all answers depend on: θ̂, a probe of the data, n, curvature, damping, versions."""
     return {
-        "theta": hashlib.sha256(system.objective.theta.numpy().tobytes()).hexdigest()[:16],
+        "theta": theta(system),
         "data": system.examples.fingerprint(),
-        "queries": queries.fingerprint(),
         "n": system.n,
         "objective": system.objective.name,
-        "measure": measure,
         "penalty_per_example": system.objective.folded,
         "curvature": repr(system.curvature),
-        "solver": repr(system.solver),
-        "damping": system.damping,
+        "damping": damping,
         "versions": f"upweight {__version__}, torch {torch.__version__}",
     }
+
+
+def _fingerprint(system: System, queries: Examples, measure: str) -> dict[str, Any]:
+    """What scores on these queries depend on."""
+    asked = {"queries": queries.fingerprint(), "measure": measure, "solver": repr(system.solver)}
+    return work(system, system.damping) | asked

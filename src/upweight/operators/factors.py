@@ -43,8 +43,8 @@ class Basis:
 
     name: str
     at: Int[Tensor, "g o i"]
-    left: Float[Tensor, "g o o"] | None
-    right: Float[Tensor, "g i i"] | None
+    left: Float[Tensor, "g o a"] | None
+    right: Float[Tensor, "g i c"] | None
     values: Float[Tensor, "g o i"]
     penalty: Float[Tensor, "g o i"]
 
@@ -53,7 +53,7 @@ class Basis:
         """Of C on this block, without damping."""
         return self.values + self.penalty
 
-    def rotated(self, M: Float[Tensor, "k g o i"]) -> Float[Tensor, "k g o i"]:
+    def rotated(self, M: Float[Tensor, "k g o i"]) -> Float[Tensor, "k g a c"]:
         """Q_leftᵀ M Q_right."""
         M = M if self.right is None else _times(M, self.right)
         return M if self.left is None else self.left.mT @ M
@@ -62,6 +62,19 @@ class Basis:
         """Q_left M Q_rightᵀ."""
         M = M if self.right is None else _times(M, self.right.mT)
         return M if self.left is None else self.left @ M
+
+    def only(self, at: Int[Tensor, " some"]) -> tuple[Basis, Int[Tensor, " some"]]:
+        """The eigenvectors that these pairs (flat numbers in (g, o, i)) need, and their numbers among them."""
+        _, o, i = self.at.shape
+        group, rest = at // (o * i), at % (o * i)
+        kept, places, sizes = [], [], []
+        for Q, numbers, size in ((self.left, rest // i, o), (self.right, rest % i, i)):
+            used, place = numbers.unique(return_inverse=True) if Q is not None else (None, numbers)
+            kept.append(Q if used is None or Q is None else Q[:, :, used].contiguous())
+            places.append(place)
+            sizes.append(size if used is None else len(used))
+        smaller = replace(self, left=kept[0], right=kept[1])
+        return smaller, (group * sizes[0] + places[0]) * sizes[1] + places[1]
 
     def like(self, reference: Tensor) -> Basis:
         """The same eigenvectors in another precision, on another device."""
@@ -120,6 +133,12 @@ class Weight:
             total += (repeated @ G.square_().reshape(len(repeated), -1)).reshape(total.shape)
         return [total]
 
+    def rotated(self, pieces: Sequence[Piece], basis: Basis) -> Iterator[Float[Tensor, "c goi"]]:
+        """Q_leftᵀ G Q_right of a few examples at a time, flat, for pieces of the loss."""
+        a, d = self._sides(pieces)
+        for _, G in self._written(a, d, basis):
+            yield G[0].flatten(1)
+
     def weighed(self, pieces: Sequence[Piece], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
         """Σ_m Σ (Q_leftᵀ G_bm Q_right)² scale of every example; for one position without its matrix."""
         a, d = self._sides(pieces)
@@ -170,7 +189,7 @@ class Weight:
             else:
                 G = slopes.mT @ inputs
                 G = torch.cat([G, slopes.sum(3)[..., None]], 4) if self._biased(a) else G
-            yield start, late.rotated(G.flatten(0, 1)).reshape(G.shape)
+            yield start, late.rotated(G.flatten(0, 1)).unflatten(0, G.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -209,6 +228,11 @@ class Tied(Weight):
         for some, G in self._matrices(pieces, basis):
             total += torch.einsum("b,mbgoi->goi", weights[some].to(G), G.square_()).to(total)
         return [total]
+
+    def rotated(self, pieces: Sequence[Piece], basis: Basis) -> Iterator[Float[Tensor, "c goi"]]:
+        """Q_leftᵀ G Q_right of a few examples at a time, flat, for pieces of the loss."""
+        for _, G in self._matrices(pieces, basis):
+            yield G[0].flatten(1)
 
     def weighed(self, pieces: Sequence[Piece], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
         """Σ_m Σ (Q_leftᵀ G_bm Q_right)² scale of every example."""
@@ -276,6 +300,17 @@ class Table:
         total = D.new_zeros(basis.values.shape[1:])
         return [total.index_add_(0, row, D * weights.to(D)[example][:, None])[None]]
 
+    def rotated(self, pieces: Sequence[Piece], basis: Basis) -> Iterator[Float[Tensor, "c goi"]]:
+        """The rows that each example reads, rotated, among zeros: a few examples at a time, flat."""
+        indices, d = self._sides(pieces)
+        d = d[0] if basis.right is None else _columns(d[0][:, None], basis.right)[:, 0]
+        size, (t, o) = self.at.shape[1], d.shape[1:]
+        step = max(1, _NUMBERS // (size * o))
+        for start in range(0, len(d), step):
+            some, index = d[start : start + step], indices[start : start + step].clamp(min=0)
+            flat = d.new_zeros(len(some), size, o)
+            yield flat.scatter_add_(1, index[..., None].expand(len(some), t, o), some).flatten(1)
+
     def weighed(self, pieces: Sequence[Piece], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
         """The same squares times the scale of their row."""
         row, example, D = self._gathered(pieces, basis)
@@ -336,6 +371,11 @@ class Whole:
     def squares(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:  # noqa: ARG002
         """Nothing: the eigenvalues of a whole block are its own."""
         return []
+
+    def rotated(self, pieces: Sequence[Piece], basis: Basis) -> Iterator[Float[Tensor, "c goi"]]:
+        """g Q."""
+        G = self._gradients(pieces)[0]
+        yield G if basis.right is None else G @ basis.right[0]
 
     def weighed(self, pieces: Sequence[Piece], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
         """(g Q)² · scale."""
@@ -464,7 +504,7 @@ def _within(strengths: Tensor, left: Tensor | None, right: Tensor | None) -> Flo
     return out if left is None else left.square().mT @ out
 
 
-def _times(M: Float[Tensor, "k g o i"], right: Float[Tensor, "g i i"]) -> Float[Tensor, "k g o i"]:
+def _times(M: Float[Tensor, "k g o i"], right: Float[Tensor, "g i c"]) -> Float[Tensor, "k g o c"]:
     """M Q, by one product if there is one group."""
     return M @ right[0] if len(right) == 1 else M @ right
 

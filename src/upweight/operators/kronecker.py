@@ -25,7 +25,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, checked_count
@@ -174,6 +174,17 @@ class Kronecker:
         self.layers = tuple(blocks)
         self.bases = tuple(bases)
         self._moved: dict[tuple[torch.dtype, torch.device], tuple[Basis, ...]] = {}
+        self._parts: dict[tuple[Any, ...], tuple[Basis, Tensor, Tensor]] = {}
+
+    @staticmethod
+    def blocks_of(sweep: Sweep) -> tuple[layers.Plan | None, list[Layer], Int[Tensor, " rest"]]:
+        """How the objective uses its parameters, the blocks that these uses make, and the places that none reaches."""
+        objective = sweep.objective
+        probe = sweep.examples.batch(sweep.examples.spread(_PROBE))
+        plan = None if objective.linear is not None else layers.plan(objective, probe)
+        sizes = {name: block.numel() for name, block in objective.blocks.items()}
+        blocks, rest = layers_of(_pieces(objective, plan, probe, None), sizes)
+        return plan, blocks, rest
 
     @property
     def size(self) -> int:
@@ -227,6 +238,30 @@ class Kronecker:
         assert total is not None  # every objective depends on θ
         return total
 
+    def coordinates(self, batch: Any, chosen: Sequence[Tensor]) -> Float[Tensor, "b k"]:
+        """The loss's gradient of every example along some eigenvectors, without writing the gradients out.
+
+        Args:
+            batch: b examples.
+            chosen: for every basis the flat numbers in its (g, o, i) of the eigenvectors, in ascending order.
+        """
+        pieces = self.pieces(batch)
+        reference = _reference(pieces)
+        parts = []
+        for layer, basis, at in zip(self.layers, self.bases, chosen, strict=False):
+            if len(at):
+                smaller, places = self._chosen(basis, at, reference)
+                parts.append(torch.cat([block[:, places] for block in layer.rotated(pieces, smaller)]))
+        return torch.cat(parts, 1)
+
+    def _chosen(self, basis: Basis, at: Tensor, reference: Tensor) -> tuple[Basis, Tensor]:
+        """The part of a basis that these eigenvectors need, kept for the next batch."""
+        key = (basis.name, at.data_ptr(), reference.dtype, reference.device)
+        if key not in self._parts:
+            smaller, places = basis.only(at)
+            self._parts[key] = (smaller.like(reference), places.to(reference.device), at)  # at stays, and so its place
+        return self._parts[key][:2]
+
     def like(self, reference: Tensor) -> tuple[Basis, ...]:
         """The eigenvectors in the precision and on the device of the pieces, kept for the next batch."""
         key = (reference.dtype, reference.device)
@@ -245,10 +280,7 @@ Source = Exact | Signs | Observed
 def _factored(sweep: Sweep, source: Source) -> Kronecker:
     """KFAC: the factors in one sweep, and their eigenvectors."""
     objective = sweep.objective
-    probe = sweep.examples.batch(sweep.examples.spread(_PROBE))
-    plan = None if objective.linear is not None else layers.plan(objective, probe)
-    sizes = {name: block.numel() for name, block in objective.blocks.items()}
-    blocks, rest = layers_of(_pieces(objective, plan, probe, None), sizes)
+    plan, blocks, rest = Kronecker.blocks_of(sweep)
     read: list[Read] = [(layer.name, layer.sums) for layer in blocks]
     _warn_of_diagonals(blocks, objective.size)
     factors = _swept(sweep, plan, source, lambda _: read, "Kronecker factors")

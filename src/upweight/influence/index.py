@@ -1,0 +1,390 @@
+"""An index of training gradients on disk: new queries, dampings and leading rows without another pass over the data.
+
+Along the eigenvectors of a Kronecker curvature the system is divided out, coordinate by coordinate:
+
+    values[q, i] = (wᵢ/n) Σ_j z_qj (z_ij + c_j) / (Λ_j + λ)        z = Qᵀ∇L, c = Qᵀ of the row's share of the penalty
+
+The index keeps, of every row, the coordinates of the largest Λ, as z/√(Λ + λ₀) in 4 bits (`runs.quantised`), as many as
+an error that was asked for allows. What rounding loses is random from coordinate to coordinate and averages out, so
+that many coordinates in few bits are nearer to the scores than few in many. The error is measured on pairs of rows that
+had no part in the choice, and stands in the certificate.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight.data.ids import Ids
+from upweight.errors import InvalidInput, PathNotFound, StoreMismatch, UnsupportedModel
+from upweight.influence import kept, per_row
+from upweight.influence.certificate import Certificate
+from upweight.influence.scores import Extremes, Scores, naming
+from upweight.influence.system import System
+from upweight.influence.top import TopK
+from upweight.operators.factors import Basis
+from upweight.operators.kronecker import EKFAC, KFAC, Kronecker
+from upweight.runs.progress import bar
+from upweight.runs.quantised import BITS, packed, unpacked
+from upweight.runs.store import Store, read_tensors, write_tensors
+from upweight.solvers.base import checked_damping
+
+_PROBES, _NUMBERS = 24, 2**27  # rows on either side of the pairs on which the error is measured; numbers held for them
+_CHUNK_NUMBERS = 2**24  # of coordinates in one chunk
+_FRACTIONS = 32  # of all coordinates, between which the count is chosen
+_FILE, _BASIS = "coordinates.safetensors", "basis.safetensors"
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Queries along the eigenvectors of an index: all that is needed of them.
+
+    Args:
+        values: (q, k) z = Qᵀ∇L of each query.
+        query_values: (q,) the queries' losses now.
+        names: their names, or None.
+    """
+
+    values: Float[NDArray[np.float32], "q k"]
+    query_values: Float[NDArray[np.float64], " q"]
+    names: Ids | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+class Index:
+    """Training gradients in few bits, in a folder; made by `influence.index`, opened by `Index.open`.
+
+    Cost of a question: one pass over the files, 2·q·k flops a row; neither model nor data are needed.
+
+    Args:
+        folder: with a manifest, coordinates and chunks, as docs/store-format.md says.
+
+    Raises:
+        PathNotFound: if the folder holds no index; InvalidInput if it is not finished.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / _FILE).is_file():
+            message = (
+                f"{self.folder} holds no finished index. Make one: influence.index({str(self.folder)!r}); the same "
+                "call goes on where it was interrupted."
+            )
+            raise PathNotFound(message)
+        arrays, metadata = read_tensors(self.folder / _FILE)
+        self.card: dict[str, Any] = json.loads(metadata["upweight"])
+        self.eigenvalues, self.weights, self.constant = (
+            arrays[name] for name in ("eigenvalues", "weights", "constant")
+        )
+        self.names = None if "names" not in self.card else Ids(np.array(self.card["names"]), self.card["axis"])
+        missing = [chunk for chunk in range(self.chunks) if not self._file(chunk).is_file()]
+        if missing:
+            refusal = (
+                f"{self.folder} lacks {len(missing)} of {self.chunks} chunks. Make the same call again, which goes on "
+                f"where it was interrupted: influence.index({str(self.folder)!r})."
+            )
+            raise InvalidInput(refusal)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Index:
+        """The index in a folder."""
+        return cls(folder)
+
+    @property
+    def n(self) -> int:
+        """Training rows."""
+        return len(self.weights)
+
+    @property
+    def k(self) -> int:
+        """Coordinates kept of each row."""
+        return len(self.eigenvalues)
+
+    @property
+    def damping(self) -> float:
+        """The λ for which the index was made, and which acts unless another is asked for."""
+        return float(self.card["damping"])
+
+    @property
+    def error(self) -> float:
+        """‖values of the index − values of its curvature‖ / ‖values‖, on pairs of rows held out, at `damping`."""
+        return float(self.card["error"])
+
+    @property
+    def chunks(self) -> int:
+        """Files that hold the rows."""
+        return -(-self.n // int(self.card["rows"]))
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(file.stat().st_size for file in self.folder.iterdir())
+
+    def __repr__(self) -> str:
+        return (
+            f"Index({self.n:,} rows × {self.k:,} of {self.card['size']:,} coordinates in {self.card['bits']} bits, "
+            f"{self.bytes / 1e6:.3g} MB; error {self.error:.2g}, correlation {self.card['correlation']:.4f} on "
+            f"{self.card['pairs']} pairs held out; {self.card['curvature']} + {self.damping:.3g}·I)"
+        )
+
+    def coordinates(self, influence: Any, Xq: Any, yq: Any = None) -> Coordinates:
+        """Queries for this index, by the model that it was made of.  Cost: a backward pass for each.
+
+        Args:
+            influence: of the same parameters; its factors are not needed.
+            Xq: the queries' inputs.
+            yq: their targets.
+
+        Raises:
+            StoreMismatch: if the parameters are others.
+        """
+        system: System = influence.system
+        theirs, own = kept.theta(system), self.card["theta"]
+        if theirs != own:
+            message = (
+                f"{self.folder} was made of other parameters (hash {own}) than those of {system.objective.name} "
+                f"(hash {theirs}). Pass the Influence of the model as it was then, or make another index."
+            )
+            raise StoreMismatch(message)
+        queries = system.encoded(Xq, yq)
+        operator, chosen = _opened(self.folder, system)
+        sweep = system.sweep.over(system.objective, queries)
+        values = sweep.emit(
+            lambda batch, _: operator.coordinates(batch, chosen), vectors=per_row.width(sweep), label="queries"
+        )
+        return Coordinates(values.astype(np.float32), per_row.measures(sweep), queries.names)
+
+    def on_loss(self, queries: Coordinates, *, damping: float | None = None) -> Scores:
+        """Equation 2 (`Influence.on_loss`) from the index.  Memory: q × n numbers.
+
+        Args:
+            queries: of `coordinates`.
+            damping: another λ; None takes that of the index.
+        """
+        values = np.concatenate([block for _, block in self._values(queries, damping)], 1)
+        columns = np.arange(self.n)
+        scale = -self.weights / self.n
+        return Scores(
+            *(values, "row removed", columns, self.n, self._certificate(queries, damping), scale),
+            query_values=queries.query_values,
+            **naming(self.names, queries.names),
+        )
+
+    def extremes(self, queries: Coordinates, k: int = 10, *, damping: float | None = None) -> Extremes:
+        """The k rows that help and harm each query most, by one pass that never holds q × n numbers.
+
+        Args:
+            queries: of `coordinates`.
+            k: rows on either side.
+            damping: as for on_loss.
+
+        Raises:
+            InvalidInput: if k is larger than the number of rows.
+        """
+        if not 1 <= k <= self.n:
+            message = f"k={k}, and the index has {self.n} rows. Ask for 1 to {self.n}."
+            raise InvalidInput(message)
+        best: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+        for rows, block in self._values(queries, damping):
+            for sign in (1, -1):
+                numbers, values = np.broadcast_to(rows, block.shape), block
+                if sign in best:
+                    numbers = np.concatenate([best[sign][0], numbers], 1)
+                    values = np.concatenate([best[sign][1], values], 1)
+                order = np.argsort(-sign * values, 1, kind="stable")[:, :k]
+                best[sign] = (np.take_along_axis(numbers, order, 1), np.take_along_axis(values, order, 1))
+        ids = None if self.names is None else self.names.values
+        asked = None if queries.names is None else queries.names.values
+        tops = [TopK(rows, values, None if ids is None else ids[rows], asked) for rows, values in best.values()]
+        return Extremes(*tops, queries.query_values, self._certificate(queries, damping))
+
+    def _values(
+        self, queries: Coordinates, damping: float | None
+    ) -> Iterator[tuple[NDArray[np.int64], Float[NDArray[np.float64], "q c"]]]:
+        """The rows of a chunk, and their values."""
+        if queries.values.shape[1] != self.k:
+            message = (
+                f"These queries have {queries.values.shape[1]:,} coordinates, and the index {self.k:,}. Make them with "
+                "this index: index.coordinates(influence, Xq, yq)."
+            )
+            raise InvalidInput(message)
+        shift = self.damping if damping is None else checked_damping(damping)
+        whitened = np.sqrt(self.eigenvalues + self.damping)
+        Z = queries.values / (self.eigenvalues + shift)
+        share = (Z @ self.constant)[:, None]
+        Z = np.ascontiguousarray((Z * whitened).T, dtype=np.float32)
+        for chunk in range(self.chunks):
+            arrays, _ = read_tensors(self._file(chunk))
+            found = unpacked(arrays["codes"], arrays["scales"], int(self.card["bits"]), self.k)
+            rows = np.arange(len(found)) + chunk * int(self.card["rows"])
+            yield rows, ((found @ Z).T.astype(np.float64) + share) * self.weights[rows] / self.n
+
+    def _certificate(self, queries: Coordinates, damping: float | None) -> Certificate:
+        what = (
+            f"{self.card['curvature']}, an index of {self.k:,} of {self.card['size']:,} coordinates in "
+            f"{self.card['bits']} bits (error {self.error:.2g} on pairs held out, at damping {self.damping:.3g})"
+        )
+        return Certificate(
+            residual=np.full(len(queries), self.error),
+            converged=True,
+            damping=self.damping if damping is None else float(damping),
+            gradient_norm=float("nan"),
+            min_curvature=float("nan"),
+            coverage=float(self.card["coverage"]),
+            drift=np.full(len(queries), np.nan),
+            curvature=what,
+            solver="division by its eigenvalues",
+        )
+
+    def _file(self, chunk: int) -> Path:
+        return self.folder / f"chunk-{chunk:06d}.safetensors"
+
+
+def index(system: System, folder: str | os.PathLike[str], error: float, bits: int) -> Index:
+    """`Influence.index`."""
+    if not isinstance(error, int | float) or not 0 < error < 1 or bits not in BITS:
+        message = (
+            f"The error is {error!r}, and bits are {bits!r}. Pass an error between 0 and 1, such as 0.1, and 4 or 8 "
+            "bits."
+        )
+        raise InvalidInput(message)
+    if not isinstance(system.curvature, EKFAC | KFAC) or system.objective.linear is not None:
+        message = (
+            "An index keeps gradients along the eigenvectors of a network's Kronecker factors, and the curvature of "
+            f"{system.objective.name} is {system.curvature!r}. Pass a network, and curvature=operators.EKFAC()."
+        )
+        raise UnsupportedModel(message)
+    before = Path(folder) / _BASIS
+    damping = system.known_damping
+    if damping is None and before.is_file():  # it was chosen from factors that need not be made again
+        damping = float(json.loads(read_tensors(before)[1]["upweight"])["damping"])
+    damping = system.damping if damping is None else damping
+    store = Store(folder, {"index": 1, **kept.work(system, damping), "error": float(error), "bits": bits})
+    path = store.path
+    if not (path / _BASIS).is_file():
+        _write_basis(path, system, *_choice(system, float(error), bits))
+    operator, chosen = _opened(path, system)
+    arrays, metadata = read_tensors(path / _BASIS)
+    card = json.loads(metadata["upweight"])
+    k, size = sum(map(len, chosen)), system.sweep.n
+    rows = max(1, min(1024, _CHUNK_NUMBERS // k))
+    whiten = torch.from_numpy(1 / np.sqrt(arrays["eigenvalues"] + card["damping"])).to(system.objective.reference)
+    quiet = replace(system.sweep, progress=False)
+    with bar(-(-size // rows), "index", system.sweep.progress, unit="chunk") as done:
+        for chunk, start in enumerate(range(0, size, rows)):
+            file = path / f"chunk-{chunk:06d}.safetensors"
+            if not file.exists():
+                some = np.arange(start, min(start + rows, size))
+                found = quiet.emit(
+                    lambda batch, _: operator.coordinates(batch, chosen) * whiten,
+                    vectors=per_row.width(quiet),
+                    rows=some,
+                    label="index",
+                )
+                codes, scales = packed(found.astype(np.float32), bits)
+                write_tensors(file, {"codes": codes, "scales": scales})
+            done(1)
+    card |= {"rows": rows, "coverage": system.objective.coverage}
+    names = system.examples.names
+    if names is not None:
+        card |= {"names": names.values.tolist(), "axis": names.name}
+    told = {"eigenvalues": arrays["eigenvalues"], "constant": arrays["constant"], "weights": system.examples.weights}
+    write_tensors(path / _FILE, told, {"upweight": json.dumps(card)})
+    return Index(path)
+
+
+# ---- which coordinates -----------------------------------------------------------------------------------------------
+
+
+def _choice(system: System, error: float, bits: int) -> tuple[list[Tensor], dict[str, Any]]:
+    """For every basis the coordinates that are kept: the fewest of the largest eigenvalues that leave this error."""
+    operator: Kronecker = system.operator  # type: ignore[assignment]
+    values = torch.cat([basis.eigenvalues.flatten() for basis in operator.bases])
+    data = torch.cat([basis.values.flatten() for basis in operator.bases])
+    order = data.argsort(descending=True)
+    p = len(values)
+    count = max(2, min(_PROBES, system.n // 4, _NUMBERS // (4 * p)))
+    rows = system.examples.spread(4 * count)
+    G = per_row.gradients(system.sweep, rows)
+    Z = _rotated(operator, G, None) / (values + system.damping).sqrt()
+    sides = [Z[number::4] for number in range(4)]  # two pairs of sides: to choose by, and to measure on
+    step = -(-p // _FRACTIONS)
+    parts = torch.stack([sides[0][:, some] @ sides[1][:, some].T for some in order.split(step)]).cumsum(0)
+    missed = (parts - parts[-1]).flatten(1).norm(dim=1) / parts[-1].norm().clamp(min=1e-300)
+    room = math.sqrt(max(error**2 - _rounding(sides, bits) ** 2, 0.0))
+    kept_count = min(p, step * (1 + int(torch.nonzero(missed <= max(room, 1e-12))[0])))
+    used = order[:kept_count].sort().values
+    some = sides[3][:, used]
+    rounded = torch.from_numpy(unpacked(*packed(some.float().numpy(), bits), bits, kept_count)).double()
+    ours, theirs = (sides[2][:, used] @ rounded.T).flatten(), (sides[2] @ sides[3].T).flatten()
+    found = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-300))
+    correlation = float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) if len(ours) > 1 else float("nan")
+    told = {"error": found, "correlation": correlation, "pairs": len(ours), "size": p, "bits": bits}
+    told |= {"damping": system.damping, "curvature": repr(system.curvature), "theta": kept.theta(system)}
+    starts, chosen = 0, []
+    for basis in operator.bases:
+        inside = used[(used >= starts) & (used < starts + basis.at.numel())] - starts
+        chosen.append(inside)
+        starts += basis.at.numel()
+    return chosen, told
+
+
+def _rounding(sides: list[Tensor], bits: int) -> float:
+    """The share of the values that rounding all coordinates costs."""
+    whole = sides[0] @ sides[1].T
+    rounded = unpacked(*packed(sides[1].float().numpy(), bits), bits, sides[1].shape[1])
+    return float((sides[0] @ torch.from_numpy(rounded).double().T - whole).norm() / whole.norm().clamp(min=1e-300))
+
+
+def _rotated(operator: Kronecker, G: Float[Tensor, "r p"], chosen: list[Tensor] | None) -> Float[Tensor, "r k"]:
+    """Qᵀg of gradients that are written out, along all eigenvectors or some."""
+    parts = []
+    for number, basis in enumerate(operator.bases):
+        Z = basis.rotated(G[:, basis.at]).flatten(1)
+        parts.append(Z if chosen is None else Z[:, chosen[number]])
+    return torch.cat(parts, 1)
+
+
+def _write_basis(path: Path, system: System, chosen: list[Tensor], card: dict[str, Any]) -> None:
+    """The eigenvectors that are used, in the precision of the model, and which pairs of them."""
+    operator: Kronecker = system.operator  # type: ignore[assignment]
+    dtype = system.objective.reference.dtype
+    arrays: dict[str, NDArray[Any]] = {}
+    for number, (basis, at) in enumerate(zip(operator.bases, chosen, strict=True)):
+        arrays[f"{number}.chosen"] = at.numpy()
+        for side in ("left", "right"):
+            Q = getattr(basis, side)
+            if Q is not None and len(at):
+                arrays[f"{number}.{side}"] = Q.to(dtype).float().numpy() if dtype != torch.float64 else Q.numpy()
+    eigenvalues = torch.cat([basis.eigenvalues.flatten()[at] for basis, at in zip(operator.bases, chosen, strict=True)])
+    arrays["eigenvalues"] = eigenvalues.numpy()
+    arrays["constant"] = _rotated(operator, system.penalty_share[None], chosen)[0].numpy()
+    write_tensors(path / _BASIS, arrays, {"upweight": json.dumps(card)})
+
+
+def _opened(path: Path, system: System) -> tuple[Kronecker, list[Tensor]]:
+    """The operator of the folder's eigenvectors, and the coordinates that are kept: for this model, without a sweep."""
+    arrays, _ = read_tensors(path / _BASIS)
+    plan, blocks, rest = Kronecker.blocks_of(system.sweep)
+    at = [block.at for block in blocks] + ([rest[None, None]] if len(rest) else [])
+    bases, chosen = [], []
+    for number, places in enumerate(at):
+        sides = [arrays.get(f"{number}.{side}") for side in ("left", "right")]
+        left, right = (None if Q is None else torch.from_numpy(Q) for Q in sides)
+        nothing = torch.zeros(places.shape)
+        bases.append(Basis(f"{number}", places, left, right, nothing, nothing))
+        chosen.append(torch.from_numpy(arrays[f"{number}.chosen"]))
+    return Kronecker(system.sweep, plan, blocks, bases), chosen
