@@ -319,7 +319,8 @@ def _scale(operator: Operator, damping: float) -> Tensor | None:
     n = operator.sweep.n  # type: ignore[attr-defined]
     few = operator if n <= _SCALE_ROWS else operator.subsample(_SCALE_ROWS)  # type: ignore[attr-defined]
     diagonal = few.diagonal() + damping  # type: ignore[attr-defined]
-    return diagonal.clamp(min=1e-30 * float(diagonal.max()) or 1.0).rsqrt()
+    largest = float(diagonal.max()) or 1.0  # in place of what these rows do not see, which must not blow up rounding
+    return torch.where(diagonal > 1e-30 * largest, diagonal, largest).rsqrt()
 
 
 def _continued(direction: Tensor, R: Tensor) -> Tensor:
