@@ -130,13 +130,16 @@ class _Family:
 
     def __init__(self, system: System) -> None:
         operator = system.operator
-        direct = isinstance(system.solver, Cholesky)
+        self._direct = direct = isinstance(system.solver, Cholesky)
+        self._system = system
         self.operator = DenseOperator(operator.matrix(), operator.project) if direct else operator
         self.solver = Factored() if direct else system.solver
         self._last: Prepared | None = None
 
     def at(self, damping: float) -> Prepared:
-        """The solver at λ."""
+        """The solver at λ; at 0 a factorisation of its own, which knows what no row sees."""
+        if self._direct and damping == 0:
+            return Cholesky().prepare(self._system.operator)
         last = self._last
         self._last = last.at(damping) if isinstance(last, Movable) else self.solver.prepare(self.operator, damping)
         return self._last

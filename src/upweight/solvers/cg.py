@@ -136,7 +136,8 @@ class Iteration:
             share = self.flat.leaning(V)
             leans = share > LEANS
             if bool(leans.any()):
-                found = self.solve(torch.where(leans[:, None], 0.0, V), state=state)
+                known = None if state is None else {n: torch.where(leans[:, None], 0.0, S) for n, S in state.items()}
+                found = self.solve(torch.where(leans[:, None], 0.0, V), state=known)
                 x = torch.where(leans[:, None], torch.nan, found.x)
                 return replace(found, x=x, residual=torch.where(leans, share, found.residual))
         V = self._project(V)
