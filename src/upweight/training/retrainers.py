@@ -151,9 +151,9 @@ class BoundNewton:
         Raises:
             NotConverged: if it would.
         """
-        if sweep.objective.linear is None:
-            return theta
         step = factor.solve(gradient[None]).x[0]
+        if sweep.objective.linear is None or bool(step.isnan().any()):  # NaN: rounding, along what no row sees
+            return theta
         both = torch.stack([step, theta])
 
         def predictors(batch: Any, weights: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class BoundNewton:
 
         moved, size = (float(column.max()) for column in sweep.emit(predictors, vectors=2, label="next step").T)
         still = max(_STILL, 10 * self.spec.rtol) * size + _NO_MOVE
-        if not moved > still:  # NaN: a gradient that is all rounding, along what no row sees
+        if moved <= still:
             return theta
         message = (
             f"Newton's method reached ‖∇R‖ = {float(gradient.norm()):.3g} at ‖θ‖ = {float(theta.norm()):.3g}, and the "
