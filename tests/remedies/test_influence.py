@@ -318,12 +318,10 @@ def test_one_removal_of_several_has_no_value():
 
 
 def test_removing_all_rows_of_a_level_that_a_query_has():
-    with refused(
-        ") takes all rows of a column or level, and ", "Ask about queries that have nothing of it, leave some"
-    ):
+    with refused("fills the gap, and no query has a value", "Ask about queries that have nothing of it, leave some"):
         linear("alone").of_removing([11], on=(ALONE[11:], Z[11:12]))
     on = (ALONE[[0, 11]], Z[[0, 11]])
-    with warned(") takes all rows of a column or level, and ", "Ask about queries that have nothing of it, leave some"):
+    with warned("fills the gap; these are NaN", "Ask about queries that have nothing of it, leave some"):
         assert np.isnan(linear("alone").of_removing([11], on=on).values).tolist() == [[False], [True]]
     model = LinearRegression().fit(ALONE, Z[:12])
     values = linear("alone").of_removing([11], on=PAIR).values[:, 0]  # they have nothing of it

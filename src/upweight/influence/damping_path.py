@@ -228,8 +228,8 @@ def _products(
 
 def _known(values: NDArray[np.float64]) -> NDArray[np.bool_]:
     """(q,) queries that the data determine at this damping; all of them if there are none, whose mean is then NaN."""
-    known = ~np.isnan(values).any(1)
-    return known if known.any() else ~known
+    known = np.logical_not(np.isnan(values).any(axis=1))
+    return known if known.any() else np.ones(len(values), dtype=bool)
 
 
 def _correlation(A: NDArray[np.float64], B: NDArray[np.float64]) -> float:

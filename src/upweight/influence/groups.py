@@ -94,13 +94,14 @@ def _undetermined(leaning: NDArray[np.bool_], members: list[NDArray[np.int64]]) 
         return leaning
     number = int(leaning.any(0).argmax())
     query = int(leaning[:, number].argmax())
-    message = (
+    asked = (
         f"Removal number {number} (of rows {members[number][:5].tolist()}) takes all rows of a column or level, and "
         f"{int(leaning[:, number].sum())} of {len(leaning)} queries (first: number {query}) lean on it: without those "
-        "rows their predictions depend on how the fit fills the gap, and are NaN. Ask about queries that have nothing "
-        "of it, leave some of its rows in, or fit with a penalty."
+        "rows their predictions depend on how the fit fills the gap"
     )
+    advice = "Ask about queries that have nothing of it, leave some of its rows in, or fit with a penalty."
     if leaning.all():
-        raise NotPositiveDefinite(message)
-    warnings.warn(message, TheoryWarning, stacklevel=4)
+        refusal = f"{asked}, and no query has a value. {advice}"
+        raise NotPositiveDefinite(refusal)
+    warnings.warn(f"{asked}; these are NaN. {advice}", TheoryWarning, stacklevel=4)
     return leaning

@@ -7,7 +7,6 @@ that lean on them become a warning or a refusal, and so do new rows that tell su
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +33,7 @@ class Undetermined:
 
     flat: Flat | None
     structure: Linear | None
-    names: Sequence[str]
+    names: list[str]
 
     @property
     def features(self) -> NDArray[np.int64]:
