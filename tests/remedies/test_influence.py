@@ -30,6 +30,8 @@ TWICE_Q = np.c_[XQ, XQ[:, 0]]
 APART = TWICE_Q + np.eye(4)[3]
 ALONE = np.c_[X[:12, 0], np.r_[np.zeros(11), 1]]  # row 11 alone has the second feature
 PAIR = (ALONE[:2], Z[:2])
+TINY = 1e-9 * np.random.default_rng(3).normal(size=12)
+NEARLY = np.c_[X[:12, 0], X[:12, 0] + TINY + (np.arange(12) == 11)]  # row 11 alone tells the second from the first
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def _annotations_unchecked():
 @cache
 def linear(kind="twice"):
     """Unpenalised least squares; shared, so never to be changed."""
-    rows, targets = {"plain": (X, Z), "twice": (TWICE, Z), "alone": (ALONE, Z[:12])}[kind]
+    rows, targets = {"plain": (X, Z), "twice": (TWICE, Z), "alone": (ALONE, Z[:12]), "nearly": (NEARLY, Z[:12])}[kind]
     return uw.explain(LinearRegression().fit(rows, targets), rows, targets)
 
 
@@ -305,13 +307,32 @@ def test_the_newton_step_by_estimates():
 
 
 def test_one_removal_of_several_has_no_value():
+    on = (NEARLY[:2], Z[:2])
     with warned("have no value and are NaN", "Leave them out, or see to the first: "):
-        values = linear("alone").of_removing([0, 1, 11], on=PAIR).values
+        values = linear("nearly").of_removing([0, 1, 11], on=on).values
     assert np.isnan(values).tolist() == [[False, False, True]] * 2
-    assert_allclose(values[:, :2], linear("alone").of_removing([0, 1], on=PAIR).values, rtol=1e-10)
+    assert_allclose(values[:, :2], linear("nearly").of_removing([0, 1], on=on).values, rtol=1e-10)
+    model = Ridge(0.1).fit(NEARLY, Z[:12])
+    values = uw.explain(model, NEARLY, Z[:12]).of_removing([0, 1, 11], on=on).values
+    assert_allclose(values[:, 2], after(model, NEARLY, Z[:12], on, without=[11]), rtol=1e-8)
+
+
+def test_removing_all_rows_of_a_level_that_a_query_has():
+    with refused("fills the gap, and no query has a value", "Ask about queries that have nothing of it, leave some"):
+        linear("alone").of_removing([11], on=(ALONE[11:], Z[11:12]))
+    on = (ALONE[[0, 11]], Z[[0, 11]])
+    with warned("fills the gap; these are NaN", "Ask about queries that have nothing of it, leave some"):
+        assert np.isnan(linear("alone").of_removing([11], on=on).values).tolist() == [[False], [True]]
+    model = LinearRegression().fit(ALONE, Z[:12])
+    values = linear("alone").of_removing([11], on=PAIR).values[:, 0]  # they have nothing of it
+    assert_allclose(values, after(model, ALONE, Z[:12], PAIR, without=[11]), atol=1e-12)  # 0: it settled its own alone
+    twice, targets = ALONE[[*range(12), 11]], Z[[*range(12), 0]]
+    model = LinearRegression().fit(twice, targets)
+    values = uw.explain(model, twice, targets).of_removing([11], on=on).values[:, 0]  # row 12 is left in
+    assert_allclose(values, after(model, twice, targets, on, without=[11]), rtol=1e-7, atol=1e-12)
     model = Ridge(0.1).fit(ALONE, Z[:12])
-    values = uw.explain(model, ALONE, Z[:12]).of_removing([0, 1, 11], on=PAIR).values
-    assert_allclose(values[:, 2], after(model, ALONE, Z[:12], PAIR, without=[11]), rtol=1e-8)
+    values = uw.explain(model, ALONE, Z[:12]).of_removing([11], on=on).values[:, 0]
+    assert_allclose(values, after(model, ALONE, Z[:12], on, without=[11]), rtol=1e-8)
 
 
 # ---- newton_step -----------------------------------------------------------------------------------------------------
@@ -348,17 +369,18 @@ def test_a_group_that_leaves_little_curvature():
 
 
 def test_a_removal_after_which_the_fit_is_not_unique():
+    on = (NEARLY[:2], Z[:2])
     with refused("Without them the fit is not unique", "Add a penalty or damping, or remove other rows"):
-        linear("alone").of_removing([11], on=PAIR)
-    model = Ridge(0.1).fit(ALONE, Z[:12])
-    values = uw.explain(model, ALONE, Z[:12]).of_removing([11], on=PAIR).values[:, 0]
-    assert_allclose(values, after(model, ALONE, Z[:12], PAIR, without=[11]), rtol=1e-8)
-    plain = linear("alone").objective
-    damped = uw.Influence(plain, (ALONE, Z[:12]), damping=1e-3).of_removing([11], on=PAIR).values
+        linear("nearly").of_removing([11], on=on)
+    model = Ridge(0.1).fit(NEARLY, Z[:12])
+    values = uw.explain(model, NEARLY, Z[:12]).of_removing([11], on=on).values[:, 0]
+    assert_allclose(values, after(model, NEARLY, Z[:12], on, without=[11]), rtol=1e-8)
+    plain = linear("nearly").objective
+    damped = uw.Influence(plain, (NEARLY, Z[:12]), damping=1e-3).of_removing([11], on=on).values
     assert np.isfinite(damped).all()
-    others = linear("alone").of_removing([0], on=PAIR).values[:, 0]
-    model = LinearRegression().fit(ALONE, Z[:12])
-    assert_allclose(others, after(model, ALONE, Z[:12], PAIR, without=[0]), rtol=1e-8)
+    others = linear("nearly").of_removing([0], on=on).values[:, 0]
+    model = LinearRegression().fit(NEARLY, Z[:12])
+    assert_allclose(others, after(model, NEARLY, Z[:12], on, without=[0]), rtol=1e-8)
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------------

@@ -433,6 +433,8 @@ def test_rows_without_which_there_is_no_minimum_ask_for_a_penalty():
     free = uw.explain(LogisticRegression(C=np.inf, **TIGHT).fit(X, y), X, y)
     with refused("Newton's method left", "If the objective has no minimum without these rows, add a penalty"):
         uw.retrained(free, without=[odd], retrain=uw.Newton(max_steps=15))
+    with refused(": the loss falls for ever as θ grows", "Fit with a penalty and explain that model"):
+        uw.retrained(free, without=[odd], retrain=uw.Newton())
     held = uw.explain(LogisticRegression(C=1.0, **TIGHT).fit(X, y), X, y)
     after = uw.retrained(held, without=[odd], retrain=uw.Newton(max_steps=15))
     again = LogisticRegression(C=1.0, **TIGHT).fit(np.delete(X, odd, 0), np.delete(y, odd))

@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
 import upweight as uw
-from upweight.errors import NotPositiveDefinite
+from upweight.errors import NotPositiveDefinite, TheoryWarning
 from upweight.influence import per_row
 from upweight.solvers import CG, Approximate, Cholesky, TwoLevel
 
@@ -76,12 +76,21 @@ def test_a_large_group_of_a_softmax_is_the_dense_newton_step_and_the_error_says_
     assert np.linalg.norm(corrected - truth) < 0.7 * np.linalg.norm(scores.values[:, 0] - truth)
 
 
-def test_a_group_that_alone_determines_a_parameter_is_refused(data):
+def test_a_group_that_alone_determines_a_parameter_leaves_what_does_not_need_it(data):
     X, y, Xq, _ = data
     inside = X.copy()
     inside[1200:, 0] = 0.0
+    without = Xq.copy()
+    without[1:, 0] = 0.0
     from sklearn.linear_model import LinearRegression
 
-    inf = uw.explain(LinearRegression().fit(inside, y[:N]), inside, y[:N])
-    with pytest.raises(NotPositiveDefinite, match="alone determine a parameter"):
+    model = LinearRegression().fit(inside, y[:N])
+    inf = uw.explain(model, inside, y[:N])
+    with pytest.warns(TheoryWarning, match=r"1 of \d+ queries \(first: number 0\)"):
+        values = inf.of_removing([np.arange(1200)], on=(without, y[N:])).values[:, 0]
+    assert np.isnan(values[0])
+    again = LinearRegression().fit(inside[1200:], y[1200:N])
+    expected = (again.predict(without) - y[N:]) ** 2 - (model.predict(without) - y[N:]) ** 2
+    np.testing.assert_allclose(values[1:], expected[1:], rtol=1e-7, atol=1e-9)
+    with pytest.raises(NotPositiveDefinite, match="lean on it"):
         inf.of_removing([np.arange(1200)], on=(Xq, y[N:]))

@@ -187,7 +187,7 @@ def examine(system: System, on: Any = None) -> Report:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TheoryWarning)  # the report says it with more numbers
             solution = system.prepared.solve(V)
-            flat = system.why_flat
+            flat = system.undetermined.why
             missed = distance(system, asked)
         residual = float(solution.residual.max())
         solved = ~solution.x.isnan().any(1)

@@ -106,7 +106,9 @@ class DampingPath:
             "residual": self.residuals.max(1),
             "preconditioner_gap": np.full(len(self.dampings), np.nan) if gaps is None else gaps.max(1),
             "products": np.array([scores.certificate.sweeps for scores in self.every]),
-            "rms_value": np.array([np.sqrt(np.mean(scores.values**2)) for scores in self.every]),
+            "rms_value": np.array(
+                [np.sqrt(np.mean(scores.values[_known(scores.values)] ** 2)) for scores in self.every]
+            ),
             "correlation_with_next": self.correlation_with_next,
         }
 
@@ -130,13 +132,16 @@ class _Family:
 
     def __init__(self, system: System) -> None:
         operator = system.operator
-        direct = isinstance(system.solver, Cholesky)
+        self._direct = direct = isinstance(system.solver, Cholesky)
+        self._system = system
         self.operator = DenseOperator(operator.matrix(), operator.project) if direct else operator
         self.solver = Factored() if direct else system.solver
         self._last: Prepared | None = None
 
     def at(self, damping: float) -> Prepared:
-        """The solver at λ."""
+        """The solver at λ; at 0 a factorisation of its own, which knows what no row sees."""
+        if self._direct and damping == 0:
+            return Cholesky().prepare(self._system.operator)
         last = self._last
         self._last = last.at(damping) if isinstance(last, Movable) else self.solver.prepare(self.operator, damping)
         return self._last
@@ -148,7 +153,7 @@ def _block(system: System, queries: Examples, dampings: list[float], family: _Fa
     measured = per_row.measures(system.sweep.over(system.objective, queries))
     weights = system.examples.weights / system.n
     found: list[Scores] = []
-    for damping, solution, changes in _products(system, _solutions(family, V, dampings[::-1])):
+    for damping, solution, changes in _products(system, _solutions(system, family, V, dampings[::-1])):
         known = scoring.certificate(system, solution)
         known = replace(known, damping=damping, solver=repr(family.solver))
         scaled = changes.scaled(weights)
@@ -169,7 +174,7 @@ def _block(system: System, queries: Examples, dampings: list[float], family: _Fa
     return found[::-1]
 
 
-def _solutions(family: _Family, V: Tensor, dampings: list[float]) -> Iterator[tuple[float, Solution]]:
+def _solutions(system: System, family: _Family, V: Tensor, dampings: list[float]) -> Iterator[tuple[float, Solution]]:
     """The solution at each damping; an iteration starts from the best in the span of those before it."""
     before: list[tuple[Tensor, Tensor]] = []  # solutions, and C times them
     warm = isinstance(family.solver, CG)
@@ -177,6 +182,7 @@ def _solutions(family: _Family, V: Tensor, dampings: list[float]) -> Iterator[tu
         prepared = family.at(damping)
         solve = _from(before, damping) if warm and before else None
         solution = solved(prepared, V, repr(family.solver), state=None if solve is None else {"x": solve(V)})
+        system.undetermined_by(getattr(prepared, "flat", None)).announce(solution, refuse=False)
         if warm:
             before = [*before, (solution.x, family.operator.project(V) - damping * solution.x)][-_KEPT:]
         yield damping, solution
@@ -220,8 +226,16 @@ def _products(
         yield from flush()
 
 
+def _known(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(q,) queries that the data determine at this damping; all of them if there are none, whose mean is then NaN."""
+    known = np.logical_not(np.isnan(values).any(axis=1))
+    return known if known.any() else np.ones(len(values), dtype=bool)
+
+
 def _correlation(A: NDArray[np.float64], B: NDArray[np.float64]) -> float:
     """Pearson's r of two queries' values, mean over the queries."""
+    both = _known(A) & _known(B)
+    A, B = A[both], B[both]
     A, B = A - A.mean(1, keepdims=True), B - B.mean(1, keepdims=True)
     size = np.sqrt((A**2).sum(1) * (B**2).sum(1))
     return float(np.mean((A * B).sum(1) / np.where(size > 0, size, 1.0)))

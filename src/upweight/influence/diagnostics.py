@@ -365,10 +365,11 @@ def _family(system: System) -> Family:
 
 def _name_undetermined(system: System, what: str) -> None:
     """A TheoryWarning that names the coefficients that the data do not determine, whose lines are NaN."""
-    if system.flat is None:
+    left_open = system.undetermined
+    if left_open.flat is None:
         return
     message = (
-        f"{what} of {', '.join(system.undetermined)} are NaN: {system.why_flat}, so the data determine predictions "
+        f"{what} of {', '.join(left_open.columns)} are NaN: {left_open.why}, so the data determine predictions "
         "but not these coefficients. Drop a column, or fit with a penalty."
     )
     warnings.warn(message, TheoryWarning, stacklevel=4)

@@ -41,7 +41,7 @@ def of_adding(system: System, X_new: Any, y_new: Any, on: Any) -> Scores:
     solution = scoring.solutions(system, queries)
     scale = system.class_weights(new) * new.sample_weight / system.n
     G = per_row.gradients(system.sweep.over(system.objective, new)) + system.penalty_share
-    changes = scoring.with_gradients(solution, system.determined(G)).scaled(-scale)
+    changes = scoring.with_gradients(solution, system.undetermined.determined(G)).scaled(-scale)
     return scoring.scores(system, solution, changes, scale, scoring.Columns.of(new), "example added", queries)
 
 
@@ -62,7 +62,7 @@ def new_examples(system: System, rows: NDArray[np.int64], X: Any, y: Any) -> Exa
 def _becoming(system: System, rows: NDArray[np.int64], new: Examples, counterfactual: str, on: Any) -> Scores:
     queries = system.queries(on)
     solution = scoring.solutions(system, queries)
-    difference = system.determined(_difference(system, rows, new))
+    difference = system.undetermined.determined(_difference(system, rows, new))
     changes = scoring.with_gradients(solution, difference / -system.n)
     scale = system.examples.weights[rows] / system.n
     columns = scoring.Columns.of(system.examples, rows)

@@ -6,9 +6,10 @@ import warnings
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from upweight.data.ids import of_keys
-from upweight.errors import TheoryWarning, UnsupportedModel
+from upweight.errors import NotPositiveDefinite, TheoryWarning, UnsupportedModel
 from upweight.influence import newton_step, per_row, scoring
 from upweight.influence.scores import Scores, naming
 from upweight.influence.system import System
@@ -33,8 +34,8 @@ def of_groups(system: System, groups: Any, on: Any) -> Scores:
 def of_removing(system: System, groups: Any, on: Any) -> Scores:
     """By the removal's own Newton step: `Influence.of_removing`.
 
-    A removal without which the fit is not unique, or a class has no row, is NaN, with a TheoryWarning, if others have a
-    value.
+    A removal that leaves a fit singular to rounding, or a class without a row, is NaN, with a TheoryWarning, if others
+    have a value; so is a query that leans on what no row sees that is left.
 
     Raises:
         NotPositiveDefinite, Undefined: if no removal has a value.
@@ -67,6 +68,7 @@ def of_removing(system: System, groups: Any, on: Any) -> Scores:
     changes = newton_step.changes(reported, queries, step.theta_change)
     further = newton_step.changes(reported, queries, step.theta_change + step.next_step)
     changes[solution.x.isnan().any(1).numpy()] = np.nan  # queries that lean on what the data do not determine
+    changes[_undetermined(newton_step.undetermined(step, reported, queries), members)] = np.nan
     rows = np.array([group[0] for group in members]) if single else np.arange(len(members))
     own = scoring.Columns.of(system.examples, rows).names if single else None
     return Scores(
@@ -80,3 +82,26 @@ def of_removing(system: System, groups: Any, on: Any) -> Scores:
         error=further - changes,
         **naming(of_keys(groups) or own, queries.names),
     )
+
+
+def _undetermined(leaning: NDArray[np.bool_], members: list[NDArray[np.int64]]) -> NDArray[np.bool_]:
+    """The same, (q, g), with a TheoryWarning if there are any.
+
+    Raises:
+        NotPositiveDefinite: if no query has a value.
+    """
+    if not leaning.any():
+        return leaning
+    number = int(leaning.any(0).argmax())
+    query = int(leaning[:, number].argmax())
+    asked = (
+        f"Removal number {number} (of rows {members[number][:5].tolist()}) takes all rows of a column or level, and "
+        f"{int(leaning[:, number].sum())} of {len(leaning)} queries (first: number {query}) lean on it: without those "
+        "rows their predictions depend on how the fit fills the gap"
+    )
+    advice = "Ask about queries that have nothing of it, leave some of its rows in, or fit with a penalty."
+    if leaning.all():
+        refusal = f"{asked}, and no query has a value. {advice}"
+        raise NotPositiveDefinite(refusal)
+    warnings.warn(f"{asked}; these are NaN. {advice}", TheoryWarning, stacklevel=4)
+    return leaning

@@ -27,11 +27,13 @@ from upweight.data.examples import Examples
 from upweight.errors import NotConverged, NotPositiveDefinite, Undefined, UnsupportedModel
 from upweight.influence.classes import Classes
 from upweight.influence.deletion import AMPLIFIED
-from upweight.influence.system import System
+from upweight.influence.system import System, solved
 from upweight.model import linear, losses, penalties
 from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
+from upweight.operators.linear import LinearHessian
 from upweight.solvers import Solution, Substitution
+from upweight.solvers.flat import LEANS, Flat
 from upweight.solvers.recurrence import Progress, descend
 
 _GROUP_BLOCK = 64
@@ -48,12 +50,15 @@ _SHARE_RTOL = 1e-12
 class NewtonStep:
     """The move of θ̂ when each group is removed, (g, p), and the step that would come next, (g, p): its error.
 
-    `impossible` says for the number of a group why it has none; its lines are NaN.
+    `impossible` says for the number of a group why it has none; its lines are NaN. `flat` has for the number of a group
+    the directions that no row sees that is left, if there are any: the step has no part along them, and predictions
+    that lean on them are not determined.
     """
 
     theta_change: Float[Tensor, "g p"]
     next_step: Float[Tensor, "g p"]
     impossible: dict[int, str] = field(default_factory=dict)
+    flat: dict[int, Flat] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,16 @@ class _Rest:
 
     step: Tensor
     inverse: Callable[[Tensor], Tensor]
+    flat: Flat | None = None
 
 
 def newton_steps(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep:
     """The Newton step of removing each group, and the one that would follow it with the same curvature.
 
-    Squared losses are quadratic, so there the step is repeated once, which removes the solver's own error. A group
-    without which the fit is not unique, or a class has no row, has no step.
+    Squared losses are quadratic, so there the step is repeated once, which removes the solver's own error. Without a
+    penalty, a group that holds all rows of a level leaves a direction that no row sees: its step is that of minimum
+    norm, from a factorisation of its own. A group without which a class has no row, or the rest is singular to
+    rounding, has no step.
 
     Raises:
         NotPositiveDefinite: if the fit is not unique whichever group is removed.
@@ -87,7 +95,8 @@ def newton_steps(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep:
         return found
     moves = torch.full((2, len(groups), system.objective.size), torch.nan, dtype=torch.float64)
     moves[:, places] = torch.stack([found.theta_change, found.next_step])
-    return NewtonStep(moves[0], moves[1], dict(sorted(impossible.items())))
+    flat = {places[j]: one for j, one in found.flat.items()}
+    return NewtonStep(moves[0], moves[1], dict(sorted(impossible.items())), flat)
 
 
 def _steps_of_most(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep:
@@ -96,6 +105,10 @@ def _steps_of_most(system: System, groups: list[NDArray[np.int64]]) -> NewtonSte
         return _steps_of_all(system, groups)
     except NotPositiveDefinite as error:
         if len(groups) == 1:
+            fresh = _fresh_rest(system, groups[0])
+            if fresh is not None:
+                change, following = _refined(system, groups, fresh)
+                return NewtonStep(change, following, flat={} if fresh.flat is None else {0: fresh.flat})
             nothing = torch.full((1, system.objective.size), torch.nan, dtype=torch.float64)
             return NewtonStep(nothing, nothing, {0: str(error)})
     half = len(groups) // 2
@@ -104,32 +117,65 @@ def _steps_of_most(system: System, groups: list[NDArray[np.int64]]) -> NewtonSte
         torch.cat([first.theta_change, second.theta_change]),
         torch.cat([first.next_step, second.next_step]),
         first.impossible | {half + number: why for number, why in second.impossible.items()},
+        first.flat | {half + number: one for number, one in second.flat.items()},
     )
 
 
 def _steps_of_all(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep:
     """The steps of all groups, refused if one has none."""
-    objective, sweep, risk_gradient = system.objective, system.sweep, system.risk_gradient
+    objective, sweep = system.objective, system.sweep
     if objective.folded and not isinstance(objective.penalty, L2):
         message = (
             "of_removing with penalty_per_example=True needs an L2 penalty, whose share it removes in closed form. "
             "Use on_loss (first order)."
         )
         raise UnsupportedModel(message)
-    K, loss = objective.linear.n_outputs, objective.linear.loss  # type: ignore[union-attr]
+    K = objective.linear.n_outputs  # type: ignore[union-attr]
     changes, following = [], []
     for block in _blocks(groups, K):
         large = len(block) == 1 and len(block[0]) * K > _UPDATED_UP_TO
         rest = None if large else _steps(objective, sweep.examples, system.solve, block)
         rest = _warm_steps(system, block) if rest is None else rest
-        change = rest.step
-        left = _remaining(objective, sweep, block, change, risk_gradient)
-        if loss is losses.squared:
-            change = change - rest.inverse(system.project(left + system.damping * change))
-            left = _remaining(objective, sweep, block, change, risk_gradient)
+        change, further = _refined(system, block, rest)
         changes.append(change)
-        following.append(-rest.inverse(system.project(left)))
+        following.append(further)
     return NewtonStep(torch.cat(changes), torch.cat(following))
+
+
+def _refined(system: System, groups: list[NDArray[np.int64]], rest: _Rest) -> tuple[Tensor, Tensor]:
+    """The steps, of a squared loss repeated once, and those that would follow."""
+    objective, change = system.objective, rest.step
+    known = (objective, system.sweep, groups)
+    left = _remaining(*known, change, system.risk_gradient)
+    if objective.linear.loss is losses.squared:  # type: ignore[union-attr]
+        change = change - rest.inverse(system.project(left + system.damping * change))
+        left = _remaining(*known, change, system.risk_gradient)
+    return change, -rest.inverse(system.project(left))
+
+
+def _fresh_rest(system: System, group: NDArray[np.int64]) -> _Rest | None:
+    """What is left without a group that leaves a direction flat, from its rows alone; None if they are too few or bad.
+
+    Only without a penalty: a part of one would stay, and a coefficient that it holds is determined.
+    """
+    objective, operator, n = system.objective, system.operator, system.n
+    free = isinstance(objective.penalty, L2 | None) and not bool(penalties.diagonal(objective).any())
+    rows = np.setdiff1d(np.arange(n), group)
+    if not free or system.damping or not len(rows) or not isinstance(operator, LinearHessian):
+        return None
+    try:
+        prepared = system.solver.prepare(operator.of_rows(rows), 0.0)
+        flat = getattr(prepared, "flat", None)
+    except NotPositiveDefinite:
+        return None
+
+    def inverse(V: Tensor) -> Tensor:
+        V = system.operator.project(V)
+        return solved(prepared, V if flat is None else flat.project(V), repr(system.solver)).x * (n / len(rows))
+
+    weights = torch.from_numpy(system.examples.weights[group])
+    side = linear.pull(objective, system.examples.batch(group), weights[None]) / n
+    return _Rest(inverse(side), inverse, flat)
 
 
 def _blocks(groups: list[NDArray[np.int64]], K: int) -> Iterator[list[NDArray[np.int64]]]:
@@ -213,6 +259,16 @@ def changes(
     value = objective.linear.loss.value
     before = value(now, y)
     return torch.stack([value(moved[:, g], y) - before for g in range(len(theta_change))], 1).numpy()
+
+
+def undetermined(step: NewtonStep, objective: Objective, queries: Examples) -> NDArray[np.bool_]:
+    """(q, g) whether a query's prediction leans on what no row sees that is left."""
+    found = np.zeros((len(queries), len(step.theta_change)), dtype=bool)
+    if step.flat:
+        U = linear.unit_solutions(objective, queries.batch(slice(None))[0])
+        for number, flat in step.flat.items():
+            found[:, number] = (flat.leaning(U) > LEANS).reshape(len(queries), -1).any(1).numpy()
+    return found
 
 
 def _steps(

@@ -31,12 +31,12 @@ def of_perturbing(system: System, rows: Any, on: Any) -> Float[NDArray[np.float6
 
     moved = system.sweep.emit(fields, vectors=len(S), rows=rows, label="perturb")
     moved[:, leaning.numpy()] = np.nan
-    apart = system.undetermined_features
-    if len(apart):
+    left_open = system.undetermined
+    if len(left_open.features):
         message = (
-            f"Moving {', '.join(system.undetermined)} apart from each other settles coefficients that no row held "
-            f"before ({system.why_flat}), which is no small change: these columns are NaN. Drop one and fit again."
+            f"Moving {', '.join(left_open.columns)} apart from each other settles coefficients that no row held "
+            f"before ({left_open.why}), which is no small change: these columns are NaN. Drop one and fit again."
         )
         warnings.warn(message, TheoryWarning, stacklevel=3)
-        moved[..., apart] = np.nan
+        moved[..., left_open.features] = np.nan
     return movable.widened(np.moveaxis(-moved / system.n, 0, 1))

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,6 +21,7 @@ from upweight.data.arrays import as_tensor
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, TheoryWarning
 from upweight.influence import defaults, per_row
+from upweight.influence.undetermined import Undetermined
 from upweight.model import calculus, penalties, routes
 from upweight.model.encoders import Encoder, PlainEncoder, training_examples
 from upweight.model.objective import Objective
@@ -31,7 +31,7 @@ from upweight.operators import Curvature, Dense, Hessian, Operator
 from upweight.operators.linear import LinearHessian
 from upweight.solvers import Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping
-from upweight.solvers.flat import LEANS, Flat
+from upweight.solvers.flat import Flat
 
 PROBE = 3  # examples that a route is tried on
 
@@ -197,22 +197,7 @@ class System:
         """
         with undisturbed():
             solution = solved(self.prepared, V, repr(self.solver))
-        leaning = torch.nonzero(solution.x.isnan().any(1)).flatten().tolist()
-        if not leaning:
-            return solution
-        asked = (
-            f"{len(leaning)} of {len(V)} systems (first: number {leaning[0]}) ask for what the training rows do not "
-            f"determine: {self.why_flat}, and {float(solution.residual.max()):.2g} of the gradient leans on "
-            "combinations that no row has"
-        )
-        advice = (
-            "Ask about examples whose columns go together as they do in the training rows, drop a column and fit "
-            "again, or fit with a penalty."
-        )
-        if len(leaning) == len(V):
-            refusal = f"{asked}. {advice}"
-            raise NotPositiveDefinite(refusal, solution)
-        warnings.warn(f"{asked}; their values are NaN. {advice}", TheoryWarning, stacklevel=4)
+        self.undetermined.announce(solution)
         return solution
 
     @property
@@ -221,51 +206,13 @@ class System:
         return getattr(self.prepared, "flat", None)
 
     @property
-    def undetermined(self) -> list[str]:
-        """The columns whose coefficients the data do not determine, by name."""
-        structure = self.objective.linear
-        if self.flat is None or structure is None:
-            return []
-        K, d = structure.n_outputs, structure.n_features
-        known = self.encoder.feature_names or []
-        names = [known[j] if len(known) == d else f"x{j}" for j in self.undetermined_features]
-        return [*names, *(["intercept"] if self.flat.touched[K * d :].any() else [])]
+    def undetermined(self) -> Undetermined:
+        """What those directions leave open, with the names of its columns."""
+        return self.undetermined_by(self.flat)
 
-    def determined(self, G: Float[Tensor, "r p"]) -> Float[Tensor, "r p"]:
-        """G, with NaN for gradients of new rows that lean on what no training row has, and a TheoryWarning."""
-        if self.flat is None:
-            return G
-        leans = self.flat.leaning(G) > LEANS
-        if bool(leans.any()):
-            first = int(torch.nonzero(leans)[0])
-            message = (
-                f"{int(leans.sum())} of {len(G)} changes (first: number {first}) bring a row that no training row "
-                f"resembles: {self.why_flat}, and the new row tells them apart. Such a row settles "
-                "coefficients that nothing held before, which is no small change: their values are NaN. Train with it "
-                "instead, or drop a column and fit again."
-            )
-            warnings.warn(message, TheoryWarning, stacklevel=5)
-        return torch.where(leans[:, None], torch.nan, G)
-
-    @property
-    def undetermined_features(self) -> NDArray[np.int64]:
-        """The numbers of the columns whose coefficients the data do not determine."""
-        structure = self.objective.linear
-        if self.flat is None or structure is None:
-            return np.zeros(0, dtype=np.int64)
-        places = np.flatnonzero(self.flat.touched)
-        return np.unique(places[places < structure.n_outputs * structure.n_features] % structure.n_features)
-
-    @property
-    def why_flat(self) -> str:
-        """What no row tells apart, in words; "" if there is nothing."""
-        if self.flat is None:
-            return ""
-        names = self.undetermined
-        if not names:
-            return f"{self.flat.plain.shape[1]} combinations of parameters change no row's loss to second order"
-        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        return f"the columns {listed} repeat or add up to others, without a penalty on them"
+    def undetermined_by(self, flat: Flat | None) -> Undetermined:
+        """The same of directions that another solver has met."""
+        return Undetermined(flat, self.objective.linear, self.encoder.feature_names or [])
 
     def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """V without the directions in which R is constant, by construction or because no row sees them."""

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, checked_count
-from upweight.model import calculus
+from upweight.model import penalties
 from upweight.model.objective import Objective
 from upweight.operators.base import Operator
 from upweight.operators.linear import LinearHessian
@@ -136,7 +136,8 @@ class Iteration:
             share = self.flat.leaning(V)
             leans = share > LEANS
             if bool(leans.any()):
-                found = self.solve(torch.where(leans[:, None], 0.0, V), state=state)
+                known = None if state is None else {n: torch.where(leans[:, None], 0.0, S) for n, S in state.items()}
+                found = self.solve(torch.where(leans[:, None], 0.0, V), state=known)
                 x = torch.where(leans[:, None], torch.nan, found.x)
                 return replace(found, x=x, residual=torch.where(leans, share, found.residual))
         V = self._project(V)
@@ -294,7 +295,7 @@ class Iteration:
 
 def _held(objective: Objective) -> bool:
     """Whether a penalty holds every parameter, or all but the intercepts, which all rows see."""
-    structure, strengths = objective.linear, calculus.penalty_diagonal(objective)
+    structure, strengths = objective.linear, penalties.diagonal(objective)
     return bool((strengths[: None if structure is None else structure.n_outputs * structure.n_features] > 0).all())
 
 
@@ -319,7 +320,8 @@ def _scale(operator: Operator, damping: float) -> Tensor | None:
     n = operator.sweep.n  # type: ignore[attr-defined]
     few = operator if n <= _SCALE_ROWS else operator.subsample(_SCALE_ROWS)  # type: ignore[attr-defined]
     diagonal = few.diagonal() + damping  # type: ignore[attr-defined]
-    return diagonal.clamp(min=1e-30 * float(diagonal.max()) or 1.0).rsqrt()
+    largest = float(diagonal.max()) or 1.0  # in place of what these rows do not see, which must not blow up rounding
+    return torch.where(diagonal > 1e-30 * largest, diagonal, largest).rsqrt()
 
 
 def _continued(direction: Tensor, R: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from upweight.runs import progress
 from upweight.solvers import CG, Cholesky, Prepared
 
 _ROUNDING_SLACK = 10  # L-BFGS may end on rounding in R, a little above the gradient that was asked
+_STILL, _NO_MOVE = 1e-3, 1e-6  # of the largest predictor, and by itself: what the next step may move at a minimum
 _WORTHWHILE = (
     0.2  # a Newton step with an old factor must shrink the gradient to this share, else the curvature is renewed
 )
@@ -106,7 +107,8 @@ class BoundNewton:
         """θ at the minimum of R_m.
 
         Raises:
-            NotConverged: if the gradient does not become small enough.
+            NotConverged: if the gradient does not become small enough, or θ grows without end, as when classes are
+                separable.
             NotPositiveDefinite: if a curvature on the way is not positive.
             Undefined: if no row of a class is left.
         """
@@ -123,7 +125,7 @@ class BoundNewton:
         for _ in range(self.spec.max_steps):
             size = float(gradient.norm())
             if size <= goal:
-                return theta
+                return self._settled(sweep, theta, gradient, factor)
             candidate = theta - factor.solve(gradient[None]).x[0]
             new_value, new_gradient = _value_and_gradient(sweep, candidate)
             if not float(new_gradient.norm()) <= _WORTHWHILE * size:
@@ -135,11 +137,39 @@ class BoundNewton:
             theta, value, gradient = candidate, new_value, new_gradient
         left = float(gradient.norm())
         if left <= goal:
-            return theta
+            return self._settled(sweep, theta, gradient, factor)
         message = (
             f"Newton's method left ‖∇R‖ = {left:.3g} after {self.spec.max_steps} steps; {goal:.3g} was asked. Raise "
             "max_steps, or accept less with Newton(rtol=…). If the objective has no minimum without these rows, add a "
             "penalty."
+        )
+        raise NotConverged(message)
+
+    def _settled(self, sweep: Sweep, theta: Tensor, gradient: Tensor, factor: Prepared) -> Tensor:
+        """θ, if the next step would move no predictor any more. Where a loss falls for ever, its gradient is small too.
+
+        Raises:
+            NotConverged: if it would.
+        """
+        step = factor.solve(gradient[None]).x[0]
+        if sweep.objective.linear is None or bool(step.isnan().any()):  # NaN: rounding, along what no row sees
+            return theta
+        both = torch.stack([step, theta])
+
+        def predictors(batch: Any, weights: Tensor) -> Tensor:
+            moves = linear.directional(sweep.objective, linear.wide(batch[0]), both).abs().amax(2)
+            return torch.where(weights[:, None] > 0, moves, 0.0)
+
+        moved, size = (float(column.max()) for column in sweep.emit(predictors, vectors=2, label="next step").T)
+        still = max(_STILL, 10 * self.spec.rtol) * size + _NO_MOVE
+        if moved <= still:
+            return theta
+        message = (
+            f"Newton's method reached ‖∇R‖ = {float(gradient.norm()):.3g} at ‖θ‖ = {float(theta.norm()):.3g}, and the "
+            f"next step would still move predictors by {moved:.2g}, beside {size:.3g}: the loss falls for ever as θ "
+            "grows, and there is no minimum. With these rows the classes are probably separable, or a level has only "
+            "one outcome. "
+            "Fit with a penalty and explain that model."
         )
         raise NotConverged(message)
 

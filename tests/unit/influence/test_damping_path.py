@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LinearRegression
 
 import cases
 import upweight as uw
+from redundant import REDUNDANT, Y
 from upweight import defaults
 from upweight.errors import InvalidInput, NotPositiveDefinite
 from upweight.operators import Dense, GaussNewton, Hessian, Nystroem
@@ -157,3 +159,23 @@ def test_the_picture_draws_what_the_path_says():
     assert len(drawn) == 2
     np.testing.assert_allclose(drawn["preconditioner's error, alone"][:, 1], path.preconditioner_gaps.max(1))
     assert ax.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("solver", [None, uw.solvers.CG(1e-8)], ids=["Cholesky", "CG"])
+def test_no_damping_and_columns_that_repeat(solver):
+    """At λ = 0 the answers are those of on_loss, and NaN where it has none; at others every query has some."""
+    X, _ = REDUNDANT["a column twice"]
+    influence = uw.explain(LinearRegression().fit(X, Y), X, Y, solver=solver)
+    apart = X[:3].copy()
+    apart[1, 3] += 1
+    with pytest.warns(uw.errors.TheoryWarning, match=r"1 of 3 systems \(first: number 1\).* columns x0, x3 repeat"):
+        path = influence.damping_path(apart, Y[:3], dampings=[0.0, 1e-4, 0.1])
+    with pytest.warns(uw.errors.TheoryWarning, match="1 of 3 systems"):
+        exact = influence.on_loss(apart, Y[:3]).values
+    np.testing.assert_allclose(path.values[0], exact, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(path.values[1, [0, 2]], exact[[0, 2]], rtol=1e-3, atol=1e-5)
+    damped = uw.explain(LinearRegression().fit(X, Y), X, Y, solver=solver, damping=0.1).on_loss(apart, Y[:3]).values
+    np.testing.assert_allclose(path.values[2], damped, rtol=1e-6, atol=1e-9)
+    table = path.to_pandas()
+    assert np.isfinite(table.rms_value).all()
+    assert table.correlation_with_next.iloc[0] == pytest.approx(1)
