@@ -664,6 +664,34 @@ def test_targets_are_brought_into_the_order_of_the_inputs():
     assert np.allclose(shuffled.on_loss(XQ, ZQ).values, plain.on_loss(XQ, ZQ).values)
 
 
+def test_a_frame_is_not_shuffled_beside_its_targets():
+    frame, y = pd.DataFrame(X, columns=list("abc")), pd.Series(Z)
+    shuffled = frame.sample(frac=1, random_state=0)
+    with refused("X and y name the same ", "Pass y.loc[X.index], and refit if fit() was given the same"):
+        uw.explain(Ridge(alpha=2.0).fit(shuffled, y), shuffled, y)
+    right = y.loc[shuffled.index]
+    found = uw.explain(Ridge(alpha=2.0).fit(shuffled, right), shuffled, right)
+    expected = ridge().on_loss(XQ, ZQ).values[:, shuffled.index]
+    assert np.allclose(found.on_loss(XQ, ZQ).values, expected)
+    asked, targets = pd.DataFrame(XQ, columns=list("abc")), pd.Series(ZQ)
+    with refused("X and y name the same ", "Pass y.loc[X.index]"):
+        found.on_loss(asked.iloc[::-1], targets)
+    back = found.on_loss(asked.iloc[::-1], targets.loc[asked.index[::-1]]).values
+    assert np.allclose(back, expected[::-1])
+    assert np.allclose(found.on_loss(asked.iloc[::-1], ZQ[::-1]).values, expected[::-1])
+
+
+def test_names_that_repeat_do_not_order_targets():
+    frame = pd.DataFrame(X, columns=list("abc"), index=[0, *range(N - 1)]).assign(target=Z)
+    y = frame["target"].iloc[::-1]
+    advice = "shuffle both as one frame, X = frame[columns] and y = frame[target], and fit again"
+    with refused("2 rows are called 0, so names cannot bring y into order", advice):
+        uw.explain(Ridge(alpha=2.0).fit(frame[list("abc")], y), frame[list("abc")], y)
+    back = frame.iloc[::-1]
+    found = uw.explain(Ridge(alpha=2.0).fit(back[list("abc")], back["target"]), back[list("abc")], back["target"])
+    assert np.allclose(found.on_loss(XQ, ZQ).values, ridge().on_loss(XQ, ZQ).values[:, ::-1])
+
+
 def named(rows, **settings):
     return uw.explain(seeded(Sentences), rows, curvature=Identity(), **settings)
 
