@@ -362,3 +362,15 @@ def test_what_cannot_be_answered_is_refused():
             np.r_[CODES, CODES + 3],
         )
     refuses(lambda: contrast(pairs, (XQ[:1], [5])), TypeError, "15 outputs are those of pairs of 6 classes")
+
+
+@pytest.mark.parametrize("ask", [contrast, contrast_by_removal])
+def test_answers_have_a_bar(ask, capsys):
+    influence, on = uw.explain(fitted(), X, NAMES), wrong(fitted(), 2)
+    found = ask(influence, on, progress=True)
+    shown = capsys.readouterr().err
+    assert f"contrast, {found.change}" in shown
+    assert "0/2" in shown
+    ask(influence, on, progress=False)
+    ask(influence, on)  # no terminal
+    assert capsys.readouterr().err == ""

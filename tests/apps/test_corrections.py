@@ -135,3 +135,14 @@ def test_what_corrected_refuses(flowers):
         uw.apps.corrected(influence, [0, 1])
     with pytest.raises(uw.errors.RowOutOfRange):
         uw.apps.corrected(influence, {150: 0})
+
+
+def test_two_trainings_have_a_bar(flowers, capsys):
+    influence, _, y = flowers
+    uw.apps.corrected(influence, {3: y[3]}, progress=True)
+    shown = capsys.readouterr().err
+    assert "training again, without and with the corrections" in shown
+    assert "0/2" in shown
+    uw.apps.corrected(influence, {3: y[3]}, progress=False)
+    uw.apps.corrected(influence, {3: y[3]})  # no terminal
+    assert capsys.readouterr().err == ""

@@ -17,6 +17,7 @@ import scipy.sparse
 import torch
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from torch import nn
@@ -506,10 +507,32 @@ def test_a_filter_that_left_nothing():
 
 def test_targets_are_dense():
     y = scipy.sparse.csr_matrix(Z[:, None])
-    with refused("y is a sparse matrix, and targets are dense", "Pass y.toarray()"):
+    with refused("y is a sparse matrix of shape ", "Pass y.toarray()"):
         network(net(1), y=y, loss=nn.functional.mse_loss)
     dense, plain = (network(net(1), y=one, loss=nn.functional.mse_loss) for one in (y.toarray(), Z[:, None]))
     assert np.array_equal(dense.of_self().values, plain.of_self().values)
+
+
+@pytest.mark.parametrize(
+    "model", [Ridge(), LogisticRegression(), MLPRegressor(hidden_layer_sizes=(3,), max_iter=20, random_state=0)]
+)
+@pytest.mark.filterwarnings("ignore")  # a network that is not trained to the end
+def test_targets_of_estimators_are_dense(model):
+    target = Y if hasattr(model, "predict_proba") else Z
+    y, model = scipy.sparse.csr_matrix(target[:, None]), model.fit(X, target)
+    with refused("y is a sparse matrix of shape ", "Pass y.toarray(), and y.toarray().ravel() where a row has one"):
+        uw.explain(model, X, y)
+    influence = uw.explain(model, X, y.toarray().ravel(), damping=0.1)
+    plain = uw.explain(model, X, target, damping=0.1).on_loss(X[:2], target[:2]).values
+    for ask in (
+        lambda few: influence.on_loss(X[:2], few),
+        lambda few: influence.of_relabeling([3, 4], few, on=(X[:2], target[:2])),
+        lambda few: uw.edited(influence, [3, 4], y_new=few),
+    ):
+        with refused("y is a sparse matrix of shape ", "Pass y.toarray(), and y.toarray().ravel() where a row has one"):
+            ask(y[:2])
+        ask(y[:2].toarray().ravel())
+    assert np.array_equal(influence.on_loss(X[:2], y[:2].toarray().ravel()).values, plain)
 
 
 def test_a_label_for_each_row():
@@ -662,6 +685,33 @@ def test_targets_are_brought_into_the_order_of_the_inputs():
     shuffled = uw.explain(Ridge(alpha=2.0).fit(frame, y), frame, y.to_numpy())
     plain = uw.explain(Ridge(alpha=2.0).fit(X, y), X, y.to_numpy())
     assert np.allclose(shuffled.on_loss(XQ, ZQ).values, plain.on_loss(XQ, ZQ).values)
+
+
+def test_a_frame_is_not_shuffled_beside_its_targets():
+    frame, y = pd.DataFrame(X, columns=list("abc")), pd.Series(Z)
+    shuffled = frame.sample(frac=1, random_state=0)
+    with refused("X and y name the same ", "Pass y.loc[X.index], and refit if fit() was given the same"):
+        uw.explain(Ridge(alpha=2.0).fit(shuffled, y), shuffled, y)
+    right = y.loc[shuffled.index]
+    found = uw.explain(Ridge(alpha=2.0).fit(shuffled, right), shuffled, right)
+    expected = ridge().on_loss(XQ, ZQ).values[:, shuffled.index]
+    assert np.allclose(found.on_loss(XQ, ZQ).values, expected)
+    asked, targets = pd.DataFrame(XQ, columns=list("abc")), pd.Series(ZQ)
+    with refused("X and y name the same ", "Pass y.loc[X.index]"):
+        found.on_loss(asked.iloc[::-1], targets)
+    back = found.on_loss(asked.iloc[::-1], targets.loc[asked.index[::-1]]).values
+    assert np.allclose(back, expected[::-1])
+    assert np.allclose(found.on_loss(asked.iloc[::-1], ZQ[::-1]).values, expected[::-1])
+
+
+def test_names_that_repeat_do_not_order_targets():
+    frame = pd.DataFrame(X, columns=list("abc"), index=[0, *range(N - 1)]).assign(target=Z)
+    y = frame["target"].iloc[::-1]
+    with refused("X and y name the same ", "shuffle both as one frame, X = frame[columns] and y = frame[target]"):
+        uw.explain(Ridge(alpha=2.0).fit(frame[list("abc")], y), frame[list("abc")], y)
+    back = frame.iloc[::-1]
+    found = uw.explain(Ridge(alpha=2.0).fit(back[list("abc")], back["target"]), back[list("abc")], back["target"])
+    assert np.allclose(found.on_loss(XQ, ZQ).values, ridge().on_loss(XQ, ZQ).values[:, ::-1])
 
 
 def named(rows, **settings):

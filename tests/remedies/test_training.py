@@ -574,13 +574,23 @@ def test_a_model_has_a_row_to_train_on():
     torch.testing.assert_close(moved, -0.1 * alone.risk_gradient)
 
 
-@pytest.mark.parametrize("epochs", [[2, 1], [1, 1], [3], []])
+def test_seeds_are_listed():
+    bound = training().bind(network())
+    with refused("seeds=", "Pass a list with one seed for each model, such as "):
+        bound.many(ONES[None], 0)
+    (theta,) = bound.many(ONES[None], list(range(1)))
+    torch.testing.assert_close(theta, bound(ONES, 0))
+    torch.testing.assert_close(bound.many(ONES[None], np.arange(1))[0], theta)
+
+
+@pytest.mark.parametrize("epochs", [[2, 1], [1, 1], [3], [], [-1], 2, ["2"], [1.5], None])
 def test_epochs_ascend(epochs):
     bound = training().bind(network())
-    with refused("epochs=", "They are different numbers from 0 to "):
+    with refused("epochs=", "Pass a list of different whole numbers from 0 to "):
         bound.checkpoints(ONES[None], [0], epochs)
     (path,) = bound.checkpoints(ONES[None], [0], [0, 1, 2])
     torch.testing.assert_close(path[2], bound(ONES))
+    torch.testing.assert_close(bound.checkpoints(ONES[None], [0], np.array([2]))[0][0], path[2])
 
 
 def test_what_diverges_takes_smaller_steps():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from upweight.adapters.estimators.built import Again, Built
 from upweight.adapters.estimators.inputs import AsGiven, Features, Inputs
-from upweight.data.arrays import as_array, as_tensor, with_lines
+from upweight.data.arrays import as_array, as_tensor, refuse_sparse_targets, with_lines
 from upweight.data.examples import Examples
 from upweight.data.ids import names_of
 from upweight.errors import InvalidInput
@@ -130,6 +130,7 @@ class SklearnEncoder:
         if X is None:
             message = f"{type(self.estimator).__name__} takes arrays, not a Dataset. Pass (Xq, yq) as arrays."
             raise InvalidInput(message)
+        refuse_sparse_targets(y)
         weights = None if whole is None else whole.sample_weight
         assert self.built is not None
         inputs = self.built.inputs(self.rows(X))
@@ -140,6 +141,7 @@ class SklearnEncoder:
 
     def targets(self, y: Any) -> Tensor:
         """Labels as the loss expects them."""
+        refuse_sparse_targets(y)
         assert self.built is not None
         return as_tensor(self.built.targets(y))
 

@@ -25,7 +25,7 @@ from upweight.adapters.estimators import (
     networks,
 )
 from upweight.adapters.estimators.built import Builder, Built, Fit
-from upweight.data.arrays import as_tensor, checked_weights
+from upweight.data.arrays import as_tensor, checked_weights, refuse_sparse_targets
 from upweight.data.examples import Examples
 from upweight.data.ids import names_of
 from upweight.errors import InvalidInput, NotFitted, TheoryWarning, UnsupportedModel, require
@@ -76,6 +76,8 @@ _SEVERAL = (
     "explain({model}.estimators_[k], {X}, y)"
 )
 _SEVERAL_CLASSIFIERS = _SEVERAL.replace(", y)", ", np.searchsorted({model}.classes_, y))")
+# Models that were fitted before have seen the labels themselves, and perhaps other rows.
+_PREFIT = _SEVERAL.replace("those that are supported", "those that are supported, on the rows that each was fitted on")
 _THRESHOLD = (
     "moves the threshold of a classifier, which changes its labels but not its parameters. Explain the classifier: "
     "explain({model}.estimator_, {X}, y)"
@@ -153,6 +155,7 @@ def explain(
     if X is None or y is None:
         message = f"{type(estimator).__name__} was fitted on arrays X and y; pass both: explain(model, X, y)."
         raise InvalidInput(message)
+    refuse_sparse_targets(y)
     rows = SklearnEncoder(transformers, estimator).rows(X)
     if rows.shape[0] == 0:
         message = "There are no examples: X has 0 rows. Pass the X and y that fit() was given."
@@ -217,7 +220,8 @@ def _builder(estimator: Any, *, inside: bool) -> Builder:
     supported = ", ".join(BUILDERS)
     if known and name in REFUSED:
         rows = "model[:-1].transform(X)" if inside else "X"
-        why = REFUSED[name].format(model="model[-1]" if inside else "model", X=rows)
+        prefit = name == "StackingClassifier" and estimator.cv == "prefit"
+        why = (_PREFIT if prefit else REFUSED[name]).format(model="model[-1]" if inside else "model", X=rows)
     elif any(word in name for word in ("Tree", "Forest", "Boosting", "Bagging", "Neighbors")):
         why = (
             "is not fitted by minimising a smooth function of parameters, so influence functions do not apply to "

@@ -23,6 +23,7 @@ from upweight.apps.answers import Answer, Contrast
 from upweight.apps.changes import Change, Relabelled, Removed
 from upweight.apps.solving import solved
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, checked_count, first_line
+from upweight.runs.progress import bar
 
 _ROUNDS = 40
 _STEPS = 2
@@ -31,7 +32,13 @@ _SAME = 1e-3  # of ‖θ̂‖: as long as training again moves θ̂ by less, the
 
 
 def contrast(
-    influence: uw.Influence, on: Any, *, most: int | None = None, refits: int = 1, retrain: Any = None
+    influence: uw.Influence,
+    on: Any,
+    *,
+    most: int | None = None,
+    refits: int = 1,
+    retrain: Any = None,
+    progress: bool | None = None,
 ) -> Contrast:
     """For wrong predictions: the smallest set of label changes predicted to make each right, really made and refitted.
 
@@ -56,6 +63,7 @@ def contrast(
         refits: trainings per query. The first confirms the predicted set; if it does not correct the prediction, the
             others try larger sets, and the first that does is `grown`.
         retrain: as for leave_one_out.
+        progress: True or False forces the bar (stderr) on or off; None shows it on a terminal only.
 
     Raises:
         InvalidInput: if no query is wrong, or the settings cannot be used.
@@ -69,11 +77,17 @@ def contrast(
     >>> contrast(influence, ([[2.0]], [1])).answers[0].rows.tolist()
     [0]
     """
-    return _contrast(influence, on, Relabelled, "labels changed", most, refits, retrain)
+    return _contrast(influence, on, Relabelled, "labels changed", most, refits, retrain, progress)
 
 
 def contrast_by_removal(
-    influence: uw.Influence, on: Any, *, most: int | None = None, refits: int = 1, retrain: Any = None
+    influence: uw.Influence,
+    on: Any,
+    *,
+    most: int | None = None,
+    refits: int = 1,
+    retrain: Any = None,
+    progress: bool | None = None,
 ) -> Contrast:
     """For wrong predictions: the smallest set of rows whose removal is predicted to make each right, really removed.
 
@@ -85,12 +99,13 @@ def contrast_by_removal(
         most: as for contrast.
         refits: as for contrast.
         retrain: as for leave_one_out.
+        progress: as for contrast.
 
     Raises:
         InvalidInput: if no query is wrong, or the settings cannot be used.
         UnsupportedModel: if the outputs are no classes, or those of pairs of classes (one against one).
     """
-    return _contrast(influence, on, Removed, "rows removed", most, refits, retrain)
+    return _contrast(influence, on, Removed, "rows removed", most, refits, retrain, progress)
 
 
 @dataclass(frozen=True)
@@ -216,6 +231,7 @@ def _contrast(
     most: int | None,
     refits: int,
     retrain: Any,
+    progress: bool | None,
 ) -> Contrast:
     limit = max(1, influence.n // 2) if most is None else checked_count(most, "most", hint="1 is a single row")
     checked_count(refits, "refits", hint="1 confirms the predicted set")
@@ -230,17 +246,21 @@ def _contrast(
     outputs = alone.per_class()
     changes: dict[Any, Change] = {}
     answers = []
-    for answer in before:
-        number, target = answer.query, answer.wanted
-        if not answer.corrected_alone:
-            if target not in changes:
-                changes[target] = kind(influence, target, control.influence)
-            x = queries.subset(np.array([number]))
-            S = solved(control.curvature.prepared, _jacobian(control.influence, x), _OF)
-            effects = _spread(changes[target].effects(S))
-            query = _Query(control, x, changes[target], names.index(target), outputs[number], effects)
-            answer = _answer(query, answer, limit, refits, retrain)
-        answers.append(answer)
+    with bar(
+        sum(not answer.corrected_alone for answer in before), f"contrast, {words}", progress, unit="answer"
+    ) as done:
+        for answer in before:
+            number, target = answer.query, answer.wanted
+            if not answer.corrected_alone:
+                if target not in changes:
+                    changes[target] = kind(influence, target, control.influence)
+                x = queries.subset(np.array([number]))
+                S = solved(control.curvature.prepared, _jacobian(control.influence, x), _OF)
+                effects = _spread(changes[target].effects(S))
+                query = _Query(control, x, changes[target], names.index(target), outputs[number], effects)
+                answer = _answer(query, answer, limit, refits, retrain)
+                done(1)
+            answers.append(answer)
     return Contrast(words, tuple(answers))
 
 

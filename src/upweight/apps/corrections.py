@@ -22,6 +22,7 @@ import upweight as uw
 from upweight.apps.names import names_in_json
 from upweight.apps.repair import RANDOM, Repair
 from upweight.errors import InvalidInput, PathNotFound, UnsupportedModel
+from upweight.runs.progress import bar
 
 Numbers = Sequence[int] | NDArray[np.int64]
 
@@ -78,7 +79,12 @@ class Corrected:
 
 
 def corrected(
-    influence: uw.Influence, corrections: Mapping[int, Any], *, test: Any = None, retrain: Any = None
+    influence: uw.Influence,
+    corrections: Mapping[int, Any],
+    *,
+    test: Any = None,
+    retrain: Any = None,
+    progress: bool | None = None,
 ) -> Corrected:
     """The model trained on corrected labels, beside the one before and the one trained again with nothing changed.
 
@@ -91,6 +97,7 @@ def corrected(
             change as well.
         test: (Xt, yt) with trusted labels, or Examples; None compares training accuracy only.
         retrain: as for leave_one_out.
+        progress: True or False forces the bar (stderr) on or off; None shows it on a terminal only.
 
     Raises:
         InvalidInput: if no label would change, or a label is unknown.
@@ -107,9 +114,12 @@ def corrected(
         raise UnsupportedModel(message)
     patch = _patch(influence, corrections, labels, names)
     changed = np.array(list(patch))
-    control = uw.retrained(influence, retrain=retrain)
     edited = uw.edited(influence, changed, y_new=np.asarray([new for _, new in patch.values()]))
-    after = uw.retrained(edited, retrain=retrain)
+    with bar(2, "training again, without and with the corrections", progress, unit="training") as done:
+        control = uw.retrained(influence, retrain=retrain)
+        done(1)
+        after = uw.retrained(edited, retrain=retrain)
+        done(1)
     new_labels = labels.copy()
     new_labels[changed] = [new for _, new in patch.values()]
     return Corrected(

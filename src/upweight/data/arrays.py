@@ -149,6 +149,20 @@ def as_tensor(values: Any) -> Any:
     return torch.from_numpy(array)
 
 
+def refuse_sparse_targets(y: Any) -> None:
+    """Raises InvalidInput when targets are a sparse matrix.
+
+    Raises:
+        InvalidInput: if they are.
+    """
+    if scipy.sparse.issparse(y):
+        message = (
+            f"y is a sparse matrix of shape {y.shape}, and targets are dense. Pass y.toarray(), and "
+            "y.toarray().ravel() where a row has one target."
+        )
+        raise InvalidInput(message)
+
+
 def check_finite(array: Any, name: str) -> None:
     """Raises InvalidInput when `array` holds a NaN or an infinity, and says where.
 

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from upweight.data.arrays import as_array, as_tensor, check_finite, checked_rows, checked_weights, with_lines
+from upweight.data.arrays import (
+    as_array,
+    as_tensor,
+    check_finite,
+    checked_rows,
+    checked_weights,
+    refuse_sparse_targets,
+    with_lines,
+)
 from upweight.data.ids import named, names_of
 from upweight.data.records import Records, padded
 from upweight.data.trees import batch_length, leaves, take, tree_map
@@ -67,9 +75,7 @@ class Examples:
                 "filter that made X."
             )
             raise InvalidInput(message)
-        if scipy.sparse.issparse(self.y):
-            message = "y is a sparse matrix, and targets are dense. Pass y.toarray()."
-            raise InvalidInput(message)
+        refuse_sparse_targets(self.y)
         if self.y is not None and len(self.y) != self.length:
             message = (
                 f"X has {self.length} rows and y has {len(self.y)}. They must describe the same examples in the "

@@ -42,11 +42,11 @@ def names_of(X: Any, y: Any, ids: Any, n: int) -> Ids | None:
     Raises:
         InvalidInput: if ids are no n different names, or X and y name the same rows in another order.
     """
+    brought = [_brought(part) for part in (X, y)]
+    _refuse_another_order(*brought)
     if ids is not None:
         return named(ids, n)
-    first, second = (_usable(_brought(part), n) for part in (X, y))
-    if first is not None and second is not None:
-        _refuse_another_order(first, second)
+    first, second = (_usable(part, n) for part in brought)
     return first if first is not None else second
 
 
@@ -153,17 +153,36 @@ def _usable(brought: Any, n: int) -> Ids | None:
     return None if _problem(values) else Ids(values, _name(brought))
 
 
-def _refuse_another_order(first: Ids, second: Ids) -> None:
-    a, b = first.values.tolist(), second.values.tolist()
-    differ = [row for row, (one, other) in enumerate(zip(a, b, strict=True)) if one != other]
-    if not differ or set(a) != set(b):
+def _refuse_another_order(first: Any, second: Any) -> None:
+    """Refuse two lists of the same names in different orders; also of names that repeat, and of 0 … n−1."""
+    if first is None or second is None:
         return
+    one, other = _values(first), _values(second)
+    if one.shape != other.shape or one.ndim != 1 or np.array_equal(one, other):
+        return
+    a, b = one.tolist(), other.tolist()
+    try:
+        counts = Counter(a)
+        if counts != Counter(b):
+            return
+    except TypeError:  # not hashable: no names
+        return
+    differ = [row for row, (name, another) in enumerate(zip(a, b, strict=True)) if name != another]
+    if not differ:
+        return
+    advice = "Pass y.loc[X.index], and refit if fit() was given the same"
+    if len(counts) < len(a):
+        name, times = counts.most_common(1)[0]
+        advice = (
+            f"{times} rows are called {name!r}, so names cannot bring y into order: shuffle both as one frame, X = "
+            "frame[columns] and y = frame[target], and fit again"
+        )
     row = differ[0]
     message = (
         f"X and y name the same {len(a)} rows in another order: row {row} is {a[row]!r} in X and {b[row]!r} in y "
         f"({len(differ)} rows differ). Rows are paired by position, so rows have the targets of others, usually "
-        "because one of the two was sorted or shuffled alone. Pass y.loc[X.index], and refit if fit() was given the "
-        "same; or, if the positions are right, pass y.to_numpy()."
+        "because one of the two was sorted, shuffled or given a new index alone. "
+        f"{advice}; or, if the positions are right, pass y.to_numpy()."
     )
     raise InvalidInput(message)
 

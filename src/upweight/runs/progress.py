@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from tqdm import tqdm
 
 LONG = 60.0  # seconds that are announced
 _A_WHILE = 2.0
+_FIRST = 20  # steps of an iteration from which their number is extrapolated
+_FEWER = (5, 10.0)  # … or so many that took so many seconds
 _SAID: set[tuple[str, int]] = set()  # as with warnings: the same passes again, in an iteration, say nothing new
 
 
@@ -34,7 +37,7 @@ def bar(total: int, label: str, shown: bool | None, *, unit: str = "it") -> Iter
             seen[0] += count
             first = seen[0] == count
             if first and shown is not False:
-                _announce(total, count, label, unit, time.monotonic() - start)
+                _announce(total, count, label, unit, time.monotonic() - start, total)
             steps.update(count)
 
         yield update
@@ -52,6 +55,44 @@ def count(label: str, unit: str) -> Iterator[Callable[[], None]]:
         yield step
 
 
+@contextmanager
+def descent(
+    label: str, unit: str, most: int, start: float, shown: bool | None, *, size: int
+) -> Iterator[Callable[[float], None]]:
+    """What counts the steps of an iteration, and is told what each leaves of its error, in units of the goal.
+
+    The number of steps is not known before. After the first k, the pace from s₀ to the smallest s so far gives it,
+    k ln s₀ / ln(s₀/s), and a line says what all will cost if that is more than a minute. k is 20, or 5 if they took
+    10 seconds, or as many as took a minute.
+
+    Args:
+        label: what is being solved, in words.
+        unit: what a step is called.
+        most: steps at most.
+        start: s₀, the error before the first step.
+        shown: as for `bar`.
+        size: of what is solved for; the line is said once for each.
+    """
+    hidden = not sys.stderr.isatty() if shown is None else not shown
+    began, taken, least, silent = time.monotonic(), 0, start, shown is False
+    with tqdm(desc=label, unit=unit, leave=False, disable=hidden, file=sys.stderr, delay=_A_WHILE) as steps:
+
+        def step(left: float) -> None:
+            nonlocal taken, least, silent
+            taken, least = taken + 1, min(least, left)
+            steps.update()
+            seconds = time.monotonic() - began
+            known = taken >= _FIRST or (taken >= _FEWER[0] and seconds >= _FEWER[1]) or seconds > LONG
+            if silent or least <= 1 or not known:
+                return
+            silent = True
+            gained = math.log(start / least)
+            total = min(most, round(taken * math.log(start) / gained)) if gained > 0 else most
+            _announce(total, taken, label, unit, seconds, size, "up to " if total == most else "some ")
+
+        yield step
+
+
 def in_words(seconds: float) -> str:
     """40 s, 12 min, 3.5 h."""
     if seconds < 2 * LONG:
@@ -59,13 +100,14 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
 
 
-def _announce(total: int, done: int, label: str, unit: str, seconds: float) -> None:
+def _announce(total: int, done: int, label: str, unit: str, seconds: float, size: int, about: str = "") -> None:
+    """A line, if all steps take more than a minute and nothing was said of this label and size before."""
     whole = seconds * total / done
-    if whole <= LONG or (label, total) in _SAID:
+    if whole <= LONG or (label, size) in _SAID:
         return
-    _SAID.add((label, total))
+    _SAID.add((label, size))
     first = f"the first {unit}" if done == 1 else f"the first {done:,} {unit}s"
     tqdm.write(
-        f"{label}: {total:,} {unit}s, about {in_words(whole)} in all ({first} took {in_words(seconds)})",
+        f"{label}: {about}{total:,} {unit}s, about {in_words(whole)} in all ({first} took {in_words(seconds)})",
         file=sys.stderr,
     )

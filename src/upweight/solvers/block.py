@@ -33,6 +33,8 @@ def descend_together(
     goal: Float[Tensor, " k"],
     max_steps: int,
     direction: Float[Tensor, "k p"] | None = None,
+    *,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Progress:
     """As `recurrence.descend`, in one shared space.
 
@@ -50,6 +52,7 @@ def descend_together(
         goal: the norm at which a row has arrived.
         max_steps: products to make at most.
         direction: directions to go on from; rows of zeros are none.
+        watch: is told the residuals after every product.
     """
     x, R = x.clone(), residual.clone()
     smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
@@ -67,6 +70,8 @@ def descend_together(
         length = torch.cholesky_solve(P @ R.T, factor).T  # (k, directions)
         x += length @ P
         R -= length @ Q
+        if watch is not None:
+            watch(R)
         if _arrived(R, goal):
             return Progress(x, R, _padded(P, R), step + 1, smallest)
         Z = _preconditioned(precondition, R[R.norm(dim=1) > _LONG_ARRIVED * goal])

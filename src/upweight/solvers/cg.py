@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,6 +17,7 @@ from upweight.model import penalties
 from upweight.model.objective import Objective
 from upweight.operators.base import Operator
 from upweight.operators.linear import LinearHessian
+from upweight.runs import progress
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 from upweight.solvers.block import descend_together, spanning
 from upweight.solvers.direct import Cholesky
@@ -159,31 +161,32 @@ class Iteration:
         coarse = getattr(self.operator, "coarse", None) if self.inverse is not None else None
         sweeps, sharpened = 0 if state is None else 1, 1.0
         smallest = torch.full((len(V),), torch.inf, dtype=torch.float64)
-        while True:
-            missed = torch.maximum(_share(R, size), _share(R * D, weighed))
-            if not bool((missed > self.spec.rtol).any()):
-                break
-            goal = sharpened * (_MARGIN if self.inverse is not None else 1.0) * self.spec.rtol * weighed
-            run = self._run(coarse, X / D, R * D, goal, self.spec.max_sweeps - sweeps, P)
-            sweeps += run.steps
-            smallest = torch.minimum(smallest, run.smallest)
-            if run.stopped is not None and coarse is None:
-                raise self._refusal(run, V, sweeps)
-            true = V - self._apply(run.x * D)
-            left = torch.maximum(_share(true, size), _share(true * D, weighed))
-            if sweeps >= self.spec.max_sweeps and bool((left > self.spec.rtol).any()):
-                raise self._unfinished(run.x * D, run.direction * D, V, sweeps, smallest)
-            sweeps += 1
-            tried = missed > self.spec.rtol
-            gain = float(((true * D).norm(dim=1) / (R * D).norm(dim=1))[tried].max())
-            if coarse is not None and (run.stopped is not None or not gain <= _COARSE_GAIN):
-                coarse = None  # float32 has given what it can
-                smallest = torch.full_like(smallest, torch.inf)
-            reached = bool((_share(true * D, weighed) <= self.spec.rtol).all())
-            sharpened *= 0.1 if reached else 1.0  # the plain residual is then what is still missing
-            drifted = float((true * D - run.residual).norm() / (true * D).norm().clamp(min=1e-300))
-            X, R = run.x * D, true
-            P = run.direction if drifted < 1e-3 and (self.inverse is None or self.together(V)) else None
+        with self._steps(float((_share(R * D, weighed)).max()), V) as step:
+            while True:
+                missed = torch.maximum(_share(R, size), _share(R * D, weighed))
+                if not bool((missed > self.spec.rtol).any()):
+                    break
+                goal = sharpened * (_MARGIN if self.inverse is not None else 1.0) * self.spec.rtol * weighed
+                run = self._run(coarse, X / D, R * D, goal, self.spec.max_sweeps - sweeps, P, step)
+                sweeps += run.steps
+                smallest = torch.minimum(smallest, run.smallest)
+                if run.stopped is not None and coarse is None:
+                    raise self._refusal(run, V, sweeps)
+                true = V - self._apply(run.x * D)
+                left = torch.maximum(_share(true, size), _share(true * D, weighed))
+                if sweeps >= self.spec.max_sweeps and bool((left > self.spec.rtol).any()):
+                    raise self._unfinished(run.x * D, run.direction * D, V, sweeps, smallest)
+                sweeps += 1
+                tried = missed > self.spec.rtol
+                gain = float(((true * D).norm(dim=1) / (R * D).norm(dim=1))[tried].max())
+                if coarse is not None and (run.stopped is not None or not gain <= _COARSE_GAIN):
+                    coarse = None  # float32 has given what it can
+                    smallest = torch.full_like(smallest, torch.inf)
+                reached = bool((_share(true * D, weighed) <= self.spec.rtol).all())
+                sharpened *= 0.1 if reached else 1.0  # the plain residual is then what is still missing
+                drifted = float((true * D - run.residual).norm() / (true * D).norm().clamp(min=1e-300))
+                X, R = run.x * D, true
+                P = run.direction if drifted < 1e-3 and (self.inverse is None or self.together(V)) else None
         X = self._project(X)
         bottom = float(smallest.min()) - self.damping if bool(torch.isfinite(smallest).any()) else float("nan")
         state = {"x": X, "p": R if P is None else P}
@@ -235,8 +238,21 @@ class Iteration:
         image = getattr(self.operator, "coarse", self.operator).apply(off) + self.damping * off
         return ((off * image).sum(1).clamp(min=0) / (X * (V - R)).sum(1).clamp(min=1e-300)).sqrt()
 
+    def _steps(self, start: float, V: Tensor) -> AbstractContextManager[Callable[[float], None]]:
+        """What counts the products and says what all will cost."""
+        shown = getattr(getattr(self.operator, "sweep", None), "progress", None)
+        most, rtol = self.spec.max_sweeps, self.spec.rtol
+        return progress.descent("CG", "product", most, start / rtol, shown, size=V.numel())
+
     def _run(
-        self, coarse: Operator | None, Y: Tensor, R: Tensor, goal: Tensor, left: int, direction: Tensor | None
+        self,
+        coarse: Operator | None,
+        Y: Tensor,
+        R: Tensor,
+        goal: Tensor,
+        left: int,
+        direction: Tensor | None,
+        step: Callable[[float], None],
     ) -> Progress:
         """Steps on D (C + λI) D y = D v until the recurrence believes in the goal, or it is time to look again."""
         operator, project = self.operator if coarse is None else coarse, self._project
@@ -249,9 +265,13 @@ class Iteration:
         inverse = self.inverse
         precondition = None if inverse is None else lambda R: project(inverse(R / D)) / D
         steps = min(left, _RECOMPUTE)
+
+        def watch(R: Tensor) -> None:
+            step(float((R.norm(dim=1) / goal.clamp(min=1e-300)).max()))
+
         if self.together(R):
-            return descend_together(product, precondition, Y, R, goal, steps, direction)
-        return descend(product, precondition, Y, R, goal, steps, direction, scale=D)
+            return descend_together(product, precondition, Y, R, goal, steps, direction, watch=watch)
+        return descend(product, precondition, Y, R, goal, steps, direction, scale=D, watch=watch)
 
     def _apply(self, V: Tensor) -> Tensor:
         return self._project(self.operator.apply(V)) + self.damping * V

@@ -41,6 +41,7 @@ def descend(
     direction: Float[Tensor, "k p"] | None = None,
     *,
     scale: Float[Tensor, " p"] | None = None,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Progress:
     """Conjugate gradients from x, with v − A x = residual, until ‖residual‖ ≤ goal for every row, or max_steps.
 
@@ -57,6 +58,7 @@ def descend(
         max_steps: products to make at most.
         direction: the directions to go on from, for a continued run without preconditioner.
         scale: what turns x into the parameters, in whose units the smallest curvature is counted.
+        watch: is told the residuals after every product.
     """
     x, R = x.clone(), residual.clone()
     smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
@@ -83,6 +85,8 @@ def descend(
         x[active] += length * p
         after = before - length * image
         R[active] = after
+        if watch is not None:
+            watch(R)
         z = after if precondition is None else positive(precondition(after), after)
         gained = (after * after).sum(1) if precondition is None else ((after - before) * z).sum(1)
         P[active] = z + (gained / rho[active].clamp(min=1e-300))[:, None] * p

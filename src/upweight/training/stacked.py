@@ -157,6 +157,9 @@ class BoundStackedTraining:
             NotConverged: if a model diverged.
         """
         weights = np.asarray(weights, dtype=np.float64)
+        if not isinstance(seeds, Sequence | np.ndarray):
+            message = f"seeds={seeds!r}. Pass a list with one seed for each model, such as {list(range(len(weights)))}."
+            raise InvalidInput(message)
         if weights.ndim != 2 or weights.shape[1] != len(self.own) or len(weights) != len(seeds):
             message = (
                 f"weights has shape {weights.shape} with {len(seeds)} seeds, and there are {len(self.own)} rows. Pass "
@@ -166,12 +169,10 @@ class BoundStackedTraining:
         if not (weights * self.own).any(1).all():
             message = "A model has no row with weight to train on. Leave it at least one."
             raise InvalidInput(message)
-        if list(epochs) != sorted(set(epochs)) or not epochs or epochs[0] < 0 or epochs[-1] > self.spec.epochs:
-            message = f"epochs={list(epochs)}. They are different numbers from 0 to {self.spec.epochs}, ascending."
-            raise InvalidInput(message)
+        epochs = _checked_epochs(epochs, self.spec.epochs)
         paths: list[list[Tensor]] = [[] for _ in seeds]
         for members in self._alike(weights):
-            for kept in self._train(weights[members], [int(seeds[k]) for k in members], list(epochs)):
+            for kept in self._train(weights[members], [int(seeds[k]) for k in members], epochs):
                 for place, theta in zip(members, kept, strict=True):
                     paths[place].append(theta)
         return paths
@@ -361,6 +362,23 @@ class _Masks(TorchFunctionMode):
             self.seen.append((tuple(x.shape), p))
             return x if self.given is None else x * self.given[len(self.seen) - 1]
         return func(*args, **named)
+
+
+def _checked_epochs(epochs: Any, last: int) -> list[int]:
+    """Ascending numbers from 0 to `last`.
+
+    Raises:
+        InvalidInput: if they are anything else.
+    """
+    listed = list(epochs) if isinstance(epochs, Sequence | np.ndarray) else []
+    whole = all(hasattr(epoch, "__index__") for epoch in listed)
+    if not listed or not whole or listed != sorted(set(listed)) or listed[0] < 0 or listed[-1] > last:
+        message = (
+            f"epochs={epochs!r}. Pass a list of different whole numbers from 0 to {last}, ascending, such as [{last}] "
+            "for the end alone."
+        )
+        raise InvalidInput(message)
+    return [int(epoch) for epoch in listed]
 
 
 def _criterion(objective: Objective) -> Callable[[Tensor, Any], Tensor]:

@@ -206,6 +206,8 @@ def test_threshold_and_several_models_are_refused_with_lines_that_work():
     followed(frozen, X, Y)
     followed(VotingClassifier(named).fit(X, WORD_OF[Y]), X, WORD_OF[Y], k=1)
     followed(StackingClassifier(named).fit(X, WORD_OF[Y]), X, WORD_OF[Y], k=1)
+    before = [(name, model.fit(X, WORD_OF[Y])) for name, model in named]
+    followed(StackingClassifier(before, cv="prefit").fit(X, WORD_OF[Y]), X, WORD_OF[Y], k=1)
     followed(VotingRegressor(numbered).fit(X, Z), X, Z, k=1)
     followed(StackingRegressor(numbered).fit(X, Z), X, Z, k=1)
     followed(MultiOutputRegressor(Ridge()).fit(X, np.stack([Z, -Z], 1)), X, np.stack([Z, -Z], 1), k=1)

@@ -122,6 +122,49 @@ def test_x_and_y_in_another_order_are_refused_and_both_remedies_work():
     assert uw.Examples(FRAME, y.to_numpy()).ids.tolist() == NAMES
 
 
+def test_a_frame_that_was_shuffled_beside_its_target_is_refused():
+    """Also by index 0 … n−1, which is no name for a table."""
+    frame = pd.DataFrame(X, columns=["a", "b"])
+    y = pd.Series(Y)
+    shuffled = frame.iloc[[2, 0, 3, 1]]
+    text = r"same 4 rows in another order: row 0 is 2 in X and 0 in y \(4 rows differ\).* Pass y.loc\[X.index\]"
+    refuses(lambda: uw.Examples(shuffled, y), ValueError, text)
+    refuses(lambda: uw.Examples(shuffled, y.to_frame()), ValueError, text)
+    refuses(lambda: uw.Examples(shuffled, y, ids=NAMES), ValueError, text)
+    refuses(lambda: uw.Examples(frame, y.loc[shuffled.index]), ValueError, "row 0 is 0 in X and 2 in y")
+    right = uw.Examples(shuffled, y.loc[shuffled.index])
+    assert right.y.tolist() == [Y[2], Y[0], Y[3], Y[1]]
+    assert right.ids.tolist() == [2, 0, 3, 1]
+    assert uw.Examples(frame.reset_index(drop=True), y).ids is None
+
+
+def test_what_is_in_one_order_or_has_no_index_is_taken():
+    from sklearn.model_selection import train_test_split
+
+    frame, y = pd.DataFrame(X, columns=["a", "b"]), pd.Series(Y)
+    assert uw.Examples(frame, y).ids is None
+    half = train_test_split(frame, y, test_size=0.5, random_state=0)
+    for part, target in zip(half[:2], half[2:], strict=True):
+        assert uw.Examples(part, target).ids.tolist() == part.index.tolist()
+    shuffled = frame.iloc[[2, 0, 3, 1]]
+    for target in (Y, list(Y), y.to_numpy(), torch.tensor(Y)):
+        assert uw.Examples(shuffled, target).ids.tolist() == [2, 0, 3, 1]
+    some = frame.iloc[[3, 1]].reset_index(drop=True)  # 0 and 1 are other names than 3 and 1
+    assert uw.Examples(some, y.iloc[[3, 1]]).ids.tolist() == [3, 1]
+    twice = shuffled.iloc[[0, 0, 1, 2]]
+    assert uw.Examples(twice, y.loc[twice.index]).ids is None
+
+
+def test_names_that_repeat_cannot_bring_targets_into_order():
+    frame = pd.DataFrame({"a": X[:, 0], "y": Y}, index=["p", "q", "p", "r"])
+    y = frame["y"].iloc[[1, 0, 2, 3]]
+    text = r"2 rows are called 'p', so names cannot bring y into order: shuffle both as one frame"
+    refuses(lambda: uw.Examples(frame[["a"]], y), ValueError, text)
+    together = frame.iloc[[1, 0, 2, 3]]
+    assert uw.Examples(together[["a"]], together["y"]).y.tolist() == y.tolist()
+    assert uw.Examples(frame[["a"]], y.to_numpy()).y.tolist() == y.tolist()
+
+
 def test_an_index_of_other_names_says_nothing_about_the_order():
     shifted = pd.Series(Y, index=["a", "c", "b", "e"])
     assert uw.Examples(FRAME, shifted).ids.tolist() == NAMES
