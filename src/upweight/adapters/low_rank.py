@@ -59,7 +59,7 @@ def in_words(model: torch.nn.Module, parameters: Iterable[str] | Callable[[str],
         )
         warnings.warn(message, TheoryWarning, stacklevel=4)
     flat = sum(A.shape[0] ** 2 for A, _ in pairs)
-    return f", LoRA: {flat} flat directions (A → MA, B → BM⁻¹)"
+    return f", LoRA: {flat} flat direction{'s' if flat > 1 else ''} (A → MA, B → BM⁻¹)"
 
 
 def _refuse_out_of_graph(name: str, layer: Any) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import upweight as uw
-from refusals import refused
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -144,13 +143,6 @@ def test_values_of_a_scaled_risk():
     np.testing.assert_allclose(values(c, damping=0.1), values(1.0, damping=0.1 / c), rtol=1e-8)
     folded = {"penalty_per_example": False, "damping": 0.0}
     np.testing.assert_allclose(values(c, penalty=0.1, **folded), values(1.0, penalty=0.1 / c, **folded), rtol=1e-8)
-
-
-def test_a_mean_that_is_unknown():
-    with refused("is no mean that is known", "Pass reduction='tokens'"):
-        uw.explain(gpt2(), ROWS, damping=1.0, reduction="mean")
-    with refused("does not say how labels count in it", "Pass loss=torch.nn.CrossEntropyLoss()"):
-        uw.explain(gpt2(), ROWS, loss=lambda output, y: output.logits.mean(), damping=1.0, reduction="rows")
 
 
 def tokenizer():
