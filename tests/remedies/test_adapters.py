@@ -1272,3 +1272,71 @@ def test_an_answer_read_off_the_last_word(pad):
     values = uw.explain(model, rows, damping=1.0).on_loss(rows[:2]).values
     same = [{"input_ids": row["input_ids"][-1:], "labels": row["labels"]} for row in rows]
     np.testing.assert_allclose(values, uw.explain(model, same, damping=1.0).on_loss(same[:2]).values, rtol=1e-9)
+
+
+def of_tokens():
+    """A network that names one of 3 at each of 4 places, and rows of which some places are not counted."""
+    draw = torch.Generator().manual_seed(0)
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 12), nn.Unflatten(1, (3, 4))))
+    y = torch.randint(0, 3, (8, 4), generator=draw)
+    y[::2, 2:] = -100
+    return model, torch.randn(8, 5, generator=draw), y
+
+
+def test_a_mean_that_is_unknown():
+    model, X, y = of_tokens()
+    with refused("is no mean that is known", "Pass reduction='tokens'"):
+        uw.explain(model, X, y, loss=F.cross_entropy, reduction="mean")
+    tokens, rows = (
+        uw.explain(model, X, y, loss=F.cross_entropy, reduction=reduction).examples.weights
+        for reduction in ("tokens", "rows")
+    )
+    np.testing.assert_allclose(tokens, np.tile([2 / 3, 4 / 3], 4))
+    np.testing.assert_allclose(rows, 1.0)
+
+
+def test_a_mean_of_a_criterion_whose_labels_are_not_counted():
+    model, X, y = of_tokens()
+
+    def own(f, y):
+        return F.cross_entropy(f, y)
+
+    with refused("does not say how labels count in it", "Pass loss=torch.nn.CrossEntropyLoss()"):
+        uw.explain(model, X, y.clamp(0), loss=own, reduction="rows")
+    assert uw.explain(model, X, y, loss=nn.CrossEntropyLoss(), reduction="rows").n == 8
+    assert uw.explain(model, X, y.clamp(0), loss=own).n == 8
+
+
+def adapted(**settings):
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = seeded(
+            lambda: peft.get_peft_model(
+                nn.Sequential(nn.Linear(X.shape[1], 4), nn.Tanh(), nn.Linear(4, 3)),
+                peft.LoraConfig(r=1, target_modules=["0"], **settings),
+            )
+        )
+    return model.eval()
+
+
+def test_adapters_that_are_merged_or_not_trained():
+    model, y = adapted(), torch.from_numpy(THREE)
+    with warned("are not trained yet", "Train them first"):
+        uw.explain(model, X, y, loss=F.cross_entropy)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.5)
+    model.merge_adapter()
+    with refused("so nothing that the model computes depends on it", "Call model."):
+        uw.explain(model, X, y, loss=F.cross_entropy)
+    model.unmerge_adapter()
+    assert "LoRA: 1 flat direction " in repr(uw.explain(model, X, y, loss=F.cross_entropy))
+
+
+def test_adapters_whose_norm_is_held():
+    model, y = adapted(use_dora=True), torch.from_numpy(THREE)
+    with refused("whose norm of W + BA is detached", "Explain the magnitudes alone, whose gradient is whole"):
+        uw.explain(model, X, y, loss=F.cross_entropy)
+    influence = uw.explain(model, X, y, loss=F.cross_entropy, parameters=lambda name: "lora_magnitude" in name)
+    assert influence.objective.size == 4

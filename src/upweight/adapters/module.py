@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.adapters import frozen, own_loss
+from upweight.adapters import frozen, low_rank, own_loss
 from upweight.adapters.criteria import Criterion, Reduction, is_criterion
 from upweight.adapters.one_by_one import compares, refuse_batch_effects, refused_comparison
 from upweight.adapters.reading import Reading, readings, working
@@ -61,6 +61,8 @@ def explain(
     if parameters is not None and not callable(parameters) and not isinstance(parameters, str):
         parameters = list(parameters)  # it is gone through more than once
     _refuse_without_forward(model)
+    parameters = low_rank.trained(model, parameters)
+    adapters = low_rank.in_words(model, parameters)
     model, loss, examples, rows = _apart(model, X, y, loss, sample_weight=sample_weight, ids=ids, collate_fn=collate_fn)
     probe = examples.batch(_probe_rows(examples, _LABEL_ROWS if rows is None else _PROBED_ROWS))
     model, loss = own_loss.read_apart(model, loss, probe)
@@ -105,7 +107,7 @@ def explain(
     refuse_batch_effects(
         model, reading.criterion(weighing.criterion), objective, reading.batch(probe), weighing.of_a_batch()
     )
-    objective = replace(objective, name=f"{objective.name}{_precision_in_words(model, reading, objective)}")
+    objective = replace(objective, name=f"{objective.name}{adapters}{_precision_in_words(model, reading, objective)}")
     encoder = ModuleEncoder(reading, weighing, scale, rows)
     return Influence(objective, examples, encoder=encoder, **settings)
 

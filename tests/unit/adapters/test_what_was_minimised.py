@@ -13,7 +13,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import upweight as uw
-from refusals import refused
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -146,8 +145,38 @@ def test_values_of_a_scaled_risk():
     np.testing.assert_allclose(values(c, penalty=0.1, **folded), values(1.0, penalty=0.1 / c, **folded), rtol=1e-8)
 
 
-def test_a_mean_that_is_unknown():
-    with refused("is no mean that is known", "Pass reduction='tokens'"):
-        uw.explain(gpt2(), ROWS, damping=1.0, reduction="mean")
-    with refused("does not say how labels count in it", "Pass loss=torch.nn.CrossEntropyLoss()"):
-        uw.explain(gpt2(), ROWS, loss=lambda output, y: output.logits.mean(), damping=1.0, reduction="rows")
+def tokenizer():
+    """Words w0 … w49 of a vocabulary of 50, without a model hub."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {**{"<pad>": PAD, "<bos>": 1, "<eos>": 2, "<unk>": 3}, **{f"w{k}": k for k in range(4, 50)}}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("how", [{}, {"batch": 2, "steps": 2}], ids=str)
+def test_supervised_fine_tuning_counts_completions(tmp_path, how):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    draw = np.random.default_rng(1)
+
+    def words(count):
+        return " ".join(f"w{k}" for k in draw.integers(4, 50, count))
+
+    lengths = [(3, 4), (5, 2), (14, 3), (2, 6), (4, 3)]  # the third has no room for its completion
+    texts = [{"prompt": words(a), "completion": " " + words(b), "id": f"text {k}"} for k, (a, b) in enumerate(lengths)]
+    model = gpt2()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arguments = trl.SFTConfig(**{**settings(tmp_path, **{"batch": 4, **how}), "max_length": 12, "bf16": False})
+        trainer = trl.SFTTrainer(
+            model=model, args=arguments, train_dataset=datasets.Dataset.from_list(texts), processing_class=tokenizer()
+        )
+    rows = trainer.train_dataset
+    gradient = stepped(trainer)
+    influence = uw.explain(gpt2(), rows, damping=1.0, curvature=uw.operators.Hessian(), solver=uw.solvers.CG())
+    assert influence.examples.ids.tolist() == ["text 0", "text 1", "text 3", "text 4"]
+    counted = np.array([b + 1 for k, (_, b) in enumerate(lengths) if k != 2])  # the end of the text is one, too
+    np.testing.assert_allclose(influence.examples.weights, counted / counted.mean())
+    close(influence.system.risk_gradient.float(), gradient)
