@@ -175,10 +175,13 @@ class Index:
             damping: another λ; None takes that of the index.
         """
         values = np.concatenate([block for _, block in self._values(queries, damping)], 1)
-        columns = np.arange(self.n)
-        scale = -self.weights / self.n
         return Scores(
-            *(values, "row removed", columns, self.n, self._certificate(queries, damping), scale),
+            values,
+            "row removed",
+            np.arange(self.n),
+            self.n,
+            self._certificate(queries, damping),
+            -self.weights / self.n,
             query_values=queries.query_values,
             **naming(self.names, queries.names),
         )
@@ -208,8 +211,10 @@ class Index:
                 best[sign] = (np.take_along_axis(numbers, order, 1), np.take_along_axis(values, order, 1))
         ids = None if self.names is None else self.names.values
         asked = None if queries.names is None else queries.names.values
-        tops = [TopK(rows, values, None if ids is None else ids[rows], asked) for rows, values in best.values()]
-        return Extremes(*tops, queries.query_values, self._certificate(queries, damping))
+        helpful, harmful = (
+            TopK(rows, values, None if ids is None else ids[rows], asked) for rows, values in (best[1], best[-1])
+        )
+        return Extremes(helpful, harmful, queries.query_values, self._certificate(queries, damping))
 
     def _values(
         self, queries: Coordinates, damping: float | None

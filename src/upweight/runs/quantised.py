@@ -6,6 +6,8 @@ lost is random from number to number, so that it averages out in products of lon
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
@@ -22,9 +24,11 @@ def packed(
     most = 2 ** (bits - 1) - 1
     blocks = np.pad(X, ((0, 0), (0, -k % BLOCK))).reshape(b, -1, BLOCK)
     scales = (np.abs(blocks).max(2) / most).astype(np.float32)
-    codes = np.rint(blocks / np.where(scales > 0, scales, 1)[:, :, None]).astype(np.int8).reshape(b, -1)
-    codes = (codes + np.int8(most)).view(np.uint8)
-    return (codes if bits == 8 else codes[:, ::2] | codes[:, 1::2] << 4), scales
+    rounded = np.rint(blocks / np.where(scales > 0, scales, 1)[:, :, None]).reshape(b, -1)
+    codes = (rounded + most).astype(np.uint8)
+    if bits == 4:
+        codes = codes[:, ::2] | (codes[:, 1::2] << np.uint8(4))
+    return codes, scales
 
 
 def unpacked(
@@ -32,7 +36,6 @@ def unpacked(
 ) -> Float[NDArray[np.float32], "b k"]:
     """The numbers, as they were rounded."""
     most = 2 ** (bits - 1) - 1
-    if bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], 2).reshape(len(codes), -1)
-    blocks = codes.reshape(len(codes), -1, BLOCK).astype(np.float32) - most
+    single: NDArray[Any] = codes if bits == 8 else np.stack([codes & 15, codes >> 4], 2).reshape(len(codes), -1)
+    blocks = single.reshape(len(codes), -1, BLOCK).astype(np.float32) - most
     return (blocks * scales[:, :, None]).reshape(len(codes), -1)[:, :k]
