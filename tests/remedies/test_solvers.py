@@ -478,3 +478,16 @@ def test_more_columns_that_repeat_than_cg_looks_for(monkeypatch):
     model = Ridge(alpha=0.1).fit(many, Z)
     penalised = uw.explain(model, many, Z, solver=CG()).on_loss(many[:4], Z[:4]).values
     assert_allclose(penalised, uw.explain(model, many, Z, solver=Cholesky()).on_loss(many[:4], Z[:4]).values, **EXACT)
+
+
+# ---- pacing.py -------------------------------------------------------------------------------------------------------
+
+
+def test_values_settle_on_rows():
+    side = torch.ones(1, 3, dtype=torch.float64)
+    matrix = operators.DenseOperator(torch.eye(3, dtype=torch.float64))
+    with refused("settled=", "Pass the share of the values that may still come, such as 0.01, or None"):
+        CG(settled=2.0)
+    with refused("settled follows the values of a few rows", "Leave settled out, and name the residual to reach"):
+        CG(settled=0.01).prepare(matrix).solve(side)
+    assert torch.allclose(CG(rtol=1e-6).prepare(matrix).solve(side).x, side)

@@ -30,6 +30,8 @@ class Certificate:
         truncation: bound on the relative bias of a recursion that was stopped early (LiSSA), else 0.
         preconditioner_gap: (q,) how far the preconditioner alone was from the answer, ‖x₀ − x‖/‖x‖ in the norm of
             C + λI with x₀ = (Ĉ + λI)⁻¹v, as a fraction; None where no other curvature preconditioned.
+        settled: (q,) what is estimated to be still to come to the values, relative to a query's; None where the solver
+            did not follow them.
         members: the certificates of the models that were averaged, one each; empty for a single model. The numbers
             above are then the worst of them: largest residual, damping and gradient, smallest curvature and coverage;
             drift is their mean.
@@ -47,6 +49,7 @@ class Certificate:
     sweeps: int = 0
     truncation: float = 0.0
     preconditioner_gap: Float[NDArray[np.float64], " q"] | None = field(default=None, repr=False)
+    settled: Float[NDArray[np.float64], " q"] | None = field(default=None, repr=False)
     members: tuple[Certificate, ...] = field(default=(), repr=False)
 
     @staticmethod
@@ -58,7 +61,8 @@ class Certificate:
             drift=np.concatenate([part.drift for part in parts]),
             converged=all(part.converged for part in parts),
             truncation=max(part.truncation for part in parts),
-            preconditioner_gap=_each(parts, np.concatenate),
+            preconditioner_gap=_each(parts, "preconditioner_gap", np.concatenate),
+            settled=_each(parts, "settled", np.concatenate),
             sweeps=sum(part.sweeps for part in parts),
             min_curvature=float(np.fmin.reduce([part.min_curvature for part in parts])),
             members=tuple(Certificate.joined(blocks) for blocks in zip(*(part.members for part in parts), strict=True)),
@@ -83,7 +87,8 @@ class Certificate:
             solver=distinct(member.solver for member in members),
             sweeps=sum(member.sweeps for member in members),
             truncation=max(member.truncation for member in members),
-            preconditioner_gap=_each(members, lambda gaps: np.max(gaps, 0)),
+            preconditioner_gap=_each(members, "preconditioner_gap", lambda gaps: np.max(gaps, 0)),
+            settled=_each(members, "settled", lambda parts: np.max(parts, 0)),
             members=tuple(members),
         )
 
@@ -105,6 +110,8 @@ class Certificate:
         ]
         if self.preconditioner_gap is not None:
             parts.insert(2, f"its preconditioner alone was off by up to {float(np.max(self.preconditioner_gap)):.2g}")
+        if self.settled is not None:
+            parts.insert(2, f"values settled to {float(np.max(self.settled)):.1%} (estimated)")
         if self.truncation:
             parts.append(f"truncation bias ≤ {self.truncation:.1%}")
         return "; ".join(parts)
@@ -133,7 +140,7 @@ def unpacked(card: dict[str, Any], arrays: dict[str, NDArray[Any]], name: str) -
     return Certificate(**known)
 
 
-def _each(parts: Sequence[Certificate], join: Any) -> NDArray[np.float64] | None:
-    """The gaps of all parts, joined; None if one has none."""
-    gaps = [part.preconditioner_gap for part in parts if part.preconditioner_gap is not None]
-    return join(gaps) if len(gaps) == len(parts) else None
+def _each(parts: Sequence[Certificate], name: str, join: Any) -> NDArray[np.float64] | None:
+    """What all parts have under a name, joined; None if one has none."""
+    found = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+    return join(found) if len(found) == len(parts) else None

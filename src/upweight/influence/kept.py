@@ -14,7 +14,7 @@ from upweight.data.examples import PROBE_ROWS, Examples
 from upweight.influence import per_row
 from upweight.influence.system import System
 from upweight.model import calculus
-from upweight.runs.store import Store
+from upweight.runs.store import SOLUTIONS, Store
 from upweight.solvers import Solution
 
 
@@ -39,7 +39,8 @@ def compared(system: System, folder: Store, solution: Solution) -> Solution:
     gradient = np.append(system.risk_gradient.numpy(), scale)
     folder.agree("risk_gradient", gradient, 1e-3)
     rtol = min(1e-3, max(1e-6, 100 * float(solution.residual.max()))) if solution.replicas is None else 1e-6
-    kept = folder.agree("solutions", solution.x.numpy(), rtol)
+    kept = folder.agree(SOLUTIONS, solution.x.numpy(), rtol)
+    folder.drop_state()
     return replace(solution, x=torch.from_numpy(kept))
 
 

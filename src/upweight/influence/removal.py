@@ -60,8 +60,8 @@ def _removed(system: System, measured: Objective, queries: Examples, store: Any)
     if pairwise is not None:
         changes, known = pairs.products(system, queries, pairwise, system.solve)
         return scoring.scores(system, known, changes.scaled(weights), -weights, columns, "row removed", queries)
-    solution = scoring.solutions(system, queries, measured)
     folder = None if store is None else kept.folder(system, queries, measured.name, store)
+    solution = scoring.solutions(system, queries, measured, folder)
     if folder is not None:
         solution = kept.compared(system, folder, solution)
     changes = scoring.with_rows(system, solution, system.penalty_share, store=folder).scaled(weights)

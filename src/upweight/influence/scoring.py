@@ -72,9 +72,15 @@ class Columns:
         return cls(rows, None if examples.names is None else examples.names.take(rows))
 
 
-def solutions(system: System, queries: Examples, measured: Objective | None = None) -> Solution:
-    """S = (C + λI)⁻¹ ∇f of every query; f is the loss, or what another objective measures."""
-    return system.solve(per_row.gradients(system.sweep.over(measured or system.objective, queries)))
+def solutions(
+    system: System, queries: Examples, measured: Objective | None = None, store: Store | None = None
+) -> Solution:
+    """S = (C + λI)⁻¹ ∇f of every query; f is the loss, or what another objective measures.
+
+    With a store an iteration keeps its state there, and goes on from the one that it finds.
+    """
+    G = per_row.gradients(system.sweep.over(measured or system.objective, queries))
+    return system.solve(G) if store is None else system.solve_in(store, G)
 
 
 def with_rows(
@@ -177,6 +183,7 @@ def certificate(system: System, solution: Solution) -> Certificate:
         solver=repr(system.solver),
         sweeps=solution.sweeps,
         truncation=solution.truncation,
+        settled=None if solution.settled is None else solution.settled.numpy(),
         preconditioner_gap=None if solution.preconditioner_gap is None else solution.preconditioner_gap.numpy(),
     )
 

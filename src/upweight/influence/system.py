@@ -29,9 +29,12 @@ from upweight.model.sweep import Sweep
 from upweight.model.transforms import undisturbed
 from upweight.operators import Curvature, Dense, Hessian, Operator
 from upweight.operators.linear import LinearHessian
+from upweight.runs.store import Store
 from upweight.solvers import Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping
+from upweight.solvers.cg import Iteration
 from upweight.solvers.flat import Flat
+from upweight.solvers.pacing import Keep
 
 PROBE = 3  # examples that a route is tried on
 
@@ -200,6 +203,24 @@ class System:
         self.undetermined.announce(solution)
         return solution
 
+    def solve_in(self, store: Store, V: Float[Tensor, "k p"]) -> Solution:
+        """The same by way of a store: an iteration goes on from the state there, and keeps its own every half a minute.
+
+        Raises:
+            NotPositiveDefinite: as for `solve`.
+        """
+        if not isinstance(self.prepared, Iteration):
+            return self.solve(V)
+        with undisturbed():
+            state = None if store.state is None else {name: as_tensor(x) for name, x in store.state.items()}
+
+            def keep(state: Mapping[str, Tensor]) -> None:
+                store.keep_state({name: x.numpy() for name, x in state.items()})
+
+            solution = solved(self.prepared, V, repr(self.solver), state=state, keep=keep)
+        self.undetermined.announce(solution)
+        return solution
+
     @property
     def flat(self) -> Flat | None:
         """The directions that no training row sees, if the solver has met any."""
@@ -284,14 +305,22 @@ class Explained(Protocol):
 
 
 def solved(
-    prepared: Prepared, V: Float[Tensor, "k p"], solver: str, *, state: Mapping[str, Tensor] | None = None
+    prepared: Prepared,
+    V: Float[Tensor, "k p"],
+    solver: str,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    keep: Keep | None = None,
 ) -> Solution:
     """The solutions of a prepared solver, if they are what it promised; `solver` names it in messages.
 
     Raises:
         NotConverged: if a residual that was promised is not reached.
     """
-    solution = prepared.solve(V, state=state)
+    if isinstance(prepared, Iteration):
+        solution = prepared.solve(V, state=state, keep=keep)
+    else:
+        solution = prepared.solve(V, state=state)
     if not solution.converged and solution.replicas is None:
         message = (
             f"{solver} left a relative residual of {float(solution.residual.max()):.2g}: C + λI is too badly "

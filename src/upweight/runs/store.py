@@ -2,7 +2,8 @@
 
     run/
     ├── manifest.json            what the work is: format, fingerprint, rows per chunk, number of rows
-    ├── solutions.safetensors     what the chunks were computed with; compared, and used again, by the next run
+    ├── state.safetensors        where the iteration that solves the systems has come to
+    ├── solutions.safetensors    what the chunks were computed with; compared, and used again, by the next run
     ├── chunk-000000.safetensors  a chunk file that exists is complete
     └── chunk-000001.safetensors
 
@@ -28,6 +29,8 @@ from upweight.errors import InvalidInput, PathNotFound, StoreMismatch
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+STATE = "state.safetensors"
+SOLUTIONS = "solutions"
 
 
 class Store:
@@ -69,6 +72,22 @@ class Store:
     def read(self, chunk: int) -> NDArray[np.float64]:
         """A chunk that was kept."""
         return read_tensors(self._file(chunk))[0]["values"]
+
+    @property
+    def state(self) -> dict[str, NDArray[np.float64]] | None:
+        """Where an iteration had come to: its solutions, or what it kept last; None if it kept nothing."""
+        done, file = self.path / f"{SOLUTIONS}.safetensors", self.path / STATE
+        if done.exists():
+            return {"x": read_tensors(done)[0][SOLUTIONS]}
+        return read_tensors(file)[0] if file.exists() else None
+
+    def keep_state(self, state: Mapping[str, NDArray[np.float64]]) -> None:
+        """Keep where an iteration has come to, in place of what was kept before."""
+        write_tensors(self.path / STATE, state)
+
+    def drop_state(self) -> None:
+        """The iteration has ended, and its solutions are kept."""
+        (self.path / STATE).unlink(missing_ok=True)
 
     def agree(self, name: str, array: NDArray[np.float64], rtol: float) -> NDArray[np.float64]:
         """What was kept under `name`, or `array`, kept now: what the chunks depend on but a hash cannot compare.

@@ -38,6 +38,8 @@ class Solution:
         preconditioner_gap: (k,) how far the preconditioner alone was from the answer, ‖x₀ − x‖/‖x‖ in the norm of
             C + λI with x₀ = M v; None where there is no preconditioner that is an answer of its own.
         state: what `solve(V, state=…)` needs in order to go on.
+        settled: (k,) what is estimated to be still to come to a query's values, relative to their size; None where that
+            was not followed.
     """
 
     x: Float[Tensor, "k p"]
@@ -49,6 +51,7 @@ class Solution:
     truncation: float = 0.0
     preconditioner_gap: Float[Tensor, " k"] | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    settled: Float[Tensor, " k"] | None = None
 
 
 @runtime_checkable

@@ -23,6 +23,7 @@ from upweight.solvers.block import descend_together, spanning
 from upweight.solvers.direct import Cholesky
 from upweight.solvers.flat import LEANS, PROBES, Flat, probed
 from upweight.solvers.lanczos import suggest_damping
+from upweight.solvers.pacing import Keep, Pace
 from upweight.solvers.precondition import ByEigenvalues, Plain, Preconditioner
 from upweight.solvers.recurrence import Progress, descend
 
@@ -54,6 +55,9 @@ class CG:
     Args:
         rtol: the relative residual to reach, ‖v − (C + λI) x‖ ≤ rtol ‖v‖.
         max_sweeps: products after which NotConverged is raised.
+        settled: stop earlier, when what is still to come to the values (relative to all of a query's, on 64 rows spread
+            through the data) is estimated to be no more than this, such as 0.01; the residual that is left is reported.
+            Values settle long before the residual is small. None stops at rtol only.
         preconditioner: `Preconditioned(EKFAC())` or another curvature, `TwoLevel()`, `Approximate()` or `Plain()`,
             which is none. None lets `defaults` choose: TwoLevel
             for linear predictors, none otherwise.
@@ -68,12 +72,16 @@ class CG:
     rtol: float = 1e-6
     max_sweeps: int = 1000
     preconditioner: Preconditioner | None = None
+    settled: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.rtol, float) or not 0 < self.rtol < 1:
             message = f"rtol={self.rtol}. It is a relative residual and must lie between 0 and 1, such as 1e-6."
             raise InvalidInput(message)
         checked_count(self.max_sweeps, "max_sweeps", hint="1000 is the default")
+        if self.settled is not None and not (isinstance(self.settled, float) and 0 < self.settled < 1):
+            told = f"settled={self.settled!r}. Pass the share of the values that may still come, such as 0.01, or None."
+            raise InvalidInput(told)
         given = self.preconditioner
         if isinstance(given, type) or not (given is None or isinstance(given, Preconditioner)):
             refusal = f"preconditioner={given!r}. Pass an object, such as solvers.TwoLevel(), or None."
@@ -121,12 +129,15 @@ class Iteration:
         )
         raise NotPositiveDefinite(message)
 
-    def solve(self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None) -> Solution:
+    def solve(
+        self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None, keep: Keep | None = None
+    ) -> Solution:
         """x with (C + λI) x = v for every row v.
 
         Args:
             V: the right-hand sides.
             state: the state of an earlier Solution of the same V, to go on from it; {"x": X} alone is a place to start.
+            keep: is given such a state every half a minute, so that an interruption loses no more.
 
         Raises:
             NotConverged: if max_sweeps products do not reach rtol; carries the partial Solution.
@@ -139,7 +150,7 @@ class Iteration:
             leans = share > LEANS
             if bool(leans.any()):
                 known = None if state is None else {n: torch.where(leans[:, None], 0.0, S) for n, S in state.items()}
-                found = self.solve(torch.where(leans[:, None], 0.0, V), state=known)
+                found = self.solve(torch.where(leans[:, None], 0.0, V), state=known, keep=keep)
                 x = torch.where(leans[:, None], torch.nan, found.x)
                 return replace(found, x=x, residual=torch.where(leans, share, found.residual))
         V = self._project(V)
@@ -151,7 +162,8 @@ class Iteration:
         if state is None and self.together(V):
             basis, mixing = spanning(V)
             if len(basis) < len(V):
-                return self._mixed(basis, mixing, V)
+                return self._mixed(basis, mixing, V, keep)
+        pace = Pace(self.spec.settled, self.operator, keep)
         X = torch.zeros_like(V) if state is None else state["x"].clone()
         R = V.clone() if state is None else V - self._apply(X)
         P = None if state is None else state.get("p")
@@ -167,7 +179,7 @@ class Iteration:
                 if not bool((missed > self.spec.rtol).any()):
                     break
                 goal = sharpened * (_MARGIN if self.inverse is not None else 1.0) * self.spec.rtol * weighed
-                run = self._run(coarse, X / D, R * D, goal, self.spec.max_sweeps - sweeps, P, step)
+                run = self._run(coarse, X / D, R * D, goal, self.spec.max_sweeps - sweeps, P, step, pace)
                 sweeps += run.steps
                 smallest = torch.minimum(smallest, run.smallest)
                 if run.stopped is not None and coarse is None:
@@ -179,7 +191,8 @@ class Iteration:
                 sweeps += 1
                 tried = missed > self.spec.rtol
                 gain = float(((true * D).norm(dim=1) / (R * D).norm(dim=1))[tried].max())
-                if coarse is not None and (run.stopped is not None or not gain <= _COARSE_GAIN):
+                paused = run.steps < _RECOMPUTE and bool((run.residual.norm(dim=1) > goal).any())
+                if coarse is not None and (run.stopped is not None or not (paused or gain <= _COARSE_GAIN)):
                     coarse = None  # float32 has given what it can
                     smallest = torch.full_like(smallest, torch.inf)
                 reached = bool((_share(true * D, weighed) <= self.spec.rtol).all())
@@ -187,12 +200,17 @@ class Iteration:
                 drifted = float((true * D - run.residual).norm() / (true * D).norm().clamp(min=1e-300))
                 X, R = run.x * D, true
                 P = run.direction if drifted < 1e-3 and (self.inverse is None or self.together(V)) else None
+                if pace.look(X, R if P is None else P, run.steps):
+                    missed = torch.maximum(_share(R, size), _share(R * D, weighed))
+                    break
         X = self._project(X)
         bottom = float(smallest.min()) - self.damping if bool(torch.isfinite(smallest).any()) else float("nan")
         state = {"x": X, "p": R if P is None else P}
         gap = self._gap(X, V, R)
         sweeps += 0 if gap is None else 1
-        return Solution(X, missed, True, sweeps, min_curvature=bottom, preconditioner_gap=gap, state=state)
+        return Solution(
+            X, missed, True, sweeps, min_curvature=bottom, preconditioner_gap=gap, state=state, settled=pace.left
+        )
 
     def at(self, damping: float) -> Iteration:
         """The same with another λ; the eigenvectors of a preconditioner that has them are kept."""
@@ -207,13 +225,14 @@ class Iteration:
         """
         return len(V) > 1 and self.scale is None
 
-    def _mixed(self, basis: Tensor, mixing: Tensor, V: Tensor) -> Solution:
+    def _mixed(self, basis: Tensor, mixing: Tensor, V: Tensor, keep: Keep | None) -> Solution:
         """Dependent right-hand sides through a basis of them: copies differ by rounding, which is no direction."""
         rtol = self.spec.rtol / (2 * math.sqrt(max(1, len(basis))))
         inner = None
+        whole = None if keep is None else lambda state: keep({"x": mixing @ state["x"]})
         if len(basis):
             try:
-                inner = replace(self, spec=replace(self.spec, rtol=rtol)).solve(basis)
+                inner = replace(self, spec=replace(self.spec, rtol=rtol)).solve(basis, keep=whole)
             except NotConverged as error:
                 raise self._remixed(error, mixing, V) from error
         X = torch.zeros_like(V) if inner is None else mixing @ inner.x
@@ -253,6 +272,7 @@ class Iteration:
         left: int,
         direction: Tensor | None,
         step: Callable[[float], None],
+        pace: Pace,
     ) -> Progress:
         """Steps on D (C + λI) D y = D v until the recurrence believes in the goal, or it is time to look again."""
         operator, project = self.operator if coarse is None else coarse, self._project
@@ -264,7 +284,7 @@ class Iteration:
 
         inverse = self.inverse
         precondition = None if inverse is None else lambda R: project(inverse(R / D)) / D
-        steps = min(left, _RECOMPUTE)
+        steps = pace.steps(min(left, _RECOMPUTE))
 
         def watch(R: Tensor) -> None:
             step(float((R.norm(dim=1) / goal.clamp(min=1e-300)).max()))

@@ -1,0 +1,93 @@
+"""A solve by CG that is interrupted goes on from its folder, and one may stop where its values have settled."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import upweight as uw
+from upweight.influence.scores import Scores
+from upweight.operators import EKFAC, GaussNewton
+from upweight.solvers import CG, Preconditioned
+
+X = torch.randn(80, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.randint(0, 3, (80,), generator=torch.Generator().manual_seed(1))
+XQ, YQ = X[:3] + 0.3, Y[:3]
+
+
+def explained(solver):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 3)).double()
+    return uw.explain(model, X, Y, loss=cross_entropy, curvature=GaussNewton(), solver=solver, damping=1e-3)
+
+
+class Counted:
+    """An operator that counts its products, and fails at one of them."""
+
+    def __init__(self, operator, fails_at=10**9):
+        self.operator, self.products, self.fails_at = operator, 0, fails_at
+
+    def __getattr__(self, name):
+        if name == "coarse":
+            raise AttributeError(name)
+        return getattr(self.operator, name)
+
+    def apply(self, V):
+        self.products += 1
+        if self.products == self.fails_at:
+            raise KeyboardInterrupt
+        return self.operator.apply(V)
+
+
+def counted(influence, fails_at=10**9):
+    influence.system.__dict__["operator"] = found = Counted(influence.operator, fails_at)
+    return found
+
+
+@pytest.mark.parametrize("preconditioner", [None, Preconditioned(EKFAC())], ids=["plain", "preconditioned"])
+def test_an_interrupted_solve_goes_on_from_its_folder(tmp_path, monkeypatch, preconditioner):
+    monkeypatch.setattr("upweight.solvers.pacing.SECONDS", 0.0)
+    solver = CG(rtol=1e-8, preconditioner=preconditioner)
+    whole = explained(solver)
+    operator = counted(whole)
+    exact = whole.on_loss(XQ, YQ).values
+    needed = operator.products
+    first = explained(solver)
+    counted(first, fails_at=needed - 5)
+    with pytest.raises(KeyboardInterrupt):
+        first.on_loss(XQ, YQ, store=tmp_path / "run")
+    assert (tmp_path / "run" / "state.safetensors").is_file()
+    second = explained(solver)
+    operator = counted(second)
+    found = second.on_loss(XQ, YQ, store=tmp_path / "run").values
+    assert operator.products < 0.75 * needed
+    assert np.abs(found - exact).max() < 1e-6 * np.abs(exact).max()
+    assert not (tmp_path / "run" / "state.safetensors").exists()
+    third = explained(solver)
+    operator = counted(third)
+    assert np.array_equal(third.on_loss(XQ, YQ, store=tmp_path / "run").values, found)
+    assert operator.products <= 3  # to see that the solutions there are solutions
+
+
+def test_values_settle_before_the_residual_does(tmp_path):
+    whole = explained(CG(rtol=1e-9))
+    operator = counted(whole)
+    exact, needed = whole.on_loss(XQ, YQ).values, operator.products
+    for share in (0.05, 0.001):
+        influence = explained(CG(rtol=1e-9, settled=share))
+        operator = counted(influence)
+        scores = influence.on_loss(XQ, YQ)
+        missed = np.linalg.norm(scores.values - exact, axis=1) / np.linalg.norm(exact, axis=1)
+        assert operator.products < needed
+        assert missed.max() < 2 * share
+        assert scores.certificate.settled.max() <= share
+        assert scores.certificate.residual.max() > 1e-9
+        assert "values settled to" in str(scores.certificate)
+    scores.save(tmp_path / "scores")
+    again = Scores.load(tmp_path / "scores")
+    assert np.array_equal(again.certificate.settled, scores.certificate.settled)
+    joined = Scores.joined([scores, scores]).certificate
+    assert len(joined.settled) == 6
