@@ -49,9 +49,8 @@ def system(p, k, condition, seed=0):
 
 
 @pytest.mark.parametrize("cheap", CHEAP.values(), ids=CHEAP)
-@pytest.mark.parametrize("damping", [0.0, 0.02])
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize(("k", "damping"), [(1, 0.02), (4, 0.0), (4, 0.02)])  # one side without damping is slow
 def test_every_preconditioner_gives_the_dense_answer_and_its_own_error(name, cheap, damping, k):
     case = cases.make(name, weighted=True)
     truth = dense(case)
