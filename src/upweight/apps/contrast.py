@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 import upweight as uw
 from upweight.apps.answers import Answer, Contrast
 from upweight.apps.changes import Change, Relabelled, Removed
 from upweight.apps.solving import solved
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, checked_count, first_line
-from upweight.runs.progress import bar
 
 _ROUNDS = 40
 _STEPS = 2
@@ -246,9 +246,8 @@ def _contrast(
     outputs = alone.per_class()
     changes: dict[Any, Change] = {}
     answers = []
-    with bar(
-        sum(not answer.corrected_alone for answer in before), f"contrast, {words}", progress, unit="answer"
-    ) as done:
+    asked, hidden = sum(not answer.corrected_alone for answer in before), None if progress is None else not progress
+    with tqdm(total=asked, desc=f"contrast, {words}", unit="answer", disable=hidden, leave=False) as steps:
         for answer in before:
             number, target = answer.query, answer.wanted
             if not answer.corrected_alone:
@@ -259,7 +258,7 @@ def _contrast(
                 effects = _spread(changes[target].effects(S))
                 query = _Query(control, x, changes[target], names.index(target), outputs[number], effects)
                 answer = _answer(query, answer, limit, refits, retrain)
-                done(1)
+                steps.update()
             answers.append(answer)
     return Contrast(words, tuple(answers))
 

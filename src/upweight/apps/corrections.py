@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 import upweight as uw
 from upweight.apps.names import names_in_json
 from upweight.apps.repair import RANDOM, Repair
 from upweight.errors import InvalidInput, PathNotFound, UnsupportedModel
-from upweight.runs.progress import bar
 
 Numbers = Sequence[int] | NDArray[np.int64]
 
@@ -115,11 +115,12 @@ def corrected(
     patch = _patch(influence, corrections, labels, names)
     changed = np.array(list(patch))
     edited = uw.edited(influence, changed, y_new=np.asarray([new for _, new in patch.values()]))
-    with bar(2, "training again, without and with the corrections", progress, unit="training") as done:
+    hidden, words = None if progress is None else not progress, "training again, without and with the corrections"
+    with tqdm(total=2, desc=words, unit="training", disable=hidden, leave=False) as steps:
         control = uw.retrained(influence, retrain=retrain)
-        done(1)
+        steps.update()
         after = uw.retrained(edited, retrain=retrain)
-        done(1)
+        steps.update()
     new_labels = labels.copy()
     new_labels[changed] = [new for _, new in patch.values()]
     return Corrected(

@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from scipy.stats import binomtest
+from tqdm import tqdm
 
 import upweight as uw
 from upweight.errors import InvalidInput, UnsupportedModel
-from upweight.runs.progress import bar
 
 SHARE = 0.03  # of the labels that are flipped at a time: few enough to leave the model as it is
 _ENOUGH, _FEWEST, _MOST = 200, 3, 10  # flips in all that are worth planting, and between which numbers of plantings
@@ -121,14 +121,15 @@ def planted(
     flips = max(1, min(round(SHARE * influence.n), len(free)))
     times = min(_MOST, max(_FEWEST, -(-_ENOUGH // flips))) if plantings is None else plantings
     hits: dict[str, list[NDArray[np.bool_]]] = {}
-    with bar(times, "planted flips", influence.sweep.progress, unit="training") as done:
+    hidden = None if influence.sweep.progress is None else not influence.sweep.progress
+    with tqdm(total=times, desc="planted flips", unit="training", disable=hidden, leave=False) as steps:
         for planting in range(times):
             draw = np.random.default_rng([seed, planting, _STREAM])
             rows = draw.choice(free, flips, replace=False)
             spoilt = uw.edited(influence, rows, y_new=_others(influence, rows, draw))
             for name, scores in orders(uw.retrained(spoilt, retrain=retrain, seed=seed + planting)).items():
                 hits.setdefault(name, []).append(_found(scores, rows, count))
-            done(1)
+            steps.update()
     return Planted({name: np.concatenate(found) for name, found in hits.items()}, times, count)
 
 
