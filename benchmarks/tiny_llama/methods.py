@@ -181,6 +181,7 @@ def main(count: int = 1000) -> None:
     scores["gradient dot"] = found.values
     scores["gradient cosine"] = uw.baselines.gradient_cosine(gradients, queries).values
     scores["tf-idf"] = tf_idf(train, queries)
+    scores["BM25"] = uw.baselines.bm25(gradients, queries).values
     scores["random"] = np.random.default_rng(0).normal(size=(len(queries), count))
     folder = tempfile.mkdtemp()
     times["index (beside the factors)"], index = cpu(lambda: influence.index(folder))

@@ -706,3 +706,13 @@ def test_an_index_says_what_it_needs(tmp_path):
     assert index.extremes(queries, N).helpful.rows.shape == (len(XQ), N)
     exact = influence.on_loss(XQ, YQ).values
     assert np.linalg.norm(index.on_loss(queries).values - exact) < 0.2 * np.linalg.norm(exact)
+
+
+def test_bm25_compares_tokens():
+    with refused("k1=", "Pass k1 ≥ 0 and b from 0 to 1"):
+        baselines.bm25(classifier(), XQ, YQ, b=2.0)
+    with refused("and BM25 compares tokens", "Pass rows of named parts with input_ids, or whole numbers"):
+        baselines.bm25(classifier(), XQ, YQ)
+    assert baselines.nearest_neighbours(classifier(), XQ, YQ).values.shape == (len(XQ), N)
+    influence, texts, y = tagged()
+    assert baselines.bm25(influence, texts[:2], y[:2], k1=1.2, b=0.75).values.shape == (2, 8)

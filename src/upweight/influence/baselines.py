@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.examples import Examples
+from upweight.data.records import MASK, TOKENS
 from upweight.data.trees import batch_length, leaves
 from upweight.errors import InvalidInput, checked_count, first_line
 from upweight.influence import per_row, removal
@@ -29,6 +30,7 @@ from upweight.model import layers
 from upweight.solvers import Quadratic
 
 __all__ = [
+    "bm25",
     "gradient_cosine",
     "gradient_dot",
     "loss_relative_influence",
@@ -207,6 +209,45 @@ def nearest_neighbours(
     return _scores(system, queries, values, f"nearness of {where}, negative for another label")
 
 
+def bm25(influence: Explained, Xq: Any, yq: Any = None, *, k1: float = 1.2, b: float = 0.75) -> Scores:
+    """Okapi BM25 between the tokens of a query and of a row: what a search engine would find.
+
+    Σ_t idf_t · f(k1 + 1)/(f + k1(1 − b + b |row|/mean |row|)) over the query's tokens t, f how often the row holds t,
+    and idf_t = ln(1 + (n − n_t + ½)/(n_t + ½)), n_t how many rows hold it.
+
+    Cost: one pass over the rows.
+
+    Args:
+        influence: whose training rows; the model itself is not used.
+        Xq: the queries: rows of named parts with `input_ids`, or whole numbers, (q, length).
+        yq: the queries' targets.
+        k1: how soon more of the same token says no more.
+        b: how far long rows are held to be long by chance, 0 … 1.
+
+    Raises:
+        InvalidInput: if inputs are no tokens, or k1 or b lie outside of their range.
+
+    References: Robertson and Zaragoza (2009).
+    """
+    if not (k1 >= 0 and 0 <= b <= 1):
+        message = f"k1={k1}, b={b}. Pass k1 ≥ 0 and b from 0 to 1, such as bm25(influence, Xq, k1=1.2, b=0.75)."
+        raise InvalidInput(message)
+    system = influence.system
+    queries = system.queries(Xq if yq is None and not isinstance(Xq, Tensor | np.ndarray) else (Xq, yq))
+    rows, asked = _counts(system.examples), _counts(queries)
+    size = max(rows.shape[1], asked.shape[1])
+    rows.resize(len(system.examples), size)
+    asked.resize(len(queries), size)
+    holding = np.asarray((rows > 0).sum(0)).ravel()
+    idf = np.log1p((system.n - holding + 0.5) / (holding + 0.5))
+    lengths = np.asarray(rows.sum(1)).ravel()
+    shares = k1 * (1 - b + b * lengths / max(float(lengths.mean()), 1e-300))
+    found = rows.tocoo()
+    found.data = found.data * (k1 + 1) / (found.data + shares[found.row])
+    values = (asked.multiply(idf).tocsr() @ found.tocsr().T).toarray()
+    return _scores(system, queries, values, "BM25 of tokens")
+
+
 def random(influence: Explained, Xq: Any, yq: Any = None, *, seed: int = 0) -> Scores:
     """Independent standard normal numbers: what any score must beat.
 
@@ -277,6 +318,31 @@ def _scores(system: System, queries: Examples, values: NDArray[np.float64], what
         query_values=per_row.measures(system.sweep.over(system.objective, queries)),
         **naming(system.examples.names, queries.names),
     )
+
+
+def _counts(examples: Examples) -> scipy.sparse.csr_matrix:
+    """How often each example holds each token, padding left out.
+
+    Raises:
+        InvalidInput: if inputs are no tokens.
+    """
+    places: list[NDArray[np.int64]] = []
+    for row in range(len(examples)):
+        batch = examples.batch([row])
+        x = batch[0] if isinstance(batch, tuple | list) else batch
+        tokens = x.get(TOKENS) if isinstance(x, dict) else x
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+            kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            message = (
+                f"Row {row} is {kind}, and BM25 compares tokens. Pass rows of named parts with input_ids, or whole "
+                "numbers; for other inputs use nearest_neighbours(influence, Xq, yq)."
+            )
+            raise InvalidInput(message)
+        kept = x[MASK] > 0 if isinstance(x, dict) and MASK in x else torch.ones_like(tokens, dtype=torch.bool)
+        places.append(tokens[kept].reshape(-1).numpy())
+    line = np.repeat(np.arange(len(places)), [len(place) for place in places])
+    column = np.concatenate(places)
+    return scipy.sparse.coo_matrix((np.ones(len(column)), (line, column))).tocsr()
 
 
 def _parts(batch: Any) -> tuple[Any, Tensor | None]:
