@@ -670,6 +670,17 @@ def test_a_loss_of_one_prediction_has_no_tokens():
     assert np.isfinite(one.on_loss(XQ[:1], YQ[:1]).values).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*does not count:upweight.errors.TheoryWarning")
+def test_a_row_without_a_counted_token_cannot_be_taken_apart():
+    texts, model = tagged()[1], nn.Embedding(5, 2).double()  # three classes at each of two places
+    y = (texts[:, :2] % 3).index_fill(0, torch.tensor([2]), -100)
+    influence = uw.explain(model, texts, y, loss=nn.CrossEntropyLoss(), damping=0.1)
+    with refused("has no token that the loss depends on", "Pass another, such as one of on_loss(…).helpful(5)"):
+        influence.by_token(2, on=(texts[:1], y[:1]))
+    scores = influence.on_loss(texts[:1], y[:1])
+    assert_allclose(influence.by_token(scores.helpful(5).rows[0, 0], on=(texts[:1], y[:1])).total, scores.values.max())
+
+
 # ---- index.py --------------------------------------------------------------------------------------------------------
 
 
