@@ -685,7 +685,9 @@ def test_a_row_without_a_counted_token_cannot_be_taken_apart():
 
 
 def indexed(model, **settings):
-    return uw.explain(model, X, Y, loss=nn.functional.cross_entropy, damping=0.1, **{"curvature": EKFAC(), **settings})
+    return uw.explain(
+        model, X, Y, loss=nn.functional.cross_entropy, **{"curvature": EKFAC(), "damping": 0.1, **settings}
+    )
 
 
 def test_an_index_says_what_it_needs(tmp_path):
@@ -717,3 +719,25 @@ def test_an_index_says_what_it_needs(tmp_path):
     assert index.extremes(queries, N).helpful.rows.shape == (len(XQ), N)
     exact = influence.on_loss(XQ, YQ).values
     assert np.linalg.norm(index.on_loss(queries).values - exact) < 0.2 * np.linalg.norm(exact)
+
+
+def test_an_index_does_not_divide_by_nothing(tmp_path):
+    influence = indexed(nn.Sequential(nn.Linear(D, 20), nn.Tanh(), nn.Linear(20, 3)).double())
+    index = influence.index(tmp_path / "index", error=0.01, bits=8)
+    queries = index.coordinates(influence, XQ, YQ)
+    with refused("which is too small to divide by with damping=0", "Ask with damping=") as told:
+        index.on_loss(queries, damping=0.0)
+    damping = float(str(told.value).split("Ask with damping=")[1].split(",")[0])
+    assert np.isfinite(index.on_loss(queries, damping=damping).values).all()
+    with refused("are too small to divide by", "Try damping="):
+        indexed(nn.Sequential(nn.Linear(D, 20), nn.Tanh(), nn.Linear(20, 3)).double(), damping=0.0).index(
+            tmp_path / "0"
+        )
+
+
+def test_an_index_of_very_few_rows(tmp_path):
+    model = nn.Sequential(nn.Linear(D, 20), nn.Tanh(), nn.Linear(20, 3)).double()
+    few = uw.explain(model, X[:3], Y[:3], loss=nn.functional.cross_entropy, damping=0.1, curvature=EKFAC())
+    with refused("training rows, and the error of an index is measured on pairs", "Use on_loss, which needs no index"):
+        few.index(tmp_path / "index")
+    assert few.on_loss(XQ, YQ).values.shape == (len(XQ), 3)
