@@ -670,11 +670,24 @@ def test_a_loss_of_one_prediction_has_no_tokens():
     assert np.isfinite(one.on_loss(XQ[:1], YQ[:1]).values).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*does not count:upweight.errors.TheoryWarning")
+def test_a_row_without_a_counted_token_cannot_be_taken_apart():
+    texts, model = tagged()[1], nn.Embedding(5, 2).double()  # three classes at each of two places
+    y = (texts[:, :2] % 3).index_fill(0, torch.tensor([2]), -100)
+    influence = uw.explain(model, texts, y, loss=nn.CrossEntropyLoss(), damping=0.1)
+    with refused("has no token that the loss depends on", "Pass another, such as one of on_loss(…).helpful(5)"):
+        influence.by_token(2, on=(texts[:1], y[:1]))
+    scores = influence.on_loss(texts[:1], y[:1])
+    assert_allclose(influence.by_token(scores.helpful(5).rows[0, 0], on=(texts[:1], y[:1])).total, scores.values.max())
+
+
 # ---- index.py --------------------------------------------------------------------------------------------------------
 
 
 def indexed(model, **settings):
-    return uw.explain(model, X, Y, loss=nn.functional.cross_entropy, damping=0.1, **{"curvature": EKFAC(), **settings})
+    return uw.explain(
+        model, X, Y, loss=nn.functional.cross_entropy, **{"curvature": EKFAC(), "damping": 0.1, **settings}
+    )
 
 
 def test_an_index_says_what_it_needs(tmp_path):
@@ -716,3 +729,25 @@ def test_bm25_compares_tokens():
     assert baselines.nearest_neighbours(classifier(), XQ, YQ).values.shape == (len(XQ), N)
     influence, texts, y = tagged()
     assert baselines.bm25(influence, texts[:2], y[:2], k1=1.2, b=0.75).values.shape == (2, 8)
+
+
+def test_an_index_does_not_divide_by_nothing(tmp_path):
+    influence = indexed(nn.Sequential(nn.Linear(D, 20), nn.Tanh(), nn.Linear(20, 3)).double())
+    index = influence.index(tmp_path / "index", error=0.01, bits=8)
+    queries = index.coordinates(influence, XQ, YQ)
+    with refused("which is too small to divide by with damping=0", "Ask with damping=") as told:
+        index.on_loss(queries, damping=0.0)
+    damping = float(str(told.value).split("Ask with damping=")[1].split(",")[0])
+    assert np.isfinite(index.on_loss(queries, damping=damping).values).all()
+    with refused("are too small to divide by", "Try damping="):
+        indexed(nn.Sequential(nn.Linear(D, 20), nn.Tanh(), nn.Linear(20, 3)).double(), damping=0.0).index(
+            tmp_path / "0"
+        )
+
+
+def test_an_index_of_very_few_rows(tmp_path):
+    model = nn.Sequential(nn.Linear(D, 20), nn.Tanh(), nn.Linear(20, 3)).double()
+    few = uw.explain(model, X[:3], Y[:3], loss=nn.functional.cross_entropy, damping=0.1, curvature=EKFAC())
+    with refused("training rows, and the error of an index is measured on pairs", "Use on_loss, which needs no index"):
+        few.index(tmp_path / "index")
+    assert few.on_loss(XQ, YQ).values.shape == (len(XQ), 3)

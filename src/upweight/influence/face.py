@@ -290,7 +290,8 @@ class Influence:
             bits: 4 or 8 for each coordinate.
 
         Raises:
-            UnsupportedModel: if the curvature has no Kronecker factors.
+            InvalidInput: if there are fewer than 4 training rows.
+            UnsupportedModel: if the curvature has no Kronecker factors; NotPositiveDefinite as for on_loss.
             StoreMismatch: if the folder holds other work.
         """
         return indexes.index(self.system, folder, error, bits)

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.data.ids import Ids
-from upweight.errors import InvalidInput, PathNotFound, StoreMismatch, UnsupportedModel
+from upweight.data.ids import Ids, packed as packed_ids, unpacked as unpacked_ids
+from upweight.errors import InvalidInput, NotPositiveDefinite, PathNotFound, StoreMismatch, UnsupportedModel
 from upweight.influence import kept, per_row
 from upweight.influence.certificate import Certificate
 from upweight.influence.scores import Extremes, Scores, naming
@@ -39,8 +39,11 @@ from upweight.runs.progress import bar
 from upweight.runs.quantised import BITS, packed, unpacked
 from upweight.runs.store import Store, read_tensors, write_tensors
 from upweight.solvers.base import checked_damping
+from upweight.solvers.factored import ROUNDING, Factored
+from upweight.solvers.lanczos import rounded_up
 
 _PROBES, _NUMBERS = 24, 2**27  # rows on either side of the pairs on which the error is measured; numbers held for them
+_FEWEST = 4  # rows: one on each side of two pairs
 _CHUNK_NUMBERS = 2**24  # of coordinates in one chunk
 _FRACTIONS = 32  # of all coordinates, between which the count is chosen
 _FILE, _BASIS = "coordinates.safetensors", "basis.safetensors"
@@ -89,7 +92,9 @@ class Index:
         self.eigenvalues, self.weights, self.constant = (
             arrays[name] for name in ("eigenvalues", "weights", "constant")
         )
-        self.names = None if "names" not in self.card else Ids(np.array(self.card["names"]), self.card["axis"])
+        axis = self.card.get("axis")
+        name = tuple(axis) if isinstance(axis, list) else axis
+        self.names = None if "names" not in self.card else Ids(unpacked_ids(self.card["names"]), name)
         missing = [chunk for chunk in range(self.chunks) if not self._file(chunk).is_file()]
         if missing:
             refusal = (
@@ -173,6 +178,9 @@ class Index:
         Args:
             queries: of `coordinates`.
             damping: another λ; None takes that of the index.
+
+        Raises:
+            NotPositiveDefinite: if C + λI has an eigenvalue that is too small to divide by.
         """
         values = np.concatenate([block for _, block in self._values(queries, damping)], 1)
         return Scores(
@@ -195,7 +203,7 @@ class Index:
             damping: as for on_loss.
 
         Raises:
-            InvalidInput: if k is larger than the number of rows.
+            InvalidInput: if k is larger than the number of rows; NotPositiveDefinite as for on_loss.
         """
         if not 1 <= k <= self.n:
             message = f"k={k}, and the index has {self.n} rows. Ask for 1 to {self.n}."
@@ -227,6 +235,14 @@ class Index:
             )
             raise InvalidInput(message)
         shift = self.damping if damping is None else checked_damping(damping)
+        lowest, largest = self.card["lowest"], self.card["largest"]
+        if lowest + shift <= ROUNDING * largest:
+            refusal = (
+                f"C has an eigenvalue of {lowest:.3g} against a largest of {largest:.3g}, which is too small to divide "
+                f"by with damping={shift:g}: directions that the data do not bend. Ask with "
+                f"damping={rounded_up(1e-3 * largest):g}, or leave it out for that of the index."
+            )
+            raise NotPositiveDefinite(refusal)
         whitened = np.sqrt(self.eigenvalues + self.damping)
         Z = queries.values / (self.eigenvalues + shift)
         share = (Z @ self.constant)[:, None]
@@ -272,6 +288,12 @@ def index(system: System, folder: str | os.PathLike[str], error: float, bits: in
             f"{system.objective.name} is {system.curvature!r}. Pass a network, and curvature=operators.EKFAC()."
         )
         raise UnsupportedModel(message)
+    if system.n < _FEWEST:
+        message = (
+            f"{system.objective.name} has {system.n} training rows, and the error of an index is measured on pairs of "
+            f"rows held out, for which {_FEWEST} are the fewest. Use on_loss, which needs no index."
+        )
+        raise InvalidInput(message)
     before = Path(folder) / _BASIS
     damping = system.known_damping
     if damping is None and before.is_file():  # it was chosen from factors that need not be made again
@@ -305,7 +327,7 @@ def index(system: System, folder: str | os.PathLike[str], error: float, bits: in
     card |= {"rows": rows, "coverage": system.objective.coverage}
     names = system.examples.names
     if names is not None:
-        card |= {"names": names.values.tolist(), "axis": names.name}
+        card |= {"names": packed_ids(names.values), "axis": names.name}
     told = {"eigenvalues": arrays["eigenvalues"], "constant": arrays["constant"], "weights": system.examples.weights}
     write_tensors(path / _FILE, told, {"upweight": json.dumps(card)})
     return Index(path)
@@ -315,29 +337,33 @@ def index(system: System, folder: str | os.PathLike[str], error: float, bits: in
 
 
 def _choice(system: System, error: float, bits: int) -> tuple[list[Tensor], dict[str, Any]]:
-    """For every basis the coordinates that are kept: the fewest of the largest eigenvalues that leave this error."""
+    """For every basis the coordinates that are kept: the fewest of the largest eigenvalues that leave this error.
+
+    Raises:
+        NotPositiveDefinite: if C + λI has an eigenvalue that is too small to divide by.
+    """
     operator: Kronecker = system.operator  # type: ignore[assignment]
+    checked = Factored().prepare(operator, system.damping)
     values = torch.cat([basis.eigenvalues.flatten() for basis in operator.bases])
     data = torch.cat([basis.values.flatten() for basis in operator.bases])
-    order = data.argsort(descending=True)
-    p = len(values)
+    p, reached = len(values), sum(basis.at.numel() for basis in operator.bases[: len(operator.layers)])
+    order = data[:reached].argsort(descending=True)  # the loss does not use what is behind
     count = max(2, min(_PROBES, system.n // 4, _NUMBERS // (4 * p)))
     rows = system.examples.spread(4 * count)
-    G = per_row.gradients(system.sweep, rows)
-    Z = _rotated(operator, G, None) / (values + system.damping).sqrt()
+    whitened = (values + system.damping).sqrt()
+    Z = _rotated(operator, per_row.gradients(system.sweep, rows), None) / whitened
+    share = _rotated(operator, system.penalty_share[None], None) / whitened  # it is kept apart, and not rounded
     sides = [Z[number::4] for number in range(4)]  # two pairs of sides: to choose by, and to measure on
-    step = -(-p // _FRACTIONS)
-    parts = torch.stack([sides[0][:, some] @ sides[1][:, some].T for some in order.split(step)]).cumsum(0)
+    step = -(-reached // _FRACTIONS)
+    removed = sides[1] + share
+    parts = torch.stack([sides[0][:, some] @ removed[:, some].T for some in order.split(step)]).cumsum(0)
     missed = (parts - parts[-1]).flatten(1).norm(dim=1) / parts[-1].norm().clamp(min=1e-300)
-    room = math.sqrt(max(error**2 - _rounding(sides, bits) ** 2, 0.0))
-    kept_count = min(p, step * (1 + int(torch.nonzero(missed <= max(room, 1e-12))[0])))
+    room = math.sqrt(max(error**2 - _rounding(sides[0], sides[1], share, bits) ** 2, 0.0))
+    kept_count = min(reached, step * (1 + int(torch.nonzero(missed <= max(room, 1e-12))[0])))
     used = order[:kept_count].sort().values
-    some = sides[3][:, used]
-    rounded = torch.from_numpy(unpacked(*packed(some.float().numpy(), bits), bits, kept_count)).double()
-    ours, theirs = (sides[2][:, used] @ rounded.T).flatten(), (sides[2] @ sides[3].T).flatten()
-    found = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-300))
-    correlation = float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1]) if len(ours) > 1 else float("nan")
-    told = {"error": found, "correlation": correlation, "pairs": len(ours), "size": p, "bits": bits}
+    found, correlation = _missed(sides[2], sides[3], share, used, bits)
+    told = {"error": found, "correlation": correlation, "pairs": len(sides[2]) * len(sides[3]), "size": p, "bits": bits}
+    told |= {"lowest": checked.lowest, "largest": checked.largest}
     told |= {"damping": system.damping, "curvature": repr(system.curvature), "theta": kept.theta(system)}
     starts, chosen = 0, []
     for basis in operator.bases:
@@ -347,11 +373,27 @@ def _choice(system: System, error: float, bits: int) -> tuple[list[Tensor], dict
     return chosen, told
 
 
-def _rounding(sides: list[Tensor], bits: int) -> float:
+def _missed(
+    queries: Float[Tensor, "q p"],
+    rows: Float[Tensor, "r p"],
+    share: Float[Tensor, "1 p"],
+    used: Int[Tensor, " k"],
+    bits: int,
+) -> tuple[float, float]:
+    """How far values by these coordinates of rounded rows are from those by all: ‖ours − theirs‖/‖theirs‖, and r."""
+    codes = packed(rows[:, used].float().numpy(), bits)
+    rounded = torch.from_numpy(unpacked(*codes, bits, len(used))).double()
+    ours, theirs = queries[:, used] @ (rounded + share[:, used]).T, queries @ (rows + share).T
+    both = torch.stack([ours.flatten(), theirs.flatten()])
+    correlation = float(torch.corrcoef(both)[0, 1]) if both.shape[1] > 1 else float("nan")
+    return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-300)), correlation
+
+
+def _rounding(
+    queries: Float[Tensor, "q p"], rows: Float[Tensor, "r p"], share: Float[Tensor, "1 p"], bits: int
+) -> float:
     """The share of the values that rounding all coordinates costs."""
-    whole = sides[0] @ sides[1].T
-    rounded = unpacked(*packed(sides[1].float().numpy(), bits), bits, sides[1].shape[1])
-    return float((sides[0] @ torch.from_numpy(rounded).double().T - whole).norm() / whole.norm().clamp(min=1e-300))
+    return _missed(queries, rows, share, torch.arange(rows.shape[1]), bits)[0]
 
 
 def _rotated(operator: Kronecker, G: Float[Tensor, "r p"], chosen: list[Tensor] | None) -> Float[Tensor, "r k"]:

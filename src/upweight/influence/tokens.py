@@ -120,7 +120,7 @@ def by_token(system: System, row: Any, queries: Examples, decode: Callable[[int]
     """The value of `on_loss` for one query and one training row, by their tokens: `Influence.by_token`.
 
     Raises:
-        InvalidInput: if there are several queries.
+        InvalidInput: if there are several queries, or the row or the query has no token that is counted.
         UnsupportedModel: if the loss has one prediction a row.
     """
     if len(queries) != 1:
@@ -137,6 +137,13 @@ def by_token(system: System, row: Any, queries: Examples, decode: Callable[[int]
     asked, taken = queries.batch([0]), system.examples.batch([row])
     places = [_places(system, batch) for batch in (asked, taken)]
     counted = [_counted(system, *pair) for pair in zip((asked, taken), places, strict=True)]
+    for name, own in zip(("The query", f"Row {row}"), counted, strict=True):
+        if not len(own):
+            message = (
+                f"{name} has no token that the loss depends on: all its labels are left out (−100), or are predicted "
+                "with certainty. So there is nothing to take apart. Pass another, such as one of on_loss(…).helpful(5)."
+            )
+            raise InvalidInput(message)
     short, long = (0, 1) if len(counted[0]) <= len(counted[1]) else (1, 0)
     batches = (asked, taken)
     found = np.zeros((len(counted[short]), len(counted[long])))
@@ -147,7 +154,7 @@ def by_token(system: System, row: Any, queries: Examples, decode: Callable[[int]
         found[lines] = _products(system, batches[long], places[long], counted[long], solution.x)
         if short == 0:
             share[lines] = (solution.x @ system.penalty_share).numpy()
-    assert solution is not None  # there is at least one token
+    assert solution is not None  # there is at least one token on either side
     if short == 1:
         found = found.T
         if objective.folded:
@@ -201,12 +208,15 @@ def _places(system: System, batch: Any) -> Tensor:
     output = output[0] if len(output.shape) > 1 and len(output) == 1 else output  # a module's batch of one
     target = _target(batch)
     shape = tuple(target.shape)
-    if shape and output.ndim == len(shape) + 1 and tuple(output.shape[1:]) == shape:
-        places = torch.arange(target.numel()).reshape(1, *shape).expand(output.shape)
-    elif shape and output.ndim == len(shape) + 1 and tuple(output.shape[:-1]) == shape:
-        places = torch.arange(target.numel()).reshape(*shape, 1).expand(output.shape)
+    numbers = torch.arange(target.numel())
+    ahead = [numbers.reshape(1, *shape).expand(output.shape)] if shape and tuple(output.shape[1:]) == shape else []
+    behind = [numbers.reshape(*shape, 1).expand(output.shape)] if shape and tuple(output.shape[:-1]) == shape else []
+    if ahead or behind:  # where the outputs of a place lie along the first axis, or along the last
+        places = (ahead or behind)[0]
+        if ahead and behind and not _apart(system, batch, places.reshape(-1)):
+            places = behind[0]
     elif shape and target.numel() > 1 and tuple(output.shape) == shape:
-        places = torch.arange(target.numel()).reshape(shape)
+        places = numbers.reshape(shape)
     else:
         message = (
             f"{objective.name} makes one prediction a row (output {tuple(output.shape)}, target {shape}), so its value "
@@ -215,6 +225,17 @@ def _places(system: System, batch: Any) -> Tensor:
         )
         raise UnsupportedModel(message)
     return places.reshape(-1)
+
+
+def _apart(system: System, batch: Any, places: Tensor) -> bool:
+    """Whether the slope of the loss at one place depends on the outputs of that place alone."""
+    slope = calculus.output_slopes(system.objective, batch)[0]
+    steepest = int(slope.abs().argmax())
+    unit = torch.zeros_like(slope)[None, None]
+    unit[..., steepest] = 1
+    bent = calculus.output_products(system.objective, batch, unit)[0, 0]
+    others = (places != places[steepest]).to(bent.device)
+    return float(bent[others].abs().max()) <= 1e-6 * float(bent.abs().max())
 
 
 def _target(batch: Any) -> Tensor:

@@ -16,7 +16,7 @@ from upweight.solvers.direct import has_gauge
 from upweight.solvers.lanczos import rounded_up
 
 _PROMISE = 1e-6
-_ROUNDING = 1e-12  # of the largest eigenvalue: what is smaller cannot be divided by
+ROUNDING = 1e-12  # of the largest eigenvalue: what is smaller cannot be divided by
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Factored:
             raise UnsupportedModel(message)
         damping = checked_damping(damping)
         lowest, largest = _ends(operator)
-        if lowest + damping <= _ROUNDING * largest and not (abs(lowest) <= _ROUNDING * largest and has_gauge(operator)):
+        if lowest + damping <= ROUNDING * largest and not (abs(lowest) <= ROUNDING * largest and has_gauge(operator)):
             raise _refusal(operator, damping, lowest, largest)
         return Diagonalised(operator, damping, lowest, largest)
 
@@ -87,7 +87,7 @@ class Diagonalised:
     def inverse(self, eigenvalues: Tensor) -> Tensor:
         """1/(x + λ), and 0 in gauge directions."""
         shifted = eigenvalues + self.damping
-        gone = shifted <= _ROUNDING * self.largest  # gauge directions, of which v has no part
+        gone = shifted <= ROUNDING * self.largest  # gauge directions, of which v has no part
         return torch.where(gone, 0.0, 1 / torch.where(gone, 1.0, shifted))
 
 
@@ -98,7 +98,7 @@ def _ends(operator: Spectral) -> tuple[float, float]:
 
 
 def _refusal(operator: Spectral, damping: float, lowest: float, largest: float) -> NotPositiveDefinite:
-    if lowest < -_ROUNDING * largest:
+    if lowest < -ROUNDING * largest:
         kind, instead = f"a negative eigenvalue, {lowest:.3g}", ", or curvature over GaussNewton(), which has none"
         why = "θ̂ is probably not a minimum"
         suggestion = rounded_up(-1.1 * lowest)
@@ -106,7 +106,7 @@ def _refusal(operator: Spectral, damping: float, lowest: float, largest: float) 
         kind, instead = f"an eigenvalue of {lowest:.3g} against a largest of {largest:.3g}", ", or a penalty on it all"
         why = "Directions that the data do not bend, or that a low rank leaves out, have no curvature of their own"
         suggestion = rounded_up(1e-3 * largest)
-    count = int((operator.eigenvalues + damping <= _ROUNDING * largest).sum())
+    count = int((operator.eigenvalues + damping <= ROUNDING * largest).sum())
     message = (
         f"C has {kind} (damping {damping:g}; {count} of {operator.size} are too small to "
         f"divide by). {why}. Try damping={suggestion:g}{instead}."

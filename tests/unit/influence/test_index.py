@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 import upweight as uw
 from upweight.errors import InvalidInput, PathNotFound, StoreMismatch
@@ -144,6 +144,57 @@ def test_names_of_queries_travel(tmp_path):
     assert found.query_ids.tolist() == ["r0", "r1"]
     assert found.to_pandas().columns[3] == "r3"
     assert miss(found.values, influence.on_loss(features[:2], labels[:2]).values) < 0.15
+
+
+def small(**settings):
+    """A network with a layer that it does not use, and its rows."""
+    X = torch.randn(80, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.manual_seed(0)
+
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)), nn.Linear(5, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    y = X[:, :1].abs()
+    settings = {"curvature": EKFAC(), "damping": 0.01, "progress": False, **settings}
+    return uw.explain(Partly().double(), X, y, loss=mse_loss, **settings), (X, y)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[("text", k, "part") for k in range(80)], np.datetime64("2020-01-01") + np.arange(80), list(range(100, 180))],
+    ids=["tuples", "dates", "numbers"],
+)
+def test_names_of_any_kind_come_back_from_the_folder(tmp_path, ids):
+    influence, queries = small(ids=ids)
+    influence.index(tmp_path / "index")
+    index = uw.Index.open(tmp_path / "index")
+    asked = index.coordinates(influence, queries[0][:2], queries[1][:2])
+    found, exact = index.on_loss(asked), influence.on_loss(queries[0][:2], queries[1][:2])
+    assert found.ids.dtype == exact.ids.dtype
+    assert found.ids.tolist() == exact.ids.tolist()
+    assert found.axes == exact.axes
+
+
+def test_the_error_counts_what_a_row_carries_of_the_penalty(tmp_path):
+    """Far from a minimum the shares of a large penalty are most of the values; what is left out cuts them."""
+    influence, queries = small(penalty=30.0, penalty_per_example=True)
+    index = influence.index(tmp_path / "index")
+    exact = influence.on_loss(*queries).values
+    missed = miss(index.on_loss(index.coordinates(influence, *queries)).values, exact)
+    assert 0.5 * index.error < missed < 1.5 * index.error
+
+
+def test_what_the_loss_does_not_use_is_never_kept(tmp_path):
+    influence, queries = small()
+    index = influence.index(tmp_path / "index", error=0.001, bits=8)  # less than eight bits lose, so all there is
+    assert index.k == influence.objective.size - 30
+    exact = influence.on_loss(*queries).values
+    assert miss(index.on_loss(index.coordinates(influence, *queries)).values, exact) < 0.02
 
 
 def test_other_work_in_the_folder_is_refused(tmp_path):

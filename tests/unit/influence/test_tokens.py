@@ -129,3 +129,32 @@ def test_losses_of_one_prediction_and_several_queries_are_refused(speaker):
     plain = uw.explain(nn.Linear(3, 2).double(), X, torch.arange(8) % 2, loss=cross_entropy, damping=0.1)
     with pytest.raises(UnsupportedModel, match="one prediction a row"):
         plain.by_token(0, on=(X[:1], torch.tensor([1])))
+
+
+@pytest.mark.parametrize("behind", [True, False], ids=["classes last", "classes first"])
+def test_as_many_places_as_words_are_told_from_words(behind):
+    """An output of 5 × 5 does not say which axis is the places'; the loss does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(WORDS, 3), nn.GRU(3, 5, batch_first=True)).double()
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)[0] if behind else self.inner(x)[0].transpose(1, 2)
+
+    X, y = talk(12, 4, 1), talk(12, 4, 2) % 5
+    loss = (lambda z, t: cross_entropy(z.transpose(1, 2), t)) if behind else cross_entropy
+    influence = uw.explain(Last(), X, y, loss=loss, damping=0.05, progress=False)
+    found = influence.by_token(3, on=(X[:1], y[:1]))
+
+    def gradients(row):
+        losses = cross_entropy(model(X[row][None])[0][0], y[row], reduction="none") / 5
+        each = [torch.autograd.grad(one, list(model.parameters()), retain_graph=True) for one in losses]
+        return torch.stack([torch.cat([piece.reshape(-1) for piece in one]) for one in each])
+
+    C = influence.operator.matrix() + influence.damping * torch.eye(influence.objective.size, dtype=torch.float64)
+    expected = gradients(0) @ torch.linalg.solve(C, gradients(3).T) / 12
+    assert np.abs(found.values - expected.numpy()).max() <= 1e-7 * float(expected.abs().max())
