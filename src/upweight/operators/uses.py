@@ -121,8 +121,7 @@ def _gathered(slot: Slot, rest: dict[int, Piece]) -> Direct | None:
     mine = [(number, piece) for number, piece in rest.items() if piece.blocks == slot.blocks]
     if slot.kind is not Direct or not all(isinstance(piece, Direct) for _, piece in mine) or not mine:
         return None
-    whole = sum(piece.rows()[piece.block] for _, piece in mine if isinstance(piece, Direct))
-    assert isinstance(whole, Tensor)  # there is one at least
+    whole = torch.stack([piece.rows()[slot.blocks[0]] for _, piece in mine]).sum(0)
     used = torch.arange(whole.shape[2], device=whole.device) if slot.where is None else slot.where.to(whole.device)
     if not all(bool(torch.isin(_where(piece, whole), used).all()) for _, piece in mine):
         return None
