@@ -330,3 +330,30 @@ def test_an_approximation_that_meets_negative_curvature():
     torch.testing.assert_close(matrix(Nystroem(26, of=GaussNewton())), matrix(GaussNewton()))
     torch.testing.assert_close(matrix(Arnoldi(26, of=Hessian())), matrix(Hessian()))
     values(classifier(curvature=Arnoldi(26, of=Hessian()), damping=1.0))
+
+
+# ---- uses.py ---------------------------------------------------------------------------------------------------------
+
+
+class Either(nn.Module):
+    """The same product in two ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.Embedding(5, 3), nn.Linear(3, 4, bias=False)
+
+    def forward(self, input_ids, attention_mask):
+        h = self.table(input_ids) * attention_mask[..., None]
+        return (self.out(h) if input_ids.shape[1] > 4 else h @ self.out.weight.T).transpose(1, 2)
+
+
+def test_rows_of_some_lengths_take_another_way():
+    rows = [{"input_ids": [1, 2, 3, 4, 0, 1][:size], "labels": [0, 1, 2, 3, 0, 1][:size]} for size in (3, 6, 2, 5)]
+    model = Either().double()
+    settings = {"loss": nn.CrossEntropyLoss(), "damping": 0.1, "batch_size": 1}
+    with refused("uses its parameters in another way on rows of the shapes", "Use curvature=GaussNewton()"):
+        uw.explain(model, rows, curvature=EKFAC(), **settings).on_loss(rows[:2])
+    assert np.isfinite(uw.explain(model, rows, curvature=GaussNewton(), **settings).on_loss(rows[:2]).values).all()
+    alike = [{name: part * 3 for name, part in rows[0].items()}] * 2 + [rows[1]] * 2
+    same = [{name: part[:6] for name, part in row.items()} for row in alike]
+    assert uw.explain(model, same, curvature=EKFAC(), **settings).on_loss(same[:1]).values.shape == (1, 4)

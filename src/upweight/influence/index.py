@@ -425,7 +425,7 @@ def _write_basis(path: Path, system: System, chosen: list[Tensor], card: dict[st
 def _opened(path: Path, system: System) -> tuple[Kronecker, list[Tensor]]:
     """The operator of the folder's eigenvectors, and the coordinates that are kept: for this model, without a sweep."""
     arrays, _ = read_tensors(path / _BASIS)
-    plan, blocks, rest = Kronecker.blocks_of(system.sweep)
+    uses, blocks, rest = Kronecker.blocks_of(system.sweep)
     at = [block.at for block in blocks] + ([rest[None, None]] if len(rest) else [])
     bases, chosen = [], []
     for number, places in enumerate(at):
@@ -434,4 +434,4 @@ def _opened(path: Path, system: System) -> tuple[Kronecker, list[Tensor]]:
         nothing = torch.zeros(places.shape)
         bases.append(Basis(f"{number}", places, left, right, nothing, nothing))
         chosen.append(torch.from_numpy(arrays[f"{number}.chosen"]))
-    return Kronecker(system.sweep, plan, blocks, bases), chosen
+    return Kronecker(system.sweep, uses, blocks, bases), chosen

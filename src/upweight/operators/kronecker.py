@@ -29,17 +29,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, checked_count
-from upweight.model import calculus, layers, linear, penalties
-from upweight.model.layers.pieces import Direct, Piece, Product
+from upweight.model import penalties
+from upweight.model.layers.pieces import Direct, Piece, rows
 from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
 from upweight.operators.base import Curvature
-from upweight.operators.cotangents import Cotangents, Exact, Observed, Signs, outputs
+from upweight.operators.cotangents import Exact, Observed, Signs
 from upweight.operators.cut import cut
 from upweight.operators.factors import DENSE, Basis, Layer, Whole, layers_of
 from upweight.operators.implicit import EmpiricalFisher, GaussNewton
+from upweight.operators.uses import Uses
 
-_PROBE = 2
 _MUCH = 0.1  # of the parameters: what may be left on a mere diagonal without a word
 _BLOCK_NUMBERS = 2**24  # of the vectors that are rotated at once
 
@@ -163,28 +163,26 @@ class Kronecker:
 
     Args:
         sweep: the objective and the rows it averages over.
-        plan: how the objective uses its parameters.
+        uses: how the objective uses its parameters.
         layers: the blocks, in the order of `bases`.
         bases: their eigenvectors and eigenvalues.
     """
 
-    def __init__(self, sweep: Sweep, plan: layers.Plan | None, blocks: Sequence[Layer], bases: Sequence[Basis]) -> None:
+    def __init__(self, sweep: Sweep, uses: Uses, blocks: Sequence[Layer], bases: Sequence[Basis]) -> None:
         self.sweep = sweep
-        self.plan = plan
+        self.uses = uses
         self.layers = tuple(blocks)
         self.bases = tuple(bases)
         self._moved: dict[tuple[torch.dtype, torch.device], tuple[Basis, ...]] = {}
         self._parts: dict[tuple[Any, ...], tuple[Basis, Tensor, Tensor]] = {}
 
     @staticmethod
-    def blocks_of(sweep: Sweep) -> tuple[layers.Plan | None, list[Layer], Int[Tensor, " rest"]]:
+    def blocks_of(sweep: Sweep) -> tuple[Uses, list[Layer], Int[Tensor, " rest"]]:
         """How the objective uses its parameters, the blocks that these uses make, and the places that none reaches."""
-        objective = sweep.objective
-        probe = sweep.examples.batch(sweep.examples.spread(_PROBE))
-        plan = None if objective.linear is not None else layers.plan(objective, probe)
-        sizes = {name: block.numel() for name, block in objective.blocks.items()}
-        blocks, rest = layers_of(_pieces(objective, plan, probe, None), sizes)
-        return plan, blocks, rest
+        uses = Uses.of(sweep)
+        sizes = {name: block.numel() for name, block in sweep.objective.blocks.items()}
+        blocks, rest = layers_of(uses.first, sizes)
+        return uses, blocks, rest
 
     @property
     def size(self) -> int:
@@ -221,8 +219,12 @@ class Kronecker:
         return self.sweep.objective.project(V)
 
     def pieces(self, batch: Any) -> list[Piece]:
-        """The gradients of the loss of every example of a batch, in the form that `weigh` reads."""
-        return _pieces(self.sweep.objective, self.plan, batch, None)
+        """The gradients of the loss of every example of a batch, in the form that `weigh` reads.
+
+        Raises:
+            UnsupportedModel: if they are made in another way than those of the training rows.
+        """
+        return self.uses.pieces(self.sweep.objective, batch)
 
     def weigh(self, pieces: Sequence[Piece], function: Callable[[Tensor], Tensor]) -> Float[Tensor, " b"]:
         """gᵀ f(C) g for the gradient g of every example, summed over m cotangents where pieces have several.
@@ -245,13 +247,26 @@ class Kronecker:
             batch: b examples.
             chosen: for every basis the flat numbers in its (g, o, i) of the eigenvectors, in ascending order.
         """
-        pieces = self.pieces(batch)
+        found = self.uses.found(self.sweep.objective, batch)
+        pieces = self.uses.aligned(found)
+        if pieces is None:  # gradients made in another way than those of the training rows
+            return self._written(found, chosen)
         reference = _reference(pieces)
         parts = []
         for layer, basis, at in zip(self.layers, self.bases, chosen, strict=False):
             if len(at):
                 smaller, places = self._chosen(basis, at, reference)
                 parts.append(torch.cat([block[:, places] for block in layer.rotated(pieces, smaller)]))
+        return torch.cat(parts, 1)
+
+    def _written(self, pieces: Sequence[Piece], chosen: Sequence[Tensor]) -> Float[Tensor, "b k"]:
+        """The coordinates of gradients that are written out."""
+        sizes = {name: block.numel() for name, block in self.sweep.objective.blocks.items()}
+        G = rows(pieces, sizes)[:, 0]
+        parts = []
+        for basis, at in zip(self.like(G), chosen, strict=False):
+            if len(at):
+                parts.append(basis.rotated(G[:, basis.at.to(G.device)]).flatten(1)[:, at.to(G.device)])
         return torch.cat(parts, 1)
 
     def _chosen(self, basis: Basis, at: Tensor, reference: Tensor) -> tuple[Basis, Tensor]:
@@ -280,16 +295,16 @@ Source = Exact | Signs | Observed
 def _factored(sweep: Sweep, source: Source) -> Kronecker:
     """KFAC: the factors in one sweep, and their eigenvectors."""
     objective = sweep.objective
-    plan, blocks, rest = Kronecker.blocks_of(sweep)
+    uses, blocks, rest = Kronecker.blocks_of(sweep)
     read: list[Read] = [(layer.name, layer.sums) for layer in blocks]
     _warn_of_diagonals(blocks, objective.size)
-    factors = _swept(sweep, plan, source, lambda _: read, "Kronecker factors")
+    factors = _swept(sweep, uses, source, lambda _: read, "Kronecker factors")
     strengths = _penalty_diagonal(objective)
     bases = [layer.basis(sums, sweep.n, strengths) for layer, sums in zip(blocks, factors, strict=True)]
     if len(rest):  # parameters that the loss does not use
         at = rest[None, None]
         bases.append(Basis("unused", at, None, None, torch.zeros(at.shape, dtype=torch.float64), strengths[at]))
-    return Kronecker(sweep, plan, blocks, bases)
+    return Kronecker(sweep, uses, blocks, bases)
 
 
 def _warn_of_diagonals(blocks: Sequence[Layer], size: int) -> None:
@@ -316,16 +331,16 @@ def _corrected(operator: Kronecker, source: Source) -> Kronecker:
         bases = operator.like(_reference(pieces))
         return [(operator.layers[k].name, partial(operator.layers[k].squares, basis=bases[k])) for k in numbers]
 
-    totals = _swept(operator.sweep, operator.plan, source, reading, "Kronecker eigenvalues")
+    totals = _swept(operator.sweep, operator.uses, source, reading, "Kronecker eigenvalues")
     bases = list(operator.bases)
     for number, (total,) in zip(numbers, totals, strict=True):
         bases[number] = replace(bases[number], values=total / operator.sweep.n)
-    return Kronecker(operator.sweep, operator.plan, operator.layers, bases)
+    return Kronecker(operator.sweep, operator.uses, operator.layers, bases)
 
 
 def _swept(
     sweep: Sweep,
-    plan: layers.Plan | None,
+    uses: Uses,
     source: Source,
     reading: Callable[[Sequence[Piece]], list[Read]],
     label: str,
@@ -335,7 +350,7 @@ def _swept(
 
     def total(batch: Any, weights: Tensor) -> Tensor:
         with source.undone_on_failure():  # a batch that does not fit is tried again in halves
-            pieces = _pieces(sweep.objective, plan, batch, source.at(sweep.objective, batch))
+            pieces = uses.pieces(sweep.objective, batch, source.at(sweep.objective, batch))
             found = [(name, read(pieces, weights.to(_reference(pieces)))) for name, read in reading(pieces)]
         shapes[:] = [[part.shape for part in parts] for _, parts in found]
         flat = torch.cat([part.flatten() for _, parts in found for part in parts])
@@ -344,7 +359,7 @@ def _swept(
         return flat
 
     probe = sweep.examples.batch([0])
-    bytes_each = 8 * sweep.objective.size if plan is None else plan.bytes
+    bytes_each = 8 * sweep.objective.size if uses.plan is None else uses.plan.bytes
     vectors = source.count(sweep.objective, probe) * max(1, math.ceil(2 * bytes_each / sweep.example_bytes))
     flat = sweep.fold(total, vectors=vectors, label=label)
     parts = iter(flat.split([shape.numel() for own in shapes for shape in own]))
@@ -360,20 +375,6 @@ def _not_finite(label: str, found: list[tuple[str, list[Tensor]]]) -> InvalidInp
         "layer's weights and inputs, or evaluate in float64: Objective.from_module(..., dtype=torch.float64)."
     )
     return InvalidInput(message)
-
-
-def _pieces(objective: Objective, plan: layers.Plan | None, batch: Any, cotangents: Cotangents | None) -> list[Piece]:
-    """The pieces of a batch; for a linear predictor its inputs and the cotangents themselves."""
-    if plan is not None:
-        return layers.capture(objective, plan, batch, cotangents)
-    structure = objective.linear
-    assert structure is not None  # every other objective has a plan
-    slopes = linear.slopes(objective, batch)[None] if cotangents is None else cotangents(outputs(objective, batch))
-    X = calculus.ready(objective, batch)[0].to(slopes)
-    coef, bias = [*objective.blocks, None][:2]  # a linear predictor's blocks, in this order, whatever their names
-    assert coef is not None
-    shape = (structure.n_outputs, structure.n_features)
-    return [Product(coef, bias, X[:, None, None], slopes[:, :, None, None], shape)]
 
 
 def _reference(pieces: Sequence[Piece]) -> Tensor:
