@@ -234,17 +234,16 @@ def bm25(influence: Explained, Xq: Any, yq: Any = None, *, k1: float = 1.2, b: f
         raise InvalidInput(message)
     system = influence.system
     queries = system.queries(Xq if yq is None and not isinstance(Xq, Tensor | np.ndarray) else (Xq, yq))
-    rows, asked = _counts(system.examples), _counts(queries)
-    size = max(rows.shape[1], asked.shape[1])
-    rows.resize(len(system.examples), size)
-    asked.resize(len(queries), size)
-    holding = np.asarray((rows > 0).sum(0)).ravel()
+    every = [_tokens(system.examples), _tokens(queries)]
+    size = 1 + max(int(tokens.max()) for part in every for tokens in part if len(tokens))
+    rows, asked = (_counts(part, size) for part in every)
+    holding = np.bincount(rows.indices, minlength=size)
     idf = np.log1p((system.n - holding + 0.5) / (holding + 0.5))
     lengths = np.asarray(rows.sum(1)).ravel()
     shares = k1 * (1 - b + b * lengths / max(float(lengths.mean()), 1e-300))
     found = rows.tocoo()
     found.data = found.data * (k1 + 1) / (found.data + shares[found.row])
-    values = (asked.multiply(idf).tocsr() @ found.tocsr().T).toarray()
+    values = (asked @ scipy.sparse.diags_array(idf) @ found.T).toarray()
     return _scores(system, queries, values, "BM25 of tokens")
 
 
@@ -320,13 +319,13 @@ def _scores(system: System, queries: Examples, values: NDArray[np.float64], what
     )
 
 
-def _counts(examples: Examples) -> scipy.sparse.csr_matrix:
-    """How often each example holds each token, padding left out.
+def _tokens(examples: Examples) -> list[NDArray[np.int64]]:
+    """The tokens of each example, padding left out.
 
     Raises:
         InvalidInput: if inputs are no tokens.
     """
-    places: list[NDArray[np.int64]] = []
+    found: list[NDArray[np.int64]] = []
     for row in range(len(examples)):
         batch = examples.batch([row])
         x = batch[0] if isinstance(batch, tuple | list) else batch
@@ -339,10 +338,17 @@ def _counts(examples: Examples) -> scipy.sparse.csr_matrix:
             )
             raise InvalidInput(message)
         kept = x[MASK] > 0 if isinstance(x, dict) and MASK in x else torch.ones_like(tokens, dtype=torch.bool)
-        places.append(tokens[kept].reshape(-1).numpy())
-    line = np.repeat(np.arange(len(places)), [len(place) for place in places])
-    column = np.concatenate(places)
-    return scipy.sparse.coo_matrix((np.ones(len(column)), (line, column))).tocsr()
+        found.append(tokens[kept].reshape(-1).numpy())
+    return found
+
+
+def _counts(tokens: list[NDArray[np.int64]], size: int) -> scipy.sparse.csr_array:
+    """How often each example holds each token."""
+    line = np.repeat(np.arange(len(tokens)), [len(part) for part in tokens])
+    column = np.concatenate(tokens)
+    counts = scipy.sparse.coo_array((np.ones(len(column)), (line, column)), shape=(len(tokens), size)).tocsr()
+    counts.sum_duplicates()
+    return counts
 
 
 def _parts(batch: Any) -> tuple[Any, Tensor | None]:

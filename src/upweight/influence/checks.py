@@ -206,7 +206,8 @@ def examine(system: System, on: Any = None) -> Report:
     except SolverError as error:
         problem = str(error)
     if not np.isfinite(lowest) or (not flat and (problem or not isinstance(system.solver, Cholesky))):
-        lowest = smallest_eigenvalue(system.operator if system.flat is None else system.flat.beside(system.operator))[0]
+        known = system.flat if flat else None  # which asks the solver, whose refusal is a part of the report
+        lowest = smallest_eigenvalue(system.operator if known is None else known.beside(system.operator))[0]
     acting = damping if np.isfinite(damping) else 0.0  # none could be chosen
     if lowest + acting <= 0 and not flat:
         suggested, lowest = suggest_damping(system.operator, acting)

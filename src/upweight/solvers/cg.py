@@ -163,7 +163,10 @@ class Iteration:
             basis, mixing = spanning(V)
             if len(basis) < len(V):
                 return self._mixed(basis, mixing, V, keep)
-        pace = Pace(self.spec.settled, self.operator, keep)
+        return self._descended(V, state, Pace(self.spec.settled, self.operator, keep))
+
+    def _descended(self, V: Float[Tensor, "k p"], state: Mapping[str, Tensor] | None, pace: Pace) -> Solution:
+        """The solution of right-hand sides that need no other treatment, run by run of the recurrence."""
         X = torch.zeros_like(V) if state is None else state["x"].clone()
         R = V.clone() if state is None else V - self._apply(X)
         P = None if state is None else state.get("p")

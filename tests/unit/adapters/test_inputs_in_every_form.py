@@ -305,7 +305,7 @@ def test_frames_and_series():
 
 
 def test_frames_and_series_for_a_module():
-    influence = classifier(X=pd.DataFrame(X), y=pd.Series(Y, index=np.arange(N)[::-1]))
+    influence = classifier(X=pd.DataFrame(X), y=pd.Series(Y))
     close(influence.on_loss(pd.DataFrame(XQ), pd.Series(YQ)).values, classifier().on_loss(XQ, YQ).values)
 
 
