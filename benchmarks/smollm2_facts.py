@@ -8,6 +8,10 @@ kind, told in the same five wordings: what tells two of them apart is the names 
 
 Scores: EKFAC(samples=1) at a tenth, one and ten times its mean eigenvalue; beside them what a score has to beat:
 cosine of gradients, cosine of tf-idf vectors of the texts themselves (the question with its answer), and chance.
+Found: 15 of 20 at all three dampings, cosine of gradients 7, tf-idf 20, chance 0. The model itself, after four epochs,
+answers none of the questions. The wall time of "damping_path" in the result holds some minutes in which a debugger had
+stopped the process; its processor time does not.
+
 The EKFAC system is solved by division, so its residual is rounding; how far EKFAC is from the Gauss–Newton matrix is
 not measured here.
 
