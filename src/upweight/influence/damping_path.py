@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-_NUMBERS = 2**24  # of the queries' gradients in a block, and of the solutions in one sweep
+_NUMBERS = 2**24  # of the queries' gradients in a block
+_HELD = 2**26  # of the solutions in one sweep: 512 MB, for a sweep over the rows costs more than its memory
 _KEPT = 2  # dampings whose solutions the next one starts from
 _TELLS_APART = 1e-10  # share of a solution that those of other dampings and queries do not span
 
@@ -220,7 +221,7 @@ def _products(
             yield damping, solution, scoring.with_rows(system, solution, system.penalty_share)
             continue
         waiting.append((damping, solution))
-        if (len(waiting) + 1) * solution.x.numel() > _NUMBERS:
+        if (len(waiting) + 1) * solution.x.numel() > _HELD:
             yield from flush()
     if waiting:
         yield from flush()

@@ -262,7 +262,7 @@ def example_bytes(objective: Objective, batch: Any) -> int:
         return tensor
 
     blocks = {name: block.detach().clone().requires_grad_() for name, block in objective.blocks.items()}
-    own = {block.data_ptr() for block in blocks.values()}
+    own = {tensor.data_ptr() for tensor in (*blocks.values(), *objective.fixed.values())}
     params = blocks if isinstance(objective.params, dict) else next(iter(blocks.values()))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         objective.loss(params, example)

@@ -14,6 +14,7 @@ import upweight as uw
 from redundant import REDUNDANT, Y
 from upweight import defaults
 from upweight.errors import InvalidInput, NotPositiveDefinite
+from upweight.influence import scoring
 from upweight.operators import Dense, GaussNewton, Hessian, Nystroem
 from upweight.solvers import CG, Cholesky, Dual, Factored, LiSSA, Preconditioned
 
@@ -88,6 +89,16 @@ def test_many_queries_are_solved_in_blocks_that_fit(monkeypatch):
     parts = case.influence(**settings).damping_path(*case.queries, dampings=DAMPINGS)
     np.testing.assert_allclose(parts.values, whole.values, rtol=0, atol=1e-8 * np.abs(whole.values).max())
     assert parts.residuals.shape == (3, len(case.Xq))
+
+
+def test_the_largest_block_of_queries_still_shares_its_sweep_among_dampings(monkeypatch):
+    case = cases.make("mlp")
+    influence = case.influence(curvature=Nystroem(6))
+    monkeypatch.setattr("upweight.influence.damping_path._NUMBERS", len(case.Xq) * len(case.theta))
+    calls, with_rows = [], scoring.with_rows
+    monkeypatch.setattr(scoring, "with_rows", lambda *given: calls.append(len(given[1].x)) or with_rows(*given))
+    influence.damping_path(*case.queries, dampings=DAMPINGS)
+    assert calls == [len(DAMPINGS) * len(case.Xq)]
 
 
 def test_the_default_dampings_stand_around_the_mean_eigenvalue():

@@ -135,6 +135,13 @@ def test_memory_per_example_grows_with_the_activations():
     assert logistic().sweep.example_bytes < 1000
 
 
+def test_frozen_weights_are_no_memory_of_an_example():
+    model = nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 2000), nn.Tanh(), nn.Linear(2000, 2)).double().eval()
+    whole = classifier(model).sweep.example_bytes
+    first = classifier(model, parameters=["0.weight", "0.bias"]).sweep.example_bytes
+    assert first <= whole  # the layers behind it are gone through, and their weights are one for all examples
+
+
 def test_memory_of_an_example_does_not_depend_on_how_many_there_are():
     assert (
         regressor().sweep.example_bytes
