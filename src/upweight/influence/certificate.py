@@ -99,14 +99,15 @@ class Certificate:
         return Certificate(np.zeros(queries), True, 0.0, float("nan"), float("nan"), coverage, nothing, what)
 
     def __str__(self) -> str:
+        share = f"{self.coverage:.0%}" if self.coverage >= 0.01 else f"{self.coverage:.2%}"
         if not self.solver:
-            return f"{self.curvature}; no linear system; {self.coverage:.0%} of parameters"
+            return f"{self.curvature}; no linear system; {share} of parameters"
         parts = [
             f"{self.curvature} + {self.damping:.3g}·I solved by {self.solver}",
             f"residual ≤ {float(np.max(self.residual)):.1e}" + ("" if self.converged else ", NOT converged"),
             f"‖∇R‖ = {self.gradient_norm:.1e}",
             f"smallest curvature {self.min_curvature:.2e}",
-            f"{self.coverage:.0%} of parameters",
+            f"{share} of parameters",
         ]
         if self.preconditioner_gap is not None:
             parts.insert(2, f"its preconditioner alone was off by up to {float(np.max(self.preconditioner_gap)):.2g}")
