@@ -182,17 +182,22 @@ def test_two_functions_of_one_name_are_two_retrainers(tmp_path):
         uw.subset_retraining(influence, (XQ, YQ), masks, made(2), store=tmp_path / "run")
 
 
-def test_tied_weights_left_on_a_diagonal_are_said():
+@pytest.mark.parametrize("squared", [False, True])
+def test_a_tied_weight_with_other_uses_is_left_on_a_diagonal_and_that_is_said(squared):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
             self.words, self.inner = nn.Embedding(60, 16), nn.Linear(16, 16)
 
         def forward(self, x):
-            return torch.tanh(self.inner(self.words(x).mean(1))) @ self.words.weight.T
+            output = torch.tanh(self.inner(self.words(x).mean(1))) @ self.words.weight.T
+            return output - (self.words.weight**2).sum(1) if squared else output
 
     x, y = torch.randint(0, 60, (20, 5)), torch.randint(0, 60, (20,))
     influence = uw.explain(Tied().eval(), x, y, loss=cross_entropy, penalty=0.1, curvature=uw.operators.EKFAC())
+    if not squared:  # looked up and multiplied with: it has factors
+        assert next(basis for basis in influence.operator.bases if "words" in basis.name).left is not None
+        return
     with pytest.warns(uw.errors.TheoryWarning, match="960 of 1,232 parameters"):
         assert influence.operator.size == 1232
 
