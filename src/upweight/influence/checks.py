@@ -206,8 +206,7 @@ def examine(system: System, on: Any = None) -> Report:
     except SolverError as error:
         problem = str(error)
     if not np.isfinite(lowest) or (not flat and (problem or not isinstance(system.solver, Cholesky))):
-        known = system.flat if flat else None  # which asks the solver, whose refusal is a part of the report
-        lowest = smallest_eigenvalue(system.operator if known is None else known.beside(system.operator))[0]
+        lowest = _lowest(system, bool(flat))
     acting = damping if np.isfinite(damping) else 0.0  # none could be chosen
     if lowest + acting <= 0 and not flat:
         suggested, lowest = suggest_damping(system.operator, acting)
@@ -281,3 +280,9 @@ def _batch_drift(system: System) -> float:
     singles = [tree_map(lambda leaf: leaf[None], take(batch, b)) for b in range(batch_length(batch))]
     alone = torch.cat([calculus.losses(system.objective, single) for single in singles])
     return float((together - alone).abs().max())
+
+
+def _lowest(system: System, flat: bool) -> float:
+    """The smallest eigenvalue of C, beside the flat directions if the solver has met any."""
+    known = system.flat if flat else None  # asked otherwise, the solver might refuse once more
+    return smallest_eigenvalue(system.operator if known is None else known.beside(system.operator))[0]
