@@ -40,7 +40,7 @@ def compared(system: System, folder: Store, solution: Solution) -> Solution:
     folder.agree("risk_gradient", gradient, 1e-3)
     rtol = min(1e-3, max(1e-6, 100 * float(solution.residual.max()))) if solution.replicas is None else 1e-6
     kept = folder.agree(SOLUTIONS, solution.x.numpy(), rtol)
-    folder.drop_state()
+    folder.end_state(None if solution.settled is None else solution.settled.numpy())
     return replace(solution, x=torch.from_numpy(kept))
 
 

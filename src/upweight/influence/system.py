@@ -29,9 +29,9 @@ from upweight.model.sweep import Sweep
 from upweight.model.transforms import undisturbed
 from upweight.operators import Curvature, Dense, Hessian, Operator
 from upweight.operators.linear import LinearHessian
-from upweight.runs.store import Store
+from upweight.runs.store import SETTLED, Store
 from upweight.solvers import Prepared, Solution, Solver
-from upweight.solvers.base import checked_damping
+from upweight.solvers.base import checked_damping, residuals
 from upweight.solvers.cg import Iteration
 from upweight.solvers.flat import Flat
 from upweight.solvers.pacing import Keep
@@ -212,7 +212,12 @@ class System:
         if not isinstance(self.prepared, Iteration):
             return self.solve(V)
         with undisturbed():
-            state = None if store.state is None else {name: as_tensor(x) for name, x in store.state.items()}
+            kept = store.state
+            state = None if kept is None else {name: as_tensor(x) for name, x in kept.items()}
+            settled = None if state is None else state.pop(SETTLED, None)
+            if state is not None and settled is not None:  # it had ended before its residual was small
+                missed = residuals(self.operator, self.damping, state["x"], self.project(V))
+                return Solution(state["x"], missed, True, sweeps=1, settled=settled)
 
             def keep(state: Mapping[str, Tensor]) -> None:
                 store.keep_state({name: x.numpy() for name, x in state.items()})

@@ -30,7 +30,7 @@ from upweight.errors import InvalidInput, PathNotFound, StoreMismatch
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
-SOLUTIONS = "solutions"
+SOLUTIONS, SETTLED = "solutions", "settled"
 
 
 class Store:
@@ -77,17 +77,19 @@ class Store:
     def state(self) -> dict[str, NDArray[np.float64]] | None:
         """Where an iteration had come to: its solutions, or what it kept last; None if it kept nothing."""
         done, file = self.path / f"{SOLUTIONS}.safetensors", self.path / STATE
-        if done.exists():
-            return {"x": read_tensors(done)[0][SOLUTIONS]}
-        return read_tensors(file)[0] if file.exists() else None
+        kept = read_tensors(file)[0] if file.exists() else None
+        return {**(kept or {}), "x": read_tensors(done)[0][SOLUTIONS]} if done.exists() else kept
 
     def keep_state(self, state: Mapping[str, NDArray[np.float64]]) -> None:
         """Keep where an iteration has come to, in place of what was kept before."""
         write_tensors(self.path / STATE, state)
 
-    def drop_state(self) -> None:
-        """The iteration has ended, and its solutions are kept."""
-        (self.path / STATE).unlink(missing_ok=True)
+    def end_state(self, settled: NDArray[np.float64] | None) -> None:
+        """The iteration has ended, and its solutions are kept; of its state only how far their values had settled."""
+        if settled is None:
+            (self.path / STATE).unlink(missing_ok=True)
+        else:
+            self.keep_state({SETTLED: settled})
 
     def agree(self, name: str, array: NDArray[np.float64], rtol: float) -> NDArray[np.float64]:
         """What was kept under `name`, or `array`, kept now: what the chunks depend on but a hash cannot compare.

@@ -159,7 +159,7 @@ class Iteration:
                 f"state is not that of an earlier Solution for {tuple(V.shape)} right-hand sides. Pass solution.state."
             )
             raise InvalidInput(message)
-        if state is None and self.together(V):
+        if state is None and self.spec.settled is None and self.together(V):
             basis, mixing = spanning(V)
             if len(basis) < len(V):
                 return self._mixed(basis, mixing, V, keep)

@@ -91,3 +91,23 @@ def test_values_settle_before_the_residual_does(tmp_path):
     assert np.array_equal(again.certificate.settled, scores.certificate.settled)
     joined = Scores.joined([scores, scores]).certificate
     assert len(joined.settled) == 6
+
+
+def test_equal_queries_settle_together():
+    twice = torch.cat([XQ, XQ]), torch.cat([YQ, YQ])
+    exact = explained(CG(rtol=1e-9)).on_loss(XQ, YQ).values
+    scores = explained(CG(rtol=1e-9, settled=0.01)).on_loss(*twice)
+    assert np.abs(scores.values - np.concatenate([exact, exact])).max() < 0.02 * np.abs(exact).max()
+    assert scores.certificate.settled.max() <= 0.01
+
+
+def test_values_that_settled_are_taken_again_as_they_are(tmp_path):
+    solver = CG(rtol=1e-9, settled=0.05)
+    first = explained(solver).on_loss(XQ, YQ, store=tmp_path / "run")
+    again = explained(solver)
+    operator = counted(again)
+    second = again.on_loss(XQ, YQ, store=tmp_path / "run")
+    assert np.array_equal(second.values, first.values)
+    assert operator.products <= 2
+    assert np.array_equal(second.certificate.settled, first.certificate.settled)
+    assert np.allclose(second.certificate.residual, first.certificate.residual, rtol=1e-6)
