@@ -102,11 +102,13 @@ def with_rows(
     """
     operator, objective = system.operator, system.objective
     known = operator if isinstance(operator, LinearHessian) else None  # it has the rows' slopes already
-    gradient = _Sum(system) if known is None and rows is None and store is None else None
+    every = known is None and rows is None and store is None  # rows are visited, so that ∇R comes with them
+    wanted = every and layers.structured(objective) and not system.knows_risk_gradient
+    total = torch.zeros(objective.size, dtype=torch.float64) if wanted else None
 
-    def run(S: Tensor, store: Store | None) -> NDArray[np.float64]:
+    def run(S: Tensor, store: Store | None, total: Tensor | None = None) -> NDArray[np.float64]:
         shift = S @ constant
-        sweep, dots = known.dots(S) if known is not None else _layered(system, S, gradient)
+        sweep, dots = known.dots(S) if known is not None else _layered(system, S, total)
         return sweep.emit(
             lambda batch, weights: dots(batch, weights).double().cpu() + shift,
             vectors=layers.vectors(objective, sweep.example_bytes, len(S)),
@@ -116,48 +118,31 @@ def with_rows(
         ).T
 
     leaning = solution.x.isnan().any(1)  # queries whose system has no solution
-    mean = run(torch.where(leaning[:, None], 0.0, solution.x), store)
+    mean = run(torch.where(leaning[:, None], 0.0, solution.x), store, total)
     mean[leaning.numpy()] = np.nan
-    if gradient is not None:
-        gradient.found()
+    if total is not None:
+        system.learn_risk_gradient(total)
     if solution.replicas is None:
         return Products(mean)
     m, q, p = solution.replicas.shape
     return Products(mean, run(solution.replicas.reshape(m * q, p), None).reshape(m, q, -1))
 
 
-class _Sum:
-    """Σᵢ wᵢ∇Lᵢ, gathered while all rows are visited anyway, from which the certificate gets ∇R."""
-
-    def __init__(self, system: System) -> None:
-        self.system = system
-        self.wanted = not system.knows_risk_gradient and layers.structured(system.objective)
-        self.total = torch.zeros(system.objective.size, dtype=torch.float64) if self.wanted else None
-
-    def add(self, part: Tensor) -> None:
-        """What a batch adds."""
-        if self.total is not None:
-            self.total += part.double().cpu()
-
-    def found(self) -> None:
-        """All rows were visited."""
-        if self.total is not None:
-            self.system.learn_risk_gradient(self.total)
-            self.total = None
-
-
 def _layered(
-    system: System, S: Float[Tensor, "k p"], gradient: _Sum | None
+    system: System, S: Float[Tensor, "k p"], total: Float[Tensor, " p"] | None
 ) -> tuple[Sweep, Callable[[Any, Tensor], Tensor]]:
-    """A sweep, and what gives ∇Lᵢᵀ s for every row of its batches and vector, through layers where there are any."""
+    """A sweep, and what gives ∇Lᵢᵀ s for every row of its batches and vector, through layers where there are any.
+
+    Σᵢ wᵢ∇Lᵢ is added to `total` on the way, if that is given.
+    """
     objective = system.objective
     V = S.to(objective.reference)  # cast once, not in every batch
 
     def dots(batch: Any, weights: Tensor) -> Tensor:
-        if gradient is None or gradient.total is None:
+        if total is None:
             return layers.dots(objective, batch, V)
-        products, total = layers.dots_and_sum(objective, batch, weights, V)
-        gradient.add(total)
+        products, gradient = layers.dots_and_sum(objective, batch, weights, V)
+        total.add_(gradient.double().cpu())
         return products
 
     return system.sweep, dots
