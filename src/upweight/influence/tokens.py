@@ -133,41 +133,32 @@ def by_token(system: System, row: Any, queries: Examples, decode: Callable[[int]
     if len(rows) != 1:
         message = f"{len(rows)} rows, and tokens are told of one row and one query. Pass one row: by_token(0, on=…)."
         raise InvalidInput(message)
-    objective, row = system.objective, int(rows[0])
-    asked, taken = queries.batch([0]), system.examples.batch([row])
-    places = [_places(system, batch) for batch in (asked, taken)]
-    counted = [_counted(system, *pair) for pair in zip((asked, taken), places, strict=True)]
-    for name, own in zip(("The query", f"Row {row}"), counted, strict=True):
-        if not len(own):
-            message = (
-                f"{name} has no token that the loss depends on: all its labels are left out (−100), or are predicted "
-                "with certainty. So there is nothing to take apart. Pass another, such as one of on_loss(…).helpful(5)."
-            )
-            raise InvalidInput(message)
-    short, long = (0, 1) if len(counted[0]) <= len(counted[1]) else (1, 0)
-    batches = (asked, taken)
-    found = np.zeros((len(counted[short]), len(counted[long])))
-    share = np.zeros(len(counted[0]))
-    solution = None
-    for lines, G in _gradients(system, batches[short], places[short], counted[short]):
-        solution = system.solve(G)
-        found[lines] = _products(system, batches[long], places[long], counted[long], solution.x)
-        if short == 0:
+    row = int(rows[0])
+    asked = _Side.of(system, queries.batch([0]), "The query")
+    taken = _Side.of(system, system.examples.batch([row]), f"Row {row}")
+    share = np.zeros(len(asked.counted))
+    if len(asked.counted) <= len(taken.counted):
+        found = np.zeros((len(asked.counted), len(taken.counted)))
+        for lines, G in asked.gradients():
+            solution = system.solve(G)
+            found[lines] = taken.products(solution.x)
             share[lines] = (solution.x @ system.penalty_share).numpy()
-    assert solution is not None  # there is at least one token on either side
-    if short == 1:
+    else:
+        found = np.zeros((len(taken.counted), len(asked.counted)))
+        for lines, G in taken.gradients():
+            solution = system.solve(G)
+            found[lines] = asked.products(solution.x)
         found = found.T
-        if objective.folded:
-            across = system.solve(system.penalty_share[None]).x
-            share = _products(system, asked, places[0], counted[0], across)[0]
+        if system.objective.folded:
+            share = asked.products(system.solve(system.penalty_share[None]).x)[0]
     weight = float(system.examples.weights[row]) / system.n
     return TokenScores(
         weight * found,
         weight * share,
-        _text(asked, counted[0], places[0], decode),
-        _text(taken, counted[1], places[1], decode),
+        asked.text(decode),
+        taken.text(decode),
         row if system.examples.names is None else system.examples.names.values[row],
-        scoring.certificate(system, solution),
+        scoring.certificate(system, solution),  # of the last systems; there is at least one token on either side
     )
 
 
@@ -195,7 +186,76 @@ def decoder(tokenizer: Any) -> Callable[[int], str]:
 # ---- places ----------------------------------------------------------------------------------------------------------
 
 
-def _places(system: System, batch: Any) -> Tensor:
+@dataclass(frozen=True)
+class _Side:
+    """One example, taken apart by its places.
+
+    Args:
+        system: whose objective it is.
+        batch: the example, as a batch of one.
+        places: for every entry of the flattened output the place it predicts.
+        slope: (1, K) of the loss in the output.
+        counted: the places whose prediction the loss depends on.
+    """
+
+    system: System
+    batch: Any
+    places: Tensor
+    slope: Tensor
+    counted: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, system: System, batch: Any, name: str) -> _Side:
+        """The places of a batch of one.
+
+        Raises:
+            InvalidInput: if none is counted.
+            UnsupportedModel: if the loss has one prediction a row.
+        """
+        slope = calculus.output_slopes(system.objective, batch)
+        places = _places(system, batch, slope[0])
+        counted = places[(slope[0] != 0).cpu()].unique().numpy()
+        if not len(counted):
+            message = (
+                f"{name} has no token that the loss depends on: all its labels are left out (−100), or are predicted "
+                "with certainty. So there is nothing to take apart. Pass another, such as one of on_loss(…).helpful(5)."
+            )
+            raise InvalidInput(message)
+        return cls(system, batch, places, slope, counted)
+
+    def gradients(self) -> Iterator[tuple[slice, Float[Tensor, "m p"]]]:
+        """g_t of a few places at a time."""
+        for lines, captured in self._captured(2 * self.system.objective.size):
+            yield lines, pieces.rows(captured, self._sizes)[0].double().cpu()
+
+    def products(self, S: Float[Tensor, "k p"]) -> NDArray[np.float64]:
+        """s · g_t for every vector s and place t."""
+        V = S.to(self.system.objective.reference)
+        found = self._captured(16 * len(self.places))
+        return torch.cat(
+            [pieces.along(captured, V, self._sizes)[:, 0].double().cpu() for _, captured in found], 1
+        ).numpy()
+
+    def text(self, decode: Callable[[int], str]) -> tuple[Token, ...]:
+        """Its tokens in reading order."""
+        return _text(self.batch, self.counted, self.places, decode)
+
+    def _captured(self, numbers: int) -> Iterator[tuple[slice, list[pieces.Piece]]]:
+        """The pieces of u_t, the slope at one place each, for as many places as hold so many numbers each."""
+        objective, size = self.system.objective, max(1, _NUMBERS // numbers)
+        plan = objective.route.plan or layers.plan(objective, self.batch)
+        for start in range(0, len(self.counted), size):
+            some = torch.from_numpy(self.counted[start : start + size])
+            at = (self.places[None] == some[:, None]).to(self.slope)
+            u = self.slope[None] * at[:, None]
+            yield slice(start, start + size), layers.capture(objective, plan, self.batch, lambda _, u=u: u)
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {name: block.numel() for name, block in self.system.objective.blocks.items()}
+
+
+def _places(system: System, batch: Any, slope: Float[Tensor, " K"]) -> Tensor:
     """For every entry of the flattened output the place it predicts.
 
     Raises:
@@ -213,7 +273,7 @@ def _places(system: System, batch: Any) -> Tensor:
     behind = [numbers.reshape(*shape, 1).expand(output.shape)] if shape and tuple(output.shape[:-1]) == shape else []
     if ahead or behind:  # where the outputs of a place lie along the first axis, or along the last
         places = (ahead or behind)[0]
-        if ahead and behind and not _apart(system, batch, places.reshape(-1)):
+        if ahead and behind and not _apart(system, batch, places.reshape(-1), slope):
             places = behind[0]
     elif shape and target.numel() > 1 and tuple(output.shape) == shape:
         places = numbers.reshape(shape)
@@ -227,9 +287,8 @@ def _places(system: System, batch: Any) -> Tensor:
     return places.reshape(-1)
 
 
-def _apart(system: System, batch: Any, places: Tensor) -> bool:
+def _apart(system: System, batch: Any, places: Tensor, slope: Float[Tensor, " K"]) -> bool:
     """Whether the slope of the loss at one place depends on the outputs of that place alone."""
-    slope = calculus.output_slopes(system.objective, batch)[0]
     steepest = int(slope.abs().argmax())
     unit = torch.zeros_like(slope)[None, None]
     unit[..., steepest] = 1
@@ -244,52 +303,6 @@ def _target(batch: Any) -> Tensor:
         return torch.zeros(())
     found = [leaf for leaf in leaves(batch[1]) if isinstance(leaf, Tensor)]
     return found[0][0] if len(found) == 1 else torch.zeros(())
-
-
-def _counted(system: System, batch: Any, places: Tensor) -> NDArray[np.int64]:
-    """The places whose prediction the loss depends on."""
-    slope = calculus.output_slopes(system.objective, batch)[0].cpu()
-    return places[slope != 0].unique().numpy()
-
-
-def _cotangents(system: System, batch: Any, places: Tensor, some: NDArray[np.int64]) -> Float[Tensor, "m 1 K"]:
-    """The slope of the loss in the output, at one place each."""
-    slope = calculus.output_slopes(system.objective, batch)
-    return slope[None] * (places[None] == torch.from_numpy(some)[:, None]).to(slope)[:, None]
-
-
-def _gradients(
-    system: System, batch: Any, places: Tensor, counted: NDArray[np.int64]
-) -> Iterator[tuple[slice, Float[Tensor, "m p"]]]:
-    """g_t of a few places at a time."""
-    size = max(1, _NUMBERS // (2 * system.objective.size))
-    for start in range(0, len(counted), size):
-        lines = slice(start, start + size)
-        captured = _captured(system, batch, _cotangents(system, batch, places, counted[lines]))
-        yield lines, pieces.rows(captured, _sizes(system))[0].double().cpu()
-
-
-def _products(
-    system: System, batch: Any, places: Tensor, counted: NDArray[np.int64], S: Float[Tensor, "k p"]
-) -> NDArray[np.float64]:
-    """s · g_t for every vector s and place t."""
-    size = max(1, _NUMBERS // (16 * len(places)))
-    V = S.to(system.objective.reference)
-    parts = []
-    for start in range(0, len(counted), size):
-        captured = _captured(system, batch, _cotangents(system, batch, places, counted[start : start + size]))
-        parts.append(pieces.along(captured, V, _sizes(system))[:, 0].double().cpu())
-    return torch.cat(parts, 1).numpy()
-
-
-def _captured(system: System, batch: Any, cotangents: Float[Tensor, "m 1 K"]) -> list[pieces.Piece]:
-    objective = system.objective
-    plan = objective.route.plan or layers.plan(objective, batch)
-    return layers.capture(objective, plan, batch, lambda _: cotangents)
-
-
-def _sizes(system: System) -> dict[str, int]:
-    return {name: block.numel() for name, block in system.objective.blocks.items()}
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
