@@ -233,7 +233,7 @@ def bm25(influence: Explained, Xq: Any, yq: Any = None, *, k1: float = 1.2, b: f
         message = f"k1={k1}, b={b}. Pass k1 ≥ 0 and b from 0 to 1, such as bm25(influence, Xq, k1=1.2, b=0.75)."
         raise InvalidInput(message)
     system = influence.system
-    queries = system.queries(Xq if yq is None and not isinstance(Xq, Tensor | np.ndarray) else (Xq, yq))
+    queries = system.queries((Xq, yq))
     every = [_tokens(system.examples), _tokens(queries)]
     size = 1 + max(int(tokens.max()) for part in every for tokens in part if len(tokens))
     rows, asked = (_counts(part, size) for part in every)

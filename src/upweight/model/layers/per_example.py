@@ -32,6 +32,7 @@ from upweight.model.objective import Objective
 from upweight.model.transforms import vmap
 
 _FEW = 3
+_UNWATCHED = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)  # of losses that resist it
 _TOLERANCE = {torch.float64: 1e-8}  # of captured gradients against autograd; 1e-3 in lower precision
 
 
@@ -86,7 +87,7 @@ def plan(objective: Objective, batch: Any) -> Plan:
         return unstructured(objective.route.reason or "vmap cannot follow the loss")
     try:
         return _structured(objective, batch, sizes, shapes, unstructured)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+    except _UNWATCHED as error:
         return unstructured(f"the loss cannot be watched: {first_line(error)}")
 
 
@@ -250,10 +251,13 @@ def _watched(watch: Watch, function: Callable[[Any, Any], Tensor], params: Any, 
 
 
 def _resized(objective: Objective, found: Plan, batch: Any) -> Plan | None:
-    """The same uses at the sizes of these examples; None if they are others."""
+    """The same uses at the sizes of these examples; None if they are others, or cannot be watched."""
     watch = Watch(objective, calculus.leaves_of(objective))
-    with torch.no_grad():
-        vmap(lambda example: _watched(watch, objective.loss, watch.params, example))(batch)
+    try:
+        with torch.no_grad():
+            vmap(lambda example: _watched(watch, objective.loss, watch.params, example))(batch)
+    except _UNWATCHED:
+        return None
     if len(watch.uses) != len(found.uses):
         return None
     if not all(one.like(other) for one, other in zip(watch.uses, found.uses, strict=True)):
