@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 import upweight as uw
 from upweight.errors import NotPositiveDefinite, TheoryWarning
-from upweight.influence import per_row
+from upweight.model import per_row
 from upweight.solvers import CG, Approximate, Cholesky, TwoLevel
 
 N, D = 2500, 12

@@ -31,8 +31,8 @@ from upweight.data.ids import names_of
 from upweight.errors import InvalidInput, NotFitted, TheoryWarning, UnsupportedModel, require
 from upweight.influence.face import Influence
 from upweight.influence.minimum import distance, rows_by_scale
-from upweight.influence.per_row import rows_from_minimum
 from upweight.model.encoders import whole_examples
+from upweight.model.per_row import rows_from_minimum
 from upweight.operators.linear import LinearHessian
 
 _COMPARED_ROWS = 64

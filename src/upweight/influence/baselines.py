@@ -22,11 +22,11 @@ from upweight.data.examples import Examples
 from upweight.data.records import MASK, TOKENS
 from upweight.data.trees import batch_length, leaves
 from upweight.errors import InvalidInput, checked_count, first_line
-from upweight.influence import per_row, removal
+from upweight.influence import removal
 from upweight.influence.certificate import Certificate
 from upweight.influence.scores import Scores, naming
 from upweight.influence.system import Explained, System, solved
-from upweight.model import layers
+from upweight.model import layers, per_row
 from upweight.solvers import Quadratic
 
 __all__ = [

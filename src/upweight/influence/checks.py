@@ -12,10 +12,10 @@ from torch import Tensor
 
 from upweight.data.trees import batch_length, take, tree_map
 from upweight.errors import SolverError, TheoryWarning, UpweightError
-from upweight.influence import defaults, per_row, scoring
+from upweight.influence import defaults, scoring
 from upweight.influence.minimum import Distance, distance
 from upweight.influence.system import System
-from upweight.model import calculus, layers, penalties
+from upweight.model import calculus, layers, penalties, per_row
 from upweight.operators import Arnoldi, EmpiricalFisher, Hessian, Identity, Nystroem
 from upweight.solvers import Cholesky
 from upweight.solvers.lanczos import smallest_eigenvalue, suggest_damping

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, require
-from upweight.influence import defaults, per_row, scoring
+from upweight.influence import defaults, scoring
 from upweight.influence.scores import Scores, naming
 from upweight.influence.scoring import Products
 from upweight.influence.system import System, solved
+from upweight.model import per_row
 from upweight.operators import DenseOperator
 from upweight.solvers import CG, Cholesky, Factored, Movable, Prepared, Solution
 from upweight.solvers.base import checked_damping

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.errors import NotConverged, UnsupportedModel
-from upweight.influence import per_row
 from upweight.influence.system import System
-from upweight.model import linear, penalties
+from upweight.model import linear, penalties, per_row
 from upweight.model.objective import L2, Objective
 from upweight.solvers import LiSSA, Solution
 from upweight.solvers.base import Quadratic

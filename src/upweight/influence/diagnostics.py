@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.errors import TheoryWarning, UnsupportedModel, require
-from upweight.influence import per_row
 from upweight.influence.deletion import (
     BLOCK,
     Family,
@@ -45,7 +44,7 @@ from upweight.influence.deletion import (
 )
 from upweight.influence.system import Explained, System
 from upweight.influence.top import index_of
-from upweight.model import linear, penalties
+from upweight.model import linear, penalties, per_row
 from upweight.operators import Dense, GaussNewton, Hessian
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput
-from upweight.influence import per_row, scoring
+from upweight.influence import scoring
 from upweight.influence.scores import Scores
 from upweight.influence.system import System
+from upweight.model import per_row
 
 
 def of_replacing(system: System, rows: Any, X_new: Any, y_new: Any, on: Any) -> Scores:

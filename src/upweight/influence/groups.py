@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from upweight.data.ids import of_keys
 from upweight.errors import NotPositiveDefinite, TheoryWarning, UnsupportedModel
-from upweight.influence import newton_step, per_row, scoring
+from upweight.influence import newton_step, scoring
 from upweight.influence.scores import Scores, naming
 from upweight.influence.system import System
+from upweight.model import per_row
 from upweight.operators import GaussNewton, Hessian
 
 

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from upweight.data.ids import Ids, packed as packed_ids, unpacked as unpacked_ids
 from upweight.errors import InvalidInput, NotPositiveDefinite, PathNotFound, StoreMismatch, UnsupportedModel
-from upweight.influence import kept, per_row
+from upweight.influence import kept
 from upweight.influence.certificate import Certificate
 from upweight.influence.scores import Extremes, Scores, naming
 from upweight.influence.system import System
 from upweight.influence.top import TopK
+from upweight.model import per_row
 from upweight.operators.factors import Basis
 from upweight.operators.kronecker import EKFAC, KFAC, Kronecker
 from upweight.runs.progress import bar

@@ -11,9 +11,8 @@ import torch
 
 from upweight import __version__
 from upweight.data.examples import PROBE_ROWS, Examples
-from upweight.influence import per_row
 from upweight.influence.system import System
-from upweight.model import calculus
+from upweight.model import calculus, per_row
 from upweight.runs.store import SOLUTIONS, Store
 from upweight.solvers import Solution
 

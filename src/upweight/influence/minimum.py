@@ -22,8 +22,8 @@ from torch import Tensor
 
 from upweight.data.examples import Examples
 from upweight.errors import TheoryWarning, UpweightError
-from upweight.influence import per_row
 from upweight.influence.system import System
+from upweight.model import per_row
 from upweight.model.sweep import Sweep
 from upweight.operators import GaussNewton, Hessian
 from upweight.operators.linear import LinearHessian

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from upweight.data.examples import Examples
-from upweight.influence import per_row, scoring
+from upweight.influence import scoring
 from upweight.influence.certificate import Certificate
 from upweight.influence.scoring import Products
 from upweight.influence.system import System
-from upweight.model import linear
+from upweight.model import linear, per_row
 from upweight.model.objective import Objective
 from upweight.solvers import Pairwise, Prepared, Solution
 

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from upweight.data.arrays import as_array, as_tensor, check_finite
 from upweight.errors import InvalidInput
-from upweight.influence import per_row
 from upweight.influence.edits import new_examples
 from upweight.influence.system import System
-from upweight.model import calculus
+from upweight.model import calculus, per_row
 
 Lines = Float[NDArray[np.float64], "k p"]
 

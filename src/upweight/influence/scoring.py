@@ -20,11 +20,10 @@ from torch import Tensor
 
 from upweight.data.examples import Examples
 from upweight.data.ids import Ids
-from upweight.influence import per_row
 from upweight.influence.certificate import Certificate
 from upweight.influence.scores import Scores, naming
 from upweight.influence.system import System
-from upweight.model import layers
+from upweight.model import layers, per_row
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
 from upweight.operators.linear import LinearHessian

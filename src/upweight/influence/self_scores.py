@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.influence import pairs, per_row, scoring
+from upweight.influence import pairs, scoring
 from upweight.influence.certificate import Certificate
 from upweight.influence.scores import SelfScores, called
 from upweight.influence.scoring import Products
 from upweight.influence.system import System, solved
-from upweight.model import calculus, layers
+from upweight.model import calculus, layers, per_row
 from upweight.model.layers import pieces
 from upweight.operators.kronecker import Kronecker
 from upweight.solvers import Quadratic, Solution

@@ -20,9 +20,9 @@ from torch import Tensor
 from upweight.data.arrays import as_tensor
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, TheoryWarning
-from upweight.influence import defaults, per_row
+from upweight.influence import defaults
 from upweight.influence.undetermined import Undetermined
-from upweight.model import calculus, penalties, routes
+from upweight.model import calculus, penalties, per_row, routes
 from upweight.model.encoders import Encoder, PlainEncoder, training_examples
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep

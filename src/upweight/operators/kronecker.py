@@ -34,9 +34,10 @@ from upweight.model.layers.pieces import Direct, Piece, rows
 from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
 from upweight.operators.base import Curvature
+from upweight.operators.blocks import layers_of
 from upweight.operators.cotangents import Exact, Observed, Signs
 from upweight.operators.cut import cut
-from upweight.operators.factors import DENSE, Basis, Layer, Whole, layers_of
+from upweight.operators.factors import DENSE, Basis, Layer, Whole
 from upweight.operators.implicit import EmpiricalFisher, GaussNewton
 from upweight.operators.uses import Uses
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import UnsupportedModel
-from upweight.model import layers
+from upweight.model import per_row
 from upweight.operators.base import Operator
 
 Keep = Callable[[Mapping[str, Tensor]], None]
@@ -87,6 +87,4 @@ def _gradients(operator: Operator) -> Float[Tensor, "r p"]:
             "name the residual to reach: CG(rtol=1e-6)."
         )
         raise UnsupportedModel(message)
-    rows = sweep.examples.spread(_WITNESSES)
-    found = [layers.gradients(sweep.objective, sweep.examples.batch([row])) for row in rows]
-    return torch.cat(found).double().cpu()
+    return per_row.gradients(sweep, sweep.examples.spread(_WITNESSES))

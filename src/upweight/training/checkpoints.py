@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from upweight.adapters import explain
 from upweight.errors import InvalidInput, first_line
-from upweight.influence import baselines, per_row
+from upweight.influence import baselines
 from upweight.influence.certificate import Certificate
 from upweight.influence.face import Influence
 from upweight.influence.scores import Scores, SelfScores, called, naming
-from upweight.model import layers
+from upweight.model import layers, per_row
 from upweight.training.ensembles import same_rows
 
 

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, Undefined, first_line
-from upweight.influence import defaults, per_row
+from upweight.influence import defaults
 from upweight.influence.classes import Classes
 from upweight.influence.face import Influence
-from upweight.model import calculus, linear, penalties
+from upweight.model import calculus, linear, penalties, per_row
 from upweight.model.encoders import Refitting
 from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep

@@ -282,7 +282,7 @@ def per_token(f, y):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("of", [GaussNewton(), EmpiricalFisher()], ids=["GaussNewton", "EmpiricalFisher"])
 def test_a_large_tied_weight_has_its_true_diagonal(bias, of, monkeypatch):
-    monkeypatch.setattr("upweight.operators.factors.DENSE", 0)
+    monkeypatch.setattr("upweight.operators.blocks.DENSE", 0)
     module = Language(bias).double()
     X = torch.randint(0, 7, (30, 5), generator=torch.Generator().manual_seed(0))
     weights = torch.rand(30, generator=torch.Generator().manual_seed(2), dtype=torch.float64).numpy()
@@ -300,7 +300,7 @@ def test_a_large_tied_weight_has_its_true_diagonal(bias, of, monkeypatch):
 
 def test_kfac_of_a_tied_weight_is_the_product_of_the_marginals_of_its_uses(monkeypatch):
     """At one position each use's gradient is rank one, and an untied copy of the model tells the uses apart."""
-    monkeypatch.setattr("upweight.operators.factors.DENSE", 0)
+    monkeypatch.setattr("upweight.operators.blocks.DENSE", 0)
     module = Language(bias=False).double()
     apart = Language(bias=False).double()
     apart.head.weight = nn.Parameter(module.head.weight.detach().clone())

@@ -12,7 +12,7 @@ import upweight as uw
 from small import XQ, YQ, classifier
 from two_classes import data, n, network
 from upweight import errors
-from upweight.influence import per_row
+from upweight.model import per_row
 from upweight.training.minibatch import SGD, Placed, Shuffled
 from upweight.training.retrainers import LBFGS
 
