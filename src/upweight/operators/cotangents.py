@@ -90,7 +90,8 @@ class Exact:
 class Signs:
     """L ε with seeded random signs ε, `samples` times and divided by √samples.
 
-    The numbers of an example depend on how many examples came before it, not on how they were batched.
+    The numbers of an example depend on how many examples came before it, not on how they were batched; where rows are
+    padded, on the length of their batch, too.
     """
 
     def __init__(self, samples: int, seed: int) -> None:
@@ -170,7 +171,9 @@ def _formed(objective: Objective, batch: Any, f: Tensor) -> Float[Tensor, "b K K
         )
         raise UnsupportedModel(message)
     floor = 1e-14 * eigenvalues[:, -1:].clamp(min=0)
-    return (Q * torch.where(eigenvalues > floor, eigenvalues, 0).sqrt()[:, None]).to(H)
+    L = Q * torch.where(eigenvalues > floor, eigenvalues, 0).sqrt()[:, None]
+    unused = H.diagonal(dim1=1, dim2=2) == 0  # outputs that do not count, as of padding: zeros, and not rounding
+    return torch.where(unused[:, :, None], 0.0, L).to(H)
 
 
 def _root(objective: Objective, batch: Any, f: Float[Tensor, "b ..."]) -> Root:

@@ -97,22 +97,24 @@ class Weight:
     at: Int[Tensor, "g o i"]
 
     def sums(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"]) -> list[Tensor]:
-        """What a batch adds to the factors: Σ w Σ_t a aᵀ, Σ w Σ_t d dᵀ, and Σ w Σ_t 1."""
+        """What a batch adds to the factors: Σ w Σ_t a aᵀ, Σ w Σ_t d dᵀ, and Σ w Σ_t 1, over positions that count."""
         a, d = self._sides(pieces)
-        w = weights.to(a)
-        A, mass = _gram(a[None], w, WIDEST), w.sum() * a.shape[2]
+        w, reached = weights.to(a), _reached(d)
+        a = a if reached is None else a * reached[..., None]
+        ones = a.new_ones(a.shape[:3]) if reached is None else reached
+        A, mass = _gram(a[None], w, WIDEST), torch.einsum("bgt,b->g", ones, w)
         if self._biased(a) and A.ndim == 2:
-            A = torch.cat([A, mass.expand(len(A), 1)], 1)
+            A = torch.cat([A, mass[:, None]], 1)
         elif self._biased(a):  # the row and column of the 1 behind a
             A = functional.pad(A, (0, 1, 0, 1))
             A[:, :-1, -1] = torch.einsum("bgti,b->gi", a, w)
             A[:, -1, -1] = mass
-        return [A, _gram(d, w, WIDEST), mass[None]]
+        return [A, _gram(d, w, WIDEST), mass]
 
     def basis(self, sums: list[Tensor], n: int, strengths: Float[Tensor, " p"]) -> Basis:
         """Eigenvectors of A = Σ w Σ_t a aᵀ / Σ w t and B = Σ w Σ_t d dᵀ / n, and products of their eigenvalues."""
         A, B, mass = sums
-        (a, right), (b, left) = _eigen(A / mass.clamp(min=1e-300)), _eigen(B / n)
+        (a, right), (b, left) = _eigen(A / mass.clamp(min=1e-300).reshape(-1, *[1] * (A.ndim - 1))), _eigen(B / n)
         return Basis(
             self.name, self.at, left, right, b[:, :, None] * a[:, None], _within(strengths[self.at], left, right)
         )
@@ -280,10 +282,10 @@ class Table:
     at: Int[Tensor, "g o i"]
 
     def sums(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"]) -> list[Tensor]:
-        """Σ w (how often each row is read), Σ w Σ_t d dᵀ, and Σ w Σ_t 1."""
+        """Σ w (how often each row is read), Σ w Σ_t d dᵀ, and Σ w Σ_t 1, over positions that count."""
         indices, d = self._sides(pieces)
-        w = weights.to(d)
-        read = (indices >= 0).to(d) * w[:, None]
+        w, reached = weights.to(d), _reached(d[:, :, None])
+        read = (indices >= 0).to(d) * w[:, None] * (1 if reached is None else reached[:, 0])
         counts = d.new_zeros(self.at.shape[1]).index_add_(0, indices.clamp(min=0).flatten(), read.flatten())
         return [counts[None], _gram(d[:, :, None], w, WIDEST), read.sum()[None]]
 
@@ -391,6 +393,17 @@ class Whole:
 
 
 Layer = Weight | Table | Whole
+
+
+def _reached(d: Float[Tensor, "m b g t o"]) -> Float[Tensor, "b g t"] | None:
+    """1 where the loss depends on a position, 0 elsewhere, as at padding; None where all count, as a single one does.
+
+    Padding is as long as the longest row of a batch asks for, so that factors would depend on how rows were batched.
+    """
+    if d.shape[3] == 1:
+        return None
+    reached = (d != 0).any(4).any(0)
+    return None if bool(reached.all()) else reached.to(d)
 
 
 def _gram(x: Float[Tensor, "m b g t i"], weights: Float[Tensor, " b"], widest: int) -> Tensor:

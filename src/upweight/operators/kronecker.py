@@ -11,7 +11,8 @@ EKFAC keeps the eigenvectors of A and B and measures the curvature along each pa
 
     Λ = (1/n) Σᵢ wᵢ E[(Q_Bᵀ G Q_A)²]
 
-so that its diagonal in that basis is the block's own. Parameters of different layers are taken as uncorrelated.
+so that its diagonal in that basis is the block's own. Positions that the loss does not reach, such as padding, are left
+out of both sums over t. Parameters of different layers are taken as uncorrelated.
 References: Martens and Grosse (2015); George et al. (2018); Grosse et al. (2023); Eschenhagen et al. (2023).
 """
 

@@ -317,6 +317,44 @@ def test_kfac_of_a_tied_weight_is_the_product_of_the_marginals_of_its_uses(monke
     close(Q @ torch.diag(found.values.flatten()) @ Q.T, torch.kron(left, right) / left.trace(), 1e-9)
 
 
+class Mixed(nn.Module):
+    """Tokens, each mixed with those before it; positions behind the end of a row reach no counted one."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.table, self.mix, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mix(self.table(input_ids).cumsum(1)))).transpose(1, 2)
+
+
+@pytest.mark.parametrize("spec", [KFAC(), EKFAC()], ids=["KFAC", "EKFAC"])
+def test_padding_counts_in_no_factor(spec):
+    """The factors of rows one by one, which are not padded, are those of batches, which are."""
+    torch.manual_seed(0)
+    module = Mixed().double()
+    sizes = np.random.default_rng(0).integers(2, 7, 12)
+    tokens = [
+        torch.randint(0, 9, (int(size),), generator=torch.Generator().manual_seed(k)) for k, size in enumerate(sizes)
+    ]
+    rows = [{"input_ids": row, "labels": row.roll(-1)} for row in tokens]
+    found = [
+        uw.explain(module, rows, loss=nn.CrossEntropyLoss(), curvature=spec, batch_size=size, progress=False).operator
+        for size in (1, 4, 12)
+    ]
+    for other in found[1:]:
+        close(other.matrix(), found[0].matrix())
+    first = next(basis for basis in found[0].bases if "head" in basis.name)
+    h = [torch.tanh(module.mix(module.table(row).cumsum(0))) for row in tokens]
+    wide = torch.cat([torch.cat([part, part.new_ones(len(part), 1)], 1) for part in h]).detach()
+    # a row of t tokens has a weight in proportion to t
+    weight = torch.cat([torch.full((size,), float(size)) for size in sizes]).double()
+    A = (wide * weight[:, None]).T @ wide / weight.sum()
+    Q = first.right[0]
+    off = Q.T @ A @ Q
+    assert float((off - torch.diag(off.diagonal())).abs().max()) <= 1e-9 * float(off.abs().max())
+
+
 class Transformer(nn.Module):
     """A block with attention, norms and a feed-forward part between tied tables."""
 
