@@ -10,7 +10,7 @@
 #   as behind a prompt, both agree.
 # Expected: for every model the loss that it reports itself for the batch.
 # Where upweight meets it: docs/math.md, "What was minimised", states the factor; tests/unit/adapters/
-#   test_what_was_minimised.py compares Trainer's steps with ∇R, factor included.
+#   test_what_was_minimised.py compares Trainer's steps with ∇R for both models.
 #
 # Seen: steps of the Trainer over those of the model's own loss, rows of 3 tokens: GPT2LMHeadModel 0.6667, with first
 #   labels −100 1.0000; LlamaForCausalLM 1.0000.

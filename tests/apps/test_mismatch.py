@@ -181,29 +181,38 @@ def test_a_source_that_cannot_be_removed_leaves_the_others_their_steps():
     columns = np.column_stack([X[:, :2], X[:, 5]])  # without the rare rows the last column is 0
     influence = uw.explain(LinearRegression(fit_intercept=False).fit(columns, line), columns, line)
     source = np.where(KIND == 3, "rare", np.where(np.arange(N) < 120, "first", "second"))
-    on = (columns[4:9], line[4:9] + 1)
+    on = (columns[3:9], line[3:9] + 1)  # the first leans on the rare rows: no refit without them tells its prediction
     told = mismatch(influence, on, groups=source)
     assert told.groups is not None
     assert told.groups.newton is not None
     assert told.groups.refused == ""
     assert list(told.groups.without) == ["rare"]
-    assert "leverage" in told.groups.without["rare"]
+    assert "1 of 6 queries (first: number 0) lean on it" in told.groups.without["rare"]
     assert f"no Newton step of rare: {told.groups.without['rare']}" in str(told)
     assert told.groups.to_dict()["without"] == dict(told.groups.without)
 
-    def mean_loss(keep):
-        model = LinearRegression(fit_intercept=False).fit(columns[keep], line[keep])
-        return ((model.predict(on[0]) - on[1]) ** 2).mean()
+    def change(of, on):
+        model, keep = LinearRegression(fit_intercept=False), source != of
+        whole = ((model.fit(columns, line).predict(on[0]) - on[1]) ** 2).mean()
+        return ((model.fit(columns[keep], line[keep]).predict(on[0]) - on[1]) ** 2).mean() - whole
 
     for name, step in zip(told.groups.names, told.groups.newton, strict=True):
         if name == "rare":
             assert np.isnan(step)
         else:
-            assert step == pytest.approx(mean_loss(source != name) - mean_loss(np.ones(N, dtype=bool)), rel=1e-6)
+            assert step == pytest.approx(change(name, on), rel=1e-6)
     alone = mismatch(influence, on, groups={"rare": np.flatnonzero(KIND == 3)}).groups
     assert alone is not None
     assert alone.newton is None
-    assert alone.refused == told.groups.without["rare"]
+    assert "1 of 6 queries" in alone.refused
+
+    common = (columns[4:9], line[4:9] + 1)  # queries that have nothing of what leaves
+    others = mismatch(influence, common, groups=source).groups
+    assert others is not None
+    assert others.newton is not None
+    assert others.without == {}
+    step = others.newton[others.names.index("rare")]
+    assert step == pytest.approx(change("rare", common), rel=1e-6)
 
 
 def test_what_a_model_does_not_have_is_left_out():

@@ -354,9 +354,14 @@ def _newton_steps(
     without = {}
     for g in [g for g in chosen if np.isnan(steps[g])]:
         try:
-            steps[g] = influence.of_removing([groups[g]], on=queries).values.mean()
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always", TheoryWarning)
+                steps[g] = influence.of_removing([groups[g]], on=queries).values.mean()
         except UpweightError as error:
             without[g] = first_line(error)
+        else:
+            if np.isnan(steps[g]):  # some queries lean on what leaves with the group, which a warning has told
+                without[g] = " ".join(str(warning.message) for warning in told)
     return (steps, "", without) if len(without) < len(chosen) else (steps, without[chosen[0]], without)
 
 

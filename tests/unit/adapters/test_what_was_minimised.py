@@ -39,6 +39,14 @@ def gpt2(kind=transformers.GPT2LMHeadModel):
         return kind(transformers.GPT2Config(**sizes, **none, bos_token_id=1, eos_token_id=2, pad_token_id=PAD)).eval()
 
 
+def llama():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.LlamaConfig(vocab_size=50, **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
+        return transformers.LlamaForCausalLM(config).eval()
+
+
 def settings(folder, batch=6, steps=1):
     return {
         "output_dir": str(folder),
@@ -99,7 +107,12 @@ def close(ours, theirs):
 
 
 @pytest.mark.parametrize("how", [{}, {"batch": 2, "steps": 3}, {"batch": 1, "steps": 6}], ids=str)
-def test_a_trainer_divides_by_the_labels_before_the_shift(tmp_path, how):
+def test_a_trainer_steps_by_the_objective_s_gradient(tmp_path, how):
+    close(risk_gradient(llama()), trained(llama(), tmp_path, **how))
+
+
+@pytest.mark.parametrize("how", [{}, {"batch": 2, "steps": 3}, {"batch": 1, "steps": 6}], ids=str)
+def test_a_trainer_that_knows_no_causal_model_by_its_name_divides_by_the_labels_before_the_shift(tmp_path, how):
     expected = risk_gradient(gpt2())
     close(FACTOR * expected, trained(gpt2(), tmp_path, **how))
 
