@@ -40,6 +40,8 @@ from .influence.top import TopK as TopK
 from .model import calculus as calculus, losses as losses, penalties as penalties
 from .model.objective import L2 as L2, Linear as Linear, Objective as Objective
 from .show import plots as plots
+from .show.items import write_run as write_run
+from .show.run import Items as Items, Run as Run
 from .training import minibatch as minibatch
 from .training.checkpoints import TracIn as TracIn, checkpoints as checkpoints
 from .training.counterfactuals import edited as edited, retrained as retrained

@@ -2,7 +2,8 @@
 
     UpweightError
     ├── InvalidInput         (ValueError)         data, labels, shapes or settings that cannot be used as given
-    │   └── NotFitted                             the estimator has no fitted parameters yet
+    │   ├── NotFitted                             the estimator has no fitted parameters yet
+    │   └── Damaged                               a file is not what was written
     ├── RowOutOfRange        (IndexError)         a training row or a query that does not exist
     ├── UnsupportedModel     (TypeError)          the theory, or this version, has no answer for this model
     ├── NotDeterministic     (RuntimeError)       the loss or the dataset gives another answer when asked again
@@ -12,6 +13,7 @@
     │   ├── NotPositiveDefinite                   curvature ≤ 0; carries `.suggested_damping`
     │   └── Diverged                              a stochastic recursion grew instead of settling
     ├── StoreMismatch        (ValueError)         a folder holds results of other work
+    ├── StorageFailed        (OSError)            the disk is full, or another process writes there
     ├── PathNotFound         (FileNotFoundError)  nothing is at this path
     └── MissingExtra         (ImportError)        an optional dependency is not installed
 
@@ -27,6 +29,7 @@ from types import ModuleType
 from typing import Any
 
 __all__ = [
+    "Damaged",
     "Diverged",
     "InvalidInput",
     "MissingExtra",
@@ -37,6 +40,7 @@ __all__ = [
     "PathNotFound",
     "RowOutOfRange",
     "SolverError",
+    "StorageFailed",
     "StoreMismatch",
     "TheoryWarning",
     "Undefined",
@@ -55,6 +59,10 @@ class InvalidInput(UpweightError, ValueError):
 
 class NotFitted(InvalidInput):
     """The estimator has no fitted parameters yet."""
+
+
+class Damaged(InvalidInput):
+    """A file is not what was written: some of its bits are others, or are missing."""
 
 
 class RowOutOfRange(UpweightError, IndexError):
@@ -99,6 +107,10 @@ class Diverged(SolverError):
 
 class StoreMismatch(UpweightError, ValueError):
     """A folder holds the results of other work than the one now asked for."""
+
+
+class StorageFailed(UpweightError, OSError):
+    """The disk is full, or another process writes to the same folder."""
 
 
 class PathNotFound(UpweightError, FileNotFoundError):

@@ -113,9 +113,9 @@ def test_resuming_keeps_the_chunks_and_ends_at_the_same_bytes(run, batch_size, t
 def test_a_finished_run_is_read_and_not_computed(run, monkeypatch):
     queries = data()[2:]
     first = influence().on_loss(*queries, store=run)
-    before = {file.name: file.stat().st_mtime_ns for file in run.iterdir()}
+    before = {file.name: file.stat().st_mtime_ns for file in run.glob("*.safetensors")}
     again = influence().on_loss(*queries, store=run)
-    assert {file.name: file.stat().st_mtime_ns for file in run.iterdir()} == before
+    assert {file.name: file.stat().st_mtime_ns for file in run.glob("*.safetensors")} == before
     assert again.values.tobytes() == first.values.tobytes()
 
 
@@ -175,7 +175,7 @@ def test_two_lambdas_are_two_measures(tmp_path):
 def test_a_refused_call_leaves_the_folder_as_it_was(tmp_path):
     queries = data()[2:]
     influence().on_measure(lambda p, z: p @ z[0], *queries, store=tmp_path / "run")
-    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.safetensors")}
     with pytest.raises(StoreMismatch):
         influence().on_measure(lambda p, z: 2 * (p @ z[0]), *queries, store=tmp_path / "run")
-    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.safetensors")} == before

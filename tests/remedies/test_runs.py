@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import platform
 import shutil
 from functools import cache
 
@@ -14,6 +17,7 @@ import upweight as uw
 from refusals import refused
 from small import XQ, ZQ, X, Z, ridge
 from upweight.operators import Identity
+from upweight.runs.store import Store
 
 
 @cache
@@ -103,6 +107,75 @@ def test_a_damaged_file_of_a_store_is_deleted(tmp_path, name):
         ridge().on_loss(XQ, ZQ, store=tmp_path / "run")
     file.unlink()
     assert stored(tmp_path / "run")
+
+
+def flipped(file):
+    """One bit of the last number of a file is another."""
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("name", ["chunk-000000", "solutions", "losses"])
+def test_a_file_that_is_not_what_was_written_is_deleted(tmp_path, name):
+    assert stored(tmp_path / "run")
+    file = tmp_path / "run" / f"{name}.safetensors"
+    flipped(file)
+    with refused(" is damaged: its content is not what was written (sha256 ", "Delete it, and compute it again"):
+        ridge().on_loss(XQ, ZQ, store=tmp_path / "run")
+    file.unlink()
+    assert stored(tmp_path / "run")
+
+
+def test_a_file_under_another_name_is_deleted(tmp_path):
+    assert stored(tmp_path / "run")
+    chunk, solutions = (tmp_path / "run" / f"{name}.safetensors" for name in ("chunk-000000", "solutions"))
+    shutil.copy(solutions, chunk)
+    with refused(": it was copied or renamed", "Delete it, and compute it again"):
+        ridge().on_loss(XQ, ZQ, store=tmp_path / "run")
+    chunk.unlink()
+    assert stored(tmp_path / "run")
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    assert stored(tmp_path / "run")
+    work = json.loads((tmp_path / "run" / "manifest.json").read_text())["fingerprint"]
+    with Store(tmp_path / "run", work):
+        with refused(" is being written by another process", "Wait until it has ended, or name another") as caught:
+            ridge().on_loss(XQ, ZQ, store=tmp_path / "run")
+        assert f"(number {os.getpid()} on {platform.node()}, since " in str(caught.value)
+    assert stored(tmp_path / "run")
+    assert stored(tmp_path / "another")
+
+
+def test_what_the_disk_has_no_room_for_is_not_begun(tmp_path, monkeypatch):
+    room = 600  # bytes: enough for one query
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2 * room, room, room))
+    with refused(" would take ", "Name a folder on another disk, make room, or ask fewer queries at once"):
+        ridge().on_loss(XQ, ZQ, store=tmp_path / "run")
+    assert np.array_equal(ridge().on_loss(XQ[:1], ZQ[:1], store=tmp_path / "few").values, values()[:1])
+    monkeypatch.undo()
+    assert stored(tmp_path / "run")
+
+
+def test_a_full_disk_keeps_what_was_finished(tmp_path, monkeypatch):
+    whole, flushed = os.fsync, []
+
+    def full(handle):
+        flushed.append(handle)
+        if len(flushed) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with refused("The disk is full: ", "Make room, and repeat the same call: it goes on from there"):
+        ridge().on_loss(XQ, ZQ, store=tmp_path / "run")
+    monkeypatch.undo()
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("*.safetensors")}
+    assert before
+    assert not list((tmp_path / "run").glob(".tmp-*"))
+    assert stored(tmp_path / "run")
+    assert before.items() <= {file.name: file.stat().st_mtime_ns for file in (tmp_path / "run").iterdir()}.items()
 
 
 def test_a_store_is_named_by_its_path(tmp_path):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
+import pytest
 
 import upweight as uw
 from refusals import refused
 from small import XQ, ZQ, ridge
+from upweight.runs.files import read_tensors, write_tensors
 
 
 def test_the_picture_of_leverages_is_of_a_summary():
@@ -17,3 +21,83 @@ def test_the_picture_of_leverages_is_of_a_summary():
     axes = uw.plots.leverage_residual(frame)
     dots = np.asarray(axes.collections[0].get_offsets())
     assert np.allclose(dots, frame[["leverage", "studentized_residual"]])
+
+
+def whole(folder):
+    """Whether a run in this folder, made now or gone on with, is whole."""
+    uw.write_run(ridge(), folder, XQ, ZQ)
+    run = uw.Run.open(folder)
+    assert run.rows is not None
+    assert run.queries is not None
+    return np.array_equal(run.scores.values, ridge().on_loss(XQ, ZQ).values)
+
+
+def emptied(file):
+    """The file of a store has nothing in it but its names."""
+    write_tensors(file, {}, read_tensors(file)[1])
+
+
+def test_a_run_is_made_before_it_is_opened(tmp_path):
+    with refused(" holds no run. Make one: ", "uw.write_run(influence, "):
+        uw.Run.open(tmp_path / "run")
+    assert whole(tmp_path / "run")
+    ridge().on_loss(XQ, ZQ, store=tmp_path / "scores alone")
+    assert uw.Run.open(tmp_path / "scores alone").scores.values.shape == (len(XQ), ridge().n)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b"{}", b'{"fingerprint": 1}', b"[" * 10_000], ids=range(6))
+def test_a_run_with_a_damaged_manifest_is_made_again(tmp_path, content):
+    assert whole(tmp_path / "run")
+    (tmp_path / "run" / "manifest.json").write_bytes(content)
+    with refused(" is damaged (", "Delete the folder, and make the run again"):
+        uw.Run.open(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    assert whole(tmp_path / "run")
+
+
+def test_a_run_is_finished_before_its_scores_are_read(tmp_path):
+    assert whole(tmp_path / "run")
+    (tmp_path / "run" / "scores.safetensors").unlink()
+    with refused(" is not finished: ", "Make the call again that made it, which goes on from there"):
+        assert uw.Run.open(tmp_path / "run").scores
+    assert whole(tmp_path / "run")
+
+
+def test_a_run_that_lacks_a_chunk_is_filled(tmp_path):
+    assert whole(tmp_path / "run")
+    file = tmp_path / "run" / "chunk-000000.safetensors"
+    arrays, card = read_tensors(file)
+    write_tensors(file, {"values": arrays["values"][:5]}, card)
+    with refused(" holds chunks of ", "Make the call again that made it: it fills the gap"):
+        assert uw.Run.open(tmp_path / "run").scores
+    file.unlink()
+    assert whole(tmp_path / "run")
+
+
+def test_scores_that_are_none_are_deleted(tmp_path):
+    assert whole(tmp_path / "run")
+    emptied(tmp_path / "run" / "scores.safetensors")
+    with refused(" holds no scores (", "Delete it, and make the same call again"):
+        assert uw.Run.open(tmp_path / "run").scores
+    (tmp_path / "run" / "scores.safetensors").unlink()
+    assert whole(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("name", "read"), [("items-000000", "rows"), ("queries", "queries")])
+def test_items_that_are_none_are_deleted(tmp_path, name, read):
+    assert whole(tmp_path / "run")
+    file = tmp_path / "run" / f"{name}.safetensors"
+    emptied(file)
+    with refused(" holds no items (", "Delete it, and make the same call again"):
+        getattr(uw.Run.open(tmp_path / "run"), read)
+    file.unlink()
+    assert whole(tmp_path / "run")
+
+
+@pytest.mark.parametrize("wrong", [7, np.zeros((2, 2)), [1], np.zeros((2, 2, 4), np.uint8)], ids=range(4))
+def test_a_card_is_a_text_columns_or_a_picture(tmp_path, wrong):
+    with refused(") is a ", "Return a text, a dict of columns, a picture as uint8 (H, W) or (H, W, 3), or None"):
+        uw.write_run(ridge(), tmp_path / "run", XQ, ZQ, card=lambda _: wrong)
+    for right in ("7", {"a": 7}, np.zeros((2, 2), np.uint8), np.zeros((2, 2, 3), np.uint8), None):
+        run = uw.write_run(ridge(), tmp_path / "run", XQ, ZQ, card=lambda _, card=right: card)
+        assert np.array_equal(run.rows.cards[0], right)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import textwrap
 import traceback
 from pathlib import Path
 
-DONE, BUG, USAGE, REFUSED, ASSUMPTIONS_FAIL, STUDY_FAILED, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 3, 4, 5, 130, 141
+DONE, BUG, USAGE, REFUSED, ASSUMPTIONS_FAIL, STUDY_FAILED = 0, 1, 2, 3, 4, 5
+INTERRUPTED, CLOSED_PIPE, TERMINATED = 130, 141, 143  # 128 and the signal's number, as shells have it
 CODES = {
     DONE: "done",
     BUG: "a bug of upweight",
@@ -16,8 +18,9 @@ CODES = {
     REFUSED: "an input, a file or a computation was refused, with the reason on stderr",
     ASSUMPTIONS_FAIL: "`check` found that the theory's assumptions do not hold",
     STUDY_FAILED: "the study's own code failed; stderr says where",
-    INTERRUPTED: "interrupted by Ctrl-C",
+    INTERRUPTED: "interrupted by Ctrl-C; what a --store has finished is kept, and stderr says how to go on",
     CLOSED_PIPE: "the reader of stdout went away, as `head` does",
+    TERMINATED: "ended by SIGTERM; the same is kept",
 }
 
 
@@ -32,6 +35,7 @@ class StudyFailed(Exception):
 def told(error: BaseException, debug: bool) -> int:
     """The exit code for an error, which is told on stderr: in a line, and with its traceback if asked for."""
     from upweight.errors import UpweightError
+    from upweight.runs.stopping import Stopped
 
     study = error.name if isinstance(error, StudyFailed) else None
     error = error.__cause__ or error if isinstance(error, StudyFailed) else error
@@ -41,7 +45,9 @@ def told(error: BaseException, debug: bool) -> int:
         return int(error.code or DONE)  # how tyro ends, after its own words
     if debug:
         traceback.print_exception(error)
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, Stopped):
+        code, text = 128 + error.signal, f"{error}\nGo on: {shlex.join(['upweight', *sys.argv[1:]])}"
+    elif isinstance(error, KeyboardInterrupt):
         code, text = INTERRUPTED, "Interrupted by Ctrl-C."
     elif place is not None:
         code, text = STUDY_FAILED, f"{_line(error)}\n  {place}  (the study's own code; --debug shows the traceback)"

@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 
 from upweight.errors import InvalidInput, PathNotFound, first_line, require
-from upweight.runs.store import write_file
+from upweight.runs.files import write_file
 
 __all__ = [
     "Diabetes",

@@ -87,7 +87,8 @@ def _has_cotangents(spec: EKFAC, sweep: Sweep, probe: Any) -> bool:
     few = tree_map(lambda leaf: leaf[:2], probe)
     try:
         objective = spec.cut(sweep).objective
-        Signs(1, 0).of(objective, calculus.ready(objective, few), outputs(objective, few))
+        f = outputs(objective, few)
+        Signs(1, 0).of(objective, calculus.ready(objective, few), range(len(f)), f)
     except UnsupportedModel:
         return False
     return True

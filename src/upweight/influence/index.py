@@ -12,7 +12,6 @@ had no part in the choice, and stands in the certificate.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -36,9 +35,10 @@ from upweight.influence.top import TopK
 from upweight.model import per_row
 from upweight.operators.factors import Basis
 from upweight.operators.kronecker import EKFAC, KFAC, Kronecker
+from upweight.runs.files import read_tensors, write_tensors
 from upweight.runs.progress import bar
 from upweight.runs.quantised import BITS, packed, unpacked
-from upweight.runs.store import Store, read_tensors, write_tensors
+from upweight.runs.store import Store
 from upweight.solvers.base import checked_damping
 from upweight.solvers.factored import ROUNDING, Factored
 from upweight.solvers.lanczos import rounded_up
@@ -88,8 +88,8 @@ class Index:
                 "call goes on where it was interrupted."
             )
             raise PathNotFound(message)
-        arrays, metadata = read_tensors(self.folder / _FILE)
-        self.card: dict[str, Any] = json.loads(metadata["upweight"])
+        self.card: dict[str, Any]
+        arrays, self.card = read_tensors(self.folder / _FILE)
         self.eigenvalues, self.weights, self.constant = (
             arrays[name] for name in ("eigenvalues", "weights", "constant")
         )
@@ -298,15 +298,14 @@ def index(system: System, folder: str | os.PathLike[str], error: float, bits: in
     before = Path(folder) / _BASIS
     damping = system.known_damping
     if damping is None and before.is_file():  # it was chosen from factors that need not be made again
-        damping = float(json.loads(read_tensors(before)[1]["upweight"])["damping"])
+        damping = float(read_tensors(before)[1]["damping"])
     damping = system.damping if damping is None else damping
     store = Store(folder, {"index": 1, **kept.work(system, damping), "error": float(error), "bits": bits})
     path = store.path
     if not (path / _BASIS).is_file():
         _write_basis(path, system, *_choice(system, float(error), bits))
     operator, chosen = _opened(path, system)
-    arrays, metadata = read_tensors(path / _BASIS)
-    card = json.loads(metadata["upweight"])
+    arrays, card = read_tensors(path / _BASIS)
     k, size = sum(map(len, chosen)), system.sweep.n
     rows = max(1, min(1024, _CHUNK_NUMBERS // k))
     whiten = torch.from_numpy(1 / np.sqrt(arrays["eigenvalues"] + card["damping"])).to(system.objective.reference)
@@ -330,7 +329,7 @@ def index(system: System, folder: str | os.PathLike[str], error: float, bits: in
     if names is not None:
         card |= {"names": packed_ids(names.values), "axis": names.name}
     told = {"eigenvalues": arrays["eigenvalues"], "constant": arrays["constant"], "weights": system.examples.weights}
-    write_tensors(path / _FILE, told, {"upweight": json.dumps(card)})
+    write_tensors(path / _FILE, told, card)
     return Index(path)
 
 
@@ -420,7 +419,7 @@ def _write_basis(path: Path, system: System, chosen: list[Tensor], card: dict[st
     eigenvalues = torch.cat([basis.eigenvalues.flatten()[at] for basis, at in zip(operator.bases, chosen, strict=True)])
     arrays["eigenvalues"] = eigenvalues.numpy()
     arrays["constant"] = _rotated(operator, system.penalty_share[None], chosen)[0].numpy()
-    write_tensors(path / _BASIS, arrays, {"upweight": json.dumps(card)})
+    write_tensors(path / _BASIS, arrays, card)
 
 
 def _opened(path: Path, system: System) -> tuple[Kronecker, list[Tensor]]:

@@ -11,9 +11,12 @@ import torch
 
 from upweight import __version__
 from upweight.data.examples import PROBE_ROWS, Examples
+from upweight.influence.scores import Scores
 from upweight.influence.system import System
 from upweight.model import calculus, per_row
-from upweight.runs.store import SOLUTIONS, Store
+from upweight.model.sweep import CHUNK
+from upweight.runs.files import check_room
+from upweight.runs.store import SCORES, SOLUTIONS, Store
 from upweight.solvers import Solution
 
 
@@ -22,8 +25,13 @@ def folder(system: System, queries: Examples, measure: str, path: Any) -> Store:
 
     Raises:
         StoreMismatch: if the folder holds other work.
+        StorageFailed: if the disk has no room for them.
     """
-    return Store(path, _fingerprint(system, queries, measure))
+    store = Store(path, _fingerprint(system, queries, measure))
+    finished = len(list(store.path.glob("chunk-*")))
+    rows = max(0, system.n - finished * CHUNK)
+    check_room(store.path, 8 * len(queries) * (rows + 3 * system.objective.size))
+    return store
 
 
 def compared(system: System, folder: Store, solution: Solution) -> Solution:
@@ -31,6 +39,7 @@ def compared(system: System, folder: Store, solution: Solution) -> Solution:
 
     What a hash cannot compare (losses, gradients, solutions that differ by rounding) is compared by value.
     """
+    folder.agree("damping", np.array([system.damping]), 1e-6)
     probe = system.examples.batch(system.examples.spread(PROBE_ROWS))
     folder.agree("losses", calculus.losses(system.objective, probe).double().cpu().numpy(), 1e-6)
     folder.agree("penalty_gradient", system.penalty_share.numpy(), 1e-6)
@@ -43,12 +52,19 @@ def compared(system: System, folder: Store, solution: Solution) -> Solution:
     return replace(solution, x=torch.from_numpy(kept))
 
 
+def finish(folder: Store, scores: Scores) -> None:
+    """Keep what belongs to the scores beside their values, which are the chunks times −scale."""
+    arrays, card = scores.parts()
+    del arrays["values"]
+    folder.once(SCORES, lambda: arrays, card)
+
+
 def theta(system: System) -> str:
     """A hash of θ̂."""
     return hashlib.sha256(system.objective.theta.numpy().tobytes()).hexdigest()[:16]
 
 
-def work(system: System, damping: float) -> dict[str, Any]:
+def work(system: System, damping: float | str) -> dict[str, Any]:
     """What all answers depend on: θ̂, a probe of the data, n, curvature, damping, versions."""
     return {
         "theta": theta(system),
@@ -65,4 +81,4 @@ def work(system: System, damping: float) -> dict[str, Any]:
 def _fingerprint(system: System, queries: Examples, measure: str) -> dict[str, Any]:
     """What scores on these queries depend on."""
     asked = {"queries": queries.fingerprint(), "measure": measure, "solver": repr(system.solver)}
-    return work(system, system.damping) | asked
+    return work(system, "by default" if system.named_damping is None else system.named_damping) | asked

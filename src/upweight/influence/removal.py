@@ -18,6 +18,7 @@ from upweight.influence.scores import Scores
 from upweight.influence.system import PROBE, System
 from upweight.model import routes
 from upweight.model.objective import Objective
+from upweight.runs.store import Store
 
 _BLOCK_NUMBERS = 2**24  # of the queries' gradients at once: 128 MB
 
@@ -51,18 +52,30 @@ def on_measure(system: System, measure: Callable[[Any, Any], Tensor], Xq: Any, y
 
 
 def _removed(system: System, measured: Objective, queries: Examples, store: Any) -> Scores:
-    pairwise = pairs.comparing(measured, system.prepared) if store is None else None
+    if store is not None:
+        return _removed_in(kept.folder(system, queries, measured.name, store), system, measured, queries)
+    pairwise = pairs.comparing(measured, system.prepared)
     size = max(1, _BLOCK_NUMBERS // (system.objective.size if pairwise is None else system.n))
-    if store is None and len(queries) > size:
+    if len(queries) > size:
         return Scores.joined([_removed(system, measured, block, None) for block in queries.blocks(size)])
     weights = system.examples.weights / system.n
     columns = scoring.Columns.of(system.examples)
     if pairwise is not None:
         changes, known = pairs.products(system, queries, pairwise, system.solve)
         return scoring.scores(system, known, changes.scaled(weights), -weights, columns, "row removed", queries)
-    folder = None if store is None else kept.folder(system, queries, measured.name, store)
-    solution = scoring.solutions(system, queries, measured, folder)
-    if folder is not None:
-        solution = kept.compared(system, folder, solution)
-    changes = scoring.with_rows(system, solution, system.penalty_share, store=folder).scaled(weights)
+    solution = scoring.solutions(system, queries, measured)
+    changes = scoring.with_rows(system, solution, system.penalty_share).scaled(weights)
     return scoring.scores(system, solution, changes, -weights, columns, "row removed", queries, measured)
+
+
+def _removed_in(folder: Store, system: System, measured: Objective, queries: Examples) -> Scores:
+    """The same by way of a store."""
+    weights = system.examples.weights / system.n
+    with folder:
+        system.prepare_in(folder)
+        solution = kept.compared(system, folder, scoring.solutions(system, queries, measured, folder))
+        changes = scoring.with_rows(system, solution, system.penalty_share, store=folder).scaled(weights)
+        columns = scoring.Columns.of(system.examples)
+        found = scoring.scores(system, solution, changes, -weights, columns, "row removed", queries, measured)
+        kept.finish(folder, found)
+        return found

@@ -31,7 +31,7 @@ from upweight.influence.top import (
     text_table,
     top_columns,
 )
-from upweight.runs.store import read_tensors, write_tensors
+from upweight.runs.files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,9 +158,30 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""
+        write_tensors(path, *self.parts())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Scores:
+        """Scores that were written by `save`; a name that is no text, number, date or tuple comes back as its text.
+
+        Raises:
+            InvalidInput: if the file holds something else, or is damaged.
+        """
+        arrays, card = read_tensors(path)
+        try:
+            return cls.of_parts(arrays, card)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            message = (
+                f"{path} is a safetensors file without upweight scores in it, or a damaged one "
+                f"({type(error).__name__}: {first_line(error)}). Scores are written by scores.save(path)."
+            )
+            raise InvalidInput(message) from error
+
+    def parts(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """The arrays, and what is told of them, of which a file of scores is made."""
         arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
         card, parts = packed(self.certificate, "certificate")
-        text = {
+        told = {
             "counterfactual": self.counterfactual,
             "measure": self.measure,
             "n": self.n,
@@ -168,30 +189,17 @@ class Scores:
             "axes": [as_json(name) for name in self.axes],
         }
         names = {name: _letters(getattr(self, name)) for name in _NAMES if getattr(self, name) is not None}
-        write_tensors(path, arrays | parts | names, {"upweight": json.dumps(text)})
+        return arrays | parts | names, told
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Scores:
-        """Scores that were written by `save`; a name that is no text, number, date or tuple comes back as its text.
-
-        Raises:
-            InvalidInput: if the file holds something else.
-        """
-        arrays, metadata = read_tensors(path)
-        try:
-            text = json.loads(metadata["upweight"])
-            card = unpacked(text["certificate"], arrays, "certificate")
-            told = {name: text[name] for name in ("counterfactual", "measure", "n")}
-            if "axes" in text:  # older files have none, and no names
-                told["axes"] = tuple(as_told(name) for name in text["axes"])
-            names = {name: _names(arrays.pop(name)) for name in _NAMES if name in arrays}
-            return cls(certificate=card, **told, **arrays, **names)  # type: ignore[arg-type]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            message = (
-                f"{path} is a safetensors file without upweight scores in it, or a damaged one "
-                f"({type(error).__name__}: {first_line(error)}). Scores are written by scores.save(path)."
-            )
-            raise InvalidInput(message) from error
+    def of_parts(cls, arrays: dict[str, NDArray[Any]], card: dict[str, Any]) -> Scores:
+        """The scores of such parts; ValueError, KeyError, TypeError or AttributeError if they are others."""
+        certificate = unpacked(card["certificate"], arrays, "certificate")
+        told = {name: card[name] for name in ("counterfactual", "measure", "n")}
+        if "axes" in card:  # older files have none, and no names
+            told["axes"] = tuple(as_told(name) for name in card["axes"])
+        names = {name: _names(arrays.pop(name)) for name in _NAMES if name in arrays}
+        return cls(certificate=certificate, **told, **arrays, **names)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         queries, columns = self.values.shape

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -119,8 +119,12 @@ class System:
     @cached_property
     def operator(self) -> Operator:
         """The curvature, bound to the objective and the data."""
-        with undisturbed():
-            return self.curvature.bind(self.sweep)
+        return self._bound(self.sweep)
+
+    def prepare_in(self, store: Store) -> None:
+        """Make the curvature, if that is still to do, by way of a store: its sums go on from those that are kept."""
+        if "operator" not in self.__dict__:
+            self.__dict__["operator"] = self._bound(replace(self.sweep, store=store))
 
     @cached_property
     def damping(self) -> float:
@@ -283,6 +287,10 @@ class System:
         return np.ones(len(examples)) if examples.y is None else self.encoder.class_weights(as_tensor(examples.y))
 
     # ---- inner steps -------------------------------------------------------------------------------------------------
+
+    def _bound(self, sweep: Sweep) -> Operator:
+        with undisturbed():
+            return self.curvature.bind(sweep)
 
     def _look_at_the_minimum(self) -> None:
         """A TheoryWarning when a network's Hessian is used further from a minimum than one row's effect."""

@@ -7,6 +7,7 @@ size changes a result by rounding at most.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +22,12 @@ from upweight.errors import InvalidInput, UpweightError, checked_count, first_li
 from upweight.model.objective import Objective
 from upweight.model.transforms import refuse_inference_mode, undisturbed
 from upweight.runs.progress import bar
+from upweight.runs.stopping import asked, stop_here
 from upweight.runs.store import Store
 
 CHUNK = 1024
 MEMORY = 2**30
+KEPT_EVERY = 30.0  # seconds between two states of a sum
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Sweep:
         progress: True and False force the progress bar on and off; None shows it on a terminal only.
         example_bytes: memory that one example needs, per vector and once more; see `defaults.example_bytes`.
         memory: bytes that one batch may take.
+        store: where sums that have a name are kept as far as they have come, and taken up again; None keeps nothing.
 
     Raises:
         InvalidInput: if batch_size is not a positive whole number.
@@ -49,6 +53,7 @@ class Sweep:
     progress: bool | None = None
     example_bytes: int = 8192
     memory: int = MEMORY
+    store: Store | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size is not None:
@@ -56,7 +61,7 @@ class Sweep:
 
     def over(self, objective: Objective, examples: Examples) -> Sweep:
         """The same way of walking, over other examples."""
-        return replace(self, objective=objective, examples=examples)
+        return replace(self, objective=objective, examples=examples, store=None)
 
     @property
     def n(self) -> int:
@@ -65,12 +70,14 @@ class Sweep:
 
     def fold(
         self,
-        function: Callable[[Any, Tensor], Tensor],
+        function: Callable[..., Tensor],
         *,
         vectors: int = 1,
         rows: NDArray[np.int64] | None = None,
         label: str = "fold",
         chunk: int = CHUNK,
+        numbered: bool = False,
+        kept: str | None = None,
     ) -> Tensor:
         """The sum of function(batch, weights) over all batches, float64.
 
@@ -80,14 +87,23 @@ class Sweep:
             rows: the rows to visit; None means all.
             label: what the progress bar says.
             chunk: rows summed before the sum is added to the total; narrow rows can do with longer chunks.
+            numbered: whether the function is given the numbers of the batch's rows too.
+            kept: the sum's name in the store, if there is one: for sums that depend on nothing but the work itself.
         """
-        total: Tensor | None = None
-        for _, place in self._chunks(rows, label, chunk):
+        keeping = None if self.store is None or kept is None else _Keeping(self.store, kept)
+        total, begun = (None, 0) if keeping is None else keeping.before()
+        each = function if numbered else lambda batch, weights, _: function(batch, weights)
+        last = -(-(self.n if rows is None else len(rows)) // chunk) - 1
+        for number, place in self._chunks(rows, label, chunk):
+            if number < begun:
+                continue
             inside: Tensor | None = None
-            for _, values in self._batches(function, place, vectors, label):
+            for _, values in self._batches(each, place, vectors, label):
                 inside = values.double().cpu() if inside is None else inside.add_(values.cpu())
             assert inside is not None  # a chunk has at least one row
             total = inside if total is None else total.add_(inside)
+            if keeping is not None:
+                keeping.after(total, number + 1, last + 1)
         assert total is not None  # there is at least one row
         if not torch.isfinite(total).all():
             raise _not_finite(label, "a sum over the rows is")
@@ -117,7 +133,7 @@ class Sweep:
                 values = store.read(number)
             else:
                 parts = []
-                for numbers, batch in self._batches(function, chunk, vectors, label):
+                for numbers, batch in self._batches(lambda b, w, _: function(b, w), chunk, vectors, label):
                     parts.append(batch.double().cpu().numpy())
                     bad = np.flatnonzero(~np.isfinite(parts[-1]).reshape(len(batch), -1).all(1))
                     if bad.size:
@@ -125,6 +141,7 @@ class Sweep:
                 values = np.concatenate(parts)
                 if store is not None:
                     store.write(number, values)
+                    stop_here(f"chunk {number + 1} of {-(-(self.n if rows is None else len(rows)) // CHUNK)}")
             if outputs is None:
                 outputs = np.empty((self.n if rows is None else len(rows), *values.shape[1:]))
             outputs[number * CHUNK : number * CHUNK + len(values)] = values
@@ -142,7 +159,7 @@ class Sweep:
                 done(stop - start)
 
     def _batches(
-        self, function: Callable[[Any, Tensor], Tensor], chunk: slice | NDArray[np.int64], vectors: int, label: str
+        self, function: Callable[..., Tensor], chunk: slice | NDArray[np.int64], vectors: int, label: str
     ) -> Iterator[tuple[range | NDArray[np.int64], Tensor]]:
         """Row numbers and results, in batches that fit; one that does not is tried again at half the size."""
         numbers = range(chunk.start, chunk.stop) if isinstance(chunk, slice) else chunk
@@ -153,7 +170,8 @@ class Sweep:
             rows = slice(inside.start, inside.stop) if isinstance(inside, range) else inside
             try:
                 with undisturbed():
-                    values = function(self.examples.batch(rows), torch.from_numpy(self.examples.weights[rows]))
+                    weights = torch.from_numpy(self.examples.weights[rows])
+                    values = function(self.examples.batch(rows), weights, inside)
             except UpweightError:
                 raise
             except (MemoryError, RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
@@ -172,6 +190,26 @@ class Sweep:
                 raise InvalidInput(message) from error
             yield inside, values
             start += len(inside)
+
+
+class _Keeping:
+    """A sum in a store: every half a minute as far as it has come, and when it is whole."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
+        self._since = time.monotonic()
+
+    def before(self) -> tuple[Tensor | None, int]:
+        """What was kept, and how many chunks are in it."""
+        kept, chunks = self._store.sum(self._name)
+        return None if kept is None else torch.from_numpy(kept), chunks
+
+    def after(self, total: Tensor, chunks: int, of: int) -> None:
+        """Keep the sum of the first chunks, if it is time or all are in; and stop if that was asked for."""
+        if chunks == of or asked() or time.monotonic() - self._since >= KEPT_EVERY:
+            self._store.keep_sum(self._name, total.numpy(), chunks)
+            self._since = time.monotonic()
+            stop_here(f"chunk {chunks} of {of} of {self._name}")
 
 
 def _not_finite(label: str, what: str) -> InvalidInput:

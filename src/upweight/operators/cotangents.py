@@ -11,13 +11,14 @@ Which of them holds is not taken from the criterion's name: it is checked on eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.trees import tree_map
@@ -29,6 +30,8 @@ FORMED = 32  # outputs up to which H is formed and factorised, example by exampl
 MOST = 1000  # outputs up to which a K × K matrix, or K cotangents, are affordable for every example
 _NOISE = {torch.float64: 1e-8}  # of products with H, relative to the largest; 1e-3 in lower precision
 
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ over the golden ratio: the step of splitmix64
+
 Root = Callable[[Tensor], Tensor]  # maps (m, b, K) to L times each row
 Cotangents = Callable[[Tensor], Tensor]  # from the outputs (b, …) of a batch to u, (m, b, K)
 
@@ -36,18 +39,13 @@ Cotangents = Callable[[Tensor], Tensor]  # from the outputs (b, …) of a batch 
 class Observed:
     """No cotangents: the gradients of the losses themselves."""
 
-    def at(self, objective: Objective, batch: Any) -> None:  # noqa: ARG002
+    def at(self, objective: Objective, batch: Any, numbers: Sequence[int]) -> None:  # noqa: ARG002
         """None, which `layers.capture` reads as the loss."""
         return
 
     def count(self, objective: Objective, batch: Any) -> int:  # noqa: ARG002
         """1 gradient per example."""
         return 1
-
-    @contextmanager
-    def undone_on_failure(self) -> Iterator[None]:
-        """Nothing is drawn."""
-        yield
 
 
 class Exact:
@@ -57,12 +55,7 @@ class Exact:
         """K cotangents per example."""
         return count(objective, batch)
 
-    @contextmanager
-    def undone_on_failure(self) -> Iterator[None]:
-        """Nothing is drawn."""
-        yield
-
-    def at(self, objective: Objective, batch: Any) -> Cotangents:
+    def at(self, objective: Objective, batch: Any, numbers: Sequence[int]) -> Cotangents:  # noqa: ARG002
         """The cotangents of a batch, as a function of its outputs."""
         return partial(self.of, objective, batch)
 
@@ -88,21 +81,28 @@ class Exact:
 
 
 class Signs:
-    """L ε with seeded random signs ε, `samples` times and divided by √samples.
+    """L ε with random signs ε, `samples` times and divided by √samples.
 
-    The numbers of an example depend on how many examples came before it, not on how they were batched; where rows are
-    padded, on the length of their batch, too.
+    The signs of a row depend on the seed, the stream and the row's number alone: not on the batch it came in, nor on
+    what was computed before it, so that rows can be visited in any order and by any process.
+
+    Args:
+        samples: cotangents per example.
+        seed: of the draws.
+        stream: others of the same seed.
     """
 
-    def __init__(self, samples: int, seed: int) -> None:
+    def __init__(self, samples: int, seed: int, stream: int = 0) -> None:
         self.samples = samples
-        self._generator = torch.Generator().manual_seed(seed)
+        self._start = _mixed(_mixed(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(stream))[0]
 
-    def at(self, objective: Objective, batch: Any) -> Cotangents:
-        """The cotangents of a batch, as a function of its outputs."""
-        return partial(self.of, objective, batch)
+    def at(self, objective: Objective, batch: Any, numbers: Sequence[int]) -> Cotangents:
+        """The cotangents of a batch of rows with these numbers, as a function of its outputs."""
+        return partial(self.of, objective, batch, numbers)
 
-    def of(self, objective: Objective, batch: Any, f: Float[Tensor, "b ..."]) -> Float[Tensor, "m b K"]:
+    def of(
+        self, objective: Objective, batch: Any, numbers: Sequence[int], f: Float[Tensor, "b ..."]
+    ) -> Float[Tensor, "m b K"]:
         """The cotangents of a batch whose outputs are f.
 
         Raises:
@@ -111,27 +111,22 @@ class Signs:
         K = f[0].numel()
         if K <= FORMED:
             L = _formed(objective, batch, f)
-            return torch.einsum("bij,mbj->mbi", L, self._draw(L, K)) / self.samples**0.5
-        signs = self._draw(f, K)
+            return torch.einsum("bij,mbj->mbi", L, self._signs(numbers, K, L)) / self.samples**0.5
+        signs = self._signs(numbers, K, f)
         return _root(objective, batch, f)(signs if self.samples == 1 else signs / self.samples**0.5)
 
     def count(self, objective: Objective, batch: Any) -> int:  # noqa: ARG002
         """`samples` cotangents per example."""
         return self.samples
 
-    @contextmanager
-    def undone_on_failure(self) -> Iterator[None]:
-        """Inside, what was drawn will be drawn again if an error ends it."""
-        before = self._generator.get_state()
-        try:
-            yield
-        except BaseException:
-            self._generator.set_state(before)
-            raise
-
-    def _draw(self, like: Tensor, K: int) -> Float[Tensor, "m b K"]:
-        signs = torch.randint(0, 2, (len(like), self.samples, K), generator=self._generator, dtype=torch.int8)
-        return signs.transpose(0, 1).to(like).mul_(2).sub_(1)
+    def _signs(self, numbers: Sequence[int], K: int, like: Tensor) -> Float[Tensor, "m b K"]:
+        """The signs of these rows: the bits of one sequence per row and sample, as long as is asked for."""
+        rows = np.asarray(numbers, dtype=np.uint64) * np.uint64(self.samples)
+        rows = rows + np.arange(self.samples, dtype=np.uint64)[:, None]
+        words = np.arange(1, -(-K // 64) + 1, dtype=np.uint64) * _GOLDEN
+        drawn = _mixed(_mixed(rows + self._start)[..., None] + words)
+        bits = np.unpackbits(drawn.astype("<u8").view(np.uint8), axis=-1, count=K, bitorder="little")
+        return torch.from_numpy(bits).to(like).mul_(2).sub_(1)
 
 
 def outputs(objective: Objective, batch: Any) -> Float[Tensor, "b ..."]:
@@ -232,3 +227,10 @@ def _softmax_root(f: Tensor, axis: int, z: Float[Tensor, " K"], Hz: Float[Tensor
         return e.sub_(pi * e.sum(-1, keepdim=True)).mul_(scale).movedim(-1, E.ndim - 1 + axis).reshape(E.shape)
 
     return root
+
+
+def _mixed(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Well-mixed bits of 64-bit numbers that may be in order: the end of splitmix64 (Steele, Lea and Flood 2014)."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -76,11 +76,11 @@ class _Factors:
         """The same work with outputs in which the loss bends, if their second derivative is what is taken."""
         return sweep if isinstance(self.of, EmpiricalFisher) else cut(sweep)
 
-    def source(self) -> Source:
-        """Whose second moment in the outputs is taken."""
+    def source(self, stream: int = 0) -> Source:
+        """Whose second moment in the outputs is taken; every stream draws others."""
         if isinstance(self.of, EmpiricalFisher):
             return Observed()
-        return Exact() if self.samples is None else Signs(self.samples, self.seed)
+        return Exact() if self.samples is None else Signs(self.samples, self.seed, stream)
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,7 @@ class EKFAC(_Factors):
             UnsupportedModel: if the objective does not know its outputs, has too many for an exact expectation, or is
                 not convex in them; or its penalty is not separable.
         """
-        source = self.source()
-        return _corrected(_factored(self.cut(sweep), source), source)
+        return _corrected(_factored(self.cut(sweep), self.source()), self.source(stream=1))
 
 
 class Kronecker:
@@ -350,10 +349,9 @@ def _swept(
     """For every layer the sums over all rows of what it reads from the pieces of a batch, in one sweep."""
     shapes: list[list[torch.Size]] = []
 
-    def total(batch: Any, weights: Tensor) -> Tensor:
-        with source.undone_on_failure():  # a batch that does not fit is tried again in halves
-            pieces = uses.pieces(sweep.objective, batch, source.at(sweep.objective, batch))
-            found = [(name, read(pieces, weights.to(_reference(pieces)))) for name, read in reading(pieces)]
+    def total(batch: Any, weights: Tensor, numbers: Sequence[int]) -> Tensor:
+        pieces = uses.pieces(sweep.objective, batch, source.at(sweep.objective, batch, numbers))
+        found = [(name, read(pieces, weights.to(_reference(pieces)))) for name, read in reading(pieces)]
         shapes[:] = [[part.shape for part in parts] for _, parts in found]
         flat = torch.cat([part.flatten() for _, parts in found for part in parts])
         if not bool(torch.isfinite(flat).all()):
@@ -363,7 +361,9 @@ def _swept(
     probe = sweep.examples.batch([0])
     bytes_each = 8 * sweep.objective.size if uses.plan is None else uses.plan.bytes
     vectors = source.count(sweep.objective, probe) * max(1, math.ceil(2 * bytes_each / sweep.example_bytes))
-    flat = sweep.fold(total, vectors=vectors, label=label)
+    flat = sweep.fold(total, vectors=vectors, label=label, numbered=True, kept=label.replace(" ", "-"))
+    if not shapes:  # the whole sum was kept
+        total(sweep.examples.batch([0]), torch.ones(1), [0])
     parts = iter(flat.split([shape.numel() for own in shapes for shape in own]))
     return [[next(parts).reshape(shape) for shape in own] for own in shapes]
 

@@ -1,59 +1,76 @@
-"""A folder of finished chunks and a manifest; also the one door to the safetensors format.
+"""A folder of finished chunks and a manifest, that one process at a time writes.
 
     run/
-    ├── manifest.json            what the work is: format, fingerprint, rows per chunk, number of rows
-    ├── state.safetensors        where the iteration that solves the systems has come to
-    ├── solutions.safetensors    what the chunks were computed with; compared, and used again, by the next run
+    ├── manifest.json             what the work is: format and fingerprint
+    ├── events.jsonl              what happened when: opened, chunk, kept, stopped, finished
+    ├── state.safetensors         where the iteration that solves the systems has come to
+    ├── sum-….safetensors         a sum over all rows, whole or as far as it has come
+    ├── solutions.safetensors     what the chunks were computed with; compared, and used again, by the next run
     ├── chunk-000000.safetensors  a chunk file that exists is complete
-    └── chunk-000001.safetensors
+    ├── chunk-000001.safetensors
+    └── scores.safetensors        written last: what belongs to the scores beside the chunks
 
-Every file is written under a temporary name, flushed to the disk, and renamed; a crash at any moment leaves only whole
-chunks. Opening a folder with another fingerprint is an error that lists the differences, never a silent reuse.
-Nothing in a folder is ever executed: there are no pickles.
+Every file exists whole or not at all (`runs.files`); a crash at any moment leaves only whole chunks. Opening a folder
+with another fingerprint is an error that lists the differences, never a silent reuse. Nothing in a folder is ever
+executed: there are no pickles.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import platform
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
-import safetensors
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from safetensors.numpy import load as load_tensors, save as save_tensors
 
-from upweight.errors import InvalidInput, PathNotFound, StoreMismatch
+from upweight.errors import Damaged, InvalidInput, StorageFailed, StoreMismatch, first_line
+from upweight.runs.files import TEMPORARY, read_tensors, write_file, write_tensors
+from upweight.runs.stopping import Stopped, finishing
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-STATE = "state.safetensors"
-SOLUTIONS, SETTLED = "solutions", "settled"
+FORMAT = 2
+MANIFEST, EVENTS, LOCK, SUFFIX = "manifest.json", "events.jsonl", ".lock", ".safetensors"
+STATE, SOLUTIONS, SETTLED, SCORES = "state", "solutions", "settled", "scores"
+WORK, NAME = "work", "name"  # of a file: what ties it to its folder
 
 
 class Store:
     """Chunks of one piece of work, kept in a folder so that the work can be interrupted and resumed.
 
+    Inside `with store:` no other process can write there, a signal waits for the chunk at hand (`runs.stopping`), and
+    events are noted.
+
     Args:
         path: the folder; created if it does not exist.
         fingerprint: what the work is; every value must survive JSON.
+        part: the name of a part of the work that other processes do other parts of, in the same folder.
 
     Raises:
         StoreMismatch: if the folder holds other work.
         InvalidInput: if the folder is not empty and holds no store.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | os.PathLike[str], fingerprint: Mapping[str, Any], *, part: str = "") -> None:
         self.path = _folder(path)
+        self.part = part
+        self._inside: ExitStack | None = None
+        self._since = time.monotonic()
         manifest = {"format": FORMAT, "fingerprint": json.loads(json.dumps(dict(fingerprint)))}
         file = self.path / MANIFEST
         if file.exists():
             _compare(_manifest(file), manifest, self.path)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            strangers = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".tmp-"))
+            strangers = sorted(name for name in os.listdir(self.path) if not name.startswith((TEMPORARY, LOCK)))
             if strangers:
                 message = (
                     f"{self.path} is not empty ({strangers[0]}, …) and is no upweight store. Name an empty or a new "
@@ -61,35 +78,131 @@ class Store:
                 )
                 raise InvalidInput(message)
             write_file(file, json.dumps(manifest, indent=1, sort_keys=True).encode())
+        self.work = work_of(manifest)
+
+    # ---- one writer --------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Store:
+        """Take the folder for this process.
+
+        Raises:
+            StorageFailed: if another process has it.
+        """
+        with ExitStack() as stack:
+            lock = FileLock(self.path / f"{LOCK}{self.part}", timeout=0)
+            try:
+                stack.enter_context(lock)
+            except Timeout as error:
+                message = (
+                    f"{self.path} is being written by another process{_writer(self.path)}. Wait until it has ended, "
+                    "or name another folder."
+                )
+                raise StorageFailed(message) from error
+            stack.enter_context(finishing())
+            if not self.part:
+                for leftover in self.path.glob(f"{TEMPORARY}*"):  # of a process that died
+                    leftover.unlink(missing_ok=True)
+            self._inside = stack.pop_all()
+        self._since = time.monotonic()
+        self.note("opened", pid=os.getpid(), host=platform.node(), part=self.part)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.note("finished")
+        else:
+            self.note("stopped" if isinstance(error, Stopped) else "failed", why=first_line(error))
+        if self._inside is not None:
+            self._inside.close()
+
+    def note(self, event: str, **told: Any) -> None:
+        """One more line of events.jsonl: when, how long after the folder was opened, what happened, what is told."""
+        when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = {"time": when, "seconds": round(time.monotonic() - self._since, 3), "event": event, **told}
+        with (self.path / EVENTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    # ---- chunks ------------------------------------------------------------------------------------------------------
 
     def __contains__(self, chunk: int) -> bool:
-        return self._file(chunk).exists()
+        return self.has(chunk_name(chunk))
 
     def write(self, chunk: int, values: NDArray[np.float64]) -> None:
         """Keep a finished chunk."""
-        write_tensors(self._file(chunk), {"values": values})
+        self.keep(chunk_name(chunk), {"values": values}, event="chunk", number=chunk)
 
     def read(self, chunk: int) -> NDArray[np.float64]:
         """A chunk that was kept."""
-        return read_tensors(self._file(chunk))[0]["values"]
+        return self.kept(chunk_name(chunk))[0]["values"]
+
+    # ---- any part ----------------------------------------------------------------------------------------------------
+
+    def keep(
+        self,
+        name: str,
+        arrays: Mapping[str, NDArray[Any]],
+        card: Mapping[str, Any] | None = None,
+        *,
+        event: str = "kept",
+        **told: Any,
+    ) -> None:
+        """Keep arrays, and what is told of them, under a name of this work."""
+        write_tensors(self._named(name), arrays, {**(card or {}), WORK: self.work, NAME: name})
+        self.note(event, **(told or {"name": name}))
+
+    def kept(self, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Arrays that were kept under a name, and what was told of them.
+
+        Raises:
+            Damaged: if they are not what was written, or were written under another name or for other work.
+        """
+        return read_part(self._named(name), self.work)
+
+    def has(self, name: str) -> bool:
+        """Whether something was kept under a name."""
+        return self._named(name).exists()
+
+    # ---- what the chunks are made from -------------------------------------------------------------------------------
 
     @property
     def state(self) -> dict[str, NDArray[np.float64]] | None:
         """Where an iteration had come to: its solutions, or what it kept last; None if it kept nothing."""
-        done, file = self.path / f"{SOLUTIONS}.safetensors", self.path / STATE
-        kept = read_tensors(file)[0] if file.exists() else None
-        return {**(kept or {}), "x": read_tensors(done)[0][SOLUTIONS]} if done.exists() else kept
+        kept = self.kept(STATE)[0] if self.has(STATE) else None
+        return {**(kept or {}), "x": self.kept(SOLUTIONS)[0][SOLUTIONS]} if self.has(SOLUTIONS) else kept
 
     def keep_state(self, state: Mapping[str, NDArray[np.float64]]) -> None:
         """Keep where an iteration has come to, in place of what was kept before."""
-        write_tensors(self.path / STATE, state)
+        self.keep(STATE, state)
 
     def end_state(self, settled: NDArray[np.float64] | None) -> None:
         """The iteration has ended, and its solutions are kept; of its state only how far their values had settled."""
         if settled is None:
-            (self.path / STATE).unlink(missing_ok=True)
+            self._named(STATE).unlink(missing_ok=True)
         else:
             self.keep_state({SETTLED: settled})
+
+    def sum(self, name: str) -> tuple[NDArray[np.float64] | None, int]:
+        """A sum over the rows as far as it has come, and how many of its chunks are in it."""
+        if not self.has(f"sum-{name}"):
+            return None, 0
+        arrays, card = self.kept(f"sum-{name}")
+        return arrays["total"], int(card["chunks"])
+
+    def keep_sum(self, name: str, total: NDArray[np.float64], chunks: int) -> None:
+        """Keep a sum over the rows of so many chunks, in place of what was kept before."""
+        self.keep(f"sum-{name}", {"total": total}, {"chunks": chunks}, name=f"sum-{name}", chunks=chunks)
+
+    def once(
+        self, name: str, compute: Callable[[], Mapping[str, NDArray[Any]]], card: Mapping[str, Any] | None = None
+    ) -> Mapping[str, NDArray[Any]]:
+        """What was kept under `name`, or what `compute` gives, kept now with what is told of it."""
+        if self.has(name):
+            return self.kept(name)[0]
+        arrays = compute()
+        self.keep(name, arrays, card)
+        return arrays
 
     def agree(self, name: str, array: NDArray[np.float64], rtol: float) -> NDArray[np.float64]:
         """What was kept under `name`, or `array`, kept now: what the chunks depend on but a hash cannot compare.
@@ -97,11 +210,10 @@ class Store:
         Raises:
             StoreMismatch: if what was kept differs from `array` by more than rounding.
         """
-        file = self.path / f"{name}.safetensors"
-        if not file.exists():
-            write_tensors(file, {name: array})
+        if not self.has(name):
+            self.keep(name, {name: array})
             return array
-        kept = read_tensors(file)[0][name]
+        kept = self.kept(name)[0][name]
         if kept.shape == array.shape:
             gap = float(np.linalg.norm(kept - array)) / max(float(np.linalg.norm(array)), 1e-300)
             if gap <= rtol:
@@ -115,59 +227,45 @@ class Store:
         )
         raise StoreMismatch(message)
 
-    def _file(self, chunk: int) -> Path:
-        return self.path / f"chunk-{chunk:06d}.safetensors"
+    def _named(self, name: str) -> Path:
+        return self.path / f"{name}{SUFFIX}"
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it exists either whole or not at all.
-
-    Raises:
-        PathNotFound: if the folder does not exist.
-        InvalidInput: if the path is a folder, or may not be written.
-    """
-    if not path.parent.is_dir():
-        message = f"There is no folder {path.parent} to write {path.name} into. Create it first."
-        raise PathNotFound(message)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        temporary.unlink(missing_ok=True)
-        message = f"{path} cannot be written ({error.strerror}). Name a file, in a folder that you may write to."
-        raise InvalidInput(message) from error
+def chunk_name(chunk: int) -> str:
+    """What a chunk is called: in the order of their numbers also as texts."""
+    return f"chunk-{chunk:06d}"
 
 
-def write_tensors(
-    path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Arrays and text in one safetensors file, written atomically."""
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_file(Path(path), save_tensors(whole, metadata=dict(metadata) if metadata else None))
+def work_of(manifest: Mapping[str, Any]) -> str:
+    """The work of a folder, in a few letters that stand in every file of it."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """The arrays and the text of a safetensors file.
+def read_part(file: Path, work: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """The arrays of a file of a store, and what is told of them, if it is whole and lies where it was written.
 
     Raises:
-        PathNotFound: if there is no such file.
-        InvalidInput: if the file is no safetensors file.
+        Damaged: if it is not.
     """
-    file = Path(path)
-    if not file.is_file():
-        message = f"There is no file at {file}. Scores are written by scores.save(path)."
-        raise PathNotFound(message)
-    try:
-        with safetensors.safe_open(str(file), framework="numpy") as opened:
-            metadata = opened.metadata() or {}
-        return load_tensors(file.read_bytes()), metadata
-    except safetensors.SafetensorError as error:
-        message = f"{file} is not a safetensors file, or is damaged ({error}). Delete it, and compute it again."
-        raise InvalidInput(message) from error
+    arrays, card = read_tensors(file)
+    there = card.pop(WORK, None), card.pop(NAME, None)
+    name = file.name.removesuffix(SUFFIX)
+    if there != (work, name):
+        message = (
+            f"{file} was written as {there[1]} of work {there[0]}, and stands as {name} of work {work}: it was copied "
+            "or renamed. Delete it, and compute it again."
+        )
+        raise Damaged(message)
+    return arrays, card
+
+
+def _writer(folder: Path) -> str:
+    """Who opened a folder last, as far as that can be read."""
+    with suppress(OSError, ValueError, KeyError, IndexError):
+        lines = (folder / EVENTS).read_text(encoding="utf-8").splitlines()
+        opened = [told for told in map(json.loads, lines) if told["event"] == "opened"][-1]
+        return f" (number {opened['pid']} on {opened['host']}, since {opened['time']})"
+    return ""
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:

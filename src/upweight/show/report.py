@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from upweight.errors import require
 from upweight.evaluation.leave_one_out import Outcomes
 from upweight.influence.scores import Scores
-from upweight.runs.store import write_file
+from upweight.runs.files import write_file
 from upweight.show import plots
 
 _STYLE = """

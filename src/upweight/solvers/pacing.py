@@ -19,10 +19,12 @@ from torch import Tensor
 from upweight.errors import UnsupportedModel
 from upweight.model import per_row
 from upweight.operators.base import Operator
+from upweight.runs.stopping import asked, stop_here
 
 Keep = Callable[[Mapping[str, Tensor]], None]
 STEPS = 8  # between two looks at the values
 SECONDS = 30.0  # between two states that are kept
+_PATIENCE = 5.0  # seconds that a signal waits
 _WITNESSES = 64  # rows whose values are followed
 _SLOWEST = 0.95
 
@@ -55,15 +57,20 @@ class Pace:
             return min(most, STEPS)
         if self.keep is None:
             return most
-        return min(most, STEPS if self._each is None else max(STEPS, int(SECONDS / max(self._each, 1e-9))))
+        return min(most, STEPS if self._each is None else max(1, int(_PATIENCE / max(self._each, 1e-9))))
 
     def look(self, X: Float[Tensor, "k p"], P: Float[Tensor, "k p"], steps: int) -> bool:
-        """Keeps the state if it is time; whether the values have settled."""
+        """Keeps the state if it is time; whether the values have settled.
+
+        Raises:
+            Stopped: if a signal has asked for it, once the state is kept.
+        """
         now = time.monotonic()
         self._each = (now - self._start) / max(1, steps)
-        if self.keep is not None and now - self._kept >= SECONDS:
+        if self.keep is not None and (asked() or now - self._kept >= SECONDS):
             self.keep({"x": X, "p": P})
             self._kept = now
+            stop_here("some steps of the solver")
         if self.rows is None:
             return False
         values = X @ self.rows.T

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from upweight.influence.face import Influence
 ROOT = Path(__file__).parents[3]
 ENTRY = "import signal; signal.signal(2, signal.default_int_handler); from upweight.cli import main; main()"
 SOURCE = """
+import os
+import signal
 import sys
 import time
 
@@ -92,6 +95,19 @@ def trained():
     return uw.Study(ridge(), (XQ, ZQ), retrain=retrain)
 
 
+def terminated():
+    def loss(params, example):
+        if ready and not os.path.exists("run/chunk-000000.safetensors"):
+            ready.clear()
+            signal.raise_signal(signal.SIGTERM)
+        return (example[0] @ params - example[1]) ** 2
+
+    ready = []
+    influence = uw.Influence(uw.Objective(loss, torch.zeros(3).double()), (X, Z), damping=0.1)
+    ready.append(True)
+    return uw.Study(influence, (XQ, ZQ))
+
+
 def lossy():
     def loss(params, example):
         if ready:
@@ -143,6 +159,7 @@ PROVOKED = {
     5: ["check", "cli_studies.py:own"],
     130: ["check", "cli_studies.py:interrupted"],
     141: ["--help"],
+    143: ["score", "cli_studies.py:terminated", "--out", "scores", "--store", "run"],
 }
 
 
@@ -280,6 +297,19 @@ def test_debug_shows_where_a_refusal_comes_from(upweight):
     assert code == 3
     assert err.startswith("Traceback (most recent call last)")
     assert InvalidInput.__name__ in err.splitlines()[-1]
+
+
+def test_a_command_that_is_ended_says_how_to_go_on(upweight):
+    code, out, err = upweight(*PROVOKED[143])
+    first, stopped, line = seen(err)
+    assert (code, out) == (143, "")
+    assert first == "SIGTERM: what is at hand is finished first; once more stops at once."
+    assert stopped == "Stopped by SIGTERM after chunk 1 of 1. The same call goes on from there."
+    words = shlex.split(line.removeprefix("Go on: "))
+    assert words[0] == "upweight"
+    code, out, _ = upweight(*words[1:])
+    assert code == 0
+    assert "Saved to" in out
 
 
 def test_interrupted_is_a_line(upweight):

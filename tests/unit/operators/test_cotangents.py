@@ -68,7 +68,7 @@ def test_cotangents_have_the_second_derivative_as_their_second_moment(name, monk
     f = outputs(objective, batch)
     u = Exact().of(objective, batch, f)
     assert float((torch.einsum("mbi,mbj->bij", u, u) - H).abs().max()) <= EXACT * float(H.abs().max())
-    drawn = [Signs(8, seed).of(objective, batch, f) for seed in range(20)]
+    drawn = [Signs(8, seed).of(objective, batch, range(len(f)), f) for seed in range(20)]
     moments = [torch.einsum("mbi,mbj->bij", v, v) for v in drawn]
     probe = draw(len(H[0]), 5, seed=2)
     scores = z_scores(

@@ -10,18 +10,19 @@ import pytest
 
 from small import refuses
 from upweight.errors import StoreMismatch
-from upweight.runs.store import Store, read_tensors, write_file, write_tensors
+from upweight.runs.files import read_tensors, write_file, write_tensors
+from upweight.runs.store import Store
 
 WORK = {"theta": "abc", "n": 40, "damping": 0.1, "solver": "Cholesky()"}
 
 
 def names(folder):
-    return sorted(entry.name for entry in folder.iterdir())
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in {"events.jsonl", ".lock"})
 
 
 def test_a_folder_is_made_with_its_parents_and_holds_what_the_work_is(tmp_path):
     Store(tmp_path / "a" / "b", WORK)
-    assert json.loads((tmp_path / "a" / "b" / "manifest.json").read_text()) == {"format": 1, "fingerprint": WORK}
+    assert json.loads((tmp_path / "a" / "b" / "manifest.json").read_text()) == {"format": 2, "fingerprint": WORK}
 
 
 def test_chunks_come_back_as_they_were(tmp_path):
@@ -45,7 +46,7 @@ def test_a_crash_at_any_moment_leaves_no_part_of_a_file(tmp_path, monkeypatch, m
         raise KeyboardInterrupt
 
     if moment == "write":
-        monkeypatch.setattr("upweight.runs.store.save_tensors", crash)
+        monkeypatch.setattr("upweight.runs.files.save_tensors", crash)
     elif moment == "fsync":
         monkeypatch.setattr(os, "fsync", crash)
     else:
@@ -97,7 +98,7 @@ def test_missing_and_new_keys_are_differences(tmp_path):
 def test_a_folder_of_another_format_is_refused(tmp_path):
     Store(tmp_path, WORK)
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 99, "fingerprint": WORK}))
-    refuses(lambda: Store(tmp_path, WORK), ValueError, "format: 99 there, 1 now")
+    refuses(lambda: Store(tmp_path, WORK), ValueError, "format: 99 there, 2 now")
 
 
 def test_agree_keeps_the_first_and_hands_it_back(tmp_path):

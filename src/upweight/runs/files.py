@@ -1,0 +1,178 @@
+"""Files that exist whole or not at all, and say themselves whether they are what was written; the one door to the
+safetensors format.
+
+A file is written under a temporary name, flushed to the disk and renamed, and the folder is flushed. Numbers lie in
+safetensors files, whose metadata hold one JSON text under `upweight`: what is told of the numbers, and the sha256 of
+both. One key, because the format leaves the order of several open, and then equal files have different bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_tensors, save as save_tensors
+
+from upweight.errors import Damaged, InvalidInput, PathNotFound, StorageFailed
+
+CARD, DIGEST = "upweight", "sha256"
+TEMPORARY = ".tmp-"
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that it exists either whole or not at all, also after a loss of power.
+
+    Raises:
+        PathNotFound: if the folder does not exist.
+        InvalidInput: if the path is a folder, or may not be written.
+        StorageFailed: if the disk is full.
+    """
+    if not path.parent.is_dir():
+        message = f"There is no folder {path.parent} to write {path.name} into. Create it first."
+        raise PathNotFound(message)
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _said(path, error, len(content)) from error
+
+
+def write_tensors(
+    path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], card: Mapping[str, Any] | None = None
+) -> None:
+    """Arrays, and what is told of them, in one safetensors file: written whole or not at all, with its sha256.
+
+    Args:
+        path: of the file.
+        arrays: by name.
+        card: what JSON can hold.
+
+    Raises:
+        PathNotFound, InvalidInput, StorageFailed: as for `write_file`.
+    """
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    told = json.loads(json.dumps(dict(card or {})))
+    text = json.dumps({**told, DIGEST: digest(whole, told)}, sort_keys=True)
+    write_file(Path(path), save_tensors(whole, metadata={CARD: text}))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """The arrays of a safetensors file, and what it tells of them, if they are what was written.
+
+    Files of version 0.1 carry no sha256, and are taken as they are.
+
+    Raises:
+        PathNotFound: if there is no such file.
+        Damaged: if the file is no safetensors file, or its content is not what was written.
+    """
+    file = Path(path)
+    if not file.is_file():
+        message = f"There is no file at {file}. Scores are written by scores.save(path)."
+        raise PathNotFound(message)
+    try:
+        content = file.read_bytes()
+        arrays = load_tensors(content)
+        told = _told(content)
+        wanted = told.pop(DIGEST, None)
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        message = f"{file} is not a safetensors file, or is damaged ({error}). Delete it, and compute it again."
+        raise Damaged(message) from error
+    if wanted is not None and wanted != digest(arrays, told):
+        message = (
+            f"{file} is damaged: its content is not what was written (sha256 {str(wanted)[:12]}…). Disks and copies "
+            "that stop half-way do that. Delete it, and compute it again."
+        )
+        raise Damaged(message)
+    return arrays, told
+
+
+def digest(arrays: Mapping[str, NDArray[Any]], card: Mapping[str, Any]) -> str:
+    """The sha256 of arrays and what is told of them: of a JSON text of both, and the arrays' bytes by their names."""
+    shapes = {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()}
+    text = json.dumps({"arrays": shapes, "card": card}, sort_keys=True)
+    found = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        found.update(memoryview(arrays[name]).cast("B") if arrays[name].size else b"")
+    return found.hexdigest()
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse to start what the disk has no room for.
+
+    Args:
+        folder: where it will be written; it need not exist.
+        needed: bytes.
+
+    Raises:
+        StorageFailed: if fewer are free.
+    """
+    place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        message = (
+            f"{folder} would take {in_bytes(needed)}, and its disk has {in_bytes(free)} left. Nothing was computed. "
+            "Name a folder on another disk, make room, or ask fewer queries at once."
+        )
+        raise StorageFailed(message)
+
+
+def in_bytes(count: float) -> str:
+    """640 B, 1.2 MB, 3 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _told(content: bytes) -> dict[str, Any]:
+    """The JSON text in the metadata of a safetensors file that was read already, {} if it holds none."""
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    return dict(json.loads(metadata[CARD])) if CARD in metadata else {}
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk, where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network disks have no such call, and order renames themselves
+        pass
+    finally:
+        os.close(handle)
+
+
+def _said(path: Path, error: OSError, size: int) -> Exception:
+    """What is said of a file that cannot be written."""
+    if error.errno in _FULL:
+        free = shutil.disk_usage(path.parent).free
+        return StorageFailed(
+            f"The disk is full: {path} takes {in_bytes(size)}, and {in_bytes(free)} are left. What was finished is "
+            "kept. Make room, and repeat the same call: it goes on from there."
+        )
+    if isinstance(error, IsADirectoryError | NotADirectoryError | PermissionError) or error.errno == errno.EROFS:
+        return InvalidInput(
+            f"{path} cannot be written ({error.strerror}). Name a file, in a folder that you may write to."
+        )
+    return error

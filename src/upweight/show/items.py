@@ -1,0 +1,208 @@
+"""A run folder is made: scores, and of rows and queries labels, predictions, losses and what they look like."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight.data.examples import Examples
+from upweight.errors import InvalidInput
+from upweight.influence import kept
+from upweight.influence.face import Influence
+from upweight.model import per_row
+from upweight.runs.identity import digest
+from upweight.runs.progress import bar
+from upweight.runs.stopping import stop_here
+from upweight.runs.store import Store
+from upweight.show.run import COLUMNS, ITEMS, NOTHING, PICTURE, QUERIES, TEXT, Card, Run
+from upweight.training.predictions import predict, query_labels, training_labels
+
+_WIDEST = 64  # columns that are told without being asked for
+_PIXELS = 96  # of a picture's side
+Cards = Callable[[int], Card]
+
+
+def write_run(
+    influence: Influence,
+    folder: str | os.PathLike[str],
+    Xq: Any,
+    yq: Any = None,
+    *,
+    card: Cards | None = None,
+    query_card: Cards | None = None,
+    self_influence: bool = True,
+) -> Run:
+    """The scores of some queries (`Influence.on_loss`), with what queries and rows are, in a folder.
+
+    The same call goes on where it was interrupted. Cost: on_loss, two forward passes, and of_self.
+
+    Args:
+        influence: whose scores they are.
+        folder: an empty or a new one, or that of the same call.
+        Xq: the queries' inputs.
+        yq: the queries' targets.
+        card: from the number of a training row to what it looks like: a text, a dict of columns, a picture as uint8
+            (H, W) or (H, W, 3), or None. Left out, rows of numbers are told by their columns, others not at all.
+        query_card: the same of the queries.
+        self_influence: whether the rows' removals are measured on their own losses too.
+
+    Raises:
+        StoreMismatch: if the folder holds other work.
+        StorageFailed: if its disk has no room, or another process writes there.
+        InvalidInput: if a card is something else.
+
+    >>> import tempfile
+    >>> import upweight as uw
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> X, y = [[0.0], [1.0], [2.0], [3.0]], ["no", "no", "yes", "yes"]
+    >>> influence = uw.explain(LogisticRegression().fit(X, y), X, y)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = uw.write_run(influence, folder, [[1.4]], ["yes"])
+    ...     run.rows.labels.tolist(), run.queries.predictions.tolist(), run.scores.values.shape
+    (['no', 'no', 'yes', 'yes'], ['no'], (1, 4))
+    """
+    queries = influence.queries((Xq, yq))
+    influence.on_loss(queries, store=folder)
+    _keep_items(influence, Path(folder), queries, card, query_card, self_influence)
+    return Run.open(folder)
+
+
+def _keep_items(
+    influence: Influence, folder: Path, queries: Examples, row: Cards | None, query: Cards | None, forms: bool
+) -> None:
+    """Keep what the training rows and the queries are, beside their scores; files that are there are left.
+
+    Raises:
+        InvalidInput: if a card is no text, dict or picture.
+    """
+    system = influence.system
+    n, total = system.n, -(-system.n // ITEMS)
+    with kept.folder(system, queries, system.objective.name, folder) as store, bar(total, "items", None) as done:
+        _keep(influence, store, QUERIES, queries, np.arange(len(queries)), query, None)
+        labels = training_labels(influence)
+        for number, start in enumerate(range(0, n, ITEMS)):
+            rows = np.arange(start, min(start + ITEMS, n))
+            _keep(influence, store, f"items-{number:06d}", system.examples, rows, row, labels, forms=forms)
+            stop_here(f"items {number + 1} of {total}")
+            done(1)
+
+
+def _keep(
+    influence: Influence,
+    store: Store,
+    name: str,
+    examples: Examples,
+    rows: NDArray[np.int64],
+    card: Cards | None,
+    labels: NDArray[Any] | None,
+    *,
+    forms: bool = False,
+) -> None:
+    """One file of items, unless it is there with the same cards."""
+    told = {"cards": "by default" if card is None else digest(card), "self_influence": forms}
+    if store.has(name) and store.kept(name)[1] == told:
+        return
+    some = examples.subset(rows)
+    sweep = influence.sweep.over(influence.objective, some)
+    labels = query_labels(influence, some) if labels is None else labels[rows]
+    labels = _targets(some) if labels is None else labels
+    arrays = {"losses": per_row.measures(sweep)}
+    for kind, values in (("labels", labels), ("predictions", _predicted(influence, some))):
+        if values is not None:
+            arrays[kind] = _plain(values)
+    if forms:
+        arrays["self_influence"] = influence.of_self(rows).values
+    made = [_default(influence, some, place) if card is None else card(int(rows[place])) for place in range(len(rows))]
+    store.keep(name, {**arrays, **_packed(made, rows)}, told)
+
+
+def _predicted(influence: Influence, examples: Examples) -> NDArray[Any] | None:
+    """The model's labels, or its output where that is one number."""
+    objective = influence.objective
+    if (objective.linear is None and objective.outputs is None) or examples.x is None:
+        return None
+    found = predict(influence, examples)
+    if found.labels is not None:
+        return found.labels
+    return found.outputs[:, 0] if found.outputs.ndim == 2 and found.outputs.shape[1] == 1 else None
+
+
+def _targets(examples: Examples) -> NDArray[np.float64] | None:
+    """Targets that are no classes, where each is one number."""
+    y = examples.targets()
+    return y.double().reshape(-1).cpu().numpy() if isinstance(y, Tensor) and y.numel() == len(examples) else None
+
+
+def _default(influence: Influence, examples: Examples, place: int) -> Card:
+    """What a row of few numbers, or a picture, looks like; None of anything else."""
+    x = examples.x
+    if not isinstance(x, Tensor | np.ndarray) or x.dtype in {np.dtype(object)}:
+        return None
+    one = np.asarray(x[place], dtype=np.float64)
+    if one.ndim == 1 and len(one) <= _WIDEST:
+        names = influence.encoder.feature_names or [str(column) for column in range(len(one))]
+        return dict(zip(names, one.tolist(), strict=False))
+    if one.ndim == 3 and one.shape[0] in {1, 3}:
+        span = float(one.max() - one.min()) or 1.0
+        grey = ((one - one.min()) * (255 / span)).astype(np.uint8).transpose(1, 2, 0)
+        return grey[..., 0] if grey.shape[2] == 1 else grey
+    return None
+
+
+def _plain(values: NDArray[Any]) -> NDArray[Any]:
+    """Numbers as they are; anything else as the bytes of a JSON text."""
+    if values.dtype.kind in "iuf":
+        return values
+    return np.frombuffer(
+        json.dumps([value if isinstance(value, str) else str(value) for value in values.tolist()]).encode(), np.uint8
+    )
+
+
+def _packed(cards: Sequence[Card], rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """Cards as bytes one behind the other, where each ends, its kind, and the shape of pictures."""
+    parts, kinds, shapes = [], [], np.zeros((len(cards), 3), dtype=np.int64)
+    for place, card in enumerate(cards):
+        kind, part = _bytes(card, int(rows[place]))
+        if kind == PICTURE:
+            picture = _small(np.asarray(card))
+            shapes[place, : picture.ndim], part = picture.shape, picture.tobytes()
+        kinds.append(kind)
+        parts.append(part)
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    blob = np.frombuffer(b"".join(parts), dtype=np.uint8)
+    return {"cards": blob, "card_ends": ends, "card_kinds": np.array(kinds, dtype=np.uint8), "card_shapes": shapes}
+
+
+def _bytes(card: Any, row: int) -> tuple[int, bytes]:
+    """The kind of a card and, but for a picture, its bytes.
+
+    Raises:
+        InvalidInput: if it is none.
+    """
+    if card is None:
+        return NOTHING, b""
+    if isinstance(card, str):
+        return TEXT, card.encode("utf-8", "surrogatepass")
+    if isinstance(card, dict):
+        return COLUMNS, json.dumps({str(name): value for name, value in card.items()}, default=str).encode()
+    if isinstance(card, np.ndarray) and card.dtype == np.uint8 and (card.ndim == 2 or card.shape[2:] == (3,)):
+        return PICTURE, b""
+    shape = f" of {card.dtype}, {card.shape}" if isinstance(card, np.ndarray) else ""
+    message = (
+        f"card({row}) is a {type(card).__name__}{shape}. Return a text, a dict of columns, a picture as uint8 (H, W) "
+        "or (H, W, 3), or None."
+    )
+    raise InvalidInput(message)
+
+
+def _small(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A picture of few pixels: every k-th of them."""
+    step = max(1, -(-max(picture.shape[:2]) // _PIXELS))
+    return np.ascontiguousarray(picture[::step, ::step])

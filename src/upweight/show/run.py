@@ -1,0 +1,238 @@
+"""A run folder: the scores of some queries, what they and the training rows are, and what happened, for later readers.
+
+    run/
+    ├── manifest.json, events.jsonl, chunk-….safetensors, scores.safetensors, …   as `on_loss(store=)` keeps them
+    ├── items-000000.safetensors   of 1,024 training rows: label, prediction, loss, self-influence, and a card
+    ├── …
+    └── queries.safetensors        the same of the queries, but self-influence
+
+`write_run` (show/items.py) makes it; `Run.open` reads it without the model and without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from upweight.errors import Damaged, InvalidInput, PathNotFound, first_line
+from upweight.influence.scores import Scores
+from upweight.runs.store import EVENTS, MANIFEST, SCORES, SUFFIX, read_part, work_of
+
+ITEMS = 1024  # rows in a file
+QUERIES = "queries"
+Card = str | Mapping[str, Any] | NDArray[np.uint8] | None
+
+
+@dataclass(frozen=True)
+class Items:
+    """What training rows or queries are.
+
+    Args:
+        labels: (n,) by the user's own names or as numbers; None where they have none.
+        predictions: (n,) the model's labels, or its output where that is one number; None where it has neither.
+        losses: (n,) at θ̂.
+        self_influence: (n,) as `Influence.of_self`; None of queries, or where it was not asked for.
+        cards: what each looks like: a text, columns by their names, a picture (H, W) or (H, W, 3), or None.
+    """
+
+    labels: NDArray[Any] | None
+    predictions: NDArray[Any] | None
+    losses: NDArray[np.float64]
+    self_influence: NDArray[np.float64] | None
+    cards: list[Card]
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+
+class Run:
+    """A run folder, for reading.
+
+    Attributes:
+        path: the folder.
+        manifest: `format` and `fingerprint`: what the work was.
+
+    Every file is read with its sha256, so that a damaged one is an error and never a number.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Run:
+        """The run in a folder.
+
+        Raises:
+            PathNotFound: if the folder holds none.
+            Damaged: if its manifest cannot be read.
+        """
+        path = Path(folder)
+        file = path / MANIFEST
+        if not file.is_file():
+            message = (
+                f"{path} holds no run. Make one: uw.write_run(influence, {str(path)!r}, Xq, yq), or "
+                f"influence.on_loss(Xq, yq, store={str(path)!r})."
+            )
+            raise PathNotFound(message)
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            dict(manifest["fingerprint"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            message = (
+                f"{file} is damaged ({first_line(error) or type(error).__name__}). Delete the folder, and make the run "
+                "again."
+            )
+            raise Damaged(message) from error
+        return cls(path, manifest)
+
+    def __repr__(self) -> str:
+        state = "finished" if self.finished else f"{len(self._chunks)} chunks, not finished"
+        return f"Run({str(self.path)!r}, {state}; {self.manifest['fingerprint'].get('objective', '')})"
+
+    @property
+    def finished(self) -> bool:
+        """Whether its scores are whole."""
+        return self._file(SCORES).is_file()
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What happened when, in order; lines that a crash has cut are left out."""
+        try:
+            lines = (self.path / EVENTS).read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        return list(_objects(lines))
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The scores.  Memory: q × n numbers.
+
+        Raises:
+            InvalidInput: if the run is not finished.
+            Damaged: if a file is.
+        """
+        if not self.finished:
+            message = (
+                f"{self.path} is not finished: {len(self._chunks)} chunks of its scores are there. Make the call "
+                "again that made it, which goes on from there."
+            )
+            raise InvalidInput(message)
+        file = self._file(SCORES)
+        arrays, card = self._part(file)
+        try:
+            rows, scale = len(arrays["rows"]), arrays["scale"]
+            values = np.concatenate([self._part(chunk)[0]["values"] for chunk in self._chunks])
+            if values.shape[0] != rows:
+                message = (
+                    f"{self.path} holds chunks of {len(values):,} rows, and its scores have {rows:,}. Make the call "
+                    "again that made it: it fills the gap."
+                )
+                raise Damaged(message)
+            return Scores.of_parts({**arrays, "values": values.T * -scale}, card)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, Damaged):
+                raise
+            message = f"{file} holds no scores ({first_line(error)}). Delete it, and make the same call again."
+            raise Damaged(message) from error
+
+    @cached_property
+    def rows(self) -> Items | None:
+        """What the training rows are; None where only scores were kept."""
+        files = sorted(self.path.glob("items-*.safetensors"))
+        return joined([_items(file, self._part(file)[0]) for file in files]) if files else None
+
+    @cached_property
+    def queries(self) -> Items | None:
+        """What the queries are; None where only scores were kept."""
+        file = self._file(QUERIES)
+        return _items(file, self._part(file)[0]) if file.is_file() else None
+
+    @property
+    def _chunks(self) -> list[Path]:
+        return sorted(self.path.glob("chunk-*.safetensors"))
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}{SUFFIX}"
+
+    def _part(self, file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        return read_part(file, work_of(self.manifest))
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+NOTHING, TEXT, COLUMNS, PICTURE = range(4)  # kinds of cards
+
+
+def joined(parts: list[Items]) -> Items:
+    """Items one behind the other."""
+
+    def whole(name: str) -> Any:
+        arrays = [getattr(part, name) for part in parts]
+        return None if any(array is None for array in arrays) else np.concatenate(arrays)
+
+    names = ("labels", "predictions", "losses", "self_influence")
+    return Items(*(whole(name) for name in names), [card for part in parts for card in part.cards])
+
+
+def _items(file: Path, arrays: Mapping[str, NDArray[Any]]) -> Items:
+    """The items of a file.
+
+    Raises:
+        Damaged: if it holds none.
+    """
+    try:
+        labels, predictions = (_values(arrays.get(name)) for name in ("labels", "predictions"))
+        cards = [_card(*one) for one in _cut(arrays)]
+        found = Items(labels, predictions, arrays["losses"], arrays.get("self_influence"), cards)
+        sizes = {len(part) for part in (labels, predictions, found.self_influence, cards) if part is not None}
+        if sizes == {len(found)}:
+            return found
+        reason = f"{len(found)} losses beside {sorted(sizes)}"
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        reason = first_line(error)
+    message = f"{file} holds no items ({reason}). Delete it, and make the same call again."
+    raise Damaged(message)
+
+
+def _values(array: NDArray[Any] | None) -> NDArray[Any] | None:
+    """Numbers, or the texts in the bytes of a JSON text."""
+    if array is None or array.dtype != np.uint8:
+        return array
+    return np.array(json.loads(array.tobytes()))
+
+
+def _cut(arrays: Mapping[str, NDArray[Any]]) -> Iterator[tuple[int, bytes, list[int]]]:
+    """Kind, bytes and shape of every card."""
+    blob, ends = arrays["cards"].tobytes(), arrays["card_ends"].tolist()
+    starts = [0, *ends]
+    for place, end in enumerate(ends):
+        yield int(arrays["card_kinds"][place]), blob[starts[place] : end], arrays["card_shapes"][place].tolist()
+
+
+def _card(kind: int, content: bytes, shape: list[int]) -> Card:
+    if kind == TEXT:
+        return content.decode("utf-8", "surrogatepass")
+    if kind == COLUMNS:
+        return dict(json.loads(content))
+    if kind == PICTURE:
+        return np.frombuffer(content, dtype=np.uint8).reshape([size for size in shape if size])
+    return None
+
+
+def _objects(lines: list[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            told = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(told, dict):
+            yield told
