@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import shutil
 import tarfile
 import zipfile
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import torch
+from sklearn.compose import ColumnTransformer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neural_network import MLPRegressor
@@ -755,3 +757,119 @@ def test_words_become_numbers_first():
 
     numbers = [{**tokenizer("some words", truncation=True), "labels": row["labels"]} for row in words]
     assert np.isfinite(named(numbers).on_loss(numbers[:2]).values).all()
+
+
+# ---- stored.py, tables.py ----------------------------------------------------------------------------------------
+
+
+def in_a_file(path):
+    np.save(path, X)
+    return np.load(path, mmap_mode="r")
+
+
+def same_ridge(influence):
+    """Whether an influence is that of the ridge regression on the arrays."""
+    return np.array_equal(influence.on_loss(XQ, ZQ).values, ridge().on_loss(XQ, ZQ).values)
+
+
+@pytest.mark.parametrize("how", ["written", "longer", "gone"])
+def test_a_file_that_is_complete_is_opened_again(tmp_path, how):
+    path = tmp_path / "X.npy"
+    influence = ridge(X=in_a_file(path))
+    influence.examples.x._kept.clear()
+    if how == "gone":
+        path.unlink()
+    elif how == "longer":
+        np.save(path, np.vstack([X, X]))
+    else:
+        os.utime(path, ns=(0, 0))
+    with refused(" since X was opened, so that rows read now", "Wait until it is complete"):
+        influence.on_loss(XQ, ZQ)
+    assert same_ridge(ridge(X=in_a_file(path)))
+
+
+def test_a_mapped_file_that_one_writes_to_is_flushed_first(tmp_path):
+    rows = np.lib.format.open_memmap(tmp_path / "X.npy", "w+", X.dtype, X.shape)
+    influence = uw.Examples(rows)
+    rows[:] = X
+    rows.flush()
+    influence.x._kept.clear()
+    os.utime(tmp_path / "X.npy", ns=(1, 1))
+    with refused(" since X was opened, so that rows read now", "Wait until it is complete"):
+        influence.batch([3])
+    rows.flush()
+    assert same_ridge(ridge(X=rows))
+
+
+def test_a_damaged_file_is_made_again(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path, table = tmp_path / "X.parquet", pa.table({f"x{j}": X[:, j] for j in range(3)} | {"z": Z})
+    parquet.write_table(table, path, use_dictionary=False, compression="gzip")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40] + b"\x00" * 400 + whole[440:])
+    with refused("Rows of X could not be read: ", "Make it again"):
+        ridge(X=parquet.ParquetFile(path), y="z")
+    path.write_bytes(whole)
+    assert same_ridge(ridge(X=parquet.ParquetFile(path), y="z"))
+
+
+def test_a_filtered_dataset_is_held_in_memory(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import dataset, parquet
+
+    table = pa.table({f"x{j}": np.r_[X[:, j], 1.0] for j in range(3)} | {"z": np.r_[Z, np.nan]})
+    parquet.write_table(table, tmp_path / "X.parquet")
+    filtered = dataset.dataset(tmp_path / "X.parquet").filter(dataset.field("z") < np.inf)
+    with refused("X is a pyarrow Dataset with a filter", "Write the rows out and open them again, or hold them in"):
+        ridge(X=filtered, y="z")
+    assert same_ridge(ridge(X=filtered.to_table(), y="z"))
+
+
+def test_rows_with_a_null_are_imputed_or_dropped():
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"x0": pa.array(X[:, 0], mask=HOLE), "x1": X[:, 1], "x2": X[:, 2], "z": Z})
+    with refused(" holds no value (null) in row ", "Impute or drop those rows") as caught:
+        ridge(X=table, y="z")
+    assert "'x0' holds no value (null) in row 3" in str(caught.value)
+    model = Ridge().fit(X[~HOLE], Z[~HOLE])
+    dropped = uw.explain(model, table.drop_null(), "z")
+    assert np.array_equal(dropped.on_loss(XQ, ZQ).values, uw.explain(model, X[~HOLE], Z[~HOLE]).on_loss(XQ, ZQ).values)
+    frame = table.to_pandas()
+    imputed = make_pipeline(SimpleImputer(), Ridge()).fit(frame[["x0", "x1", "x2"]], Z)
+    expected = uw.explain(imputed, frame[["x0", "x1", "x2"]], Z).on_loss(frame[["x0", "x1", "x2"]], Z).values
+    assert np.allclose(uw.explain(imputed, table, "z").on_loss(table, "z").values, expected)
+
+
+def test_a_column_is_named_as_it_is_called():
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({f"x{j}": X[:, j] for j in range(3)} | {"z": Z})
+    with refused("X is a table of the columns ", "Name a column as it is called there"):
+        ridge(X=table, y="target")
+    assert same_ridge(ridge(X=table, y="z"))
+    assert same_ridge(ridge(X=table.drop_columns(["z"]), y=Z))
+    with refused("X is a table of the columns ", "pass an array of one value per row"):
+        ridge(X=table, y="z", ids="key")
+    assert same_ridge(ridge(X=table, y="z", ids=[f"row {row}" for row in range(N)]))
+
+
+def test_words_in_a_table_are_encoded_or_left_out(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    datasets = pytest.importorskip("datasets")
+    from pyarrow import dataset, parquet
+
+    table = pa.table({f"x{j}": X[:, j] for j in range(3)} | {"word": WORDS[:, 0], "z": Z})
+    parquet.write_table(table, tmp_path / "X.parquet")
+    path = tmp_path / "X.parquet"
+    for given in (table, dataset.dataset(path), parquet.ParquetFile(path), datasets.Dataset(table)):
+        with refused("A feature is a number, and column ", "Encode it: fit and explain a Pipeline") as caught:
+            ridge(X=given, y="z")
+        advice = str(caught.value).rpartition("was not fitted on: ")[2].rstrip(".")
+        known = {"X": given, "pyarrow": pa, "path": path}
+        assert same_ridge(ridge(X=eval(advice, known), y="z"))
+    frame = table.to_pandas()
+    encode = ColumnTransformer([("word", OneHotEncoder(), ["word"])], remainder="passthrough")
+    model = make_pipeline(encode, Ridge()).fit(frame.drop(columns="z"), Z)
+    expected = uw.explain(model, frame.drop(columns="z"), Z).on_loss(frame[:2].drop(columns="z"), Z[:2]).values
+    assert np.allclose(uw.explain(model, table, "z").on_loss(table[:2], "z").values, expected)

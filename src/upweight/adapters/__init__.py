@@ -43,8 +43,11 @@ def explain(
             off it; or a torch module, in the mode it should be explained in.
         X: the training inputs; row i of everything that is returned is row i here. An array, a tensor, a sparse matrix
             or a DataFrame; a map-style Dataset of (x, y), with y omitted; for a model of named inputs also a dict of
-            columns, a list of dicts, a Hugging Face Dataset, or the DataLoader that it was trained with.
-        y: the training targets; omitted where X holds them, under `labels` or `label`.
+            columns, a list of dicts, a Hugging Face Dataset, or the DataLoader that it was trained with. Rows that lie
+            in a file stay there: a memmap, a zarr array, or a table of pyarrow or Hugging Face whose columns are
+            features (docs/recipes/large-data.md).
+        y: the training targets; omitted where X holds them, under `labels` or `label`. The name of a column where X is
+            a table.
         loss: for a module, the criterion(output, target) that training minimised, for example
             torch.nn.functional.cross_entropy; class weights, ignored labels and token means of CrossEntropyLoss and
             NLLLoss become weights of the rows, wᵢ = n cᵢ/Σc with cᵢ what row i counts in the mean. For an estimator
@@ -54,8 +57,9 @@ def explain(
             function of params anything else. Beside reduction="sum" it is the penalty of the sum.
         parameters: for a module, the names (or a test on names) to differentiate; None takes all with requires_grad.
         sample_weight: the weights that were given to fit().
-        ids: n different names of the rows, shown beside values in every table and file; None takes the index of a
-            DataFrame or Series, or a Dataset's column `id` or attribute `ids`, where that names every row once.
+        ids: n different names of the rows, shown beside values in every table and file, or the column of a table that
+            holds them; None takes the index of a DataFrame or Series, or a Dataset's column `id` or attribute `ids`,
+            where that names every row once.
         collate_fn: from a list of rows to a batch, for rows that are no numbers yet, as in a DataLoader. Without it
             rows of unequal length are padded at their end, with a mask, and their labels with −100.
         reduction: for a cross-entropy of several labels a row, what training took the mean of: "tokens", all counted

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from upweight.adapters.estimators.inputs import AsGiven, Features, Inputs
 from upweight.data.arrays import as_array, as_tensor, refuse_sparse_targets, with_lines
 from upweight.data.examples import Examples
 from upweight.data.ids import names_of
+from upweight.data.stored import Stored, stored
+from upweight.data.tables import columns_of
 from upweight.errors import InvalidInput
 from upweight.model.encoders import whole_examples
 
@@ -92,14 +95,17 @@ class SklearnEncoder:
             raise InvalidInput(message)
         self.built.inputs.check_new(self.rows(X.x if isinstance(X, Examples) else X))
 
+    def columns(self, X: Any, y: Any, ids: Any = None) -> tuple[Any, Any, Any]:
+        """X, y and ids as arrays where X is a table, with the columns that the model was fitted on."""
+        first = self.estimator if self.transformers is None else self.transformers
+        names = getattr(first, "feature_names_in_", None)
+        frames = self.transformers is not None and names is not None
+        return columns_of(stored(X), y, ids, features=names, frames=frames)
+
     def rows(self, X: Any) -> Any:
-        """X as the final estimator sees it: a 2-d array or CSR matrix."""
+        """X as the final estimator sees it: a 2-d array, a CSR matrix, or rows that stay in their file."""
         if self.transformers is not None:
-            try:
-                X = self.transformers.transform(X)
-            except Exception as error:
-                message = f"The pipeline's transformers refused X: {error}. Pass rows like those that fit() was given."
-                raise InvalidInput(message) from error
+            X = self._transformed_blocks(X) if isinstance(X, Stored) else self._transformed(X)
         names = getattr(self.estimator, "feature_names_in_", None)
         if self.transformers is None and names is not None and hasattr(X, "columns") and list(X.columns) != list(names):
             raise InvalidInput(_other_columns(list(X.columns), list(names)))
@@ -130,6 +136,7 @@ class SklearnEncoder:
         if X is None:
             message = f"{type(self.estimator).__name__} takes arrays, not a Dataset. Pass (Xq, yq) as arrays."
             raise InvalidInput(message)
+        X, y, _ = self.columns(X, y)
         refuse_sparse_targets(y)
         weights = None if whole is None else whole.sample_weight
         assert self.built is not None
@@ -149,6 +156,25 @@ class SklearnEncoder:
         """The factor in wᵢ of each encoded target."""
         assert self.built is not None
         return self.built.class_weights(y.numpy())
+
+    def _transformed(self, X: Any) -> Any:
+        try:
+            return self.transformers.transform(X)
+        except Exception as error:
+            message = f"The pipeline's transformers refused X: {error}. Pass rows like those that fit() was given."
+            raise InvalidInput(message) from error
+
+    def _transformed_blocks(self, X: Stored) -> Any:
+        """The same, block by block whenever rows are read; sparse rows are kept, for they fit in memory."""
+
+        def of_block(block: Any) -> Any:
+            rows = self._transformed(block)
+            return rows.tocsr() if scipy.sparse.issparse(rows) else np.asarray(rows)
+
+        blocks = X.mapped(of_block)
+        if not scipy.sparse.issparse(of_block(X.source.read(0, 1))):
+            return blocks
+        return scipy.sparse.vstack([blocks[at : at + blocks.block_rows] for at in range(0, len(X), blocks.block_rows)])
 
 
 def _other_columns(given: list[Any], fitted: list[Any]) -> str:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from upweight.adapters.criteria import Criterion
 from upweight.data.arrays import as_tensor
+from upweight.data.stored import Stored
 from upweight.data.trees import leaves, tree_map
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError
 from upweight.model import routes
@@ -47,7 +49,11 @@ class Reading:
 
     def inputs(self, X: Any) -> Any:
         """Stored inputs as this reading has them."""
-        return self._input(as_tensor(X)) if self.x_floats else X
+        if not self.x_floats:
+            return X
+        if isinstance(X, Stored):  # whose blocks are cast when they are read
+            return X if X.dtype.kind == "f" else X.mapped(lambda block: block.astype(np.float64))
+        return self._input(as_tensor(X))
 
     def labels(self, y: Any) -> Any:
         """Stored targets as this reading has them.

@@ -155,8 +155,10 @@ def explain(
     if X is None or y is None:
         message = f"{type(estimator).__name__} was fitted on arrays X and y; pass both: explain(model, X, y)."
         raise InvalidInput(message)
+    plain = SklearnEncoder(transformers, estimator)
+    X, y, ids = plain.columns(X, y, ids)
     refuse_sparse_targets(y)
-    rows = SklearnEncoder(transformers, estimator).rows(X)
+    rows = plain.rows(X)
     if rows.shape[0] == 0:
         message = "There are no examples: X has 0 rows. Pass the X and y that fit() was given."
         raise InvalidInput(message)
@@ -191,7 +193,9 @@ def _examples(fit: Fit, built: Built, weights: Any) -> Examples:
         message = f"X has {fit.n} rows and y has {len(targets)}. Pass one label per row, in the order of the rows."
         raise InvalidInput(message)
     examples = Examples(built.inputs(fit.X), targets, sample_weight=weights)
-    examples.weights = examples.sample_weight * built.class_weights(targets)
+    of_classes = built.class_weights(targets)
+    if not (of_classes == 1).all():
+        examples.weights = examples.sample_weight * of_classes
     return examples
 
 

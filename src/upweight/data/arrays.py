@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from upweight.data.stored import Stored
 from upweight.errors import InvalidInput, RowOutOfRange
 
 _CHECK_ROWS = 65_536
@@ -20,16 +21,21 @@ _WIDE = 4  # bytes of a float in which a sum of finite numbers rarely overflows
 
 
 def with_lines(array: Any, rows: NDArray[np.int64], new: Any, name: str) -> Any:
-    """A copy of the array with other lines; the array itself when its own lines are given.
+    """A copy of the array with other lines; the array itself when its own lines are given. One in a file stays there.
 
     Raises:
         InvalidInput: if the lines have another shape.
     """
     if new is None or array is None:
         return array
+    if isinstance(new, Stored):
+        new = np.asarray(new)
     if tuple(new.shape[1:]) != tuple(array.shape[1:]):
         message = f"{name} has lines of shape {tuple(new.shape[1:])}, and those of the training rows have "
         raise InvalidInput(message + f"{tuple(array.shape[1:])}. Pass new examples of the same form.")
+    if isinstance(array, Stored):
+        dense = new.toarray() if scipy.sparse.issparse(new) else new
+        return array.with_lines(rows, dense.detach().cpu().numpy() if isinstance(dense, Tensor) else dense)
     if scipy.sparse.issparse(array) or scipy.sparse.issparse(new):
         order = np.arange(array.shape[0])
         order[rows] = array.shape[0] + np.arange(len(rows))
@@ -45,13 +51,16 @@ def with_lines(array: Any, rows: NDArray[np.int64], new: Any, name: str) -> Any:
 
 
 def as_array(values: Any, name: str) -> Any:
-    """An indexable NumPy array, tensor or CSR matrix of numbers; data are not copied.
+    """An indexable NumPy array, tensor, CSR matrix or `Stored` array of numbers; data are not copied.
 
     Raises:
         InvalidInput: if the values are not numbers, or form no array.
     """
     if scipy.sparse.issparse(values):
         return scipy.sparse.csr_matrix(values)
+    if isinstance(values, Stored):
+        _refuse_kind(values.dtype, name)
+        return values
     _refuse_containers(values, name)
     if isinstance(values, Tensor):
         _refuse_tensor(values, name)
@@ -80,19 +89,23 @@ def as_array(values: Any, name: str) -> Any:
                 "inputs for example with a scikit-learn Pipeline."
             )
             raise InvalidInput(message) from error
-    if array.dtype.kind == "c":
+    _refuse_kind(array.dtype, name)
+    return array
+
+
+def _refuse_kind(dtype: np.dtype[Any], name: str) -> None:
+    if dtype.kind == "c":
         message = (
-            f"{name} has dtype {array.dtype}, and an example is made of real numbers. Pass the real and the imaginary "
+            f"{name} has dtype {dtype}, and an example is made of real numbers. Pass the real and the imaginary "
             "parts as columns: np.hstack([X.real, X.imag])."
         )
         raise InvalidInput(message)
-    if array.dtype.kind not in "biuf":
+    if dtype.kind not in "biuf":
         message = (
-            f"{name} has dtype {array.dtype}, which is not a number. Encode it first: labels as 0 … K−1, categories "
+            f"{name} has dtype {dtype}, which is not a number. Encode it first: labels as 0 … K−1, categories "
             "as one-hot columns, times as numbers of days."
         )
         raise InvalidInput(message)
-    return array
 
 
 def _refuse_containers(values: Any, name: str) -> None:
@@ -169,11 +182,12 @@ def check_finite(array: Any, name: str) -> None:
     Raises:
         InvalidInput: if a value is not finite.
     """
-    if array is None:
+    if array is None or (isinstance(array, Stored) and array.finite):
         return
     values = array.data if scipy.sparse.issparse(array) else array
-    for start in range(0, len(values), _CHECK_ROWS):
-        block = values[start : start + _CHECK_ROWS]
+    step = array.block_rows if isinstance(array, Stored) else _CHECK_ROWS
+    for start in range(0, len(values), step):
+        block = values[start : start + step]
         if _sums_to_a_number(block):
             continue
         if isinstance(block, Tensor):
@@ -189,6 +203,8 @@ def check_finite(array: Any, name: str) -> None:
                 "Impute or drop those rows before fitting and explaining."
             )
             raise InvalidInput(message)
+    if isinstance(array, Stored):
+        array.finite = True
 
 
 def _sums_to_a_number(block: Any) -> bool:

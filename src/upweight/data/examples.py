@@ -1,7 +1,8 @@
 """Indexed data: row i of the training set, or of the queries, is asked for as i; it may have a name beside its number.
 
 An example is `(x, y)`, or just `x` when there is no target, or whatever item a map-style Dataset returns. A batch is
-the same nesting with a leading axis. Arrays are never copied as a whole; a batch is a view where the memory allows.
+the same nesting with a leading axis. Arrays are never copied as a whole; a batch is a view where the memory allows, and
+rows that lie in a file stay there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from upweight.data.arrays import (
 )
 from upweight.data.ids import named, names_of
 from upweight.data.records import Records, padded
+from upweight.data.stored import stored
+from upweight.data.tables import columns_of
 from upweight.data.trees import batch_length, leaves, take, tree_map
 from upweight.errors import InvalidInput, NotDeterministic
 
@@ -41,8 +44,9 @@ class Examples:
 
     Args:
         X: array, tensor, SciPy sparse matrix or DataFrame with n rows; or a map-style Dataset (`__len__` and
-            `__getitem__`) of examples, for which `y` is omitted.
-        y: array, tensor or Series with n rows; omitted when an example has no target.
+            `__getitem__`) of examples, for which `y` is omitted; or a memmap, a zarr array, or a table of pyarrow or
+            Hugging Face whose other columns are features, which are read when rows are asked for.
+        y: array, tensor or Series with n rows, or the name of a table's column; omitted when an example has no target.
         sample_weight: (n,) non-negative weights wᵢ of R(θ) = (1/n) Σ wᵢ L(zᵢ, θ) + r(θ); None means all ones.
         ids: n different names, one for each row; None takes the index of a DataFrame or Series, or a Dataset's column
             `id` or `idx` or its attribute `ids`, where that names every row once. Names stand beside values in every
@@ -59,6 +63,8 @@ class Examples:
     """
 
     def __init__(self, X: Any, y: Any = None, *, sample_weight: Any = None, ids: Any = None) -> None:
+        if y is not None or not _is_dataset(X):
+            X, y, ids = columns_of(stored(X), y, ids)
         self.dataset = X if _is_dataset(X) else None
         self._stack: Callable[[list[Any]], Any] = X.stacked if isinstance(X, Records) else stacked
         if self.dataset is not None and y is not None:

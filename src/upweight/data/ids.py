@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from upweight.data.stored import Stored
 from upweight.errors import InvalidInput
 
 _ID_COLUMNS = ("id", "idx")  # of a Hugging Face dataset
@@ -132,6 +133,8 @@ def text_of(name: Any) -> str:
 
 def _brought(part: Any) -> Any:
     """The index of a DataFrame or Series, the ids of a Dataset; None for what has none."""
+    if isinstance(part, Stored):
+        return part.ids
     index = getattr(part, "index", None)
     if hasattr(index, "to_numpy"):
         return index

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.arrays import as_tensor
+from upweight.data.stored import Stored
 from upweight.model import linear, penalties
 from upweight.model.objective import Linear
 from upweight.model.sweep import Sweep
@@ -427,7 +428,8 @@ def _diagonals(h: Tensor, K: int) -> Tensor:
 
 
 def _cast(x: Any, precision: torch.dtype) -> Any:
-    """X in this precision, if the copy is small; else X itself, whose chunks are cast when they are read."""
-    if precision != torch.float32 or 4 * x.shape[0] * x.shape[1] > _COPY_BYTES:
+    """X in this precision, if X is wider and the copy small; else X itself, whose chunks are cast as they are read."""
+    narrow = isinstance(x, Stored) or x.dtype.itemsize <= precision.itemsize
+    if precision != torch.float32 or narrow or 4 * x.shape[0] * x.shape[1] > _COPY_BYTES:
         return x
     return as_tensor(x).to(precision)

@@ -209,6 +209,8 @@ def _named(influence: Influence, examples: Examples, rows: NDArray[np.int64]) ->
 def training_inputs(influence: Influence) -> Any:
     """The training inputs as the model takes them: an array, a tensor or a CSR matrix of n rows.
 
+    Of rows that lie in a file what reads them: slices of it, and np.asarray() of it, are arrays.
+
     For a frozen extractor with a head what goes into the network, edits included; for a Pipeline what its last step
     sees, for the rows before it are not kept.  Cost: nothing for arrays; a Dataset, and edited inputs, are stacked.
     """

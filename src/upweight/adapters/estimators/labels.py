@@ -27,15 +27,21 @@ def class_numbers(labels: Any, classes: NDArray[Any]) -> NDArray[np.int64]:
         raise InvalidInput(message)
     if array.dtype.kind == "f":
         check_finite(array, "y")
-    numbers = {label: number for number, label in enumerate(classes.tolist())}
-    unseen = sorted({repr(label) for label in array.tolist() if label not in numbers})
-    if unseen:
+    if array.dtype.kind in "biuf" and classes.dtype.kind in "biuf":  # sorted, as fit() leaves them
+        found = np.searchsorted(classes, array).clip(max=len(classes) - 1)
+        known = classes[found] == array
+    else:
+        numbers = {label: number for number, label in enumerate(classes.tolist())}
+        found = np.array([numbers.get(label, -1) for label in array.tolist()], dtype=np.int64)
+        known = found >= 0
+    if not known.all():
+        unseen = sorted({repr(label) for label in array[~known].tolist()})
         message = (
             f"y holds labels that fit() never saw: {', '.join(unseen[:5])}. The model knows "
             f"{', '.join(map(repr, classes.tolist()[:10]))}. Pass labels of the same type as fit() was given."
         )
         raise InvalidInput(message)
-    return np.array([numbers[label] for label in array.tolist()], dtype=np.int64)
+    return found
 
 
 def refuse_several_labels(y: Any, name: str) -> None:
