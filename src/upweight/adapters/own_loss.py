@@ -32,7 +32,7 @@ from upweight.data.records import LABELS, TOKENS, Columns, Records, Rows, rows_o
 from upweight.data.trees import tree_map
 from upweight.errors import InvalidInput, first_line
 from upweight.model import calculus
-from upweight.model.modules import called, forward, refuse_training_mode
+from upweight.model.modules import Called, called, forward, refuse_training_mode
 
 _PROBED = 4
 _ROWS = 32  # among which a short and a long one are looked for
@@ -160,6 +160,8 @@ def read_apart(model: nn.Module, loss: Criterion, probe: Any) -> tuple[nn.Module
     Raises:
         InvalidInput: if the criterion takes neither the output nor its `logits`.
     """
+    if isinstance(model, Called):  # a tensor was read off it already
+        return model, loss
     few = tree_map(lambda leaf: leaf[:_PROBED], probe)
     try:
         refuse_training_mode(model)  # a module that is run in it may change
