@@ -23,11 +23,11 @@ from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from torch import nn
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import upweight as uw
-from refusals import refused
+from refusals import refused, warned
 from small import (
     NAMES,
     NAMESQ,
@@ -736,6 +736,79 @@ def test_rows_have_what_the_model_takes():
     taken = [{"input_ids": row["tokens"], **row} for row in texts]
     assert_allclose = np.testing.assert_allclose
     assert_allclose(named(taken).on_loss(taken[:2]).values, named(sentences()).on_loss(sentences()[:2]).values)
+
+
+class NextForCausalLM(nn.Module):
+    """The next of 12 tokens, by this one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 3), nn.Linear(3, 12)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.head(self.embed(input_ids))
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])}
+
+
+def told(rows):
+    return uw.explain(seeded(NextForCausalLM), rows, curvature=Identity())
+
+
+def sequences():
+    draw = np.random.default_rng(0)
+    return [{"input_ids": draw.integers(0, 12, 3 + k % 4).tolist()} for k in range(8)]
+
+
+def same_without(rows, kept):
+    expected = told([row for k, row in enumerate(sequences()) if k in kept]).on_loss(sequences()[:1]).values
+    np.testing.assert_allclose(told(rows).on_loss(sequences()[:1]).values, expected)
+
+
+def test_a_row_without_tokens_is_left_out():
+    rows = sequences()
+    rows[5] = {"input_ids": []}
+    with refused("Row 5 has no tokens", "Leave such rows out: [row for row in rows if len(row['input_ids'])]"):
+        told(rows)
+    rows = [row for row in rows if len(row["input_ids"])]
+    same_without(rows, {0, 1, 2, 3, 4, 6, 7})
+
+
+def test_a_row_without_labels_is_left_out():
+    rows = [{**row, "labels": row["input_ids"]} for row in sequences()]
+    rows[5]["labels"] = []
+    with refused("Row 5 has no labels", "or leave it out: [row for row in rows if len(row['labels'])]"):
+        told(rows)
+    influence = told(sequences())
+    with refused("Row 0 has no labels", "drop the column, and its tokens are its labels"):
+        influence.on_loss([{**sequences()[1], "labels": []}])
+    assert np.isfinite(influence.on_loss(sequences()[1:2]).values).all()
+    rows = [row for row in rows if len(row["labels"])]
+    same_without(rows, {0, 1, 2, 3, 4, 6, 7})
+
+
+def test_a_label_at_every_token():
+    influence, row = told(sequences()), {"input_ids": [3, 1, 4, 1]}
+    with refused(
+        "and a language model is asked for one label at every token", "Pass labels of the length of input_ids"
+    ):
+        influence.on_loss([{**row, "labels": [4, 1]}])
+    found = influence.on_loss([{**row, "labels": [-100, -100, 4, 1]}])
+    with torch.no_grad():
+        logits = seeded(NextForCausalLM)(torch.tensor([row["input_ids"]]))["logits"][0]
+    assert found.query_values[0] == pytest.approx(float(cross_entropy(logits[1:3], torch.tensor([4, 1]))), rel=1e-5)
+
+
+def test_rows_of_which_no_label_is_counted_are_left_out():
+    rows = [{**row, "labels": [-100] * len(row["input_ids"])} for row in sequences()]
+    with refused("has a label that is counted: all are ", "Leave such rows out, for they taught nothing"):
+        told(rows)
+    rows = [*rows, *({**row, "labels": row["input_ids"]} for row in sequences())]  # four of them come first
+    with warned("does not count row(s) 0, 1, 2, 3, 4 and 3 more", "Leave them out"):
+        told(rows)
+    rows = [row for row in rows if any(label != -100 for label in row["labels"][1:])]
+    same_without(rows, range(8))
 
 
 def test_columns_have_one_value_for_each_row():

@@ -30,6 +30,7 @@ def refuse_batch_effects(
         InvalidInput: if the criterion weighs examples unequally in a way that is not known.
     """
     reference = objective.reference
+    outputs, output_loss = calculus.structure(objective)
     cast = calculus.ready(objective, probe)
     size = batch_length(cast)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -40,8 +41,8 @@ def refuse_batch_effects(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a broadcasting criterion warns; its value then differs, which is what we seek
         try:
-            singles = torch.stack([objective.loss(objective.params, take(cast, b)) for b in range(size)])
-            rows = [objective.outputs(objective.params, take(cast, b)) for b in range(size)]  # type: ignore[misc]
+            rows = [outputs(objective.params, take(cast, b)) for b in range(size)]
+            singles = torch.stack([output_loss(row, take(cast, b)) for b, row in enumerate(rows)])
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             message = (
                 f"The loss failed on an example ({first_line(error)}); the probed ones have the targets "

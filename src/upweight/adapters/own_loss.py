@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from upweight.adapters.criteria import Criterion
-from upweight.data.records import LABELS, TOKENS, Columns, Records, Rows, rows_of, unloaded
+from upweight.data.records import LABELS, TOKENS, UNCOUNTED, Columns, Records, Rows, rows_of, unloaded
 from upweight.data.trees import tree_map
 from upweight.errors import InvalidInput, first_line
 from upweight.model import calculus
-from upweight.model.modules import called, forward, refuse_training_mode
+from upweight.model.modules import Called, called, forward, refuse_training_mode
 
 _PROBED = 4
 _ROWS = 32  # among which a short and a long one are looked for
@@ -160,6 +160,8 @@ def read_apart(model: nn.Module, loss: Criterion, probe: Any) -> tuple[nn.Module
     Raises:
         InvalidInput: if the criterion takes neither the output nor its `logits`.
     """
+    if isinstance(model, Called):  # a tensor was read off it already
+        return model, loss
     few = tree_map(lambda leaf: leaf[:_PROBED], probe)
     try:
         refuse_training_mode(model)  # a module that is run in it may change
@@ -226,11 +228,20 @@ def _kind(model: nn.Module, records: Records) -> Kind:
         InvalidInput: if rows have no labels, the model returns no loss, or it is none of KINDS.
     """
     name = type(model).__name__
-    numbers = range(min(len(records), _PROBED))
-    items = [records.parts(row) for row in numbers]
-    if any(labels is None for _, labels in items):
+    first = range(min(len(records), _ROWS))
+    numbers = [row for row in first if records.counted(row)][:_PROBED]
+    if not numbers:
         message = (
-            f"Row {next(row for row in numbers if items[row][1] is None)} has no labels, so {name} has no loss to be "
+            f"None of the first {len(first)} rows has a label that is counted: all are {UNCOUNTED}, as where a "
+            "truncation cut the answer off and left the prompt, or pad and end of text are one token. Leave such rows "
+            "out, for they taught nothing: [row for row in rows if any(label != -100 for label in row['labels'][1:])]."
+        )
+        raise InvalidInput(message)
+    items = [records.parts(row) for row in numbers]
+    without = next((row for row, item in zip(numbers, items, strict=True) if item[1] is None), None)
+    if without is not None:
+        message = (
+            f"Row {without} has no labels, so {name} has no loss to be "
             "asked for. Pass rows with the column 'labels', or the criterion: loss=torch.nn.functional.cross_entropy."
         )
         raise InvalidInput(message)

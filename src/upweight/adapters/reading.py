@@ -97,7 +97,7 @@ def working(
         objective = build(reading)
         try:
             with torch.random.fork_rng(devices=[]):
-                routes.probe(objective, reading.batch(few))
+                routes.tried(objective, reading.batch(few))
         except UpweightError as error:
             if not isinstance(error.__cause__, RuntimeError | TypeError | ValueError | IndexError):
                 raise

@@ -80,8 +80,9 @@ class Mismatch:
         loss: the queries' mean loss now.
         scores: the values of all rows on every query; `scores.harmful(5)` are the rows of each query. Those of a query
             without a value are NaN.
-        features: of the rows that stand out; None where equation 5 is not defined, as for kernels.
+        features: of the rows that stand out; None where equation 5 is not defined, as for kernels and for texts.
         groups: of the metadata column, None if none was given.
+        no_features: why features is None, in a sentence; "" where they are there, or no row stands out.
     """
 
     harmful: Side
@@ -90,6 +91,7 @@ class Mismatch:
     scores: uw.Scores = field(repr=False)
     features: FeatureEffects | None = field(repr=False)
     groups: GroupEffects | None = field(repr=False)
+    no_features: str = field(default="", repr=False)
 
     @property
     def left_out(self) -> Int[NDArray[np.int64], " m"]:
@@ -110,6 +112,7 @@ class Mismatch:
             "harmful": self.harmful.to_dict(),
             "helpful": self.helpful.to_dict(),
             "features": None if self.features is None else self.features.to_dict(),
+            "no_features": self.no_features,
             "groups": None if self.groups is None else self.groups.to_dict(),
         }
 
@@ -127,6 +130,8 @@ class Mismatch:
                 lines += [f"  … and {len(side.rows) - _SHOWN} more"] if len(side.rows) > _SHOWN else []
         if self.features is not None:
             lines += ["", *feature_lines(self.features)]
+        elif self.no_features:
+            lines += ["", f"no features: {self.no_features}"]
         if self.groups is not None:
             lines += ["", *group_lines(self.groups)]
         return "\n".join(lines)
@@ -179,13 +184,15 @@ def mismatch(
     harmful, helpful = _side(values, scores.ids, -1, k), _side(values, scores.ids, 1, k)
     rows = np.concatenate([harmful.responsible, helpful.responsible])
     assert scores.query_values is not None
+    features, why = _features(influence, queries, rows, feature_names, feature_groups)
     return Mismatch(
         harmful,
         helpful,
         float(scores.query_values[known].mean()),
         scores,
-        _features(influence, queries, rows, feature_names, feature_groups),
+        features,
         None if groups is None else _groups(influence, queries, _named(groups, influence.n), k),
+        why,
     )
 
 
@@ -208,13 +215,17 @@ def _features(
     rows: NDArray[np.int64],
     names: Sequence[str] | None,
     groups: Mapping[str, Sequence[Any]] | None,
-) -> FeatureEffects | None:
-    """Equation 5 of these rows by feature; None where it is not defined."""
+) -> tuple[FeatureEffects | None, str]:
+    """Equation 5 of these rows by feature; None and why where it is not defined."""
     if not len(rows):
-        return None
-    g = _derivatives(influence, queries, rows)
-    if g is None:
-        return None
+        return None, ""
+    parts = _parts(influence)
+    if parts:
+        return None, f"rows are {parts}, which no small step moves, so equation 5 has no derivative by them."
+    try:
+        g = _derivatives(influence, queries, rows)
+    except UnsupportedModel as error:
+        return None, first_line(error)
     d = g.shape[1]
     named = names if names is not None else influence.feature_names
     named = [f"column {j}" for j in range(d)] if named is None else [str(name) for name in named]
@@ -232,7 +243,7 @@ def _features(
     def summed(table: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.stack([table[:, own].sum(1) for own in columns.values()], 1)
 
-    return FeatureEffects(
+    found = FeatureEffects(
         list(columns),
         list(columns.values()),
         rows,
@@ -243,17 +254,26 @@ def _features(
         [unique(named)[own[int(np.argmax(total[own]))]] for own in columns.values()],
         None if influence.examples.ids is None else influence.examples.ids[rows],
     )
+    return found, ""
+
+
+def _parts(influence: uw.Influence) -> str:
+    """What rows of named parts consist of, in words; "" for other rows."""
+    first = influence.examples.batch([0])
+    x = first[0] if isinstance(first, tuple | list) else first
+    return f"made of {', '.join(map(str, x))}" if isinstance(x, Mapping) else ""
 
 
 def _derivatives(
     influence: uw.Influence, queries: uw.Examples, rows: NDArray[np.int64]
-) -> Float[NDArray[np.float64], "r d"] | None:
-    """Equation 5 of these rows, mean over the queries; None where it is not defined.  Memory: a few queries'."""
+) -> Float[NDArray[np.float64], "r d"]:
+    """Equation 5 of these rows, mean over the queries.  Memory: a few queries'.
+
+    Raises:
+        UnsupportedModel: where it is not defined.
+    """
     q = len(queries)
-    try:
-        total = influence.of_perturbing(rows, on=queries.subset(np.arange(1)))[0].reshape(len(rows), -1)
-    except UnsupportedModel:
-        return None
+    total = influence.of_perturbing(rows, on=queries.subset(np.arange(1)))[0].reshape(len(rows), -1)
     if q > 1:
         for block in queries.subset(np.arange(1, q)).blocks(max(1, _NUMBERS // total.size)):
             total = total + influence.of_perturbing(rows, on=block).sum(0).reshape(total.shape)

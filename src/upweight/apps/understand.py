@@ -59,9 +59,10 @@ class Understanding:
         labels: (n,) of the training rows, or None where targets are no classes.
         targets: (q,) true labels of the queries, or None.
         predicted: (q,) labels that the model gives them, or None.
-        outputs: (q, K) the model's outputs for the queries.
+        outputs: (q, K) the model's outputs for the queries; K = 0 where these are next tokens.
         k: how many rows of each kind `__str__` and `to_dict` show.
         describe: turns a training row into a few words for `__str__`, or None.
+        no_distances: why distances are NaN, in a sentence, as for rows of named parts; "" where they are there.
     """
 
     scores: uw.Scores
@@ -73,6 +74,7 @@ class Understanding:
     outputs: Float[NDArray[np.float64], "q K"] = field(repr=False)
     k: int = 5
     describe: Callable[[int], str] | None = field(default=None, repr=False)
+    no_distances: str = field(default="", repr=False)
 
     @property
     def left_out(self) -> Int[NDArray[np.int64], " m"]:
@@ -136,8 +138,8 @@ class Understanding:
     def __str__(self) -> str:
         known = self._known.tolist()
         more = [f"… and {len(known) - 3} more queries"] if len(known) > 3 else []
-        without = left_out_line(self.scores)
-        return "\n\n".join([*map(self._text, known[:3]), *more, *([without] if without else [])])
+        without = [line for line in (left_out_line(self.scores), self._distances_missing) if line]
+        return "\n\n".join([*map(self._text, known[:3]), *more, *without])
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers of every query that has a value, ready for JSON, and which have none."""
@@ -146,7 +148,12 @@ class Understanding:
             "counterfactual": self.scores.counterfactual,
             "queries": [self._numbers(query) for query in self._known.tolist()],
             "left_out": self.left_out.tolist(),
+            "no_distances": self.no_distances,
         }
+
+    @property
+    def _distances_missing(self) -> str:
+        return f"no distances: {self.no_distances}" if self.no_distances else ""
 
     @property
     def _known(self) -> NDArray[np.int64]:
@@ -158,7 +165,10 @@ class Understanding:
             names = ["row", "value", "label", "distance", "feature_distance"]
             labels = [None] * len(ranked.rows) if ranked.labels is None else ranked.labels.tolist()
             columns = (ranked.rows.tolist(), ranked.values.tolist(), labels)
-            columns += (ranked.distances.tolist(), ranked.feature_distances.tolist())
+            columns += tuple(
+                [None if np.isnan(far) else float(far) for far in apart]
+                for apart in (ranked.distances, ranked.feature_distances)
+            )
             if ranked.ids is not None:
                 names, columns = [*names, "id"], (*columns, *names_in_json(self.scores.ids, ranked.rows).values())
             return [dict(zip(names, line, strict=True)) for line in zip(*columns, strict=True)]
@@ -181,10 +191,15 @@ class Understanding:
             right = "rightly" if self.predicted[query] == self.targets[query] else "wrongly"
             says = f": {self.targets[query]}, {right} called {self.predicted[query]}"
         n = self.scores.values.shape[1]
+        fading = (
+            ""
+            if np.isnan(self.distances[query]).all()
+            else f"; rank correlation of |value| and distance {self.locality[query]:+.3f} in inputs, "
+            f"{self.feature_locality[query]:+.3f} in features"
+        )
         lines = [
             f"Query {called(self.scores.query_ids, query)}{says}",
-            f"half of the influence is in {self.half[query]} of {n} rows; rank correlation of |value| and distance "
-            f"{self.locality[query]:+.3f} in inputs, {self.feature_locality[query]:+.3f} in features",
+            f"half of the influence is in {self.half[query]} of {n} rows{fading}",
         ]
         for kind, ranked in (("helpful", self.helpful(query)), ("harmful", self.harmful(query))):
             if not len(ranked.rows):
@@ -196,8 +211,8 @@ class Understanding:
                 words = name_in_text(self.scores.ids, row)
                 words += "" if self.describe is None else f"  {self.describe(int(row))}"
                 lines.append(
-                    f"  row {row:>8}  {ranked.values[place]:>+12.4g} {label:>12} {ranked.distances[place]:>10.4g} "
-                    f"{ranked.feature_distances[place]:>12.4g}{words}"
+                    f"  row {row:>8}  {ranked.values[place]:>+12.4g} {label:>12} {_far(ranked.distances[place]):>10} "
+                    f"{_far(ranked.feature_distances[place]):>12}{words}"
                 )
         return "\n".join(lines)
 
@@ -262,23 +277,39 @@ def understand(
     checked_count(k, "k", hint="5 rows of each kind")
     queries = influence.queries(on)
     scores = influence.on_loss(queries)
-    feature_distances = distances(uw.features(influence, queries), uw.features(influence))
+    feature_distances, why = _feature_distances(influence, queries)
     apart = feature_distances if X is None else distances(_inputs(on) if Xq is None else Xq, X)
     if apart.shape != scores.values.shape:
         message = f"X and Xq hold {apart.shape[1]} rows and {apart.shape[0]} queries, and there are {influence.n} and "
         raise InvalidInput(message + f"{len(queries)}. Pass all training rows, and the queries, in one form.")
-    said = uw.predict(influence, queries)
+    labels = uw.training_labels(influence)
+    several = labels is None and isinstance(influence.examples.batch([0])[0], Mapping)  # tokens: no answer of a row
+    said = None if several else uw.predict(influence, queries)
     return Understanding(
         scores,
         apart,
         feature_distances,
-        uw.training_labels(influence),
+        labels,
         uw.query_labels(influence, queries),
-        said.labels,
-        said.outputs,
+        None if said is None else said.labels,
+        np.empty((len(queries), 0)) if said is None else said.outputs,
         min(k, influence.n),
         describe,
+        why if X is None else "",
     )
+
+
+def _feature_distances(influence: uw.Influence, queries: uw.Examples) -> tuple[NDArray[np.float64], str]:
+    """(q, n), and why they are NaN where inputs are no lines of numbers, as rows of named parts."""
+    first = influence.examples.batch([0])
+    x = first[0] if isinstance(first, tuple | list) else first
+    if not isinstance(x, Mapping):
+        return distances(uw.features(influence, queries), uw.features(influence)), ""
+    why = (
+        f"rows are made of {', '.join(map(str, x))}, which form no line of numbers. Pass one for every row and query, "
+        "such as embeddings of the texts: understand(…, X=…, Xq=…)."
+    )
+    return np.full((len(queries), influence.n), np.nan), why
 
 
 @dataclass(frozen=True)
@@ -366,6 +397,10 @@ def side_by_side(found: Mapping[str, Understanding]) -> SideBySide:
         )
         raise InvalidInput(message)
     return SideBySide((one, other), a, b)
+
+
+def _far(distance: float) -> str:
+    return "–" if np.isnan(distance) else f"{distance:.4g}"
 
 
 def _inputs(on: tuple[Any, ...] | uw.Examples) -> Any:

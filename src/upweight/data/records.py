@@ -111,7 +111,40 @@ class Records:
         y = None if target is None else _numbers(target, LABELS[0], row)
         if y is None and self.labelled and TOKENS in x:
             y = torch.where(x[MASK] > 0, x[TOKENS], UNCOUNTED) if MASK in x else x[TOKENS].clone()
+        self._refuse_empty(row, x, y)
         return x, y
+
+    def _refuse_empty(self, row: int, x: dict[str, Tensor], y: Tensor | None) -> None:
+        """Raises for a row without tokens or labels, and for labels of a language model that are not one a token."""
+        if TOKENS in x and not x[TOKENS].numel():
+            message = (
+                f"Row {row} has no tokens: its {TOKENS} are empty, as of an empty text. Leave such rows out: "
+                f"[row for row in rows if len(row['{TOKENS}'])]."
+            )
+            raise InvalidInput(message)
+        if y is None:
+            return
+        if not y.numel():
+            instead = "drop the column, and its tokens are its labels; or leave" if self.labelled else "leave"
+            message = (
+                f"Row {row} has no labels: the list is empty, as where a truncation cut them off. Give it labels, "
+                f"{instead} it out: [row for row in rows if len(row['{LABELS[0]}'])]."
+            )
+            raise InvalidInput(message)
+        tokens = x.get(TOKENS)
+        if self.labelled and tokens is not None and tokens.ndim == 1 and y.shape != tokens.shape and y.ndim < 2:
+            message = (
+                f"Row {row} has {y.numel()} labels and {len(tokens)} tokens, and a language model is asked for one "
+                f"label at every token. Pass labels of the length of {TOKENS}, with {UNCOUNTED} where none is counted."
+            )
+            raise InvalidInput(message)
+
+    def counted(self, row: int) -> bool:
+        """Whether a row has a label that cross-entropies count; so does any row whose labels are no whole numbers."""
+        y = self.parts(row)[1]
+        if y is None or y.is_floating_point():
+            return True
+        return bool((y[1:] if self.labelled and y.ndim else y).ne(UNCOUNTED).any())
 
     def stacked(self, items: list[Any]) -> Any:
         """Rows along a new first axis, padded to one length."""

@@ -25,7 +25,8 @@ from upweight.model.objective import Objective
 from upweight.model.transforms import grad, pushed, quietly, vmap
 
 _FEW_OUTPUTS = 32  # so many rows of J are always affordable
-AT_ONCE = 64  # columns of J in forward mode, so that they stay near the processor
+AT_ONCE = 64  # columns of J in forward mode at most
+_NUMBERS_AT_ONCE, _FEWEST_AT_ONCE = 2**19, 8  # of outputs in these columns, so that they stay near the processor
 
 
 def losses(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
@@ -136,8 +137,34 @@ def gauss_newton(objective: Objective, batch: Any, weights: Float[Tensor, " b"])
     params = leaves_of(objective)
     f = _outputs(objective, params, batch)
     columns = _columns(objective, batch, f, params)  # (p, b, K)
-    bent = output_products(objective, batch, columns) * weights.to(f)[:, None]
+    blocks = _hessians_of_places(objective, batch, f)
+    if blocks is None:
+        bent = output_products(objective, batch, columns)
+    else:
+        bent = torch.einsum("btij,pbtj->pbti", blocks, columns.reshape(len(columns), *blocks.shape[:-1]))
+    bent = bent.reshape(columns.shape) * weights.to(f)[:, None]
     return (columns.flatten(1) @ bent.flatten(1).T).double()
+
+
+def _hessians_of_places(objective: Objective, batch: Any, f: Float[Tensor, "b K"]) -> Float[Tensor, "b t d d"] | None:
+    """∂²ℓ/∂f² of every place of an output (…, d), if the loss is a sum over places and d is small; else None.
+
+    A vector that lives in the places whose number has bit k must stay in them: any two places differ in some bit.
+    Cost: d + log₂ t products, where the p columns would take as many as they are.
+    """
+    with torch.no_grad():
+        d = structure(objective)[0](objective.params, take(batch, 0)).shape[-1]
+    b, t = len(f), f.shape[1] // d
+    if t < 2 or 2 * d > objective.size:
+        return None
+    bits = [torch.arange(t, device=f.device) >> k & 1 for k in range((t - 1).bit_length())]
+    draw = torch.rand(b, t, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(f)
+    some = torch.stack([draw * bit.to(f)[:, None] for bit in bits])
+    left = output_products(objective, batch, some.flatten(2)).reshape(some.shape)
+    if any(bool((moved * (1 - bit).to(f)[:, None]).any()) for bit, moved in zip(bits, left, strict=True)):
+        return None
+    units = torch.eye(d, dtype=f.dtype, device=f.device)[:, None, None].expand(d, b, t, d)
+    return output_products(objective, batch, units.reshape(d, b, -1)).reshape(d, b, t, d).permute(1, 2, 0, 3)
 
 
 def through_parameters(objective: Objective, n_outputs: int) -> bool:
@@ -155,6 +182,7 @@ def _columns(objective: Objective, batch: Any, f: Float[Tensor, "b K"], params: 
     """
     eye = torch.eye(objective.size, dtype=objective.reference.dtype, device=f.device)
     v = torch.randn(1, objective.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    at_once = min(AT_ONCE, max(_FEWEST_AT_ONCE, _NUMBERS_AT_ONCE // f.numel()))
     parts, start = [], 0
     try:
         for name, block in objective.blocks.items():
@@ -164,7 +192,7 @@ def _columns(objective: Objective, batch: Any, f: Float[Tensor, "b K"], params: 
                 return _outputs(objective, {**whole, name: moved} if isinstance(whole, dict) else moved, batch)
 
             unit = eye[start : start + block.numel(), start : start + block.numel()].reshape(-1, *block.shape)
-            parts.append(pushed(outputs, block.detach(), unit, at_once=AT_ONCE))
+            parts.append(pushed(outputs, block.detach(), unit, at_once=at_once))
             start += block.numel()
         forward = torch.cat(parts).detach()
         along = _pushed(objective, f, params, v)[0]

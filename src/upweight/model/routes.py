@@ -6,13 +6,15 @@ loss whose value depends on chance, or on the other examples of its batch, has n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from upweight.data.trees import batch_length, take
+from upweight.data.trees import batch_length, take, tree_map
 from upweight.errors import InvalidInput, NotDeterministic, UnsupportedModel, UpweightError, first_line
 from upweight.model import calculus, layers
 from upweight.model.objective import Objective, Route
@@ -39,16 +41,8 @@ def probe(objective: Objective, batch: Any) -> Objective:
     if objective.linear is not None:
         return objective
     refuse_inference_mode(objective.name)
-    generator = torch.get_rng_state()
-    try:
-        plainly = replace(objective, route=Route("loop", "loop"))
-        once = _checked_losses(plainly, batch)
-        for _ in range(_REPEATS):
-            _refuse_chance(once, _checked_losses(plainly, batch))
-        if not torch.equal(torch.get_rng_state(), generator):
-            for _ in range(_TRIES):
-                _refuse_chance(once, _checked_losses(plainly, batch))
-        _refuse_broken_graphs(plainly, batch)
+    with _chance_put_back():
+        plainly = _sound(objective, batch)
         truth = _answers(plainly, batch)
         _refuse_half_derivatives(plainly, batch)
         reason = ""
@@ -67,14 +61,47 @@ def probe(objective: Objective, batch: Any) -> Objective:
                 found = replace(candidate.route, plan=layers.plan(candidate, batch), slow=tuple(sorted(slow)))
                 return replace(candidate, route=found)
             reason = reason or "vmapped values differ from one-by-one values"
-    finally:
-        torch.set_rng_state(generator)
     message = (
         f"The derivatives of {objective.name} were others when they were taken again, and its values were not: "
         "something in a backward pass is random. Influence needs one gradient per example: call model.eval(), or leave "
         "the noise out of backward() and of gradient hooks."
     )
     raise NotDeterministic(message)
+
+
+@undisturbed()
+def tried(objective: Objective, batch: Any) -> None:
+    """Raises where the losses of a batch, or the derivatives of its first example, cannot be computed.
+
+    Raises:
+        NotDeterministic, UnsupportedModel, InvalidInput: as `probe` does, which looks for the route, too.
+    """
+    refuse_inference_mode(objective.name)
+    with _chance_put_back():
+        _answers(_sound(objective, batch), tree_map(lambda leaf: leaf[:1], batch))
+
+
+@contextmanager
+def _chance_put_back() -> Iterator[None]:
+    generator = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(generator)
+
+
+def _sound(objective: Objective, batch: Any) -> Objective:
+    """The objective on its plainest route, whose losses are the same when they are asked for again, and move with θ."""
+    generator = torch.get_rng_state()
+    plainly = replace(objective, route=Route("loop", "loop"))
+    once = _checked_losses(plainly, batch)
+    for _ in range(_REPEATS):
+        _refuse_chance(once, _checked_losses(plainly, batch))
+    if not torch.equal(torch.get_rng_state(), generator):
+        for _ in range(_TRIES):
+            _refuse_chance(once, _checked_losses(plainly, batch))
+    _refuse_broken_graphs(plainly, batch)
+    return plainly
 
 
 def _checked_losses(objective: Objective, batch: Any) -> Tensor:

@@ -69,7 +69,7 @@ class _Step:
 _HELD = object()
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Keeps who gave and who took every tensor, as far as activations and changes of shape go.
 
     Args:
@@ -184,12 +184,12 @@ def _probed(sweep: Sweep) -> Any:
 def _first_convex(objective: Objective, batch: Any) -> Objective:
     """The objective, cut at the first activation in which the rest is convex; as it is if there is none."""
     for earlier in _earlier(objective, take(batch, 0)):
-        if _same(objective, earlier, batch) and _convex(earlier, batch):
+        if same(objective, earlier, batch) and _convex(earlier, batch):
             return earlier
     if _convex(objective, batch):
         return objective
     for later in _later(objective, take(batch, 0)):
-        if _same(objective, later, batch) and _convex(later, batch):
+        if same(objective, later, batch) and _convex(later, batch):
             return later
     return objective
 
@@ -197,14 +197,14 @@ def _first_convex(objective: Objective, batch: Any) -> Objective:
 def _earlier(objective: Objective, example: Any) -> list[Objective]:
     """The objective cut before the activations that end the module, the earliest first."""
     whole, criterion = calculus.structure(objective)
-    with torch.no_grad(), _Watch() as seen:
+    with torch.no_grad(), Watch() as seen:
         output = whole(objective.params, example)
     chain = seen.back(output) if isinstance(output, Tensor) else []
     steps = [step for _, step in chain]
 
     def before(count: int) -> Objective:
         def outputs(params: Any, example: Any) -> Tensor:
-            with _Watch() as seen:
+            with Watch() as seen:
                 output = whole(params, example)
             found = seen.back(output)
             if [step.function for _, step in found[:count]] != [step.function for step in steps[:count]]:
@@ -232,7 +232,7 @@ def _later(objective: Objective, example: Any) -> list[Objective]:
         output = whole(objective.params, example)
         if not isinstance(output, Tensor):
             return []
-        with _Watch(output) as seen:
+        with Watch(output) as seen:
             criterion(output, example)
     steps = seen.forth
     if id(output) in seen.others:
@@ -247,7 +247,7 @@ def _later(objective: Objective, example: Any) -> list[Objective]:
 
         def output_loss(late: Tensor, example: Any) -> Tensor:
             start = late.new_zeros(output.shape)
-            with _Watch(start, (count, late)):
+            with Watch(start, (count, late)):
                 return criterion(start, example)
 
         return replace(objective, outputs=outputs, output_loss=output_loss)
@@ -255,7 +255,7 @@ def _later(objective: Objective, example: Any) -> list[Objective]:
     return [after(place + 1) for place in range(len(steps)) if steps[place].bends]
 
 
-def _same(objective: Objective, other: Objective, batch: Any) -> bool:
+def same(objective: Objective, other: Objective, batch: Any) -> bool:
     """Whether both give the same losses, in two steps each."""
 
     def losses(one: Objective) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from upweight.model.layers import pieces
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
 from upweight.operators.cut import cut, refuse_kinks
+from upweight.operators.head import before_head
 from upweight.operators.layered import LayeredGaussNewton, kept_bytes
 from upweight.operators.linear import LinearHessian
 
@@ -155,6 +156,9 @@ class GaussNewton:
         needed = kept_bytes(sweep.objective, first, sweep.n) if few and middle <= self.keep else None
         if needed is not None and needed <= self.keep:
             return LayeredGaussNewton(sweep)
+        if not few:
+            sweep = replace(sweep, objective=before_head(sweep.objective, calculus.ready(sweep.objective, first)))
+            n_outputs = calculus.outputs(sweep.objective, first).shape[1]
         matrices = 16 * n_outputs * sweep.objective.size
         columns = 0 if few else calculus.AT_ONCE * sweep.example_bytes
         return Implicit(sweep, calculus.ggnvp, calculus.gauss_newton, assembly_bytes=matrices + columns)

@@ -5,6 +5,7 @@ The oracle is the model itself on one row, differentiated by autograd.
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -206,3 +207,52 @@ def test_a_quantised_base_keeps_its_numbers():
     assert np.isfinite(influence.on_loss(X[:2], y[:2]).values).all()
     assert model.weight.dtype == torch.int8
     assert torch.equal(model.weight, before)
+
+
+def at_the_logits(model, data):
+    """(1/n) Σ wᵢ Jᵢᵀ Hᵢ Jᵢ of the next tokens' logits, a backward pass for each, in float64."""
+    model = copy.deepcopy(model).double()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    total, counted = 0, sum(len(row["input_ids"]) - 1 for row in data)
+    for row in data:
+        f = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        pieces = [torch.autograd.grad(one, parameters, retain_graph=True) for one in f.flatten()]
+        J = torch.stack([torch.cat([g.reshape(-1) for g in piece]) for piece in pieces]).reshape(*f.shape, -1)
+        p = f.softmax(1)
+        H = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        total = total + torch.einsum("tip,tij,tjq->pq", J, H, J).detach()
+    return total / counted
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_a_frozen_head_counts_to_the_criterion(head):
+    model = adapted("gpt2", **({"modules_to_save": ["lm_head"]} if head == "trained" else {}))
+    data = rows("gpt2")[:4]
+    influence = uw.explain(model, data, curvature=uw.operators.GaussNewton())
+    outputs = calculus.outputs(influence.operator.sweep.objective, influence.examples.batch([0, 1]))
+    longest = 7  # tokens of the two rows
+    assert outputs.shape[1] == (longest * 8 if head == "frozen" else (longest - 1) * 50)
+    expected = at_the_logits(model, data)
+    torch.testing.assert_close(influence.operator.matrix(), expected, rtol=1e-6, atol=1e-7 * float(expected.max()))
+    V = torch.randn(2, len(expected), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(influence.operator.apply(V), V @ expected, rtol=1e-6, atol=1e-7 * float(expected.max()))
+
+
+def test_a_loss_that_compares_places_is_bent_as_a_whole():
+    """Squares of sums over places: no place has a second derivative of its own."""
+    model, data = adapted("gpt2"), rows("gpt2")
+    data = [{**data[k], "input_ids": data[k]["input_ids"][:6], "labels": [1.0]} for k in (1, 3)]
+
+    def loss(output, y):
+        return (output.logits.pow(2).sum((1, 2))[:, None] / 100 - y).pow(2).mean()
+
+    influence = uw.explain(model, data, loss=loss, curvature=uw.operators.GaussNewton(), damping=1.0)
+    whole = influence.operator.matrix()
+    V = torch.eye(len(whole), dtype=torch.float64)[:5]
+    torch.testing.assert_close(influence.operator.apply(V), whole[:5], rtol=1e-8, atol=1e-8 * float(whole.abs().max()))
+    batch = influence.examples.batch([0, 1])
+    objective = influence.operator.sweep.objective
+    assert calculus.through_parameters(objective, calculus.outputs(objective, batch).shape[1])
+    J = calculus.output_jacobians(objective, batch).double()
+    H = calculus.output_hessians(objective, batch).double()
+    torch.testing.assert_close(whole, torch.einsum("bip,bij,bjq->pq", J, H, J) / 2, rtol=1e-8, atol=1e-9)

@@ -336,3 +336,28 @@ def test_pictures():
     C, lam = influence.operator.matrix(), influence.damping
     expected = ours[:2] @ torch.linalg.solve(C + lam * torch.eye(len(C), dtype=C.dtype), ours.T.double()) / 8
     np.testing.assert_allclose(scores.values, expected.numpy(), rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_probed_row_runs_once_alone_and_once_among_others():
+    """What `explain` runs before anything is asked: few rows are differentiated, the others only compared."""
+    model, data = built("gpt2"), [{"input_ids": DRAW.integers(5, 50, 9).tolist()} for _ in range(60)]
+    runs, vmapped = dict.fromkeys((tuple(row["input_ids"]) for row in data), 0), 0
+
+    def note(module, args, named):
+        nonlocal vmapped
+        if torch._C._functorch.is_batchedtensor(named["input_ids"]):
+            vmapped += 1
+            return
+        for tokens in named["input_ids"].tolist():
+            runs[tuple(tokens)] += 1
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        uw.explain(model, data)
+    finally:
+        handle.remove()
+    counts = sorted(runs.values(), reverse=True)
+    compared = counts[4 + 3 :]  # not those whose loss or derivatives are looked at
+    assert set(compared) == {0, 2}, counts
+    assert sum(counts) <= 115, "passes of single rows"
+    assert vmapped <= 8, "routes are tried once"

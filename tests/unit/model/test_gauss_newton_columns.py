@@ -39,11 +39,11 @@ class Adapted(nn.Module):
     def __init__(self, cubed):
         super().__init__()
         self.narrow = nn.Linear(4, 5, dtype=torch.float64)
-        self.head = nn.Linear(5, 8 * 7, dtype=torch.float64).requires_grad_(False)
+        self.head = nn.Parameter(torch.randn(5, 8 * 7, dtype=torch.float64), requires_grad=False)
         self.cubed = cubed
 
     def forward(self, x):
-        return self.head(self.cubed(self.narrow(x))).reshape(-1, 8, 7)
+        return (self.cubed(self.narrow(x)) @ self.head).reshape(-1, 8, 7)
 
 
 @pytest.mark.parametrize("cubed", [lambda x: x**3, Cubed.apply], ids=["forward mode", "backward twice"])
