@@ -13,7 +13,8 @@
     │   └── Diverged                              a stochastic recursion grew instead of settling
     ├── StoreMismatch        (ValueError)         a folder holds results of other work
     ├── PathNotFound         (FileNotFoundError)  nothing is at this path
-    └── MissingExtra         (ImportError)        an optional dependency is not installed
+    ├── MissingExtra         (ImportError)        an optional dependency is not installed
+    └── WorkerLost           (RuntimeError)       a worker of joblib's ended before its work did
 
     TheoryWarning            (UserWarning)        the theory is being stretched; the message carries the number
 
@@ -42,6 +43,7 @@ __all__ = [
     "Undefined",
     "UnsupportedModel",
     "UpweightError",
+    "WorkerLost",
 ]
 
 
@@ -107,6 +109,10 @@ class PathNotFound(UpweightError, FileNotFoundError):
 
 class MissingExtra(UpweightError, ImportError):
     """An optional dependency is not installed."""
+
+
+class WorkerLost(UpweightError, RuntimeError):
+    """A process that worked for joblib ended before its work did."""
 
 
 class TheoryWarning(UserWarning):
