@@ -14,7 +14,7 @@
     ├── StoreMismatch        (ValueError)         a folder holds results of other work
     ├── PathNotFound         (FileNotFoundError)  nothing is at this path
     ├── MissingExtra         (ImportError)        an optional dependency is not installed
-    └── WorkerLost           (RuntimeError)       a worker of joblib's ended before its work did
+    └── WorkerError          (RuntimeError)       work could not be sent to a process, or the process ended
 
     TheoryWarning            (UserWarning)        the theory is being stretched; the message carries the number
 
@@ -43,7 +43,7 @@ __all__ = [
     "Undefined",
     "UnsupportedModel",
     "UpweightError",
-    "WorkerLost",
+    "WorkerError",
 ]
 
 
@@ -111,8 +111,8 @@ class MissingExtra(UpweightError, ImportError):
     """An optional dependency is not installed."""
 
 
-class WorkerLost(UpweightError, RuntimeError):
-    """A process that worked for joblib ended before its work did."""
+class WorkerError(UpweightError, RuntimeError):
+    """Work could not be sent to another process, or the process ended before its work did."""
 
 
 class TheoryWarning(UserWarning):

@@ -124,7 +124,7 @@ def removal_curve(
     Raises:
         InvalidInput: if scores, counts, queries or the retrainer cannot be used.
         StoreMismatch: if the folder holds the outcomes of other data, models, scores, counts, retrainers or seeds.
-        WorkerLost: if a worker of joblib's ends before its training does.
+        WorkerError: if a training cannot be sent to a worker of joblib's, or the worker ends before it does.
 
     References: Ilyas et al., Datamodels (2022), section 4; Park et al., TRAK (2023), appendix.
     """

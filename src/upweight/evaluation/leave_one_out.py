@@ -147,7 +147,7 @@ def leave_one_out(
             from a minimum and no retrainer was given.
         NotConverged, NotPositiveDefinite, Undefined: if training with all rows fails, or without any one of them.
         StoreMismatch: if the folder holds the outcomes of other data, models, rows, retrainers or seeds.
-        WorkerLost: if a worker of joblib's ends before its training does.
+        WorkerError: if a training cannot be sent to a worker of joblib's, or the worker ends before it does.
     """
     rows = influence.examples.rows(rows)
     checked_count(seeds, "seeds", hint="1 for a retrainer without chance")

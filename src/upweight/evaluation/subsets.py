@@ -141,7 +141,7 @@ def subset_retraining(
     Raises:
         InvalidInput: if subsets, seeds, queries or the retrainer cannot be used; RowOutOfRange if a row does not exist.
         StoreMismatch: if the folder holds the outcomes of other data, models, subsets, retrainers or seeds.
-        WorkerLost: if a worker of joblib's ends before its training does.
+        WorkerError: if a training cannot be sent to a worker of joblib's, or the worker ends before it does.
     """
     masks = _masks(influence, subsets)
     checked_count(seeds, "seeds", hint="2 or more for a noise ceiling")

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from upweight.errors import InvalidInput, UpweightError, WorkerLost, first_line
+from upweight.errors import UpweightError, WorkerError, first_line
 
 Block = tuple[tuple[int, ...], Sequence[Any]]  # the numbers of some jobs, and the jobs
 Work = Callable[[Sequence[Any]], Sequence[Any]]  # of the jobs of one block: a result for each
@@ -42,15 +42,12 @@ def finished(work: Work, blocks: Iterable[Block], unit: str = "job") -> Iterator
         unit: what a job is called.
 
     Raises:
-        InvalidInput: if the work cannot be sent to another process, or cannot be read there.
-        WorkerLost: if a worker ends before its work does.
+        WorkerError: if the work cannot be sent to another process, or a worker ends before its work does.
         Exception: what the work raises, with a note that says in which job.
     """
     from joblib.parallel import get_active_backend
 
-    backend, count = get_active_backend()
-    count = backend.default_n_jobs if count is None else count
-    workers = backend.effective_n_jobs(count)
+    workers, (backend, _) = count(), get_active_backend()
     if workers == 1:
         for numbers, jobs in blocks:
             with _noted(numbers, unit):
@@ -68,11 +65,19 @@ def finished(work: Work, blocks: Iterable[Block], unit: str = "job") -> Iterator
         yield numbers, results
 
 
+def count() -> int:
+    """How many workers there are: what `joblib.parallel_config` says, or 1."""
+    from joblib.parallel import get_active_backend
+
+    backend, wanted = get_active_backend()
+    return backend.effective_n_jobs(backend.default_n_jobs if wanted is None else wanted)
+
+
 def _returned(calls: Iterator[Any], name: str, workers: int, unit: str, *, streams: bool) -> Iterator[Any]:
     """What the workers give back, as it comes; from a backend that does not stream, a round for all workers at a time.
 
     Raises:
-        WorkerLost: if joblib gives no more.
+        WorkerError: if joblib gives no more.
     """
     from joblib import Parallel
 
@@ -101,7 +106,7 @@ def _returned(calls: Iterator[Any], name: str, workers: int, unit: str, *, strea
             f"each of {workers} workers holds a copy of the data. What had finished is in the folder, if store= named "
             "one: make the same call again, with a smaller n_jobs."
         )
-        raise WorkerLost(message) from error
+        raise WorkerError(message) from error
 
 
 def _done(shipped: Any, digest: str, here: _Here, numbers: tuple[int, ...], jobs: Sequence[Any], unit: str) -> Any:
@@ -164,7 +169,7 @@ def _packed(work: Work) -> tuple[NDArray[np.uint8], str]:
     """The work as bytes in an array, which joblib sends to a worker once, and their digest.
 
     Raises:
-        InvalidInput: if a part of it cannot be sent, with its name.
+        WorkerError: if a part of it cannot be sent, with its name.
     """
     import cloudpickle
 
@@ -177,7 +182,7 @@ def _packed(work: Work) -> tuple[NDArray[np.uint8], str]:
             f"({first_line(error)}). Open files, locks and connections stay where they are: let the function open "
             "what it needs when it is called. Or train in this process: leave parallel_config out."
         )
-        raise InvalidInput(message) from error
+        raise WorkerError(message) from error
     return np.frombuffer(content, dtype=np.uint8), hashlib.sha256(content).hexdigest()
 
 
@@ -185,7 +190,7 @@ def _loaded(shipped: NDArray[np.uint8], digest: str) -> Work:
     """The work on a worker, read from its bytes once.
 
     Raises:
-        InvalidInput: if something that it needs cannot be imported there.
+        WorkerError: if something that it needs cannot be imported there.
     """
     import cloudpickle
 
@@ -199,7 +204,7 @@ def _loaded(shipped: NDArray[np.uint8], digest: str) -> Work:
                 "the retrainer is defined in a file that the worker does not find. Define it in the script that is "
                 "run, or set PYTHONPATH to its folder before the workers start."
             )
-            raise InvalidInput(message) from error
+            raise WorkerError(message) from error
     return _LOADED[digest]
 
 

@@ -7,6 +7,7 @@ same numbers. So a part that the folder has is read, and the question goes on wh
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from upweight import __version__
 from upweight.influence.face import Influence
 from upweight.model import penalties
-from upweight.runs import workers
+from upweight.runs import identity, workers
 from upweight.runs.progress import bar
 from upweight.runs.store import Store
 from upweight.training.counterfactuals import changed, factors_of, found
@@ -38,7 +39,7 @@ class Course:
     Args:
         influence: whose objective and data are trained again.
         store: the folder; None keeps nothing.
-        question: what else the numbers depend on; every value must survive JSON.
+        question: what else the numbers depend on, as numbers, texts, lists and functions.
         retrain: the retrainer, where the question does not say it in words: told by its settings, or a digest of code.
 
     Raises:
@@ -52,7 +53,8 @@ class Course:
         if store is not None:
             if "retrain" not in question:
                 question = {**question, "retrain": in_words(retrain, bound(retrain, influence))}
-            self.folder = Store(store, {**_asked(influence), **question})
+            plain = json.loads(json.dumps({**_asked(influence), **question}, default=_plain))
+            self.folder = Store(store, plain)
             self.folder.agree("penalty_gradient", penalties.gradient(influence.objective).numpy(), _ROUNDING)
 
     def agree(self, name: str, array: NDArray[np.float64]) -> None:
@@ -106,8 +108,7 @@ class Course:
             progress: True or False forces the bar on or off; None shows it on a terminal only.
 
         Raises:
-            InvalidInput: if the work cannot be sent to another process.
-            WorkerLost: if a worker ends before its work does.
+            WorkerError: if the work cannot be sent to a worker, or a worker ends before its work does.
         """
         results: dict[int, Any] = {}
         first = self.next
@@ -117,7 +118,7 @@ class Course:
             results = {number: self.folder.read(first + number) for number in kept}
         left = [tuple(block) for block in blocks if not set(block) <= results.keys()]
         sent = ((block, [job(number) for number in block]) for block in left)
-        with bar(sum(map(len, left)), label, progress, unit=unit) as done:
+        with bar(sum(map(len, left)), label, progress, unit=unit, announced=workers.count() == 1) as done:
             for numbers, values in workers.finished(work, sent, unit):
                 for number, value in zip(numbers, values, strict=True):
                     if number not in results and not isinstance(value, Exception) and self.folder is not None:
@@ -138,6 +139,11 @@ def _asked(influence: Influence) -> dict[str, Any]:
         "penalty_per_example": influence.objective.folded,
         "versions": f"upweight {__version__}, torch {torch.__version__}",
     }
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's, anything else as a digest of what it does."""
+    return value.tolist() if hasattr(value, "tolist") else identity.digest(value)
 
 
 def digest(array: NDArray[Any]) -> str:
