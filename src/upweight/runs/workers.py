@@ -11,12 +11,13 @@ is done at a time, because models and random states are shared there.
 from __future__ import annotations
 
 import hashlib
-import io
 import threading
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -56,13 +57,16 @@ def finished(work: Work, blocks: Iterable[Block], unit: str = "job") -> Iterator
         return
     shipped = (work, "") if getattr(backend, "supports_sharedmem", False) else _packed(work)
     here = _Here.now()
-    calls = ((_done, (*shipped, here, numbers, jobs, unit), {}) for numbers, jobs in blocks)
-    streams = backend.supports_return_generator
-    name = type(backend).__name__.removesuffix("Backend").removesuffix("Distributed").lower()
-    for numbers, results in _returned(calls, name, workers, unit, streams=streams):
+    failed: dict[tuple[int, ...], Exception] = {}  # once there is one no more is sent, and what was sent is awaited
+    left = takewhile(lambda _: not failed, blocks)
+    calls = ((_done, (*shipped, here, numbers, jobs, unit), {}) for numbers, jobs in left)
+    for numbers, results in _returned(calls, backend, workers, unit):
         if isinstance(results, Exception):
-            raise results
-        yield numbers, results
+            failed[numbers] = results
+        else:
+            yield numbers, results
+    if failed:
+        raise failed[min(failed)]
 
 
 def count() -> int:
@@ -73,7 +77,7 @@ def count() -> int:
     return backend.effective_n_jobs(backend.default_n_jobs if wanted is None else wanted)
 
 
-def _returned(calls: Iterator[Any], name: str, workers: int, unit: str, *, streams: bool) -> Iterator[Any]:
+def _returned(calls: Iterator[Any], backend: Any, workers: int, unit: str) -> Iterator[Any]:
     """What the workers give back, as it comes; from a backend that does not stream, a round for all workers at a time.
 
     Raises:
@@ -81,16 +85,13 @@ def _returned(calls: Iterator[Any], name: str, workers: int, unit: str, *, strea
     """
     from joblib import Parallel
 
-    done = 0
+    name, done = type(backend).__name__.removesuffix("Backend").removesuffix("Distributed").lower(), 0
     try:
-        if streams:
-            found = Parallel(return_as="generator_unordered", batch_size=1)(calls)
-            try:
+        if backend.supports_return_generator:
+            with _closed(Parallel(return_as="generator_unordered", batch_size=1)(calls)) as found:
                 for result in found:
                     done += len(result[0])
                     yield result
-            finally:
-                found.close()
             return
         with Parallel(batch_size=1) as parallel:
             while some := list(islice(calls, workers)):
@@ -109,6 +110,17 @@ def _returned(calls: Iterator[Any], name: str, workers: int, unit: str, *, strea
         raise WorkerError(message) from error
 
 
+@contextmanager
+def _closed(found: Any) -> Iterator[Any]:
+    """A generator of joblib's; what is not done when it is left, as by Ctrl-C, is given up without a warning."""
+    try:
+        yield found
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            found.close()
+
+
 def _done(shipped: Any, digest: str, here: _Here, numbers: tuple[int, ...], jobs: Sequence[Any], unit: str) -> Any:
     """On a worker: the numbers of a block, and its results or what was raised."""
     from joblib import parallel_config
@@ -119,6 +131,7 @@ def _done(shipped: Any, digest: str, here: _Here, numbers: tuple[int, ...], jobs
             with here.again(), _noted(numbers, unit):
                 return numbers, work(jobs)
         except Exception as error:
+            error.add_note("On the worker:\n" + "".join(traceback.format_tb(error.__traceback__)).rstrip())
             return numbers, _portable(error)
 
 
@@ -179,8 +192,8 @@ def _packed(work: Work) -> tuple[NDArray[np.uint8], str]:
         where, part = _unsendable(work)
         message = (
             f"{where or 'What is trained'} is a {type(part).__name__}, which cannot be sent to another process "
-            f"({first_line(error)}). Open files, locks and connections stay where they are: let the function open "
-            "what it needs when it is called. Or train in this process: leave parallel_config out."
+            f"({first_line(error)}). Locks, connections and files that are written stay where they are: let the "
+            "function open what it needs when it is called. Or train in this process: leave parallel_config out."
         )
         raise WorkerError(message) from error
     return np.frombuffer(content, dtype=np.uint8), hashlib.sha256(content).hexdigest()
@@ -197,7 +210,7 @@ def _loaded(shipped: NDArray[np.uint8], digest: str) -> Work:
     if digest not in _LOADED:
         _LOADED.clear()
         try:
-            _LOADED[digest] = cloudpickle.load(io.BytesIO(shipped))
+            _LOADED[digest] = cloudpickle.loads(shipped)
         except Exception as error:
             message = (
                 f"A worker cannot read what is trained ({type(error).__name__}: {first_line(error)}). Usual reason: "

@@ -145,13 +145,13 @@ def trained(train: Retrain, jobs: Sequence[Job], failing: tuple[type[Exception],
     Args:
         train: the retrainer.
         jobs: rows that are kept and seeds.
-        failing: errors that stand in the place of a θ.
+        failing: errors that stand in the place of a θ, but not of one from all rows, without which nothing is known.
 
     Raises:
         InvalidInput: if a retrainer that takes many jobs returns another number of models.
     """
     if not isinstance(train, RetrainMany):
-        return [_trained(train, kept.astype(np.float64), seed, failing) for kept, seed in jobs]
+        return [_trained(train, kept, seed, failing) for kept, seed in jobs]
     with seeded(jobs[0][1]):
         models = train.many(np.stack([kept for kept, _ in jobs]).astype(np.float64), [seed for _, seed in jobs])
     if len(models) != len(jobs):
@@ -160,11 +160,13 @@ def trained(train: Retrain, jobs: Sequence[Job], failing: tuple[type[Exception],
     return list(models)
 
 
-def _trained(train: Retrain, weights: NDArray[np.float64], seed: int, failing: tuple[type[Exception], ...]) -> Any:
+def _trained(train: Retrain, kept: NDArray[np.bool_], seed: int, failing: tuple[type[Exception], ...]) -> Any:
     try:
         with seeded(seed):
-            return train(weights, seed)
+            return train(kept.astype(np.float64), seed)
     except failing as error:
+        if kept.all():
+            raise
         return error
 
 
