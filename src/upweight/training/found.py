@@ -62,7 +62,8 @@ class Found:
 
 def _joined(parts: Sequence[Any]) -> Float[NDArray[np.float64], " k"]:
     """Numbers and tensors in one array: of each its axes (how many, −1 for None, and how long), then all values."""
-    arrays = [None if part is None else torch.as_tensor(part).detach().double().cpu().numpy() for part in parts]
+    tensors = [None if part is None else torch.as_tensor(part, dtype=torch.float64).detach() for part in parts]
+    arrays = [None if tensor is None else tensor.cpu().numpy() for tensor in tensors]
     shapes = [[-1] if array is None else [array.ndim, *array.shape] for array in arrays]
     values = [array.reshape(-1) for array in arrays if array is not None]
     return np.concatenate([*shapes, *values]).astype(np.float64)
