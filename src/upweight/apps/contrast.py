@@ -57,7 +57,8 @@ def contrast(
     without rows, and does not count as corrected.
 
     Cost: the control's training; per query K linear systems and a sweep; about log₂ k judgements of four gradients and
-    two systems; `refits` trainings.
+    two systems; `refits` trainings. Queries are answered on the workers of `joblib.parallel_config` where there are
+    some.
 
     Args:
         influence: of a classifier.

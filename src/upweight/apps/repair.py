@@ -266,7 +266,8 @@ def repair(
     at least 0. A network that has learnt its rows by heart fits any label, so there present labels stay.
 
     Cost: `of_self()` of all rows, and for every row to inspect K linear systems, K the outputs; two for other models.
-    Without `by` also one training, `of_self()` and `scores` for each planting.
+    Without `by` also one training, `of_self()` and `scores` for each planting, on the workers of
+    `joblib.parallel_config` where there are some.
 
     Args:
         influence: of a classifier, of any number of classes.

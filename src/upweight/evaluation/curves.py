@@ -106,7 +106,7 @@ def removal_curve(
     Random rows are removed beside them: what removing any k rows does.
 
     Cost: (ways + 1) × queries × counts × seeds trainings and `seeds` controls; side by side where the retrainer has a
-    `many`.
+    `many`, and on the workers of `joblib.parallel_config` where there are some.
 
     Args:
         influence: whose objective and data are trained again.

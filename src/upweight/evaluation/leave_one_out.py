@@ -123,7 +123,8 @@ def leave_one_out(
     A row without which there is nothing to train (all of a class, or a fit that is not unique) is NaN, with a
     TheoryWarning that says why.
 
-    Cost: (len(rows) + 1) × seeds trainings; side by side where the retrainer has a `many`.
+    Cost: (len(rows) + 1) × seeds trainings; side by side where the retrainer has a `many`, and on the workers of
+    `joblib.parallel_config` where there are some.
 
     Args:
         influence: whose objective and data are trained again.

@@ -124,7 +124,8 @@ def subset_retraining(
 ) -> SubsetOutcomes:
     """Train again on every subset of the rows, and measure every query.
 
-    Cost: subsets × seeds trainings; side by side where the retrainer has a `many`, such as StackedTraining.
+    Cost: subsets × seeds trainings; side by side where the retrainer has a `many`, such as StackedTraining, and on the
+    workers of `joblib.parallel_config` where there are some.
 
     Args:
         influence: whose objective and data are trained again.
