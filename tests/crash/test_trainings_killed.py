@@ -181,26 +181,38 @@ def test_killed_in_the_middle_and_made_again(name, count, whole, tmp_path, monke
     assert resumed(name, folder, log, monkeypatch)[1] == 0
 
 
+def killed_child(name, folder, log, count, delay):
+    """As `killed`, of a child of this process, which need not import anything; whether it was killed before its end."""
+    child = os.fork()
+    if not child:
+        os.environ[LOG] = str(log)
+        WORK[name](folder)
+        os._exit(0)
+    while len(chunks(folder)) < count and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.002)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("name", WORK)
 def test_killed_at_twenty_random_moments(name, whole, tmp_path, monkeypatch):
-    """Each time the same folder goes on until it is killed again, or a new one is taken where it had ended."""
+    """Each time the same folder goes on until it is killed again; where it has come to its end a new one is begun."""
     wanted, total = whole(name)
-    draw, killings, folder, number = np.random.default_rng(sorted(WORK).index(name)), 0, None, 0
-    again = []
+    draw, killings, number, runs = np.random.default_rng(sorted(WORK).index(name)), 0, 0, []
     while killings < 20:
-        if folder is None:
-            folder, log, kills = tmp_path / f"run{number}", tmp_path / f"log{number}", 0
-            number += 1
-        before = len(chunks(folder))
-        code, said = killed(started(name, folder, log), folder, before + 1, draw.uniform(0, 0.5))
-        assert code in (0, -signal.SIGKILL), said
-        killings += code != 0
-        kills += code != 0
-        if code == 0 or draw.uniform() < 0.3 or killings == 20:
-            found, _ = resumed(name, folder, log, monkeypatch)
-            assert found == wanted
-            again.append((kills, trainings(log) - total))
-            assert trainings(log) <= total + kills  # at most the one in flight
-            folder = None
-    print(f"{name}: {killings} kills of {total} trainings; (kills, trainings made again) of every run: {again}")
+        folder, log, kills, ended = tmp_path / f"run{number}", tmp_path / f"log{number}", 0, False
+        number += 1
+        while killings < 20 and not ended:
+            count = min(len(chunks(folder)) + 1, total)
+            ended = not killed_child(name, folder, log, count, draw.exponential(0.1))
+            kills, killings = kills + (not ended), killings + (not ended)
+        found, again = resumed(name, folder, log, monkeypatch)
+        assert found == wanted
+        assert trainings(log) <= total + kills  # at most the one in flight was lost
+        runs.append((kills, trainings(log) - total, again))
+    print(
+        f"{name}: {killings} kills, {total} trainings; of every folder (kills, made again, missing at the end): {runs}"
+    )
