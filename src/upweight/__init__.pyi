@@ -45,6 +45,7 @@ from .show.run import Items as Items, Run as Run
 from .training import minibatch as minibatch
 from .training.checkpoints import TracIn as TracIn, checkpoints as checkpoints
 from .training.counterfactuals import edited as edited, retrained as retrained
+from .training.course import Course as Course
 from .training.ensembles import Ensemble as Ensemble, ensemble as ensemble
 from .training.predictions import (
     Predictions as Predictions,

@@ -15,7 +15,8 @@
     ├── StoreMismatch        (ValueError)         a folder holds results of other work
     ├── StorageFailed        (OSError)            the disk is full, or another process writes there
     ├── PathNotFound         (FileNotFoundError)  nothing is at this path
-    └── MissingExtra         (ImportError)        an optional dependency is not installed
+    ├── MissingExtra         (ImportError)        an optional dependency is not installed
+    └── WorkerError          (RuntimeError)       work could not be sent to a process, or the process ended
 
     TheoryWarning            (UserWarning)        the theory is being stretched; the message carries the number
 
@@ -46,6 +47,7 @@ __all__ = [
     "Undefined",
     "UnsupportedModel",
     "UpweightError",
+    "WorkerError",
 ]
 
 
@@ -119,6 +121,10 @@ class PathNotFound(UpweightError, FileNotFoundError):
 
 class MissingExtra(UpweightError, ImportError):
     """An optional dependency is not installed."""
+
+
+class WorkerError(UpweightError, RuntimeError):
+    """Work could not be sent to another process, or the process ended before its work did."""
 
 
 class TheoryWarning(UserWarning):

@@ -563,7 +563,7 @@ def test_a_network_is_compared_by_what_trains_it():
         return {"loss": after.on_loss(X[:1], Y[:1]).values[0]}
 
     with refused("nothing says how ", "Pass retrain=, an object with bind(influence) such as "):
-        planted(influence, 4, orders, plantings=1, retrain=None, seed=0)
+        planted(influence, 4, orders, [], plantings=1, retrain=None, seed=0)
     stacked = uw.StackedTraining(uw.minibatch.SGD(lr=0.01), uw.minibatch.Shuffled(8), epochs=2)
     for retrain in (uw.LBFGS(), stacked):
         found = apps.repair(influence, inspect=4, plantings=1, retrain=retrain)
@@ -575,7 +575,7 @@ def test_an_order_is_named_where_no_label_can_be_flipped():
     rows = [int(np.flatnonzero(name == NAMES)[0]) for name in ("no", "yes")]
     influence = trained(NAMES[rows], X[rows])
     with refused("rows can be flipped so that every class keeps a row", "Name an order, such "):
-        planted(influence, 1, lambda after: {}, plantings=1, retrain=None, seed=0)
+        planted(influence, 1, lambda after: {}, [], plantings=1, retrain=None, seed=0)
     assert "Name an order, such as by='self-influence'" in apps.repair(influence, inspect=1).why
     found = apps.repair(influence, inspect=1, by="self-influence")
     assert found.rows.tolist() == [influence.of_self().values.argmax()]

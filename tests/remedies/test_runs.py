@@ -7,8 +7,13 @@ import json
 import os
 import platform
 import shutil
+import signal
+import sqlite3
+import time
+from contextlib import closing
 from functools import cache
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -215,3 +220,77 @@ def test_a_store_of_other_work_is_left_or_deleted(tmp_path):
     shutil.rmtree(tmp_path / "run")
     assert np.array_equal(ridge(damping=0.1).on_loss(XQ, ZQ, store=tmp_path / "run").values, alone)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["fingerprint"]["damping"] == 0.1
+
+
+# ---- workers ---------------------------------------------------------------------------------------------------------
+
+PROCESSES = {"backend": "loky", "n_jobs": 2}
+
+
+def trained(retrain, **settings):
+    """Four trainings, whose θ is what the retrainer says."""
+    subsets = [np.delete(np.arange(len(X)), row) for row in range(4)]
+    return uw.subset_retraining(ridge(), (XQ, ZQ), subsets, retrain, **settings)
+
+
+def without(weights):
+    """θ̂, moved by which row is left out."""
+    return ridge().objective.theta * (1 + 0.1 * float(np.flatnonzero(weights == 0)[0]))
+
+
+def test_a_worker_that_is_killed_leaves_what_had_finished(tmp_path):
+    end = tmp_path / "end"
+    end.touch()
+
+    def dies_once(weights, seed):
+        if weights[3] == 0 and end.exists():
+            while len(list((tmp_path / "run").glob("chunk-*"))) < 3:
+                time.sleep(0.01)
+            end.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return without(weights)
+
+    with (
+        joblib.parallel_config(**PROCESSES),
+        refused(" worker ended before its ", "make the same call again, with a smaller n_jobs") as caught,
+    ):
+        trained(dies_once, store=tmp_path / "run")
+    assert "A loky worker ended before its training did, after 3 trainings (TerminatedWorkerError" in str(caught.value)
+    kept = sorted((tmp_path / "run").glob("chunk-*"))
+    before = [file.stat().st_mtime_ns for file in kept]
+    assert [file.name[6:12] for file in kept] == ["000000", "000001", "000002"]
+    with joblib.parallel_config(backend="loky", n_jobs=1):
+        found = trained(dies_once, store=tmp_path / "run")
+    assert [file.stat().st_mtime_ns for file in kept] == before
+    assert np.array_equal(found.values, trained(dies_once).values)
+
+
+def test_what_cannot_be_sent_is_opened_where_it_is_used(tmp_path):
+    file, ask = tmp_path / "moves.db", "select move from moves"
+
+    def opens(weights, seed):
+        with closing(sqlite3.connect(file)) as here:
+            return here.execute(ask).fetchone()[0] * without(weights)
+
+    with closing(sqlite3.connect(file)) as connection:
+        connection.executescript("create table moves (move); insert into moves values (2.0)")
+        retrain = lambda weights, seed: connection.execute(ask).fetchone()[0] * without(weights)  # noqa: E731
+        alone = trained(retrain)
+        with joblib.parallel_config(**PROCESSES):
+            with refused(", which cannot be sent to another process ", "let the function open what it needs") as caught:
+                trained(retrain)
+            assert str(caught.value).startswith("trials.train.connection is a Connection")
+            assert np.array_equal(trained(opens).values, alone.values)
+        assert np.array_equal(trained(retrain).values, alone.values)
+
+
+def test_a_retrainer_that_no_worker_finds_is_defined_in_the_script(tmp_path, monkeypatch):
+    with joblib.parallel_config(**PROCESSES):
+        trained(lambda weights, seed: without(weights))  # the workers have begun, and know the path as it was
+        (tmp_path / "only_here.py").write_text("def retrain(weights, seed):\n    return 1 / 0\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        import only_here
+
+        with refused("A worker cannot read what is trained (", "Define it in the script that is run"):
+            trained(only_here.retrain)
+        assert len(trained(lambda weights, seed: without(weights)).values) == len(XQ)

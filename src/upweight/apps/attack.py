@@ -7,7 +7,9 @@ deserve a second look. `vulnerability` ranks the rows.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,15 @@ from tqdm import tqdm
 import upweight as uw
 from upweight.apps.mean_loss import MeanLoss, losses_of
 from upweight.apps.names import listed, names_in_json
-from upweight.apps.outcome import accuracies, check_retrain, flips_in_words, newly_wrong, outcome_in_words, tested
+from upweight.apps.outcome import (
+    accuracies,
+    asked,
+    check_retrain,
+    flips_in_words,
+    newly_wrong,
+    outcome_in_words,
+    tested,
+)
 from upweight.apps.vulnerability import Vulnerability, check_positive, vulnerability
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count, first_line
 
@@ -182,6 +192,7 @@ def attack(
     test: Any = None,
     retrain: Any = None,
     seed: int = 0,
+    store: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Attack:
     """Change training rows so little that nobody sees it, so that the queries' loss rises after training again.
@@ -208,12 +219,15 @@ def attack(
         test: (Xt, yt) other test rows, whose accuracy is told before and after.
         retrain: as for `retrained`, but no function of weights, which cannot see changed rows.
         seed: of the random change that the result is compared with, and of the retrainer.
+        store: a folder that keeps every step as soon as it is done, so that the same call goes on where it was stopped,
+            and one with more iterations goes on at the end; None keeps nothing.
         progress: True or False forces the bar (stderr) on or off; None shows it on a terminal only.
 
     Raises:
         InvalidInput: if a setting does not fit, or the training inputs are no dense array of numbers.
         RowOutOfRange: if a row does not exist.
         UnsupportedModel: if inputs cannot be moved, or are transformed on their way to the estimator.
+        StoreMismatch: if the folder holds another attack.
 
     References: Koh & Liang (2017), section 5.2.
     """
@@ -231,15 +245,20 @@ def attack(
         raise InvalidInput(message + "model on arrays X and y.")
     if rows is not None:
         rows = influence.examples.rows(rows)
-    control = uw.retrained(influence, retrain=retrain, seed=seed)
+    question = {"work": "attack", "rows": None if rows is None else rows.tolist(), "count": k, "level": level}
+    question |= {"half": half, "bounds": bounds, "step": step, "seed": seed, **asked(influence, queries)}
+    course = uw.Course(influence, store, question, retrain)
+    control = course.retrained(influence, retrain=retrain, seed=seed)
     if rows is None:
-        rows = vulnerability(control, queries, level=level, half=half).top(k)
+        ranked = partial(vulnerability, control, queries, level=level, half=half)
+        rows = course.numbers(lambda: ranked().top(k)).astype(np.int64)
     box = _Box.around(uw.training_inputs(influence), rows, bounds, half, level)
-    trials = _Trials(rows, box, queries, uw.query_labels(influence, queries), retrain, seed)
+    trials = _Trials(rows, box, queries, uw.query_labels(influence, queries), retrain, seed, course)
     start = trials.point(box.center, control)
     _check_directions(control, rows, box, queries)
-    losses, predicted, end, place = _climb(start, trials, step * level, iterations, patience, progress)
     corner = box.project(box.center + half * level * np.random.default_rng(seed).choice([-1.0, 1.0], box.center.shape))
+    random_loss = trials.trained(control, corner).loss
+    losses, predicted, end, place = _climb(start, trials, step * level, iterations, patience, progress)
     accuracy, accuracy_control = accuracies((influence, control, end.model), others)
     return Attack(
         rows=rows,
@@ -254,7 +273,7 @@ def attack(
         said_control=start.said,
         said_after=end.said,
         level=level,
-        random_loss=trials.trained(control, corner).loss,
+        random_loss=random_loss,
         feature_change=_feature_change(influence, end.model, rows),
         feature_scale=_distances_to_class_means(influence, rows),
         accuracy=accuracy,
@@ -332,7 +351,7 @@ class _Point:
 
 @dataclass(frozen=True)
 class _Trials:
-    """How inputs are tried: the model is trained again, and asked."""
+    """How inputs are tried: the model is trained again, and asked; `course` keeps what was found."""
 
     rows: NDArray[np.int64]
     box: _Box
@@ -340,11 +359,16 @@ class _Trials:
     targets: NDArray[Any] | None
     retrain: Any
     seed: int
+    course: uw.Course
+
+    def gradient(self, point: _Point) -> NDArray[np.float64]:
+        """Equation 5 at a point: the derivative of the queries' mean loss by the rows' inputs."""
+        return self.course.numbers(lambda: MeanLoss(point.model, self.queries).by_inputs(self.rows))
 
     def trained(self, model: uw.Influence, x: NDArray[np.float64]) -> _Point:
         """The model trained again with these inputs, from the parameters of another."""
         changed = uw.edited(model, self.rows, X_new=x.astype(self.box.dtype))
-        return self.point(x, uw.retrained(changed, retrain=self.retrain, seed=self.seed))
+        return self.point(x, self.course.retrained(changed, retrain=self.retrain, seed=self.seed))
 
     def point(self, x: NDArray[np.float64], model: uw.Influence) -> _Point:
         """What a model says."""
@@ -367,7 +391,7 @@ def _climb(
     for _ in bar:
         if point.all_wrong or since >= patience:
             break
-        gradient = MeanLoss(point.model, trials.queries).by_inputs(trials.rows)
+        gradient = trials.gradient(point)
         moved = trials.box.project(point.x + step * np.sign(gradient))
         predicted.append(float((gradient * (moved - point.x)).sum()))
         point = trials.trained(point.model, moved)

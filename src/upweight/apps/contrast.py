@@ -8,8 +8,10 @@ confirm  the smallest such k really made, and the model really trained again
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,11 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 import upweight as uw
 from upweight.apps.answers import Answer, Contrast
 from upweight.apps.changes import Change, Relabelled, Removed
+from upweight.apps.outcome import asked
 from upweight.apps.solving import solved
 from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, checked_count, first_line
 
@@ -38,6 +40,7 @@ def contrast(
     most: int | None = None,
     refits: int = 1,
     retrain: Any = None,
+    store: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Contrast:
     """For wrong predictions: the smallest set of label changes predicted to make each right, really made and refitted.
@@ -54,7 +57,8 @@ def contrast(
     without rows, and does not count as corrected.
 
     Cost: the control's training; per query K linear systems and a sweep; about log₂ k judgements of four gradients and
-    two systems; `refits` trainings.
+    two systems; `refits` trainings. Queries are answered on the workers of `joblib.parallel_config` where there are
+    some.
 
     Args:
         influence: of a classifier.
@@ -63,11 +67,15 @@ def contrast(
         refits: trainings per query. The first confirms the predicted set; if it does not correct the prediction, the
             others try larger sets, and the first that does is `grown`.
         retrain: as for leave_one_out.
+        store: a folder that keeps every answer as soon as it is found, so that the same call goes on where it was
+            stopped; None keeps nothing.
         progress: True or False forces the bar (stderr) on or off; None shows it on a terminal only.
 
     Raises:
         InvalidInput: if no query is wrong, or the settings cannot be used.
         UnsupportedModel: if the outputs are no classes, or those of pairs of classes (one against one).
+        StoreMismatch: if the folder holds other answers.
+        WorkerError: if a training cannot be sent to a worker of joblib's, or the worker ends before it does.
 
     References: Cadamuro, Gilad-Bachrach and Zhu (2016); Koh & Liang (2017), section 6.
 
@@ -77,7 +85,8 @@ def contrast(
     >>> contrast(influence, ([[2.0]], [1])).answers[0].rows.tolist()
     [0]
     """
-    return _contrast(influence, on, Relabelled, "labels changed", most, refits, retrain, progress)
+    again = _Again(retrain, store)
+    return _contrast(influence, on, Relabelled, "labels changed", most, refits, again, progress)
 
 
 def contrast_by_removal(
@@ -87,6 +96,7 @@ def contrast_by_removal(
     most: int | None = None,
     refits: int = 1,
     retrain: Any = None,
+    store: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Contrast:
     """For wrong predictions: the smallest set of rows whose removal is predicted to make each right, really removed.
@@ -99,13 +109,25 @@ def contrast_by_removal(
         most: as for contrast.
         refits: as for contrast.
         retrain: as for leave_one_out.
+        store: as for contrast.
         progress: as for contrast.
 
     Raises:
         InvalidInput: if no query is wrong, or the settings cannot be used.
         UnsupportedModel: if the outputs are no classes, or those of pairs of classes (one against one).
+        StoreMismatch: if the folder holds other answers.
+        WorkerError: if a training cannot be sent to a worker of joblib's, or the worker ends before it does.
     """
-    return _contrast(influence, on, Removed, "rows removed", most, refits, retrain, progress)
+    again = _Again(retrain, store)
+    return _contrast(influence, on, Removed, "rows removed", most, refits, again, progress)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """How the model is trained again: the retrainer, and the folder that keeps what was found."""
+
+    retrain: Any
+    store: Any
 
 
 @dataclass(frozen=True)
@@ -123,14 +145,14 @@ class _Control:
     refused: str = ""
 
     @classmethod
-    def of(cls, influence: uw.Influence, retrain: Any) -> _Control:
-        """Trained.
+    def of(cls, influence: uw.Influence, retrain: Any, course: uw.Course) -> _Control:
+        """Trained, as the first part of a course.
 
         Raises:
             InvalidInput: if `retrain` is no retrainer.
         """
         try:
-            again = uw.retrained(influence, retrain=retrain)
+            again = course.retrained(influence, retrain=retrain)
         except InvalidInput:
             raise
         except UpweightError as error:
@@ -230,37 +252,100 @@ def _contrast(
     words: str,
     most: int | None,
     refits: int,
-    retrain: Any,
+    again: _Again,
     progress: bool | None,
 ) -> Contrast:
     limit = max(1, influence.n // 2) if most is None else checked_count(most, "most", hint="1 is a single row")
     checked_count(refits, "refits", hint="1 confirms the predicted set")
     queries, said, wanted = _read(influence, on)
-    names, control = list(said.names or ()), _Control.of(influence, retrain)
+    question = {"work": f"contrast, {words}", "wanted": wanted.tolist(), "most": limit, "refits": refits}
+    course = uw.Course(influence, again.store, question | asked(influence, queries), again.retrain)
+    control = _Control.of(influence, again.retrain, course)
     alone = uw.predict(control.influence, queries)
     ids = queries.ids
     before = [
         replace(answer, ids=influence.examples.ids, query_id=None if ids is None else ids[answer.query])
         for answer in _unchanged(control, said, alone, wanted)
     ]
-    outputs = alone.per_class()
-    changes: dict[Any, Change] = {}
-    answers = []
-    asked, hidden = sum(not answer.corrected_alone for answer in before), None if progress is None else not progress
-    with tqdm(total=asked, desc=f"contrast, {words}", unit="answer", disable=hidden, leave=False) as steps:
-        for answer in before:
+    open_ones = [answer for answer in before if not answer.corrected_alone]
+    work = _Work(control, partial(kind, influence), queries, alone, (limit, refits), again.retrain, {})
+    found = course.each(
+        work,
+        open_ones.__getitem__,
+        [[k] for k in range(len(open_ones))],
+        label=f"contrast, {words}",
+        unit="answer",
+        progress=progress,
+    )
+    names, labels = list(said.names or ()), uw.training_labels(influence)
+    known = {
+        answer.query: _answered(answer, numbers, names, labels)
+        for answer, numbers in zip(open_ones, found, strict=True)
+    }
+    return Contrast(words, tuple(known.get(answer.query, answer) for answer in before))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What finds answers, for some queries at a time.
+
+    Args:
+        control: the model with nothing changed.
+        kind: (label, influence of the control) → what may be done to the training rows.
+        queries: all of them.
+        said: what the control says about them.
+        limits: rows in a set at most, and trainings for each query.
+        retrain: the retrainer.
+        changes: what may be done for every label that was wanted so far.
+    """
+
+    control: _Control
+    kind: Callable[[Any, uw.Influence], Change]
+    queries: uw.Examples
+    said: uw.Predictions
+    limits: tuple[int, int]
+    retrain: Any
+    changes: dict[Any, Change]
+
+    def __call__(self, answers: Sequence[Answer]) -> list[Float[NDArray[np.float64], " k"]]:
+        """The answers to these queries, as numbers."""
+        names = list(self.said.names or ())
+        found = []
+        for answer in answers:
             number, target = answer.query, answer.wanted
-            if not answer.corrected_alone:
-                if target not in changes:
-                    changes[target] = kind(influence, target, control.influence)
-                x = queries.subset(np.array([number]))
-                S = solved(control.curvature.prepared, _jacobian(control.influence, x), _OF)
-                effects = _spread(changes[target].effects(S))
-                query = _Query(control, x, changes[target], names.index(target), outputs[number], effects)
-                answer = _answer(query, answer, limit, refits, retrain)
-                steps.update()
-            answers.append(answer)
-    return Contrast(words, tuple(answers))
+            if target not in self.changes:
+                self.changes[target] = self.kind(target, self.control.influence)
+            change, x = self.changes[target], self.queries.subset(np.array([number]))
+            S = solved(self.control.curvature.prepared, _jacobian(self.control.influence, x), _OF)
+            outputs = self.said.per_class()[number]
+            query = _Query(self.control, x, change, names.index(target), outputs, _spread(change.effects(S)))
+            found.append(_numbers(_answer(query, answer, *self.limits, self.retrain), names))
+        return found
+
+
+def _numbers(answer: Answer, names: list[Any]) -> Float[NDArray[np.float64], " k"]:
+    """What was found for one query as numbers: a label by its place, −1 for None, and a text letter by letter."""
+    place = -1 if answer.after is None else names.index(answer.after)
+    grown = -1 if answer.grown is None else len(answer.grown)
+    head = [answer.predicted, answer.actual, place, len(answer.rows), grown]
+    tail = () if answer.grown is None else answer.grown
+    return np.array([*head, *answer.rows, *tail, *map(ord, answer.refused)], dtype=np.float64)
+
+
+def _answered(answer: Answer, numbers: Float[NDArray[np.float64], " k"], names: list[Any], labels: Any) -> Answer:
+    """The answer with what these numbers say."""
+    place, k, m = numbers[2:5].astype(int).tolist()
+    rows, grown, letters = np.split(numbers[5:].astype(np.int64), [k, k + max(m, 0)])
+    return replace(
+        answer,
+        rows=rows,
+        labels=np.asarray(labels)[rows].tolist(),
+        predicted=float(numbers[0]),
+        actual=float(numbers[1]),
+        after=None if place < 0 else np.asarray(names)[place],
+        grown=None if m < 0 else grown,
+        refused="".join(map(chr, letters)),
+    )
 
 
 def _unchanged(control: _Control, said: uw.Predictions, alone: uw.Predictions, wanted: NDArray[Any]) -> list[Answer]:
@@ -282,8 +367,7 @@ def _answer(query: _Query, answer: Answer, most: int, refits: int, retrain: Any)
     """With the predicted set for one query, really made."""
     places, predicted = query.smallest(most)
     rows = query.change.candidates[places]
-    before = np.asarray(uw.training_labels(query.control.influence))[rows].tolist()
-    answer = replace(answer, rows=rows, labels=before, predicted=predicted)
+    answer = replace(answer, rows=rows, predicted=predicted)
     for attempt in range(refits if places and not answer.refused else 0):
         rows = query.change.candidates[places]
         try:

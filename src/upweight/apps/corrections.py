@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,7 @@ def corrected(
     *,
     test: Any = None,
     retrain: Any = None,
+    store: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Corrected:
     """The model trained on corrected labels, beside the one before and the one trained again with nothing changed.
@@ -97,6 +99,8 @@ def corrected(
             change as well.
         test: (Xt, yt) with trusted labels, or Examples; None compares training accuracy only.
         retrain: as for leave_one_out.
+        store: a folder that keeps every training as soon as it is done, so that the same call goes on where it was
+            stopped; None keeps nothing.
         progress: True or False forces the bar (stderr) on or off; None shows it on a terminal only.
 
     Raises:
@@ -104,6 +108,7 @@ def corrected(
         RowOutOfRange: if a row does not exist.
         UnsupportedModel: if the model's targets are no classes.
         NotConverged: if training does not reach a minimum.
+        StoreMismatch: if the folder holds other trainings.
     """
     labels, names = uw.training_labels(influence), uw.classes(influence)
     if labels is None or names is None:
@@ -115,11 +120,13 @@ def corrected(
     patch = _patch(influence, corrections, labels, names)
     changed = np.array(list(patch))
     edited = uw.edited(influence, changed, y_new=np.asarray([new for _, new in patch.values()]))
+    told = {str(row): [str(label) for label in labels] for row, labels in patch.items()}
+    course = uw.Course(influence, store, {"work": "corrected", "patch": told}, retrain)
     hidden, words = None if progress is None else not progress, "training again, without and with the corrections"
     with tqdm(total=2, desc=words, unit="training", disable=hidden, leave=False) as steps:
-        control = uw.retrained(influence, retrain=retrain)
+        control = course.retrained(influence, retrain=retrain)
         steps.update()
-        after = uw.retrained(edited, retrain=retrain)
+        after = course.retrained(edited, retrain=retrain)
         steps.update()
     new_labels = labels.copy()
     new_labels[changed] = [new for _, new in patch.values()]

@@ -9,8 +9,10 @@ control, the model that training again gives with nothing changed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,15 @@ from tqdm import tqdm
 import upweight as uw
 from upweight.apps.mean_loss import MeanLoss, losses_of
 from upweight.apps.names import name_in_text, names_in_json
-from upweight.apps.outcome import accuracies, check_retrain, flips_in_words, newly_wrong, outcome_in_words, tested
+from upweight.apps.outcome import (
+    accuracies,
+    asked,
+    check_retrain,
+    flips_in_words,
+    newly_wrong,
+    outcome_in_words,
+    tested,
+)
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 
 
@@ -136,6 +146,7 @@ def flip_labels(
     test: Any = None,
     retrain: Any = None,
     seed: int = 0,
+    store: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Edits:
     """The label changes that raise the queries' mean loss most, one after the other, until every query is flipped.
@@ -153,11 +164,14 @@ def flip_labels(
         test: (Xt, yt) other test rows, whose accuracy is told before and after.
         retrain: as for `retrained`, but no function of weights, which cannot see changed rows.
         seed: of the retrainer.
+        store: a folder that keeps every change as soon as it is made, so that the same call goes on where it was
+            stopped, and one with a larger budget goes on at the end; None keeps nothing.
         progress: True or False forces the bar (stderr) on or off; None shows it on a terminal only.
 
     Raises:
         UnsupportedModel: if targets are no classes.
         InvalidInput: if the budget is no positive whole number.
+        StoreMismatch: if the folder holds other changes.
 
     References: Koh & Liang (2017), section 5.2 and equation 3.
     """
@@ -172,7 +186,8 @@ def flip_labels(
     def make(model: uw.Influence, change: _Change) -> uw.Influence:
         return uw.edited(model, [change.row], y_new=np.array([change.label]))
 
-    return _greedy(_Kind("label changed", budget, best, make), influence, on, test, retrain, seed, progress)
+    kind = _Kind("label changed", budget, best, make)
+    return _greedy(kind, influence, on, test, _Again(retrain, seed, store), progress)
 
 
 def replace_rows(
@@ -184,6 +199,7 @@ def replace_rows(
     test: Any = None,
     retrain: Any = None,
     seed: int = 0,
+    store: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Edits:
     """Training rows replaced by examples of a pool so that the queries' mean loss rises most, until all are flipped.
@@ -202,11 +218,14 @@ def replace_rows(
         test: (Xt, yt) other test rows, whose accuracy is told before and after.
         retrain: as for `retrained`, but no function of weights, which cannot see changed rows.
         seed: of the retrainer.
+        store: a folder that keeps every change as soon as it is made, so that the same call goes on where it was
+            stopped, and one with a larger budget goes on at the end; None keeps nothing.
         progress: True or False forces the bar (stderr) on or off; None shows it on a terminal only.
 
     Raises:
         UnsupportedModel: if targets are no classes, or the model does not take new inputs, as kernel machines.
         InvalidInput: if the budget is no positive whole number, or the pool is no pair of equally long arrays.
+        StoreMismatch: if the folder holds other changes.
 
     References: Koh & Liang (2017), equation 3.
     """
@@ -232,7 +251,8 @@ def replace_rows(
         used.append(j)
         return uw.edited(model, [change.row], X_new=_lines(Xp, j), y_new=yp[[j]])
 
-    return _greedy(_Kind("row replaced", budget, best, make), influence, on, test, retrain, seed, progress)
+    kind = _Kind("row replaced", budget, best, make, candidates.fingerprint())
+    return _greedy(kind, influence, on, test, _Again(retrain, seed, store), progress)
 
 
 @dataclass(frozen=True)
@@ -244,6 +264,18 @@ class _Change:
     pool_row: int | None
     value: float
 
+    def numbers(self, names: list[Any]) -> list[float]:
+        """The change as numbers, its label by its place in the names of the classes; −1 stands for None."""
+        place = -1 if self.label is None else names.index(self.label)
+        return [self.row, place, -1 if self.pool_row is None else self.pool_row, self.value]
+
+    @classmethod
+    def read(cls, numbers: NDArray[np.float64], names: list[Any]) -> _Change:
+        """The change that these numbers are."""
+        row, place, pool_row = (int(number) for number in numbers[:3])
+        label = None if place < 0 else names[place]
+        return cls(row, label, None if pool_row < 0 else pool_row, float(numbers[3]))
+
 
 @dataclass(frozen=True)
 class _Kind:
@@ -254,26 +286,39 @@ class _Kind:
         budget: how many.
         best: (model, queries, labels of all rows, (n,) which rows are free) → the next change.
         make: (model, change) → the influence of the changed data.
+        pool: a fingerprint of the examples that may replace rows, "" if there are none.
     """
 
     what: str
     budget: int
     best: Callable[[uw.Influence, uw.Examples, NDArray[Any], NDArray[np.bool_]], _Change]
     make: Callable[[uw.Influence, _Change], uw.Influence]
+    pool: str = ""
 
 
-def _greedy(
-    kind: _Kind, influence: uw.Influence, on: Any, test: Any, retrain: Any, seed: int, progress: bool | None
-) -> Edits:
+@dataclass(frozen=True)
+class _Again:
+    """How the model is trained again: the retrainer, its seed, and the folder that keeps what it found."""
+
+    retrain: Any
+    seed: int
+    store: Any
+
+
+def _greedy(kind: _Kind, influence: uw.Influence, on: Any, test: Any, again: _Again, progress: bool | None) -> Edits:
     """Choose a change, make it, train again; until all queries are wrong, no change helps, or the budget is spent."""
     checked_count(kind.budget, "budget")
-    check_retrain(retrain)
+    check_retrain(again.retrain)
     queries, others = influence.queries(on), tested(influence, test)
     targets, labels = uw.query_labels(influence, queries), uw.training_labels(influence)
     assert targets is not None  # classes were asked for
     assert labels is not None
     before, labels_after = _said(influence, queries), labels.copy()
-    model = control = uw.retrained(influence, retrain=retrain, seed=seed)
+    question = {"work": kind.what, "pool": kind.pool, "seed": again.seed, **asked(influence, queries)}
+    course = uw.Course(influence, again.store, question, again.retrain)
+    trained = partial(course.retrained, retrain=again.retrain, seed=again.seed)
+    names, model = _class_names(influence), trained(influence)
+    control = model
     said = said_control = _said(control, queries)
     changes: list[_Change] = []
     losses = [float(losses_of(control, queries).mean())]
@@ -283,10 +328,11 @@ def _greedy(
     for _ in bar:
         if (said != targets).all() or not free.any():
             break
-        change = kind.best(model, queries, labels_after, free)
+        best = partial(kind.best, model, queries, labels_after, free)
+        change = _Change.read(course.numbers(lambda best=best: best().numbers(names)), names)
         if change.value <= 0:
             break
-        model = uw.retrained(kind.make(model, change), retrain=retrain, seed=seed)
+        model = trained(kind.make(model, change))
         changes.append(change)
         free[change.row], labels_after[change.row] = False, change.label
         said = _said(model, queries)

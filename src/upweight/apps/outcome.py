@@ -28,6 +28,12 @@ def check_retrain(retrain: Any) -> None:
         raise InvalidInput(message)
 
 
+def asked(influence: uw.Influence, queries: uw.Examples) -> dict[str, Any]:
+    """What the trainings of an app that solves systems depend on beside the rows, for the folder that keeps them."""
+    settings = {"curvature": repr(influence.curvature), "solver": repr(influence.solver)}
+    return {"queries": queries.fingerprint(), **settings, "damping": influence.settings["damping"]}
+
+
 def tested(influence: uw.Influence, test: Any) -> tuple[uw.Examples, Any] | None:
     """(Xt, yt) with the inputs read once for all models; None without them.
 

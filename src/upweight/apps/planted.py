@@ -10,7 +10,7 @@ classes. Mistakes that somebody makes on hard rows only, or in one class only, m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from scipy.stats import binomtest
-from tqdm import tqdm
 
 import upweight as uw
+from upweight.apps.outcome import asked
 from upweight.errors import InvalidInput, UnsupportedModel
 
 SHARE = 0.03  # of the labels that are flipped at a time: few enough to leave the model as it is
@@ -90,10 +90,12 @@ def planted(
     influence: uw.Influence,
     count: int,
     orders: Callable[[uw.Influence], Orders],
+    names: Sequence[str],
     *,
     plantings: int | None,
     retrain: Any,
     seed: int,
+    store: Any = None,
 ) -> Planted:
     """How many labels flipped on purpose each order finds among its first `count` rows.
 
@@ -101,14 +103,18 @@ def planted(
         influence: of a classifier.
         count: rows to inspect.
         orders: from an influence to scores, larger is more suspicious.
+        names: of these scores.
         plantings: how often; None takes 3, or for few rows as many as plant 200 flips in all, at most 10.
         retrain: as for `repair`.
         seed: of the flips.
+        store: a folder that keeps what every planting told; None keeps nothing.
 
     Raises:
         InvalidInput: if there are no labels to flip, or the retrainer cannot train on other labels.
         NotConverged: if training does not reach a minimum.
         UnsupportedModel: if nobody said how to train this model again.
+        StoreMismatch: if the folder holds other plantings.
+        WorkerError: if a training cannot be sent to a worker of joblib's, or the worker ends before it does.
     """
     objective = influence.objective
     if retrain is None and objective.linear is None and influence.encoder.refit is None:
@@ -120,17 +126,50 @@ def planted(
     free = _free(influence)
     flips = max(1, min(round(SHARE * influence.n), len(free)))
     times = min(_MOST, max(_FEWEST, -(-_ENOUGH // flips))) if plantings is None else plantings
-    hits: dict[str, list[NDArray[np.bool_]]] = {}
-    hidden = None if influence.sweep.progress is None else not influence.sweep.progress
-    with tqdm(total=times, desc="planted flips", unit="training", disable=hidden, leave=False) as steps:
-        for planting in range(times):
-            draw = np.random.default_rng([seed, planting, _STREAM])
-            rows = draw.choice(free, flips, replace=False)
-            spoilt = uw.edited(influence, rows, y_new=_others(influence, rows, draw))
-            for name, scores in orders(uw.retrained(spoilt, retrain=retrain, seed=seed + planting)).items():
-                hits.setdefault(name, []).append(_found(scores, rows, count))
-            steps.update()
-    return Planted({name: np.concatenate(found) for name, found in hits.items()}, times, count)
+    question = {"work": "planted flips", "inspected": count, "orders": list(names), "scores": orders, "seed": seed}
+    question |= asked(influence, influence.examples)
+    course = uw.Course(influence, store, question, retrain)
+    work = _Planting(influence, free, flips, count, orders, tuple(names), retrain, seed)
+    progress = influence.sweep.progress
+    one_by_one = [[number] for number in range(times)]
+    told = np.concatenate(course.each(work, int, one_by_one, label="planted flips", progress=progress), 1)
+    return Planted(dict(zip(names, told > 0, strict=True)), times, count)
+
+
+@dataclass(frozen=True)
+class _Planting:
+    """What flips labels, trains, and asks every order.
+
+    Args:
+        influence: of the model before.
+        free: rows whose label may be flipped.
+        flips: how many are.
+        count: rows to inspect.
+        orders: from an influence to scores.
+        names: of these scores.
+        retrain: the retrainer.
+        seed: of the flips and of the training.
+    """
+
+    influence: uw.Influence
+    free: Int[NDArray[np.int64], " m"]
+    flips: int
+    count: int
+    orders: Callable[[uw.Influence], Orders]
+    names: tuple[str, ...]
+    retrain: Any
+    seed: int
+
+    def __call__(self, plantings: Sequence[int]) -> list[Float[NDArray[np.float64], "o r"]]:
+        """For each of these plantings which flips every order finds: 1, or 0."""
+        return [self._told(planting) for planting in plantings]
+
+    def _told(self, planting: int) -> Float[NDArray[np.float64], "o r"]:
+        draw = np.random.default_rng([self.seed, planting, _STREAM])
+        rows = draw.choice(self.free, self.flips, replace=False)
+        spoilt = uw.edited(self.influence, rows, y_new=_others(self.influence, rows, draw))
+        scores = self.orders(uw.retrained(spoilt, retrain=self.retrain, seed=self.seed + planting))
+        return np.stack([_found(scores[name], rows, self.count) for name in self.names]).astype(np.float64)
 
 
 def _free(influence: uw.Influence) -> Int[NDArray[np.int64], " m"]:

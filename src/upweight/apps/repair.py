@@ -12,8 +12,10 @@ right ones too: a suggestion is a question to a person, not a correction.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,14 @@ from upweight.apps.mean_loss import losses_of
 from upweight.apps.names import name_in_text, names_in_json
 from upweight.apps.planted import Orders, Planted, planted
 from upweight.apps.suggestions import suggested
-from upweight.errors import InvalidInput, UnsupportedModel, UpweightError, checked_count
+from upweight.errors import (
+    InvalidInput,
+    StoreMismatch,
+    UnsupportedModel,
+    UpweightError,
+    WorkerError,
+    checked_count,
+)
 
 SELF, LOSS, MARGIN, MEAN_RANK, RANDOM = "self-influence", "loss", "margin", "mean-rank", "random"
 
@@ -240,6 +249,7 @@ def repair(
     retrain: Any = None,
     candidates: int = 10,
     seed: int = 0,
+    store: str | os.PathLike[str] | None = None,
 ) -> Repair:
     """Which rows' labels to look at first, and the label that each should have.
 
@@ -256,7 +266,8 @@ def repair(
     at least 0. A network that has learnt its rows by heart fits any label, so there present labels stay.
 
     Cost: `of_self()` of all rows, and for every row to inspect K linear systems, K the outputs; two for other models.
-    Without `by` also one training, `of_self()` and `scores` for each planting.
+    Without `by` also one training, `of_self()` and `scores` for each planting, on the workers of
+    `joblib.parallel_config` where there are some.
 
     Args:
         influence: of a classifier, of any number of classes.
@@ -271,11 +282,15 @@ def repair(
             `bind(influence)` such as LBFGS() or StackedTraining(…).
         candidates: the labels that a linear predictor tries for each row, those that cost least without it.
         seed: of the random order and of the planted flips.
+        store: a folder that keeps what every planting told as soon as it is done, so that the same call goes on where
+            it was stopped; None keeps nothing.
 
     Raises:
         InvalidInput: if `inspect` is no share and no number of rows, there is no score `by`, or `scores` gives others
             than n numbers by new names.
         UnsupportedModel: if the model's targets are no classes, or its outputs not one per class.
+        StoreMismatch: if the folder holds the plantings of other work.
+        WorkerError: if a training cannot be sent to a worker of joblib's, or the worker ends before it does.
 
     References: Koh & Liang (2017), section 5.4.
 
@@ -303,10 +318,9 @@ def repair(
     known = _orders(influence, own, scores)
 
     def compare() -> Planted:
-        def orders(after: uw.Influence) -> Orders:
-            return _orders(after, after.of_self(), scores)
-
-        return planted(influence, count, orders, plantings=plantings, retrain=retrain, seed=seed)
+        orders = partial(_all_orders, more=scores)
+        again = {"plantings": plantings, "retrain": retrain, "seed": seed, "store": store}
+        return planted(influence, count, orders, list(known), **again)
 
     chosen, why, comparison = _choice(by, known, compare)
     rows = np.argsort(-known[chosen], kind="stable")[:count]
@@ -354,6 +368,11 @@ def _orders(
     return known
 
 
+def _all_orders(influence: uw.Influence, more: Callable[[uw.Influence], Orders] | None) -> Orders:
+    """The same of an influence that was not asked about itself yet."""
+    return _orders(influence, influence.of_self(), more)
+
+
 def _choice(by: str | None, known: Orders, compare: Callable[[], Planted]) -> tuple[str, str, Planted | None]:
     """The order that is taken, why, and what it was compared by.
 
@@ -367,6 +386,8 @@ def _choice(by: str | None, known: Orders, compare: Callable[[], Planted]) -> tu
         return by, "It was asked for.", None
     try:
         found = compare()
+    except (StoreMismatch, WorkerError):
+        raise
     except UpweightError as error:
         said = " ".join(str(error).split()).rstrip(".")
         return MEAN_RANK, f"The orders could not be compared: {said}. So the mean of their ranks is taken.", None

@@ -73,7 +73,12 @@ def mismatch(
 
 @command
 def contrast(
-    study: StudyName, query: int | None = None, most: int | None = None, refits: int = 1, json: Json = False
+    study: StudyName,
+    query: int | None = None,
+    most: int | None = None,
+    refits: int = 1,
+    store: Path | None = None,
+    json: Json = False,
 ) -> int:
     """The smallest sets of label changes, and of removals, that correct wrong predictions; really made and refitted.
 
@@ -82,6 +87,7 @@ def contrast(
         query: number of the query; all queries that the model gets wrong if it is left out.
         most: rows in a set at most; half of the training rows if it is left out.
         refits: trainings per query and kind of change; those after the first try larger sets.
+        store: folder that keeps every training as soon as it is done; the same command goes on where it was stopped.
         json: print as JSON.
     """
     from upweight import apps
@@ -92,7 +98,10 @@ def contrast(
         place = line(query, len(y))
         X, y = X[place : place + 1], y[place : place + 1]
     settings: dict[str, Any] = {"most": most, "refits": refits, "retrain": loaded.retrain}
-    found = [change(loaded.influence, (X, y), **settings) for change in (apps.contrast, apps.contrast_by_removal)]
+    found = [
+        change(loaded.influence, (X, y), **settings, store=None if store is None else store / name)
+        for change, name in ((apps.contrast, "labels"), (apps.contrast_by_removal, "removals"))
+    ]
     show({one.change: one.to_dict() for one in found}, "\n\n".join(map(str, found)), json)
     return 0
 
@@ -167,6 +176,7 @@ def repair(
     patch: Path | None = None,
     revert: Json = False,
     overwrite: Json = False,
+    store: Path | None = None,
     json: Json = False,
 ) -> int:
     """Rank training labels for inspection, write a review to fill in, and make its corrections.
@@ -192,6 +202,7 @@ def repair(
         patch: a patch that was written before.
         revert: take the patch back, where the study has its new labels.
         overwrite: replace a review, labels or a patch that are there.
+        store: folder that keeps every training as soon as it is done; the same command goes on where it was stopped.
         json: print as JSON.
     """
     from upweight import apps
@@ -211,8 +222,8 @@ def repair(
     share = _share(inspect)
     rows = _labelled(study, label)
     if making:
-        return _correct(study, rows, corrections, patch, revert=revert, out=out, json=json)
-    found = apps.repair(rows.influence, inspect=share, by=by, scores=rows.scores, retrain=rows.retrain)
+        return _correct(study, rows, corrections, patch, revert=revert, out=out, store=store, json=json)
+    found = apps.repair(rows.influence, inspect=share, by=by, scores=rows.scores, retrain=rows.retrain, store=store)
     written, (text, numbers) = None, rows.about
     if out is not None:
         names = {"describe": rows.describe, "numbers": rows.numbers}
@@ -260,6 +271,7 @@ def _correct(
     *,
     revert: bool,
     out: Path | None,
+    store: Path | None,
     json: bool,
 ) -> int:
     """Makes the corrections of a review or of a patch, and writes them; what is there was checked before."""
@@ -270,7 +282,7 @@ def _correct(
     else:
         assert patch is not None  # one of the two was given
         changes = apps.read_patch(rows.influence, patch, numbers=rows.numbers, revert=revert)
-    made = apps.corrected(rows.influence, changes, test=rows.test, retrain=rows.retrain)
+    made = apps.corrected(rows.influence, changes, test=rows.test, retrain=rows.retrain, store=store)
     files = {} if out is None else _written(study, out)
     if files:
         rows.write(made, files["labels"])
@@ -315,6 +327,7 @@ def attack(
     flip: int = 0,
     k: K = 5,
     seed: int = 0,
+    store: Path | None = None,
     json: Json = False,
 ) -> int:
     """How far changes of training rows that nobody sees can move the answer to one query; a robustness audit.
@@ -332,6 +345,7 @@ def attack(
         flip: change up to so many labels, instead of inputs.
         k: how many rows the table of vulnerable rows has.
         seed: of the random change that the result is compared with.
+        store: folder that keeps every training as soon as it is done; the same command goes on where it was stopped.
         json: print as JSON.
     """
     from upweight import apps
@@ -343,7 +357,7 @@ def attack(
     loaded = load(study)
     on = one(loaded, query)[0]
     if flip:
-        edits = apps.flip_labels(loaded.influence, on, flip, retrain=loaded.retrain, seed=seed)
+        edits = apps.flip_labels(loaded.influence, on, flip, retrain=loaded.retrain, seed=seed, store=store)
         show({"query": query} | edits.to_dict(), f"Query {query}: {edits}", json)
         return 0
     ranked = apps.vulnerability(loaded.influence, on, level=level, k=k)
@@ -356,6 +370,7 @@ def attack(
         iterations=iterations,
         retrain=loaded.retrain,
         seed=seed,
+        store=store,
     )
     numbers = {"query": query, "vulnerability": ranked.to_dict(), "attack": made.to_dict()}
     show(numbers, f"Query {query}\n{ranked}\n\n{made}", json)

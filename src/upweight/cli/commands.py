@@ -132,13 +132,14 @@ def top(study: StudyName, query: int = 0, k: K = 10, json: Json = False) -> int:
 
 
 @command
-def validate(study: StudyName, query: int = 0, rows: int = 20, json: Json = False) -> int:
+def validate(study: StudyName, query: int = 0, rows: int = 20, store: Path | None = None, json: Json = False) -> int:
     """Retrain without each of a query's most influential rows, and compare with the prediction.
 
     Args:
         study: file.py:function that returns an upweight.Study.
         query: number of the query.
         rows: how many rows to remove, one at a time.
+        store: folder that keeps every training as soon as it is done; the same command goes on where it was stopped.
         json: print as JSON.
     """
     import numpy as np
@@ -152,7 +153,7 @@ def validate(study: StudyName, query: int = 0, rows: int = 20, json: Json = Fals
     on = one(loaded, query)
     scores = loaded.influence.on_loss(*on)
     chosen = np.argsort(-np.abs(scores.values[0]), kind="stable")[:rows]
-    outcomes = leave_one_out(loaded.influence, on, chosen, loaded.retrain)
+    outcomes = leave_one_out(loaded.influence, on, chosen, loaded.retrain, store=store)
     found = agreement(scores, outcomes)
     pairs = [
         (int(row), float(scores.values[0, row]), float(outcomes.actual[0, place])) for place, row in enumerate(chosen)

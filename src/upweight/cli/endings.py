@@ -55,7 +55,7 @@ def told(error: BaseException, debug: bool) -> int:
         code, text = REFUSED, f"{type(error).__name__}: {error}"
     else:
         code, text = BUG, f"{_line(error)} (A bug of upweight: run this again with --debug, and report what it prints.)"
-    print(text, file=sys.stderr)
+    print("\n  ".join([text, *getattr(error, "__notes__", ())]), file=sys.stderr)
     return code
 
 

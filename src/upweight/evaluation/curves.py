@@ -6,6 +6,7 @@ mislabel curve    inspect rows from the most suspicious on; the share of the wro
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ from upweight.errors import InvalidInput, TheoryWarning, checked_count
 from upweight.evaluation.leave_one_out import checked_level, of_others
 from upweight.influence.face import Influence
 from upweight.influence.scores import Scores, SelfScores
+from upweight.training.course import Course, digest
 from upweight.training.retrainers import Retrain
-from upweight.training.trials import Trials
+from upweight.training.trials import Job, Measured, Trials
 
 RANDOM = "random"
 
@@ -96,6 +98,7 @@ def removal_curve(
     seed: int = 0,
     seeds: int = 1,
     measure: Callable[[Any, Any], Tensor] | None = None,
+    store: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> RemovalCurve:
     """Brittleness: remove the k rows that are said to help each query most, train again, and see what it does.
@@ -103,7 +106,7 @@ def removal_curve(
     Random rows are removed beside them: what removing any k rows does.
 
     Cost: (ways + 1) × queries × counts × seeds trainings and `seeds` controls; side by side where the retrainer has a
-    `many`.
+    `many`, and on the workers of `joblib.parallel_config` where there are some.
 
     Args:
         influence: whose objective and data are trained again.
@@ -114,10 +117,14 @@ def removal_curve(
         seed: the first seed; also of the random rows.
         seeds: trainings of each, with seed, seed + 1, ….
         measure: scalar of (params, example); None is the loss.
+        store: a folder that keeps the outcome of every finished training, so that the same call resumes there, and one
+            with more seeds goes on; None keeps nothing.
         progress: True or False forces the progress bar on or off; None shows it on a terminal only.
 
     Raises:
         InvalidInput: if scores, counts, queries or the retrainer cannot be used.
+        StoreMismatch: if the folder holds the outcomes of other data, models, scores, counts, retrainers or seeds.
+        WorkerError: if a training cannot be sent to a worker of joblib's, or the worker ends before it does.
 
     References: Ilyas et al., Datamodels (2022), section 4; Park et al., TRAK (2023), appendix.
     """
@@ -140,29 +147,32 @@ def removal_curve(
     orders = (draw.permutation(n) for _ in range(q))
     chosen[RANDOM] = np.stack([order[np.argsort(gone[order], kind="stable")][: ks[-1]] for order in orders])
 
-    def weights(name: str, query: int, k: int) -> NDArray[np.float64]:
-        line = np.ones(n)
-        line[chosen[name][query, :k]] = 0
-        return line
+    places = [(name, c, query) for name in chosen for c in range(len(ks)) for query in range(q)]
+    per_seed = 1 + len(places)  # the first is the control
+    question = {"work": "removal_curve", "rows": {name: digest(rows) for name, rows in chosen.items()}}
+    question |= {"counts": ks.tolist(), "seed": seed, **trials.question(influence, on)}
+    course = Course(influence, store, question)
+    course.agree("query_values", trials.now())
 
-    places = [
-        (name, c, query, s) for name in chosen for c in range(len(ks)) for query in range(q) for s in range(seeds)
-    ]
-    controls = [(np.ones(n), seed + s) for s in range(seeds)]
-    base, base_labels = zip(
-        *((trials.at(theta), trials.labels(theta)) for theta in trials.parameters(controls, seeds, progress=False)),
-        strict=True,
-    )
-    jobs = ((weights(name, query, ks[c]), seed + s) for name, c, query, s in places)
+    def job(number: int) -> Job:
+        kept = np.ones(n, dtype=bool)
+        if number % per_seed:
+            name, c, query = places[number % per_seed - 1]
+            kept[chosen[name][query, : ks[c]]] = False
+        return kept, seed + number // per_seed
+
+    blocks = trials.blocks(seeds, per_seed)
+    after = course.each(Measured(trials, trials.said), job, blocks, label="removal curve", progress=progress)
+    said = np.stack(after).reshape(seeds, per_seed, -1, q)  # measures, and classes where there are any
     changes = {name: np.zeros((len(ks), q)) for name in chosen}
-    classes = base_labels[0] is not None
     flipped = {name: np.zeros((len(ks), q)) for name in chosen}
-    after = trials.parameters(jobs, len(places), progress=progress, label="removal curve")
-    for (name, c, query, s), theta in zip(places, after, strict=True):
-        changes[name][c, query] += (trials.at(theta)[query] - base[s][query]) / seeds
-        if classes:
-            flipped[name][c, query] += (trials.labels(theta)[query] != base_labels[s][query]) / seeds  # type: ignore[index]
-    return RemovalCurve(ks, changes, flipped if classes else None, np.mean(base, 0), trials.measure)
+    for s in range(seeds):
+        for (name, c, query), line in zip(places, said[s, 1:], strict=True):
+            changed = line[:, query] - said[s, 0, :, query]
+            changes[name][c, query] += changed[0] / seeds
+            flipped[name][c, query] += (changed[-1] != 0) / seeds
+    classes = said.shape[2] > 1
+    return RemovalCurve(ks, changes, flipped if classes else None, said[:, 0, 0].mean(0), trials.measure)
 
 
 @dataclass(frozen=True)

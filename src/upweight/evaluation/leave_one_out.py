@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import scipy.stats
+import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,8 +20,9 @@ from upweight.errors import InvalidInput, SolverError, TheoryWarning, Undefined,
 from upweight.influence.face import Influence
 from upweight.influence.minimum import distance
 from upweight.influence.scores import Scores
+from upweight.training.course import Course, digest
 from upweight.training.retrainers import BoundLBFGS, Retrain
-from upweight.training.trials import Trials
+from upweight.training.trials import Job, Measured, Trials
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ def leave_one_out(
     measure: Callable[[Any, Any], Tensor] | None = None,
     seed: int = 0,
     seeds: int = 1,
+    store: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Outcomes:
     """Train again without each row, and once with all of them as the control.
@@ -118,7 +123,8 @@ def leave_one_out(
     A row without which there is nothing to train (all of a class, or a fit that is not unique) is NaN, with a
     TheoryWarning that says why.
 
-    Cost: (len(rows) + 1) × seeds trainings; side by side where the retrainer has a `many`.
+    Cost: (len(rows) + 1) × seeds trainings; side by side where the retrainer has a `many`, and on the workers of
+    `joblib.parallel_config` where there are some.
 
     Args:
         influence: whose objective and data are trained again.
@@ -132,6 +138,8 @@ def leave_one_out(
         seed: given to `retrain` for every training, the control included.
         seeds: repetitions with seed, seed + 1, …; each has a control of its own. Only a retrainer with chance in it
             needs more than one.
+        store: a folder that keeps the outcome of every finished training, so that the same call resumes there, and one
+            with more seeds goes on; None keeps nothing.
         progress: True or False forces the progress bar on or off; None shows it on a terminal only.
 
     Raises:
@@ -139,33 +147,41 @@ def leave_one_out(
         InvalidInput: if `seeds` is no number ≥ 1, or the queries or the retrainer cannot be used, or a network is far
             from a minimum and no retrainer was given.
         NotConverged, NotPositiveDefinite, Undefined: if training with all rows fails, or without any one of them.
+        StoreMismatch: if the folder holds the outcomes of other data, models, rows, retrainers or seeds.
+        WorkerError: if a training cannot be sent to a worker of joblib's, or the worker ends before it does.
     """
     rows = influence.examples.rows(rows)
     checked_count(seeds, "seeds", hint="1 for a retrainer without chance")
     trials = Trials.of(influence, on, retrain, measure)
     now = trials.now()
+    if isinstance(trials.train, BoundLBFGS) and retrain is None:
+        _refuse_far_from_a_minimum(influence)
+    question = {"work": "leave_one_out", "rows": f"{len(rows)}, {digest(rows)}", "seed": seed}
+    course = Course(influence, store, question | trials.question(influence, on))
+    course.agree("query_values", now)
     if isinstance(trials.train, BoundLBFGS):
-        if retrain is None:
-            _refuse_far_from_a_minimum(influence)
         # every training then goes the short way from one minimum, and not its own way from θ̂ to one of many
-        trials = replace(trials, train=trials.train.starting_at(trials.train(np.ones(influence.n), seed)))
+        whole = course.numbers(partial(trials.train, np.ones(influence.n), seed))
+        trials = replace(trials, train=trials.train.starting_at(torch.from_numpy(whole)))
+    per_seed = len(rows) + 1  # the first is the control
 
-    def without(row: int | None) -> NDArray[np.float64]:
-        return np.ones(influence.n) if row is None else (np.arange(influence.n) != row).astype(np.float64)
+    def job(number: int) -> Job:
+        kept = np.ones(influence.n, dtype=bool)
+        place = number % per_seed
+        kept[rows[place - 1 : place]] = False
+        return kept, seed + number // per_seed
 
-    jobs = ((without(row), seed + k) for k in range(seeds) for row in (None, *rows.tolist()))  # None is the control
-    total = seeds * (len(rows) + 1)
-    after = np.full((total, len(now)), np.nan)
+    work = Measured(trials, trials.at, (SolverError, Undefined))
+    found = course.each(work, job, trials.blocks(seeds, per_seed), label="retraining", progress=progress)
+    after = np.full((len(found), len(now)), np.nan)
     failed: dict[int, Exception] = {}
-    for place, theta in enumerate(trials.parameters(jobs, total, progress=progress, kept=(SolverError, Undefined))):
-        if not isinstance(theta, Exception):
-            after[place] = trials.at(theta)
-        elif place % (len(rows) + 1) == 0:
-            raise theta  # the control: nothing can be compared
+    for place, outcome in enumerate(found):
+        if isinstance(outcome, Exception):
+            failed[place] = outcome
         else:
-            failed[place] = theta
+            after[place] = outcome
     _name_failures(failed, rows, seeds)
-    after = after.reshape(seeds, len(rows) + 1, -1)
+    after = after.reshape(seeds, per_seed, -1)
     control = after[:, 0] - now
     actual = (after[:, 1:] - after[:, :1]).transpose(0, 2, 1)  # (m, q, r)
     return Outcomes(

@@ -8,24 +8,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.errors import InvalidInput, checked_count
 from upweight.influence.face import Influence
-from upweight.model import penalties
-from upweight.runs.store import Store
+from upweight.training.course import Course, digest
 from upweight.training.retrainers import Retrain
-from upweight.training.trials import Trials
+from upweight.training.trials import Job, Measured, Trials
 
 
 def random_subsets(n: int, count: int, fraction: float = 0.5, seed: int = 0) -> Bool[NDArray[np.bool_], "s n"]:
@@ -127,7 +124,8 @@ def subset_retraining(
 ) -> SubsetOutcomes:
     """Train again on every subset of the rows, and measure every query.
 
-    Cost: subsets × seeds trainings; side by side where the retrainer has a `many`, such as StackedTraining.
+    Cost: subsets × seeds trainings; side by side where the retrainer has a `many`, such as StackedTraining, and on the
+    workers of `joblib.parallel_config` where there are some.
 
     Args:
         influence: whose objective and data are trained again.
@@ -144,31 +142,24 @@ def subset_retraining(
     Raises:
         InvalidInput: if subsets, seeds, queries or the retrainer cannot be used; RowOutOfRange if a row does not exist.
         StoreMismatch: if the folder holds the outcomes of other data, models, subsets, retrainers or seeds.
+        WorkerError: if a training cannot be sent to a worker of joblib's, or the worker ends before it does.
     """
     masks = _masks(influence, subsets)
     checked_count(seeds, "seeds", hint="2 or more for a noise ceiling")
     trials = Trials.of(influence, on, retrain, measure)
     now = trials.now()
-    jobs = [(k, line) for k in range(seeds) for line in range(len(masks))]
-    folder = None
-    if store is not None:
-        folder = Store(store, _fingerprint(influence, on, masks, trials, seed))
-        folder.agree("query_values", now, 1e-6)
-        folder.agree("penalty_gradient", penalties.gradient(influence.objective).numpy(), 1e-6)
-    values = np.empty((len(now), len(masks), seeds))
-    missing = []
-    for number, (k, line) in enumerate(jobs):
-        if folder is not None and number in folder:
-            values[:, line, k] = folder.read(number)
-        else:
-            missing.append((number, k, line))
-    work = ((masks[line].astype(np.float64), seed + k) for _, k, line in missing)
-    after = trials.run(work, len(missing), progress=progress, label="subsets")
-    for (number, k, line), measured in zip(missing, after, strict=True):
-        values[:, line, k] = measured
-        if folder is not None:
-            folder.write(number, measured)
-    return SubsetOutcomes(values, masks, tuple(range(seed, seed + seeds)), trials.measure, now)
+    told = f"{len(masks)}, {digest(np.packbits(masks))}"
+    question = {"work": "subset_retraining", "subsets": told, "seed": seed, **trials.question(influence, on)}
+    course = Course(influence, store, question)
+    course.agree("query_values", now)
+
+    def job(number: int) -> Job:
+        return masks[number % len(masks)], seed + number // len(masks)
+
+    blocks = trials.blocks(seeds, len(masks))
+    after = course.each(Measured(trials, trials.at), job, blocks, label="subsets", progress=progress)
+    values = np.stack(after, 1).reshape(len(now), seeds, len(masks)).transpose(0, 2, 1)
+    return SubsetOutcomes(np.ascontiguousarray(values), masks, tuple(range(seed, seed + seeds)), trials.measure, now)
 
 
 def _masks(influence: Influence, subsets: Any) -> NDArray[np.bool_]:
@@ -190,30 +181,3 @@ def _masks(influence: Influence, subsets: Any) -> NDArray[np.bool_]:
     for mask, rows in zip(masks, members, strict=True):
         mask[rows] = True
     return masks
-
-
-def _fingerprint(influence: Influence, on: Any, masks: NDArray[np.bool_], trials: Trials, seed: int) -> dict[str, Any]:
-    """What outcomes depend on; not how many seeds there are, so that more can be added."""
-    import upweight
-
-    return {
-        "work": "subset_retraining",
-        "theta": hashlib.sha256(influence.objective.theta.numpy().tobytes()).hexdigest()[:16],
-        "data": influence.examples.fingerprint(),
-        "targets": _targets(influence),
-        "queries": influence.queries(on).fingerprint(),
-        "n": influence.n,
-        "objective": influence.objective.name,
-        "penalty_per_example": influence.objective.folded,
-        "measure": trials.measure,
-        "subsets": f"{len(masks)}, {hashlib.sha256(np.packbits(masks).tobytes()).hexdigest()[:16]}",
-        "retrain": trials.retrainer,
-        "seed": seed,
-        "versions": f"upweight {upweight.__version__}, torch {torch.__version__}",
-    }
-
-
-def _targets(influence: Influence) -> str:
-    """A digest of the labels, for the fingerprint of a Dataset looks at a few of its rows only."""
-    y = influence.examples.targets() if influence.examples.dataset is not None else None
-    return "" if y is None else hashlib.sha256(y.cpu().numpy().tobytes()).hexdigest()[:16]

@@ -18,7 +18,9 @@ _SAID: set[tuple[str, int]] = set()  # as with warnings: the same passes again, 
 
 
 @contextmanager
-def bar(total: int, label: str, shown: bool | None, *, unit: str = "it") -> Iterator[Callable[[int], None]]:
+def bar(
+    total: int, label: str, shown: bool | None, *, unit: str = "it", announced: bool = True
+) -> Iterator[Callable[[int], None]]:
     """What counts steps that are done; a bar shows them, and after the first of them a line says what all will cost.
 
     Args:
@@ -26,6 +28,7 @@ def bar(total: int, label: str, shown: bool | None, *, unit: str = "it") -> Iter
         label: what is being done, in words.
         shown: True or False forces bar and line on or off; None shows the bar on a terminal only, and the line always.
         unit: what a step is called.
+        announced: whether the first step tells what all will take; on several workers it does not.
     """
     hidden = not sys.stderr.isatty() if shown is None else not shown
     start, seen = time.monotonic(), [0]
@@ -36,7 +39,7 @@ def bar(total: int, label: str, shown: bool | None, *, unit: str = "it") -> Iter
         def update(count: int = 1) -> None:
             seen[0] += count
             first = seen[0] == count
-            if first and shown is not False:
+            if first and announced and shown is not False:
                 _announce(total, count, label, unit, time.monotonic() - start, total)
             steps.update(count)
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, UnsupportedModel
 from upweight.influence.face import Influence, Rows
+from upweight.training.found import Found
 from upweight.training.retrainers import BoundRefit, bound, reweighted, shared
-from upweight.training.trials import placed
+from upweight.training.trials import placed, seeded
 
 
 def edited(influence: Influence, rows: Rows, X_new: Any = None, y_new: Any = None) -> Influence:
@@ -95,6 +96,16 @@ def retrained(
         NotConverged: if training does not reach a minimum.
         UnsupportedModel: if fit() may choose other columns (a lasso), so that θ changes its meaning.
     """
+    factors = factors_of(influence, without, weights)
+    return changed(influence, factors, found(influence, factors, retrain, seed))
+
+
+def factors_of(influence: Influence, without: Rows, weights: Any = None) -> Float[NDArray[np.float64], " n"]:
+    """(n,) factors of every row's weight, with 0 for the rows that are left out.
+
+    Raises:
+        InvalidInput: if they are not n numbers ≥ 0, or nothing is left.
+    """
     factors = np.ones(influence.n) if weights is None else np.array(weights, dtype=np.float64)
     if factors.shape != (influence.n,) or not np.isfinite(factors).all() or factors.min() < 0 or not factors.any():
         message = (
@@ -106,6 +117,16 @@ def retrained(
     if not (factors * influence.examples.weights).any():
         message = "No row would be left to train on. Leave out fewer rows."
         raise InvalidInput(message)
+    return factors
+
+
+def found(influence: Influence, factors: Float[NDArray[np.float64], " n"], retrain: Any, seed: int) -> Found:
+    """What training finds with these factors.
+
+    Raises:
+        InvalidInput: if the retrainer's parameters do not fit, or it knows nothing of edited rows.
+        UnsupportedModel: if fit() may choose other columns.
+    """
     train = bound(retrain, influence)
     if influence.examples.changed and train is retrain:
         message = (
@@ -120,13 +141,22 @@ def retrained(
             "leave_one_out(influence, (Xq, yq), rows), which measures the queries after each fit."
         )
         raise UnsupportedModel(message)
-    params, penalty = (
-        train.with_penalty(factors, seed) if isinstance(train, BoundRefit) else (train(factors, seed), None)
-    )
+    with seeded(seed):
+        params, penalty = (
+            train.with_penalty(factors, seed) if isinstance(train, BoundRefit) else (train(factors, seed), None)
+        )
+    before = influence.objective
+    after = placed(before, params, by_user=train is retrain)
+    beside = {name: tensor for name, tensor in after.fixed.items() if tensor is not before.fixed[name]}
+    return Found(after.theta, beside, penalty)
+
+
+def changed(influence: Influence, factors: Float[NDArray[np.float64], " n"], what: Found) -> Influence:
+    """The influence at what training with these factors found."""
     after = reweighted(influence.sweep, factors)
-    objective = placed(after.objective, params, by_user=train is retrain)
-    if penalty is not None:
-        objective = replace(objective, penalty=penalty)
+    objective = after.objective.at(what.theta).beside(what.beside)
+    if what.penalty is not None:
+        objective = replace(objective, penalty=what.penalty)
     encoder = influence.encoder.reweighted(float(after.examples.weights.sum() / influence.examples.weights.sum()))
     return Influence(objective, after.examples, encoder=encoder, **influence.settings)
 

@@ -47,7 +47,8 @@ _WORTHWHILE = (
 class Retrain(Protocol):
     """A training procedure: (example weights, seed) → θ, as `params` or one flat vector, a state dict, or a module.
 
-    Buffers that training changes, such as BatchNorm's running statistics, come with a state dict or a module.
+    Buffers that training changes, such as BatchNorm's running statistics, come with a state dict or a module. Before it
+    is called, the random states of torch, NumPy and Python are set to the seed; afterwards they are what they were.
     """
 
     def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Any:

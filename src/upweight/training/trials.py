@@ -1,14 +1,15 @@
 """Training again and measuring the queries: the step that every comparison with what really happens shares.
 
-A trial is one job (example weights, seed) → θ → the measure of every query at θ. A retrainer that can train many models
-at once is given as many jobs as it takes together.
+A trial is one job (the rows that are kept, seed) → θ → the measure of every query at θ. A retrainer that can train many
+models at once is given as many jobs as it takes together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,10 @@ from upweight.influence.face import Influence
 from upweight.model import calculus, routes
 from upweight.model.objective import Objective
 from upweight.runs import identity
-from upweight.runs.progress import bar
 from upweight.training.predictions import decision
 from upweight.training.retrainers import BoundRefit, Retrain, RetrainMany, bound
 
-Job = tuple[NDArray[np.float64], int]
+Job = tuple[NDArray[np.bool_], int]  # (n,) the rows that are kept, and the seed
 _PROBED = 3  # queries on which a measure is tried
 
 
@@ -75,7 +75,7 @@ class Trials:
             measured = routes.probe(objective.measuring(measure), tree_map(lambda leaf: leaf[:_PROBED], queries))
             name = measured.name
         return cls(
-            train, objective, measured, queries, name, _in_words(retrain, train), decision(influence), train is retrain
+            train, objective, measured, queries, name, in_words(retrain, train), decision(influence), train is retrain
         )
 
     def now(self) -> Float[NDArray[np.float64], " q"]:
@@ -99,56 +99,94 @@ class Trials:
             objective = placed(objective, params, by_user=self.by_user)
         return self.decide(calculus.outputs(objective, self.queries).double().cpu().numpy())
 
-    def parameters(
-        self,
-        jobs: Iterable[Job],
-        total: int,
-        *,
-        progress: bool | None = None,
-        label: str = "retraining",
-        kept: tuple[type[Exception], ...] = (),
-    ) -> Iterator[Any]:
-        """What the retrainer returns for every one of `total` jobs, in order; errors that are `kept` in its place."""
-        with bar(total, label, progress, unit="training") as done:
-            for theta in trained(self.train, jobs, kept):
-                done(1)
-                yield theta
+    def said(self, theta: Any) -> Float[NDArray[np.float64], "k q"]:
+        """The measure of every query at what a retrainer returned; below it the class of each where there is one."""
+        labels = self.labels(theta)
+        return np.stack([self.at(theta), *([] if labels is None else [labels])])
 
-    def run(
-        self, jobs: Iterable[Job], total: int, *, progress: bool | None = None, label: str = "retraining"
-    ) -> Iterator[Float[NDArray[np.float64], " q"]]:
-        """The measure of every query after every one of `total` jobs, in order."""
-        return (self.at(theta) for theta in self.parameters(jobs, total, progress=progress, label=label))
+    def question(self, influence: Influence, on: Any) -> dict[str, Any]:
+        """What outcomes depend on beside the influence and the rows that are kept, for a folder of them."""
+        return {"queries": influence.queries(on).fingerprint(), "measure": self.measure, "retrain": self.retrainer}
+
+    def blocks(self, seeds: int, per_seed: int) -> list[range]:
+        """The numbers of the jobs, seed after seed, that are trained together: always the same, and of one seed."""
+        together = self.train.together if isinstance(self.train, RetrainMany) else 1
+        ends = range(0, seeds * per_seed, per_seed)
+        return [
+            range(start, min(start + together, end + per_seed))
+            for end in ends
+            for start in range(end, end + per_seed, together)
+        ]
 
 
-def trained(train: Retrain, jobs: Iterable[Job], kept: tuple[type[Exception], ...] = ()) -> Iterator[Any]:
-    """θ of every job in order; several at a time where the retrainer can.
+@dataclass(frozen=True)
+class Measured:
+    """The work of a block of trials: a result for each job, or the error that training without these rows ends in.
+
+    Args:
+        trials: what is trained and measured.
+        what: from what a retrainer returned to numbers.
+        failing: errors that stand in the place of a result; others end the run.
+    """
+
+    trials: Trials
+    what: Callable[[Any], NDArray[np.float64]]
+    failing: tuple[type[Exception], ...] = ()
+
+    def __call__(self, jobs: Sequence[Job]) -> list[NDArray[np.float64] | Exception]:
+        """The results of these jobs."""
+        thetas = trained(self.trials.train, jobs, self.failing)
+        return [theta if isinstance(theta, Exception) else self.what(theta) for theta in thetas]
+
+
+def trained(train: Retrain, jobs: Sequence[Job], failing: tuple[type[Exception], ...] = ()) -> list[Any]:
+    """θ of every job in order, at once where the retrainer can.
 
     Args:
         train: the retrainer.
-        jobs: weights and seeds.
-        kept: errors that stand in the place of a θ; others end the run.
+        jobs: rows that are kept and seeds.
+        failing: errors that stand in the place of a θ, but not of one from all rows, without which nothing is known.
 
     Raises:
         InvalidInput: if a retrainer that takes many jobs returns another number of models.
     """
     if not isinstance(train, RetrainMany):
-        for weights, seed in jobs:
-            try:
-                theta = train(weights, seed)
-            except kept as error:
-                theta = error
-            yield theta
-        return
-    left = iter(jobs)
-    while block := list(islice(left, train.together)):
-        models = train.many(np.stack([weights for weights, _ in block]), [seed for _, seed in block])
-        if len(models) != len(block):
-            message = (
-                f"retrain.many returned {len(models)} models for {len(block)} lines of weights. Return one for each."
-            )
-            raise InvalidInput(message)
-        yield from models
+        return [_trained(train, kept, seed, failing) for kept, seed in jobs]
+    with seeded(jobs[0][1]):
+        models = train.many(np.stack([kept for kept, _ in jobs]).astype(np.float64), [seed for _, seed in jobs])
+    if len(models) != len(jobs):
+        message = f"retrain.many returned {len(models)} models for {len(jobs)} lines of weights. Return one for each."
+        raise InvalidInput(message)
+    return list(models)
+
+
+def _trained(train: Retrain, kept: NDArray[np.bool_], seed: int, failing: tuple[type[Exception], ...]) -> Any:
+    try:
+        with seeded(seed):
+            return train(kept.astype(np.float64), seed)
+    except failing as error:
+        if kept.all():
+            raise
+        return error
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The global random states of torch, NumPy and Python at a seed, and as they were afterwards.
+
+    What a training draws belongs to the training, wherever and after whatever it is run.
+    """
+    seed, devices = int(seed), range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
 
 
 def placed(objective: Objective, returned: Any, *, by_user: bool, like: Objective | None = None) -> Objective:
@@ -247,7 +285,7 @@ def flat(objective: Objective, params: Any) -> Float[Tensor, " p"]:
     return vector
 
 
-def _in_words(retrain: Any, train: Any) -> str:
+def in_words(retrain: Any, train: Any) -> str:
     """A retrainer's settings, or a function's name and a digest of what it does; never an address, which no other
     process shares.
 
