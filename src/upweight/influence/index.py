@@ -35,10 +35,10 @@ from upweight.influence.top import TopK
 from upweight.model import per_row
 from upweight.operators.factors import Basis
 from upweight.operators.kronecker import EKFAC, KFAC, Kronecker
-from upweight.runs.files import read_tensors, write_tensors
 from upweight.runs.progress import bar
 from upweight.runs.quantised import BITS, packed, unpacked
-from upweight.runs.store import Store
+from upweight.runs.stopping import stop_here
+from upweight.runs.store import SUFFIX, Store, chunk_name, read_part, read_work
 from upweight.solvers.base import checked_damping
 from upweight.solvers.factored import ROUNDING, Factored
 from upweight.solvers.lanczos import rounded_up
@@ -47,7 +47,7 @@ _PROBES, _NUMBERS = 24, 2**27  # rows on either side of the pairs on which the e
 _FEWEST = 4  # rows: one on each side of two pairs
 _CHUNK_NUMBERS = 2**24  # of coordinates in one chunk
 _FRACTIONS = 32  # of all coordinates, between which the count is chosen
-_FILE, _BASIS = "coordinates.safetensors", "basis.safetensors"
+_COORDINATES, _BASIS = "coordinates", "basis"
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class Index:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        if not (self.folder / _FILE).is_file():
+        if not (self.folder / f"{_COORDINATES}{SUFFIX}").is_file():
             message = (
                 f"{self.folder} holds no finished index. Make one: influence.index({str(self.folder)!r}); the same "
                 "call goes on where it was interrupted."
             )
             raise PathNotFound(message)
         self.card: dict[str, Any]
-        arrays, self.card = read_tensors(self.folder / _FILE)
+        arrays, self.card = _part(self.folder, _COORDINATES)
         self.eigenvalues, self.weights, self.constant = (
             arrays[name] for name in ("eigenvalues", "weights", "constant")
         )
@@ -249,7 +249,7 @@ class Index:
         share = (Z @ self.constant)[:, None]
         Z = np.ascontiguousarray((Z * whitened).T, dtype=np.float32)
         for chunk in range(self.chunks):
-            arrays, _ = read_tensors(self._file(chunk))
+            arrays, _ = _part(self.folder, chunk_name(chunk))
             found = unpacked(arrays["codes"], arrays["scales"], int(self.card["bits"]), self.k)
             rows = np.arange(len(found)) + chunk * int(self.card["rows"])
             yield rows, ((found @ Z).T.astype(np.float64) + share) * self.weights[rows] / self.n
@@ -272,7 +272,7 @@ class Index:
         )
 
     def _file(self, chunk: int) -> Path:
-        return self.folder / f"chunk-{chunk:06d}.safetensors"
+        return self.folder / f"{chunk_name(chunk)}{SUFFIX}"
 
 
 def index(system: System, folder: str | os.PathLike[str], error: float, bits: int) -> Index:
@@ -295,25 +295,26 @@ def index(system: System, folder: str | os.PathLike[str], error: float, bits: in
             f"rows held out, for which {_FEWEST} are the fewest. Use on_loss, which needs no index."
         )
         raise InvalidInput(message)
-    before = Path(folder) / _BASIS
-    damping = system.known_damping
-    if damping is None and before.is_file():  # it was chosen from factors that need not be made again
-        damping = float(read_tensors(before)[1]["damping"])
-    damping = system.damping if damping is None else damping
-    store = Store(folder, {"index": 1, **kept.work(system, damping), "error": float(error), "bits": bits})
-    path = store.path
-    if not (path / _BASIS).is_file():
-        _write_basis(path, system, *_choice(system, float(error), bits))
-    operator, chosen = _opened(path, system)
-    arrays, card = read_tensors(path / _BASIS)
+    store = Store(folder, {"index": 1, **kept.work(system), "error": float(error), "bits": bits})
+    with store:
+        _write(store, system, float(error), bits)
+    return Index(store.path)
+
+
+def _write(store: Store, system: System, error: float, bits: int) -> None:
+    """Everything that is not yet in the folder."""
+    if not store.has(_BASIS):
+        system.prepare_in(store)
+        _write_basis(store, system, *_choice(system, error, bits))
+    operator, chosen = _opened(store.path, system)
+    arrays, card = store.kept(_BASIS)
     k, size = sum(map(len, chosen)), system.sweep.n
     rows = max(1, min(1024, _CHUNK_NUMBERS // k))
     whiten = torch.from_numpy(1 / np.sqrt(arrays["eigenvalues"] + card["damping"])).to(system.objective.reference)
     quiet = replace(system.sweep, progress=False)
     with bar(-(-size // rows), "index", system.sweep.progress, unit="chunk") as done:
         for chunk, start in enumerate(range(0, size, rows)):
-            file = path / f"chunk-{chunk:06d}.safetensors"
-            if not file.exists():
+            if chunk not in store:
                 some = np.arange(start, min(start + rows, size))
                 found = quiet.emit(
                     lambda batch, _: operator.coordinates(batch, chosen) * whiten,
@@ -322,15 +323,15 @@ def index(system: System, folder: str | os.PathLike[str], error: float, bits: in
                     label="index",
                 )
                 codes, scales = packed(found.astype(np.float32), bits)
-                write_tensors(file, {"codes": codes, "scales": scales})
+                store.keep(chunk_name(chunk), {"codes": codes, "scales": scales}, event="chunk", number=chunk)
+                stop_here(f"chunk {chunk + 1} of {-(-size // rows)}")
             done(1)
     card |= {"rows": rows, "coverage": system.objective.coverage}
     names = system.examples.names
     if names is not None:
         card |= {"names": packed_ids(names.values), "axis": names.name}
     told = {"eigenvalues": arrays["eigenvalues"], "constant": arrays["constant"], "weights": system.examples.weights}
-    write_tensors(path / _FILE, told, card)
-    return Index(path)
+    store.keep(_COORDINATES, told, card)
 
 
 # ---- which coordinates -----------------------------------------------------------------------------------------------
@@ -405,7 +406,7 @@ def _rotated(operator: Kronecker, G: Float[Tensor, "r p"], chosen: list[Tensor] 
     return torch.cat(parts, 1)
 
 
-def _write_basis(path: Path, system: System, chosen: list[Tensor], card: dict[str, Any]) -> None:
+def _write_basis(store: Store, system: System, chosen: list[Tensor], card: dict[str, Any]) -> None:
     """The eigenvectors that are used, in the precision of the model, and which pairs of them."""
     operator: Kronecker = system.operator  # type: ignore[assignment]
     dtype = system.objective.reference.dtype
@@ -419,12 +420,17 @@ def _write_basis(path: Path, system: System, chosen: list[Tensor], card: dict[st
     eigenvalues = torch.cat([basis.eigenvalues.flatten()[at] for basis, at in zip(operator.bases, chosen, strict=True)])
     arrays["eigenvalues"] = eigenvalues.numpy()
     arrays["constant"] = _rotated(operator, system.penalty_share[None], chosen)[0].numpy()
-    write_tensors(path / _BASIS, arrays, card)
+    store.keep(_BASIS, arrays, card)
+
+
+def _part(folder: Path, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """What an index holds under a name."""
+    return read_part(folder / f"{name}{SUFFIX}", read_work(folder))
 
 
 def _opened(path: Path, system: System) -> tuple[Kronecker, list[Tensor]]:
     """The operator of the folder's eigenvectors, and the coordinates that are kept: for this model, without a sweep."""
-    arrays, _ = read_tensors(path / _BASIS)
+    arrays, _ = _part(path, _BASIS)
     uses, blocks, rest = Kronecker.blocks_of(system.sweep)
     at = [block.at for block in blocks] + ([rest[None, None]] if len(rest) else [])
     bases, chosen = [], []

@@ -64,7 +64,7 @@ def theta(system: System) -> str:
     return hashlib.sha256(system.objective.theta.numpy().tobytes()).hexdigest()[:16]
 
 
-def work(system: System, damping: float | str) -> dict[str, Any]:
+def work(system: System) -> dict[str, Any]:
     """What all answers depend on: θ̂, a probe of the data, n, curvature, damping, versions."""
     return {
         "theta": theta(system),
@@ -73,7 +73,7 @@ def work(system: System, damping: float | str) -> dict[str, Any]:
         "objective": system.objective.name,
         "penalty_per_example": system.objective.folded,
         "curvature": repr(system.curvature),
-        "damping": damping,
+        "damping": "by default" if system.named_damping is None else system.named_damping,
         "versions": f"upweight {__version__}, torch {torch.__version__}",
     }
 
@@ -81,4 +81,4 @@ def work(system: System, damping: float | str) -> dict[str, Any]:
 def _fingerprint(system: System, queries: Examples, measure: str) -> dict[str, Any]:
     """What scores on these queries depend on."""
     asked = {"queries": queries.fingerprint(), "measure": measure, "solver": repr(system.solver)}
-    return work(system, "by default" if system.named_damping is None else system.named_damping) | asked
+    return work(system) | asked

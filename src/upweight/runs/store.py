@@ -63,6 +63,7 @@ class Store:
         self.path = _folder(path)
         self.part = part
         self._inside: ExitStack | None = None
+        self._depth = 0
         self._since = time.monotonic()
         manifest = {"format": FORMAT, "fingerprint": json.loads(json.dumps(dict(fingerprint)))}
         file = self.path / MANIFEST
@@ -83,11 +84,15 @@ class Store:
     # ---- one writer --------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Store:
-        """Take the folder for this process.
+        """Take the folder for this process; inside of itself it is taken already.
 
         Raises:
             StorageFailed: if another process has it.
         """
+        self._depth += 1
+        if self._depth > 1:
+            return self
+        self._depth = 0
         with ExitStack() as stack:
             lock = FileLock(self.path / f"{LOCK}{self.part}", timeout=0)
             try:
@@ -103,6 +108,7 @@ class Store:
                 for leftover in self.path.glob(f"{TEMPORARY}*"):  # of a process that died
                     leftover.unlink(missing_ok=True)
             self._inside = stack.pop_all()
+        self._depth = 1
         self._since = time.monotonic()
         self.note("opened", pid=os.getpid(), host=platform.node(), part=self.part)
         return self
@@ -110,6 +116,9 @@ class Store:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
         if error is None:
             self.note("finished")
         else:
@@ -234,6 +243,15 @@ class Store:
 def chunk_name(chunk: int) -> str:
     """What a chunk is called: in the order of their numbers also as texts."""
     return f"chunk-{chunk:06d}"
+
+
+def read_work(folder: Path) -> str:
+    """The work of a folder that holds a store, by its manifest.
+
+    Raises:
+        StoreMismatch: if the manifest cannot be read.
+    """
+    return work_of(_manifest(folder / MANIFEST))
 
 
 def work_of(manifest: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from upweight.influence.face import Influence
 from upweight.model import penalties
 from upweight.runs import identity, workers
 from upweight.runs.progress import bar
+from upweight.runs.stopping import stop_here
 from upweight.runs.store import Store
 from upweight.training.counterfactuals import changed, factors_of, found
 from upweight.training.found import Found
@@ -71,9 +73,12 @@ class Course:
         number, self.next = self.next, self.next + 1
         if self.folder is not None and number in self.folder:
             return self.folder.read(number)
-        values = np.asarray(compute(), dtype=np.float64)
-        if self.folder is not None:
+        if self.folder is None:
+            return np.asarray(compute(), dtype=np.float64)
+        with self.folder:
+            values = np.asarray(compute(), dtype=np.float64)
             self.folder.write(number, values)
+            stop_here(f"part {number + 1}")
         return values
 
     def retrained(self, influence: Influence, *, without: Any = None, retrain: Any = None, seed: int = 0) -> Influence:
@@ -118,13 +123,17 @@ class Course:
             results = {number: self.folder.read(first + number) for number in kept}
         left = [tuple(block) for block in blocks if not set(block) <= results.keys()]
         sent = ((block, [job(number) for number in block]) for block in left)
-        with bar(sum(map(len, left)), label, progress, unit=unit, announced=workers.count() == 1) as done:
+        with (
+            self.folder or nullcontext(),
+            bar(sum(map(len, left)), label, progress, unit=unit, announced=workers.count() == 1) as done,
+        ):
             for numbers, values in workers.finished(work, sent, unit):
                 for number, value in zip(numbers, values, strict=True):
                     if number not in results and not isinstance(value, Exception) and self.folder is not None:
                         self.folder.write(first + number, value)
                     results.setdefault(number, value)
                 done(len(numbers))
+                stop_here(f"{unit} {len(results)} of {sum(map(len, blocks))}")
         return [results[number] for block in blocks for number in block]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from dataclasses import replace
 
@@ -19,7 +18,7 @@ from torch.nn.functional import cross_entropy
 import upweight as uw
 from small import NAMES, YQ, N, X, Y, Z, made, net, refuses
 from upweight.influence.scores import Scores
-from upweight.runs.store import read_tensors, write_tensors
+from upweight.runs.files import read_tensors, write_tensors
 
 FRAME = pd.DataFrame(X, columns=list("abc"), index=pd.Index([f"patient {row}" for row in range(N)], name="patient"))
 LABELS, TARGETS = pd.Series(Y, index=FRAME.index), pd.Series(Z, index=FRAME.index)
@@ -184,10 +183,9 @@ def test_a_file_keeps_names_and_they_find_the_rows(index, tmp_path):
 
 def test_a_file_without_names_is_read_as_before(tmp_path):
     made().save(tmp_path / "scores")
-    arrays, metadata = read_tensors(tmp_path / "scores")
-    text = json.loads(metadata["upweight"])
-    del text["axes"]
-    write_tensors(tmp_path / "old", arrays, {"upweight": json.dumps(text)})
+    arrays, card = read_tensors(tmp_path / "scores")
+    del card["axes"]
+    write_tensors(tmp_path / "old", arrays, card)
     found = Scores.load(tmp_path / "old")
     assert (found.ids, found.query_ids, found.axes) == (None, None, ("query", "row"))
     assert np.array_equal(found.values, made().values)
