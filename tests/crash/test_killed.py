@@ -89,7 +89,7 @@ class Lost(BaseException):
     """What ends a process, as far as this one can be ended and go on."""
 
 
-@pytest.mark.parametrize("kind", ["Cholesky", "CG", "EKFAC"])
+@pytest.mark.parametrize("kind", ["CG", "EKFAC", pytest.param("Cholesky", marks=pytest.mark.slow)])
 def test_lost_after_every_event(kind, tmp_path, monkeypatch, whole):
     """After every file that is written; the next call loses the next one, until none is left to write."""
     note, seen = Store.note, []

@@ -159,7 +159,7 @@ class Store:
     ) -> None:
         """Keep arrays, and what is told of them, under a name of this work."""
         write_tensors(self._named(name), arrays, {**(card or {}), WORK: self.work, NAME: name})
-        self.note(event, **(told or {"name": name}))
+        self.note(event, name=name, **told)
 
     def kept(self, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Arrays that were kept under a name, and what was told of them.
@@ -201,7 +201,7 @@ class Store:
 
     def keep_sum(self, name: str, total: NDArray[np.float64], chunks: int) -> None:
         """Keep a sum over the rows of so many chunks, in place of what was kept before."""
-        self.keep(f"sum-{name}", {"total": total}, {"chunks": chunks}, name=f"sum-{name}", chunks=chunks)
+        self.keep(f"sum-{name}", {"total": total}, {"chunks": chunks}, chunks=chunks)
 
     def once(
         self, name: str, compute: Callable[[], Mapping[str, NDArray[Any]]], card: Mapping[str, Any] | None = None
