@@ -185,14 +185,19 @@ def killed_child(name, folder, log, count, delay):
     """As `killed`, of a child of this process, which need not import anything; whether it was killed before its end."""
     child = os.fork()
     if not child:
-        os.environ[LOG] = str(log)
-        WORK[name](folder)
-        os._exit(0)
+        try:
+            os.environ[LOG] = str(log)
+            WORK[name](folder)
+            os._exit(0)
+        finally:
+            os._exit(1)
     while len(chunks(folder)) < count and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         time.sleep(0.002)
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
 @pytest.mark.slow
