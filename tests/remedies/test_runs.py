@@ -142,3 +142,11 @@ def test_a_store_of_other_work_is_left_or_deleted(tmp_path):
     shutil.rmtree(tmp_path / "run")
     assert np.array_equal(ridge(damping=0.1).on_loss(XQ, ZQ, store=tmp_path / "run").values, alone)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["fingerprint"]["damping"] == 0.1
+
+
+@pytest.mark.parametrize("budget", ["2 gigs", "GB", "1.2.3 GB", 0, -1.0, float("nan"), float("inf"), True, ""])
+def test_a_budget_that_is_no_size(budget):
+    with refused("memory_budget=", "It is a number of bytes, or words such as memory_budget='2 GB'"):
+        ridge(memory_budget=budget)
+    assert ridge(memory_budget="2 GB").system.sweep.budget == ridge(memory_budget=2e9).system.sweep.budget == 2 * 10**9
+    assert ridge(memory_budget="2 GiB").system.sweep.budget == 2**31

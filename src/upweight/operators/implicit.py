@@ -152,8 +152,9 @@ class GaussNewton:
         outputs = calculus.outputs(sweep.objective, first)
         n_outputs, middle = outputs.shape[1], outputs.element_size() * outputs.shape[1] ** 2 * sweep.n
         few = not calculus.through_parameters(sweep.objective, n_outputs)
-        needed = kept_bytes(sweep.objective, first, sweep.n) if few and middle <= self.keep else None
-        if needed is not None and needed <= self.keep:
+        keep = sweep.at_most(self.keep)
+        needed = kept_bytes(sweep.objective, first, sweep.n) if few and middle <= keep else None
+        if needed is not None and needed <= keep:
             return LayeredGaussNewton(sweep)
         matrices = 16 * n_outputs * sweep.objective.size
         columns = 0 if few else calculus.AT_ONCE * sweep.example_bytes
