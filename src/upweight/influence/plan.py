@@ -243,17 +243,18 @@ class _Extrapolation:
         often = self.queries / self.size if name in _EACH_BLOCK else 1.0
         depends = more.visits > 0 or self._on_kept_rows(name)
 
-        def all_rows(read: Callable[[Rehearsed], float]) -> float:
+        def all_rows(read: Callable[[Rehearsed], float], times: tuple[float, float] = more.times) -> float:
             if not depends:
-                return often * more.times[0] * read(more)
-            return often * self._grown(name, (few.rows, read(few)), (more.rows, read(more)), more.times)
+                return often * times[0] * read(more)
+            return often * self._grown(name, (few.rows, read(few)), (more.rows, read(more)), times)
 
+        together = isinstance(self.system.solver, LiSSA)  # its repeats are read for at once
         busy = all_rows(lambda one: one.taken.processor_seconds)
         return Step(
             name=name,
             seconds=busy * self._wall,
             processor_seconds=busy,
-            passes=all_rows(lambda one: one.visits) / self.system.n,
+            passes=all_rows(lambda one: one.visits, (more.times[0], 1.0) if together else more.times) / self.system.n,
             flops=often * self._flops(name, more.times),
             memory=self._memory(name, few, more),
         )
@@ -296,10 +297,11 @@ class _Extrapolation:
     def _memory(self, name: str, few: Rehearsed, more: Rehearsed) -> float:
         """What a few rows took, a batch of as many as fit, and what all further rows keep."""
         n, kept = self.system.n, self._kept(name)
-        if self._by_pairs(name):  # a n + b n²
-            thin, wide = few.taken.peak / few.rows, more.taken.peak / more.rows
-            pairs = max(0.0, wide - thin) / max(1, more.rows - few.rows)
-            return n * (wide + pairs * (n - more.rows))
+        if self._by_pairs(name):  # the matrix, and products of all rows with those of a batch
+            each = 8.0 * self.system.objective.linear.n_outputs**2  # type: ignore[union-attr]
+            batch = max(1.0, min(n, CHUNK) / more.rows)
+            rest = max(more.taken.peak - each * more.rows**2, 0.0) * batch * n / more.rows
+            return each * n**2 + rest + 8.0 * self.queries * n
         each = max(0.0, (more.taken.peak - few.taken.peak) / max(1, more.rows - few.rows) - kept)
         longest = CHUNK if self.system.objective.linear is None else MOST
         batch = min(each * max(0, min(n, longest) - more.rows), self.system.sweep.memory)
