@@ -14,7 +14,20 @@ import upweight as uw
 from upweight.model.losses import Loss
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("demo", "check", "score", "top", "validate", "understand", "repair", "attack", "mismatch", "contrast")
+COMMANDS = (
+    "demo",
+    "check",
+    "plan",
+    "score",
+    "top",
+    "validate",
+    "doctor",
+    "understand",
+    "repair",
+    "attack",
+    "mismatch",
+    "contrast",
+)
 BEGIN, END = "<!-- upweight demo -->", "<!-- end -->"
 MODULES = (
     "upweight",

@@ -752,3 +752,30 @@ def test_an_index_of_very_few_rows(tmp_path):
     with refused("training rows, and the error of an index is measured on pairs", "Use on_loss, which needs no index"):
         few.index(tmp_path / "index")
     assert few.on_loss(XQ, YQ).values.shape == (len(XQ), 3)
+
+
+def test_a_solver_that_is_larger_than_the_budget():
+    x = np.random.default_rng(0).normal(size=(60, 300))
+    model, on = Ridge().fit(x, x[:, 0]), (x[:2], x[:2, 0])
+    with refused("beside data and model, whatever the batch size", "Use ") as told:
+        uw.explain(model, x, x[:, 0], solver=Cholesky(), memory_budget="1.5 MB")
+    advice = str(told.value).split("Use ")[1]
+    assert "Cholesky of 301 parameters and 60 rows needs 2.54 MB" in str(told.value)
+    for solver in (CG(), uw.solvers.Dual()):
+        assert f"solver={type(solver).__name__}()" in advice
+        small = uw.explain(model, x, x[:, 0], solver=solver, memory_budget="1.5 MB")
+        assert small.on_loss(*on).values.shape == (2, 60)
+    budget = advice.split("memory_budget='")[1].split("'")[0]
+    larger = uw.explain(model, x, x[:, 0], solver=Cholesky(), memory_budget=budget)
+    assert larger.on_loss(*on).values.shape == (2, 60)
+
+
+def test_scores_that_are_larger_than_the_budget():
+    influence = ridge(memory_budget=4000)
+    with refused("and may take half of memory_budget=", "Ask for some queries at a time: on_loss_in_blocks") as told:
+        influence.on_loss(XQ, ZQ)
+    size = int(str(told.value).split("size=")[1].split(")")[0])
+    blocks = list(influence.on_loss_in_blocks(XQ, ZQ, size=size))
+    assert_allclose(np.concatenate([block.values for block in blocks]), ridge().on_loss(XQ, ZQ).values, rtol=1e-12)
+    with pytest.raises(uw.errors.InvalidInput, match="on_loss_in_blocks"):
+        list(influence.on_loss_in_blocks(XQ, ZQ, size=size + 1))

@@ -357,3 +357,16 @@ def test_rows_of_some_lengths_take_another_way():
     alike = [{name: part * 3 for name, part in rows[0].items()}] * 2 + [rows[1]] * 2
     same = [{name: part[:6] for name, part in row.items()} for row in alike]
     assert uw.explain(model, same, curvature=EKFAC(), **settings).on_loss(same[:1]).values.shape == (1, 4)
+
+
+def test_factors_that_are_larger_than_the_budget():
+    def explained(curvature, budget):
+        model = seeded(lambda: nn.Sequential(nn.Linear(D, 60), nn.Tanh(), nn.Linear(60, 2)).double())
+        return classifier(model, curvature=curvature, memory_budget=budget, damping=0.1)
+
+    with refused("while they are made (widest:", "Use ") as told:
+        values(explained(EKFAC(), "100 kB"))
+    advice = str(told.value).split("Use ")[1]
+    rank = int(advice.split("operators.Nystroem(")[1].split(")")[0])
+    values(explained(Nystroem(rank), "100 kB"))
+    values(explained(EKFAC(), advice.split("memory_budget='")[1].split("'")[0]))

@@ -35,6 +35,7 @@ def explain(
     damping: float | None = None,
     batch_size: int | None = None,
     progress: bool | None = None,
+    memory_budget: float | int | str | None = None,
 ) -> Influence:
     """The Influence of a fitted model on the data that trained it: which rows made it say that?
 
@@ -73,6 +74,8 @@ def explain(
         damping: λ of (C + λI) x = v; None means 0 for scikit-learn, and the rule in `defaults` for modules.
         batch_size: examples per batch; None fits the memory.
         progress: True or False forces progress bars on or off; None shows them on a terminal only.
+        memory_budget: bytes, or words such as "2 GB", that may be taken beside data and model; None leaves each part
+            its own limit. See `Influence.plan` for what will be taken.
 
     Raises:
         UnsupportedModel: if the theory has no answer for the model.
@@ -93,6 +96,7 @@ def explain(
         "damping": damping,
         "batch_size": batch_size,
         "progress": progress,
+        "memory_budget": memory_budget,
     }
     if isinstance(model, torch.nn.Module):
         asked = {"loss": loss, "penalty": penalty, "parameters": parameters, "collate_fn": collate_fn}

@@ -32,6 +32,7 @@ from upweight.model.encoders import Encoder, Movable
 from upweight.model.modules import forward, refuse_training_mode
 from upweight.model.objective import Linear, Objective
 from upweight.model.sweep import Sweep
+from upweight.runs.machine import budget_of
 
 _PROBED = 2  # examples on which the model is compared with its head on features
 _SIZES = (0.1, 1.0, 10.0)  # of the random outputs on which a criterion is recognised
@@ -203,7 +204,13 @@ def headed(model: torch.nn.Module, path: str, probe: Any) -> tuple[Extractor, He
     return extractor, whole
 
 
-def extracted(extractor: Extractor, examples: Examples, batch_size: int | None, progress: bool | None) -> Tensor:
+def extracted(
+    extractor: Extractor,
+    examples: Examples,
+    batch_size: int | None,
+    progress: bool | None,
+    budget: int | None = None,
+) -> Tensor:
     """(n, …) features of every example, in the module's precision.  Cost: one forward pass of the network.
 
     Raises:
@@ -211,7 +218,7 @@ def extracted(extractor: Extractor, examples: Examples, batch_size: int | None, 
     """
     first = [leaf for leaf in leaves(examples.batch([0])) if isinstance(leaf, Tensor)]
     memory = max([_IMAGE_BYTES] + [_BYTES_PER_NUMBER * leaf.numel() for leaf in first])
-    sweep = Sweep(_NOTHING, examples, batch_size, progress, example_bytes=memory)
+    sweep = Sweep(_NOTHING, examples, batch_size, progress, example_bytes=memory, budget=budget)
 
     def features(batch: Any, _: Tensor) -> Tensor:
         return extractor.checked(batch[0] if isinstance(batch, tuple | list) else batch)
@@ -222,7 +229,8 @@ def extracted(extractor: Extractor, examples: Examples, batch_size: int | None, 
 def features_of(extractor: Extractor, examples: Examples, settings: Mapping[str, Any]) -> Tensor | None:
     """`extracted` for training rows; None if something behind the head acts on one of them, so that it is no head."""
     try:
-        return extracted(extractor, examples, settings.get("batch_size"), settings.get("progress"))
+        budget = budget_of(settings.get("memory_budget"))
+        return extracted(extractor, examples, settings.get("batch_size"), settings.get("progress"), budget)
     except UnsupportedModel:
         return None
 
@@ -253,7 +261,9 @@ class FrozenEncoder:
         extractor: from inputs to features.
         original: the training rows as they were given.
         changed: inputs of the rows that were edited since.
+        batch_size: examples in a batch; None fits the memory.
         progress: whether a bar is shown.
+        budget: bytes, as for `Sweep`.
     """
 
     inner: Encoder
@@ -262,6 +272,7 @@ class FrozenEncoder:
     changed: Mapping[int, Tensor] = field(default_factory=dict, repr=False)
     batch_size: int | None = None
     progress: bool | None = None
+    budget: int | None = None
 
     @property
     def refit(self) -> None:
@@ -280,7 +291,7 @@ class FrozenEncoder:
         if isinstance(X, Examples) and X.encoded_by is self.extractor:
             return X
         whole = X if isinstance(X, Examples) else Examples(X, y)
-        features = extracted(self.extractor, whole, self.batch_size, self.progress)
+        features = extracted(self.extractor, whole, self.batch_size, self.progress, self.budget)
         made = self.inner.examples(Examples(features, whole.targets(), sample_weight=whole.sample_weight))
         made.encoded_by, made.names = self.extractor, whole.names
         return made

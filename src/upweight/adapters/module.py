@@ -26,6 +26,7 @@ from upweight.influence.face import Influence
 from upweight.model.encoders import Movable, whole_examples
 from upweight.model.modules import Called
 from upweight.model.objective import Objective
+from upweight.runs.machine import budget_of
 
 _SPREAD_ROWS = 8
 _PROBED_ROWS = 16  # of named parts, whose labels are many a row
@@ -209,7 +210,8 @@ def _explain_head(
         name=f"{name}, '{head.path}' on its features",
     )
     inner.examples.encoded_by = extractor
-    encoder = frozen.FrozenEncoder(inner.encoder, extractor, examples, batch_size=batch_size, progress=progress)
+    walking = (batch_size, progress, budget_of(settings.get("memory_budget")))
+    encoder = frozen.FrozenEncoder(inner.encoder, extractor, examples, {}, *walking)
     return Influence(objective, inner.examples, encoder=encoder, **settings)
 
 

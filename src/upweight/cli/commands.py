@@ -1,4 +1,4 @@
-"""The command line: `upweight demo | check | score | top | validate`, and the uses of the answers:
+"""The command line: `upweight demo | check | plan | score | top | validate | doctor`, and the uses of the answers:
 `understand | mismatch | contrast | repair | attack`.
 
 A model of your own is named by `file.py:function` or `module:function`, a function that returns an upweight.Study.
@@ -54,6 +54,34 @@ def check(study: StudyName, json: Json = False) -> int:
     report = loaded.influence.check(loaded.queries)
     show(report.to_dict(), str(report), json)
     return 0 if report.ok else ASSUMPTIONS_FAIL
+
+
+@command
+def plan(study: StudyName, json: Json = False) -> int:
+    """What scoring the study's queries will cost: time, passes over the data, flops, memory, disk; what to lower.
+
+    Args:
+        study: file.py:function that returns an upweight.Study.
+        json: print numbers as JSON.
+    """
+    loaded = load(study)
+    found = loaded.influence.plan(*loaded.queries)
+    show(found.to_dict(), str(found), json)
+    return 0
+
+
+@command
+def doctor(json: Json = False) -> int:
+    """What a bug report needs to know of this machine: versions, threads, memory; does it compute alike, and how fast.
+
+    Args:
+        json: print as JSON.
+    """
+    from upweight.cli import doctor as physician
+
+    found = physician.examine()
+    show(found.to_dict(), str(found), json)
+    return 0 if found.ok else ASSUMPTIONS_FAIL
 
 
 @command

@@ -16,7 +16,9 @@ CODES = {
     BUG: "a bug of upweight",
     USAGE: "wrong usage",
     REFUSED: "an input, a file or a computation was refused, with the reason on stderr",
-    ASSUMPTIONS_FAIL: "`check` found that the theory's assumptions do not hold",
+    ASSUMPTIONS_FAIL: (
+        "`check` found that the theory's assumptions do not hold, or `doctor` a machine that does not compute alike"
+    ),
     STUDY_FAILED: "the study's own code failed; stderr says where",
     INTERRUPTED: "interrupted by Ctrl-C; what a --store has finished is kept, and stderr says how to go on",
     CLOSED_PIPE: "the reader of stdout went away, as `head` does",

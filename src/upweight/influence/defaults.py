@@ -35,9 +35,9 @@ from numpy.typing import NDArray
 
 from upweight.data.examples import Examples
 from upweight.data.trees import leaves, like, take, tree_map
-from upweight.errors import NotPositiveDefinite, UnsupportedModel
+from upweight.errors import InvalidInput, NotPositiveDefinite, UnsupportedModel
 from upweight.model import calculus, penalties
-from upweight.model.objective import L2, Objective
+from upweight.model.objective import L2, Linear, Objective
 from upweight.model.sweep import Sweep
 from upweight.operators import (
     EKFAC,
@@ -54,6 +54,7 @@ from upweight.operators import (
     Spectral,
 )
 from upweight.operators.cotangents import MOST, Signs, count, outputs
+from upweight.runs.machine import in_bytes
 from upweight.solvers import CG, Cholesky, Dual, Factored, Solver, TwoLevel
 
 DIRECT_UP_TO = 4000
@@ -62,8 +63,9 @@ _ITERATED_UP_TO = 100_000
 SPECTRAL = (EKFAC, KFAC, Arnoldi, Identity, Nystroem)
 _FACTOR_UP_TO = 12_000
 _PASSES = {True: 12, False: 60}  # products that CG needs for 1e-6: with TwoLevel, without
+_MATRIX = {True: 28.0, False: 60.0}  # bytes an entry while C is written out and factorised: linear predictors, others
 AT_MINIMUM = 0.3  # rows' worth of gradient that may be left, as in check()'s verdict
-_TRACE_VECTORS = 16
+TRACE_VECTORS = 16
 _DOUBLE_UP_TO = 50_000
 
 
@@ -130,11 +132,10 @@ def costs(objective: Objective, examples: Examples, curvature: Curvature, *, sys
         product = 6.0 * n * p
         direct = p * product + p**3 / 3 + 2.0 * systems * p**2
         return [
-            Cost(Cholesky(), direct, 24.0 * p**2, p <= DIRECT_UP_TO),
+            Cost(Cholesky(), direct, _MATRIX[False] * p**2, p <= DIRECT_UP_TO),
             Cost(CG(rtol=1e-6), _PASSES[False] * systems * product, 32.0 * p * systems, True),
         ]
-    K, d = objective.linear.n_outputs, objective.linear.n_features
-    entries = float(examples.x.nnz) if scipy.sparse.issparse(examples.x) else float(n) * d  # type: ignore[union-attr]
+    K, entries = objective.linear.n_outputs, entries_of(objective.linear, examples)
     pairs = K * (K - 1) / 2 if objective.linear.loss.coupling is not None else K
     order = n * K
     factor = pairs * entries * entries / n + p**3 / 3 + 2.0 * systems * p**2
@@ -142,31 +143,84 @@ def costs(objective: Objective, examples: Examples, curvature: Curvature, *, sys
     passes = _PASSES[True] * systems * 4 * entries * K
     limit = DIRECT_UP_TO if systems == 1 else _FACTOR_UP_TO
     return [
-        Cost(Cholesky(), factor, 16.0 * p**2, p <= limit),
+        Cost(Cholesky(), factor, _MATRIX[True] * p**2, p <= limit),
         Cost(
-            Dual(), dual, 16.0 * order**2, order < p and order <= DUAL_UP_TO and _every_coefficient_is_held(objective)
+            Dual(),
+            dual,
+            dual_bytes(n, K),
+            order < p and order <= DUAL_UP_TO and _every_coefficient_is_held(objective),
         ),
         Cost(CG(rtol=1e-6, preconditioner=TwoLevel()), passes, 32.0 * p * systems + 4 * entries, True),
     ]
 
 
-def solver(objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1) -> Solver:
-    """The solver for an objective when none is named; for many systems a factorisation only if it costs less."""
+def cost(solver: Solver, objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1) -> Cost:
+    """What this solver would cost; nothing is known of one that `costs` does not list, as LiSSA."""
+    listed = costs(objective, examples, curvature, systems=systems)
+    return next((one for one in listed if type(one.solver) is type(solver)), Cost(solver, 0.0, 0.0, False))
+
+
+def dual_bytes(n: int, n_outputs: int) -> float:
+    """Bytes while Dual's (nK) × (nK) matrix is made and factorised; several outputs are added up from parts."""
+    return (16.0 if n_outputs == 1 else 36.0) * (n * n_outputs) ** 2
+
+
+def entries_of(structure: Linear, examples: Examples) -> float:
+    """Numbers in X; of a sparse one those that are stored."""
+    x = examples.x
+    return float(x.nnz) if scipy.sparse.issparse(x) else float(len(examples)) * structure.n_features  # type: ignore[union-attr]
+
+
+def refuse_larger(solver: Solver, objective: Objective, examples: Examples, curvature: Curvature, budget: int) -> None:
+    """Raises for a solver whose matrix or vectors exceed a budget of bytes, whatever the batch size.
+
+    Raises:
+        InvalidInput: if it is larger; names what would fit.
+    """
+    needed = cost(solver, objective, examples, curvature).memory
+    if needed <= budget:
+        return
+    listed = [one for one in costs(objective, examples, curvature) if one.memory <= budget]
+    fitting = " or ".join(f"solver={type(one.solver).__name__}() ({in_bytes(one.memory)})" for one in listed)
+    message = (
+        f"{type(solver).__name__} of {objective.size:,} parameters and {len(examples):,} rows needs {in_bytes(needed)} "
+        f"beside data and model, whatever the batch size, and memory_budget is {in_bytes(budget)}. "
+        f"Use {fitting + ', or ' if fitting else ''}memory_budget={in_bytes(1.1 * needed)!r}."
+    )
+    raise InvalidInput(message)
+
+
+def solver(
+    objective: Objective,
+    examples: Examples,
+    curvature: Curvature,
+    *,
+    systems: int = 1,
+    budget: int | None = None,
+) -> Solver:
+    """The solver for an objective when none is named; for many systems a factorisation only if it costs less.
+
+    What takes more bytes than the budget is not chosen.
+    """
     if isinstance(curvature, SPECTRAL):
         return Factored()
     listed = costs(objective, examples, curvature, systems=systems)
-    *direct, iterative = [cost for cost in listed if cost.possible]
+    *direct, iterative = [
+        one for one in listed if one.possible and (one.memory <= (budget or math.inf) or one is listed[-1])
+    ]
     if not direct:
         return iterative.solver
-    best = min(direct, key=lambda cost: cost.flops)
+    best = min(direct, key=lambda one: one.flops)
     always = isinstance(best.solver, Dual) or objective.size <= DIRECT_UP_TO
     return best.solver if always or best.flops < iterative.flops else iterative.solver
 
 
-def completed(given: Solver | None, objective: Objective, examples: Examples, curvature: Curvature) -> Solver:
+def completed(
+    given: Solver | None, objective: Objective, examples: Examples, curvature: Curvature, budget: int | None = None
+) -> Solver:
     """The solver that was given, with what it leaves open; or the one for this objective when none is named."""
     if given is None:
-        return solver(objective, examples, curvature)
+        return solver(objective, examples, curvature, budget=budget)
     open_cg = isinstance(given, CG) and given.preconditioner is None
     if open_cg and objective.linear is not None and isinstance(curvature, Hessian | GaussNewton):
         return replace(given, preconditioner=TwoLevel())  # type: ignore[type-var]
@@ -236,8 +290,8 @@ def mean_eigenvalue(operator: Operator) -> float:
     if isinstance(operator, Spectral) and not isinstance(operator, DenseOperator):
         return float(operator.eigenvalues.mean())
     generator = torch.Generator().manual_seed(0)
-    signs = 2.0 * torch.randint(0, 2, (_TRACE_VECTORS, operator.size), generator=generator, dtype=torch.float64) - 1
-    return float((signs * operator.apply(signs)).sum()) / (_TRACE_VECTORS * operator.size)
+    signs = 2.0 * torch.randint(0, 2, (TRACE_VECTORS, operator.size), generator=generator, dtype=torch.float64) - 1
+    return float((signs * operator.apply(signs)).sum()) / (TRACE_VECTORS * operator.size)
 
 
 def precision(model: torch.nn.Module) -> torch.dtype:

@@ -35,6 +35,7 @@ from upweight.influence import (
 from upweight.influence.checks import Report, examine
 from upweight.influence.damping_path import DampingPath, path_of
 from upweight.influence.index import Index
+from upweight.influence.plan import Plan, plan_of
 from upweight.influence.scores import Scores, SelfScores
 from upweight.influence.system import System
 from upweight.influence.tokens import TokenScores
@@ -63,11 +64,14 @@ class Influence:
         damping: λ of (C + λI); None lets `defaults` choose, which is exactly 0 for scikit-learn estimators.
         batch_size: examples per batch; None fits the memory. It changes results by rounding only.
         progress: True or False forces the progress bars (stderr) on or off; None shows them on a terminal only.
+        memory_budget: bytes, or words such as "2 GB", that may be taken beside data and model. It caps batches and what
+            is kept between products, and a solver that needs more is not chosen; None leaves each part its own limit.
         encoder: how queries become examples; set by the adapters.
         ids: n different names of the rows, as for Examples; None takes those that the data bring along.
 
     Raises:
-        InvalidInput: if a setting or the data cannot be used; NotDeterministic or UnsupportedModel if the loss cannot.
+        InvalidInput: if a setting or the data cannot be used, or a solver needs more than the budget; NotDeterministic
+            or UnsupportedModel if the loss cannot be.
 
     >>> import torch
     >>> X = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
@@ -89,11 +93,12 @@ class Influence:
         damping: float | None = None,
         batch_size: int | None = None,
         progress: bool | None = None,
+        memory_budget: float | int | str | None = None,
         encoder: Encoder | None = None,
         ids: Any = None,
     ) -> None:
         self.settings = {"curvature": curvature, "solver": solver, "damping": damping}
-        self.settings |= {"batch_size": batch_size, "progress": progress}
+        self.settings |= {"batch_size": batch_size, "progress": progress, "memory_budget": memory_budget}
         self.system = System.of(objective, examples, encoder=encoder, ids=ids, **self.settings)
 
     def __repr__(self) -> str:
@@ -424,6 +429,19 @@ class Influence:
             on: (Xq, yq) queries to measure the drift on; None uses a few training rows.
         """
         return examine(self.system, on)
+
+    def plan(self, Xq: Queries, yq: Any = None) -> Plan:
+        """What `on_loss` of these queries will cost: time, passes, flops, memory, disk, and what to lower.
+
+        The steps are really taken on a few rows and extrapolated; the number of products of an iteration is a forecast.
+
+        Cost: a few seconds; the queries are read, and go through a frozen body.
+
+        Args:
+            Xq: the queries' inputs.
+            yq: the queries' targets.
+        """
+        return plan_of(self.system, Xq, yq)
 
     def summary_frame(self) -> Any:
         """Leverage, Cook's distance, DFFITS, DFBETAS and residuals of every row of a GLM, a pandas DataFrame with one

@@ -29,6 +29,7 @@ from upweight.model.sweep import Sweep
 from upweight.model.transforms import undisturbed
 from upweight.operators import Curvature, Dense, Hessian, Operator
 from upweight.operators.linear import LinearHessian
+from upweight.runs.machine import budget_of
 from upweight.runs.store import SETTLED, Store
 from upweight.solvers import Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping, residuals
@@ -70,6 +71,7 @@ class System:
         damping: float | None = None,
         batch_size: int | None = None,
         progress: bool | None = None,
+        memory_budget: float | int | str | None = None,
         encoder: Encoder | None = None,
         ids: Any = None,
     ) -> System:
@@ -86,9 +88,13 @@ class System:
         examples = training_examples(data, encoder, ids)
         probe = examples.batch(examples.spread(PROBE))
         objective = routes.probe(objective, probe)
-        sweep = Sweep(objective, examples, batch_size, progress, defaults.example_bytes(objective, probe))
+        budget = budget_of(memory_budget)
+        each = defaults.example_bytes(objective, probe)
+        sweep = Sweep(objective, examples, batch_size, progress, each, budget=budget)
         chosen = curvature or defaults.curvature(sweep, probe, solver)
-        completed = defaults.completed(solver, objective, examples, chosen)
+        completed = defaults.completed(solver, objective, examples, chosen, budget)
+        if budget is not None:
+            defaults.refuse_larger(completed, objective, examples, chosen, budget)
         known = None if damping is None else checked_damping(damping)
         return cls(sweep, encoder, chosen, completed, known, solver is not None)
 
@@ -182,8 +188,7 @@ class System:
 
     def for_many(self, systems: int) -> tuple[Solver, Prepared]:
         """The solver, or a direct one that costs less for so many systems, if the choice was left to `defaults`."""
-        known = (self.objective, self.examples, self.curvature)
-        solver = self.solver if self.solver_is_named else defaults.solver(*known, systems=systems)
+        solver = self.solver if self.solver_is_named else self._chosen_for(systems)
         if solver == self.solver:
             return solver, self.prepared
         name = repr(solver)
@@ -193,6 +198,10 @@ class System:
             except NotPositiveDefinite:  # an iteration may still solve what a factorisation must refuse
                 return self.solver, self.prepared
         return solver, self._factorised[name]
+
+    def _chosen_for(self, systems: int) -> Solver:
+        known = (self.objective, self.examples, self.curvature)
+        return defaults.solver(*known, systems=systems, budget=self.sweep.budget)
 
     def solve(self, V: Float[Tensor, "k p"]) -> Solution:
         """(C + λI)⁻¹ v for every row v, refused if the solver did not keep its promise.

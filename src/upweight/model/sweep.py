@@ -42,6 +42,8 @@ class Sweep:
         example_bytes: memory that one example needs, per vector and once more; see `defaults.example_bytes`.
         memory: bytes that one batch may take.
         store: where sums that have a name are kept as far as they have come, and taken up again; None keeps nothing.
+        budget: bytes that everything beside data and model may take: a batch a quarter of it, what is kept half. None
+            leaves each part its own limit.
 
     Raises:
         InvalidInput: if batch_size is not a positive whole number.
@@ -54,6 +56,7 @@ class Sweep:
     example_bytes: int = 8192
     memory: int = MEMORY
     store: Store | None = None
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size is not None:
@@ -62,6 +65,10 @@ class Sweep:
     def over(self, objective: Objective, examples: Examples) -> Sweep:
         """The same way of walking, over other examples."""
         return replace(self, objective=objective, examples=examples, store=None)
+
+    def at_most(self, size: int, share: int = 2) -> int:
+        """So many bytes, or one part in `share` of the budget if that is less."""
+        return size if self.budget is None else min(size, self.budget // share)
 
     @property
     def n(self) -> int:
@@ -163,7 +170,7 @@ class Sweep:
     ) -> Iterator[tuple[range | NDArray[np.int64], Tensor]]:
         """Row numbers and results, in batches that fit; one that does not is tried again at half the size."""
         numbers = range(chunk.start, chunk.stop) if isinstance(chunk, slice) else chunk
-        size = self.batch_size or max(1, self.memory // (self.example_bytes * (1 + vectors)))
+        size = self.batch_size or max(1, self.at_most(self.memory, 4) // (self.example_bytes * (1 + vectors)))
         start = 0
         while start < len(numbers):
             inside = numbers[start : start + size]

@@ -153,8 +153,9 @@ class GaussNewton:
         outputs = calculus.outputs(sweep.objective, first)
         n_outputs, middle = outputs.shape[1], outputs.element_size() * outputs.shape[1] ** 2 * sweep.n
         few = not calculus.through_parameters(sweep.objective, n_outputs)
-        needed = kept_bytes(sweep.objective, first, sweep.n) if few and middle <= self.keep else None
-        if needed is not None and needed <= self.keep:
+        keep = sweep.at_most(self.keep)
+        needed = kept_bytes(sweep.objective, first, sweep.n) if few and middle <= keep else None
+        if needed is not None and needed <= keep:
             return LayeredGaussNewton(sweep)
         if not few:
             sweep = replace(sweep, objective=before_head(sweep.objective, calculus.ready(sweep.objective, first)))

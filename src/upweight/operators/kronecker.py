@@ -38,9 +38,10 @@ from upweight.operators.base import Curvature
 from upweight.operators.blocks import layers_of
 from upweight.operators.cotangents import Exact, Observed, Signs
 from upweight.operators.cut import cut
-from upweight.operators.factors import DENSE, Basis, Layer, Whole
+from upweight.operators.factors import DENSE, WIDEST, Basis, Layer, Whole
 from upweight.operators.implicit import EmpiricalFisher, GaussNewton
 from upweight.operators.uses import Uses
+from upweight.runs.machine import in_bytes
 
 _MUCH = 0.1  # of the parameters: what may be left on a mere diagonal without a word
 _BLOCK_NUMBERS = 2**24  # of the vectors that are rotated at once
@@ -195,6 +196,12 @@ class Kronecker:
         """The eigenvalues, ascending."""
         return torch.cat([basis.eigenvalues.flatten() for basis in self.bases]).sort().values
 
+    @staticmethod
+    def bytes_of(blocks: Sequence[Layer], size: int) -> int:
+        """Memory while factors and eigenvectors are made: 32·p, and 32·g·(i² + o²) for every block (g, o, i)."""
+        sides = (block.at.shape for block in blocks if not isinstance(block, Whole) or block.at.shape[2] <= DENSE)
+        return 32 * (size + sum(g * sum(side**2 for side in (o, i) if side <= WIDEST) for g, o, i in sides))
+
     def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """C v for every row v."""
         return self.map(lambda eigenvalues: eigenvalues, V)
@@ -297,6 +304,7 @@ def _factored(sweep: Sweep, source: Source) -> Kronecker:
     """KFAC: the factors in one sweep, and their eigenvectors."""
     objective = sweep.objective
     uses, blocks, rest = Kronecker.blocks_of(sweep)
+    _refuse_larger(blocks, objective.size, sweep.budget)
     read: list[Read] = [(layer.name, layer.sums) for layer in blocks]
     _warn_of_diagonals(blocks, objective.size)
     factors = _swept(sweep, uses, source, lambda _: read, "Kronecker factors")
@@ -306,6 +314,26 @@ def _factored(sweep: Sweep, source: Source) -> Kronecker:
         at = rest[None, None]
         bases.append(Basis("unused", at, None, None, torch.zeros(at.shape, dtype=torch.float64), strengths[at]))
     return Kronecker(sweep, uses, blocks, bases)
+
+
+def _refuse_larger(blocks: Sequence[Layer], size: int, budget: int | None) -> None:
+    """Raises for factors that exceed a budget of bytes.
+
+    Raises:
+        InvalidInput: if they do.
+    """
+    needed = Kronecker.bytes_of(blocks, size)
+    if budget is None or needed <= budget:
+        return
+    widest = max((*block.at.shape, block.name) for block in blocks)
+    rank = budget // (32 * size)
+    instead = f"curvature=operators.Nystroem({min(rank, 100)}), or " if rank else ""
+    message = (
+        f"The Kronecker factors of {size:,} parameters take {in_bytes(needed)} while they are made (widest: "
+        f"{widest[-1]}), and memory_budget is {in_bytes(budget)}. "
+        f"Use {instead}memory_budget={in_bytes(1.1 * needed)!r}."
+    )
+    raise InvalidInput(message)
 
 
 def _warn_of_diagonals(blocks: Sequence[Layer], size: int) -> None:

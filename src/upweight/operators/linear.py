@@ -139,9 +139,17 @@ class LinearHessian:
             return self
         return LinearHessian(self.sweep, torch.float32, self.curvatures)
 
+    def kept_bytes(self, vectors: int) -> int:
+        """Memory that products with so many vectors keep: a float32 copy of a dense X, and V x̃ᵢ of every row."""
+        structure, n = self._structure, self.sweep.n
+        dense = not scipy.sparse.issparse(self._x) and as_tensor(self._x[:1]).dtype != torch.float32
+        copy, moved = 4 * n * structure.n_features if dense else 0, 8 * n * vectors * structure.n_outputs
+        known = ((copy, _COPY_BYTES), (moved, _KEPT_BYTES))
+        return sum(size for size, most in known if size <= self.sweep.at_most(most, 4))
+
     def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """C v for every row v."""
-        few = 8 * self.sweep.n * len(V) * self._structure.n_outputs <= _KEPT_BYTES
+        few = 8 * self.sweep.n * len(V) * self._structure.n_outputs <= self.sweep.at_most(_KEPT_BYTES, 4)
         kept: list[Tensor] | None = [] if few and self.precision == torch.float64 else None
         total = self.rows_with_curvatures.fold(
             self._product(V, kept), vectors=len(V), label="curvature product", chunk=self._chunk
@@ -253,7 +261,7 @@ class LinearHessian:
         x, h = examples.x, self.curvatures
         if not scipy.sparse.issparse(x):
             h = h.to(self.precision)
-            x = _cast(x, self.precision)
+            x = _cast(x, self.precision, self.sweep.at_most(_COPY_BYTES, 4))
         return self.sweep.over(self.sweep.objective, examples.carrying(x, h))
 
     @property
@@ -312,7 +320,7 @@ class LinearHessian:
         grams = {pair: np.zeros((d, d), order="F") for pair in pairs}
         rows = 4 * self._chunk
         for start in range(0, self.sweep.n, rows):
-            X = as_tensor(self._x[start : start + rows]).to(torch.float64)
+            X = self.sweep.examples.batch(slice(start, start + rows))[0].to(torch.float64)
             h = self.curvatures[start : start + rows]
             for pair in pairs:
                 D = _entry(h, K, *pair)
@@ -427,9 +435,9 @@ def _diagonals(h: Tensor, K: int) -> Tensor:
     return h if h.shape[1] == K else h[:, :K] - h[:, K:] ** 2
 
 
-def _cast(x: Any, precision: torch.dtype) -> Any:
-    """X in this precision, if X is wider and the copy small; else X itself, whose chunks are cast as they are read."""
+def _cast(x: Any, precision: torch.dtype, most: int) -> Any:
+    """X in this precision, if X is wider and the copy takes at most so many bytes; else X, cast as chunks are read."""
     narrow = isinstance(x, Stored) or x.dtype.itemsize <= precision.itemsize
-    if precision != torch.float32 or narrow or 4 * x.shape[0] * x.shape[1] > _COPY_BYTES:
+    if precision != torch.float32 or narrow or 4 * x.shape[0] * x.shape[1] > most:
         return x
     return as_tensor(x).to(precision)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors, save as save_tensors
 
 from upweight.errors import Damaged, InvalidInput, PathNotFound, StorageFailed
+from upweight.runs.machine import in_bytes
 
 CARD, DIGEST = "upweight", "sha256"
 TEMPORARY = ".tmp-"
@@ -132,15 +133,6 @@ def check_room(folder: Path, needed: int) -> None:
             "Name a folder on another disk, make room, or ask fewer queries at once."
         )
         raise StorageFailed(message)
-
-
-def in_bytes(count: float) -> str:
-    """640 B, 1.2 MB, 3 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _told(content: bytes) -> dict[str, Any]:

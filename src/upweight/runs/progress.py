@@ -89,11 +89,19 @@ def descent(
             if silent or least <= 1 or not known:
                 return
             silent = True
-            gained = math.log(start / least)
-            total = min(most, round(taken * math.log(start) / gained)) if gained > 0 else most
+            total = round(min(most, forecast(taken, start, least)))
             _announce(total, taken, label, unit, seconds, size, "up to " if total == most else "some ")
 
         yield step
+
+
+def forecast(taken: int, start: float, least: float) -> float:
+    """How many steps an iteration needs in all, k ln s₀ / ln(s₀/s), when k of them brought its error from s₀ to s.
+
+    Errors are in units of the goal; infinite where nothing was gained.
+    """
+    gained = math.log(start / least)
+    return max(taken, taken * math.log(start) / gained) if gained > 0 else math.inf
 
 
 def in_words(seconds: float) -> str:

@@ -16,6 +16,8 @@ STUDY = "study.py:breast_cancer"
 LINES = {
     "demo": ["--rows", "2", "--out", "report"],
     "check": [STUDY],
+    "plan": [STUDY],
+    "doctor": [],
     "score": [STUDY, "--out", "new/scores.safetensors", "--store", "run"],
     "top": [STUDY, "--query", "3"],
     "validate": [STUDY, "--rows", "3"],

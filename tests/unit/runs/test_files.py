@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 from small import refuses
 from upweight.errors import Damaged, UpweightError
-from upweight.runs.files import check_room, in_bytes, read_tensors, write_tensors
+from upweight.runs.files import check_room, read_tensors, write_tensors
 from upweight.runs.store import Store
 
 ARRAYS = {"b": np.arange(6.0).reshape(2, 3), "a": np.array([1, 2], dtype=np.int32), "none": np.zeros((0, 4))}
@@ -119,14 +119,4 @@ def test_files_of_version_0_1_are_read(tmp_path):
 
 def test_room_is_looked_for_where_the_folder_will_be(tmp_path):
     check_room(tmp_path / "not" / "there", 1)
-    refuses(lambda: check_room(tmp_path / "not" / "there", 2**80), OSError, r"would take 1\.21e\+12 TB")
-
-
-def test_sizes_in_words():
-    assert [in_bytes(size) for size in (640, 1.2e6, 999.6, 3e9, 5e15)] == [
-        "640 B",
-        "1.2 MB",
-        "1 kB",
-        "3 GB",
-        "5e+03 TB",
-    ]
+    refuses(lambda: check_room(tmp_path / "not" / "there", 2**80), OSError, r"would take 1.2")

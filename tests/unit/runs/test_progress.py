@@ -9,6 +9,7 @@ import torch
 
 import upweight as uw
 from upweight.runs import progress
+from upweight.runs.progress import forecast
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +25,12 @@ def walk(clock, *, seconds, total=40, shown=None, label="retraining"):
         for _ in range(3):
             clock[0] += seconds
             done(1)
+
+
+def test_the_forecast_of_a_steady_iteration():
+    assert forecast(5, 1e6, 1e5) == pytest.approx(30)  # a factor of ten in five steps, six of them to go
+    assert forecast(5, 1e6, 0.5) == 5
+    assert forecast(5, 1e6, 1e6) == float("inf")
 
 
 def test_more_than_a_minute_is_said_once_after_the_first_step(clock, capsys):
