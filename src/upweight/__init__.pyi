@@ -28,6 +28,7 @@ from .influence.checks import Report as Report
 from .influence.damping_path import DampingPath as DampingPath
 from .influence.face import Influence as Influence
 from .influence.index import Coordinates as Coordinates, Index as Index
+from .influence.leading import Leading as Leading
 from .influence.plan import Plan as Plan
 from .influence.scores import (
     Certificate as Certificate,

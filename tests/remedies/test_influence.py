@@ -452,6 +452,35 @@ def test_a_file_of_other_tensors(tmp_path):
     assert np.array_equal(uw.Scores.load(path).values, scores.values)
 
 
+def test_a_file_without_leading_rows(tmp_path):
+    path = tmp_path / "scores"
+    scores = ridge().on_loss(*ON)
+    scores.save(path)
+    with refused("is a safetensors file without leading rows in it", "scores are read by Scores.load(path)"):
+        uw.Leading.load(path)
+    assert np.array_equal(uw.Scores.load(path).values, scores.values)
+    leading = ridge().leading(*ON, k=2)
+    leading.save(path)
+    assert str(uw.Leading.load(path)) == str(leading)
+
+
+def test_more_leading_rows_than_were_kept():
+    leading = ridge().leading(*ON, k=2)
+    with refused("rows were kept on either side", "or keep more: influence.leading(Xq, yq, k="):
+        leading.helpful(5)
+    assert np.array_equal(ridge().leading(*ON, k=5).helpful(5).rows, ridge().on_loss(*ON).helpful(5).rows)
+    assert leading.harmful(2).rows.shape == (len(XQ), 2)
+
+
+def test_leading_rows_of_estimates():
+    lissa = ridge(solver=LiSSA(depth=20, repeats=5), damping=5.0)
+    with refused("leading keeps no standard errors", "Use Cholesky() or CG(); or on_loss, whose standard_error says"):
+        lissa.leading(*ON)
+    exact = ridge(solver=Cholesky(), damping=5.0)
+    assert np.array_equal(exact.leading(*ON).helpful(3).rows, exact.on_loss(*ON).helpful(3).rows)
+    assert lissa.on_loss(*ON).standard_error.shape == (len(XQ), N)
+
+
 def test_no_blocks_of_scores():
     influence = ridge()
     with refused("There are no blocks of scores to reduce", "Pass influence.on_loss_in_blocks(Xq, yq)"):

@@ -17,6 +17,7 @@ from upweight.cli.endings import ASSUMPTIONS_FAIL, CODES
 from upweight.cli.outputs import check_file, check_folder
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
+    from upweight.influence.leading import Leading
     from upweight.influence.scores import Scores
 
 
@@ -85,23 +86,30 @@ def doctor(json: Json = False) -> int:
 
 
 @command
-def score(study: StudyName, out: Path, store: Path | None = None, json: Json = False) -> int:
-    """Score every training row on every query of the study, and save the scores.
+def score(study: StudyName, out: Path, store: Path | None = None, top: int | None = None, json: Json = False) -> int:
+    """Score every training row on every query of the study, and save the scores, or what leads among them.
 
     Args:
         study: file.py:function that returns an upweight.Study.
         out: file for the scores (safetensors), readable by Scores.load and `upweight top`.
         store: folder for finished chunks, so that an interrupted run resumes.
+        top: keep so many rows on either side of each query, sums and a histogram instead of all scores, for more rows
+            and queries than fit in memory; readable by Leading.load and `upweight top`.
         json: print a summary as JSON.
     """
     check_file(out, "--out")
     if store is not None:
         check_folder(store, "--store")
     loaded = load(study)
-    scores = loaded.influence.on_loss(*loaded.queries, store=store)
+    influence = loaded.influence
+    if top is None:
+        scores = influence.on_loss(*loaded.queries, store=store)
+        queries, rows = scores.values.shape
+    else:
+        scores = influence.leading(*loaded.queries, k=top, store=store)
+        queries, rows = scores.largest.rows.shape
     out.parent.mkdir(parents=True, exist_ok=True)
     scores.save(out)
-    queries, rows = scores.values.shape
     show(
         {"out": str(out), "queries": queries, "rows": rows, "certificate": _card(scores)},
         f"{scores}\nSaved to {out.resolve()}",
@@ -124,13 +132,13 @@ def top(study: StudyName, query: int = 0, k: K = 10, json: Json = False) -> int:
     from upweight.influence.scores import Scores
 
     if _is_path(study):
-        scores, describe = Scores.load(study), None
-        place = line(query, len(scores.values))
+        scores, describe = _saved(study), None
+        place = line(query, len(scores.certificate.residual))
     else:
         loaded = load(study)
         scores, place = loaded.influence.on_loss(*one(loaded, query)), 0
         describe = loaded.describe
-    k = min(k, scores.values.shape[1])
+    k = min(k, len(scores.rows) if isinstance(scores, Scores) else scores.k)
     up, down = scores.helpful(k), scores.harmful(k)
     kinds = {
         kind: (most.rows[place], most.values[place], None if most.ids is None else most.ids[place])
@@ -215,6 +223,21 @@ def run(words: list[str]) -> int:
     return app.cli(prog="upweight", description=f"{__doc__}\nExit codes:\n{codes}", args=words)
 
 
+def _saved(path: str) -> Scores | Leading:
+    """What `upweight score` wrote, with --top or without."""
+    from upweight.errors import InvalidInput
+    from upweight.influence.leading import Leading
+    from upweight.influence.scores import Scores
+
+    try:
+        return Scores.load(path)
+    except InvalidInput as refused:
+        try:
+            return Leading.load(path)
+        except InvalidInput:
+            raise refused from None
+
+
 def _is_path(study: str) -> bool:
     """Whether it names a file of scores, by any suffix but .py, and not a function.
 
@@ -237,7 +260,7 @@ def _is_path(study: str) -> bool:
     raise PathNotFound(message)
 
 
-def _card(scores: Scores) -> dict[str, Any]:
+def _card(scores: Scores | Leading) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {

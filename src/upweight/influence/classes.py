@@ -69,3 +69,22 @@ class Classes:
             f"solves another problem, of {len(present)} instead of {len(self.names)} classes. "
             "Leave out or change other rows, or merge the class with another and fit again."
         )
+
+
+def rows_by_class(system: System) -> dict[Any, NDArray[np.int64]] | None:
+    """The rows of every class; None where targets are no class numbers, or would have to be read from a Dataset."""
+    known = Classes.of(system)
+    y = system.examples.y
+    if known is not None:
+        names, numbers = known.names, known.numbers
+    elif y is None or getattr(system.encoder, "estimator", None) is not None:
+        return None
+    else:
+        targets = np.asarray(y)
+        if targets.ndim != 1 or targets.dtype.kind not in "iub":
+            return None
+        values, numbers = np.unique(targets, return_inverse=True)
+        names = values.tolist()
+    order = np.argsort(numbers, kind="stable")
+    ends = np.cumsum(np.bincount(numbers, minlength=len(names)))
+    return dict(zip(names, np.split(order, ends[:-1]), strict=True))

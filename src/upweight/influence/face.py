@@ -30,11 +30,13 @@ from upweight.influence import (
     perturbation,
     removal,
     self_scores,
+    streaming,
     tokens,
 )
 from upweight.influence.checks import Report, examine
 from upweight.influence.damping_path import DampingPath, path_of
 from upweight.influence.index import Index
+from upweight.influence.leading import Leading
 from upweight.influence.plan import Plan, plan_of
 from upweight.influence.scores import Scores, SelfScores
 from upweight.influence.system import System
@@ -229,7 +231,9 @@ class Influence:
     def on_loss_in_blocks(self, Xq: Queries, yq: Any = None, *, size: int = 256, store: Any = None) -> Iterator[Scores]:
         """Equation 2 (`on_loss`) for more queries than their scores fit in memory: Scores of `size` of them at a time.
 
-        `upweight.extremes(blocks, k)` keeps the top rows of each; a store keeps everything. Memory: size × (n + 4p).
+        `upweight.extremes(blocks, k)` keeps the top rows of each, and `leading` needs no blocks; a store keeps
+        everything. Memory: 8·size·(n + 4p) bytes for a block; twice that in a loop, which holds one while the next is
+        made.
 
         Args:
             Xq: the queries' inputs.
@@ -241,6 +245,42 @@ class Influence:
             InvalidInput: if size is not a positive whole number, or the queries do not fit the model.
         """
         return removal.on_loss_in_blocks(self.system, Xq, yq, size, store)
+
+    def leading(
+        self,
+        Xq: Queries,
+        yq: Any = None,
+        *,
+        k: int = 10,
+        groups: Groups | None = None,
+        measure: Callable[[Any, Any], Tensor] | None = None,
+        store: Any = None,
+    ) -> Leading:
+        """The k rows that help and harm each query most, sums and a histogram over all rows, without queries × rows.
+
+        `helpful(k)`, `harmful(k)` and `top(k)` say what those of `on_loss` say, bit for bit for up to 1,024 queries
+        (more are solved in blocks of so many); `by_group` and `by_class` are sums over rows, as of `of_groups`.
+
+        Cost: one linear system per query, then one sweep for each block of queries. Memory: at most 130,000 + 100·k
+        bytes for each query of a block, whatever the number of rows, and 5 for each row in a class or group. A store
+        takes 8·q·n bytes on the disk.
+
+        Args:
+            Xq: the queries' inputs (or Examples, or a Dataset).
+            yq: the queries' targets.
+            k: rows to keep on either side.
+            groups: groups of rows to add up, as for of_groups; `frame.groupby("source").indices` is such a dict.
+            measure: any scalar of a query in place of its loss, as for on_measure.
+            store: the folder of `on_loss(Xq, yq, store=…)`, computed there or here, so that the same call resumes at
+                the last finished chunk; of more than 1,024 queries one folder `queries-…` per block. None keeps
+                nothing.
+
+        Raises:
+            InvalidInput: if k is larger than the number of rows, or the queries do not fit the model.
+            UnsupportedModel: if the solver is stochastic, for whose values a standard error is needed.
+            SolverError: if a system cannot be solved as promised.
+        """
+        return streaming.leading(self.system, Xq, yq, measure, k, groups, store)
 
     def on_measure(
         self, measure: Callable[[Any, Any], Tensor], Xq: Queries, yq: Any = None, *, store: Any = None

@@ -29,6 +29,7 @@ from upweight.data.ids import Ids, packed as packed_ids, unpacked as unpacked_id
 from upweight.errors import InvalidInput, NotPositiveDefinite, PathNotFound, StoreMismatch, UnsupportedModel
 from upweight.influence import kept
 from upweight.influence.certificate import Certificate
+from upweight.influence.running import Largest
 from upweight.influence.scores import Extremes, Scores, naming
 from upweight.influence.system import System
 from upweight.influence.top import TopK
@@ -209,19 +210,15 @@ class Index:
         if not 1 <= k <= self.n:
             message = f"k={k}, and the index has {self.n} rows. Ask for 1 to {self.n}."
             raise InvalidInput(message)
-        best: dict[int, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+        best = {sign: Largest(len(queries), k) for sign in (1, -1)}
         for rows, block in self._values(queries, damping):
-            for sign in (1, -1):
-                numbers, values = np.broadcast_to(rows, block.shape), block
-                if sign in best:
-                    numbers = np.concatenate([best[sign][0], numbers], 1)
-                    values = np.concatenate([best[sign][1], values], 1)
-                order = np.argsort(-sign * values, 1, kind="stable")[:, :k]
-                best[sign] = (np.take_along_axis(numbers, order, 1), np.take_along_axis(values, order, 1))
+            for sign, most in best.items():
+                most.add(int(rows[0]), sign * block.T)
         ids = None if self.names is None else self.names.values
         asked = None if queries.names is None else queries.names.values
         helpful, harmful = (
-            TopK(rows, values, None if ids is None else ids[rows], asked) for rows, values in (best[1], best[-1])
+            TopK(rows, sign * keys, None if ids is None else ids[rows], asked)
+            for sign, (rows, keys) in ((sign, most.found()) for sign, most in best.items())
         )
         return Extremes(helpful, harmful, queries.query_values, self._certificate(queries, damping))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,11 @@ def folder(system: System, queries: Examples, measure: str, path: Any) -> Store:
     rows = max(0, system.n - finished * CHUNK)
     check_room(store.path, 8 * len(queries) * (rows + 3 * system.objective.size))
     return store
+
+
+def opened(system: System, queries: Examples, measure: str, path: Any) -> AbstractContextManager[Store | None]:
+    """The same store, taken for this process; None where no path is named."""
+    return nullcontext() if path is None else folder(system, queries, measure, path)
 
 
 def compared(system: System, folder: Store, solution: Solution) -> Solution:

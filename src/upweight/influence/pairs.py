@@ -6,22 +6,24 @@ solver that works through the rows (`Dual`) never writes out the p numbers of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.examples import Examples
 from upweight.influence import scoring
 from upweight.influence.certificate import Certificate
-from upweight.influence.scoring import Products
 from upweight.influence.system import System
 from upweight.model import linear, per_row
 from upweight.model.objective import Objective
+from upweight.model.sweep import CHUNK
 from upweight.solvers import Pairwise, Prepared, Solution
 
 WITNESSES = 32  # systems that are solved in full, to measure the residual of the factorisation
@@ -33,10 +35,14 @@ def comparing(objective: Objective, prepared: Prepared) -> Pairwise | None:
     return prepared if isinstance(prepared, Pairwise) and able else None
 
 
-def products(
-    system: System, queries: Examples, prepared: Pairwise, solve: Callable[[Tensor], Solution]
-) -> tuple[Products, Certificate]:
-    """S_q · (∇Lᵢ + share) for every query and training row, and its certificate.
+def in_chunks(
+    system: System,
+    queries: Examples,
+    prepared: Pairwise,
+    solve: Callable[[Tensor], Solution],
+    factors: Float[NDArray[np.float64], " n"],
+) -> tuple[Iterator[tuple[int, Float[NDArray[np.float64], "c q"]]], Certificate]:
+    """factorᵢ S_q · (∇Lᵢ + share) for every query and training row, a chunk of rows at a time, and its certificate.
 
     The residual is measured on 32 of the queries and given for all.  Cost: (nK)² flops per query and per block of rows.
     """
@@ -51,10 +57,15 @@ def products(
     def emitted(batch: Any, _: Tensor) -> Tensor:
         return compare(*features(objective, batch)) + shift
 
-    values = sweep.emit(emitted, vectors=1 + len(queries) // 8, label="scores").T
+    def scaled() -> Iterator[tuple[int, NDArray[np.float64]]]:
+        for number, products in found:
+            start = number * CHUNK
+            yield number, products * factors[start : start + len(products), None]
+
+    found = sweep.chunks(emitted, vectors=1 + len(queries) // 8, label="scores")
     known = scoring.certificate(system, solution)
     residual = np.full(len(queries), float(solution.residual.max()))
-    return Products(values), replace(known, residual=residual, drift=-drift.numpy())
+    return scaled(), replace(known, residual=residual, drift=-drift.numpy())
 
 
 def features(objective: Any, batch: Any) -> tuple[Any, Tensor]:

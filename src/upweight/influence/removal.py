@@ -9,18 +9,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, checked_count
 from upweight.influence import kept, pairs, scoring
+from upweight.influence.certificate import Certificate
 from upweight.influence.scores import Scores
 from upweight.influence.system import PROBE, System
 from upweight.model import routes
 from upweight.model.objective import Objective
+from upweight.model.sweep import joined
 from upweight.runs.machine import in_bytes
 from upweight.runs.store import Store
-from upweight.solvers import Dual
+from upweight.solvers import Dual, Solution
 
 _BLOCK_BYTES = 2**27  # of the queries' gradients at once
 _SCORE_BYTES = 16  # of every score, while they are multiplied by the rows' weights
@@ -40,24 +45,54 @@ def on_loss_in_blocks(system: System, Xq: Any, yq: Any, size: int, store: Any) -
     checked_count(size, "size", hint="256 queries at a time")
     queries = system.encoded(Xq, yq)
     return (
-        _fitting(
-            system, system.objective, part, None if store is None else Path(store) / f"queries-{number * size:08d}"
-        )
+        _fitting(system, system.objective, part, of_block(store, number * size))
         for number, part in enumerate(queries.blocks(size))
     )
 
 
 def on_measure(system: System, measure: Callable[[Any, Any], Tensor], Xq: Any, yq: Any, store: Any) -> Scores:
     """On any scalar of a query: `Influence.on_measure`."""
-    queries = system.encoder.examples(Xq, yq)
-    objective = routes.probe(system.objective.measuring(measure), queries.batch(queries.spread(PROBE)))
-    return _fitting(system, objective, queries, store)
+    measured, queries = asked(system, measure, Xq, yq)
+    return _fitting(system, measured, queries, store)
+
+
+def in_chunks(
+    system: System, measured: Objective, queries: Examples, folder: Store | None
+) -> tuple[Iterator[tuple[int, Float[NDArray[np.float64], "c q"]]], Solution | Certificate]:
+    """The values of every row, (rows, queries), a chunk of rows after the other, and what they come from.
+
+    Each chunk is computed when it is asked for, or read from the folder.
+    """
+    weights = system.examples.weights / system.n
+    if folder is not None:
+        system.prepare_in(folder)
+    pairwise = pairs.comparing(measured, system.prepared) if folder is None else None
+    if pairwise is not None:
+        return pairs.in_chunks(system, queries, pairwise, system.solve, weights)
+    solution = scoring.solutions(system, queries, measured, folder)
+    if folder is not None:
+        solution = kept.compared(system, folder, solution)
+    share = system.penalty_share
+    return scoring.in_chunks(system, solution.x, share, store=folder, factors=weights), solution
 
 
 def block(system: System, queries: int) -> int:
     """How many of the queries are solved and scored at once."""
     numbers = system.n if isinstance(system.solver, Dual) else system.objective.size
     return min(queries, max(1, system.sweep.at_most(_BLOCK_BYTES, 16) // (8 * numbers)))
+
+
+def asked(system: System, measure: Callable[[Any, Any], Tensor] | None, Xq: Any, yq: Any) -> tuple[Objective, Examples]:
+    """What is measured, the loss where there is no `measure`, and on which queries."""
+    if measure is None:
+        return system.objective, system.encoded(Xq, yq)
+    queries = system.encoder.examples(Xq, yq)
+    return routes.probe(system.objective.measuring(measure), queries.batch(queries.spread(PROBE))), queries
+
+
+def of_block(path: Any, first: int) -> Any:
+    """The folder of a block of queries, by its first query; None where nothing is kept."""
+    return None if path is None else Path(path) / f"queries-{first:08d}"
 
 
 def _fitting(system: System, measured: Objective, queries: Examples, store: Any) -> Scores:
@@ -79,30 +114,18 @@ def _fitting(system: System, measured: Objective, queries: Examples, store: Any)
 
 
 def _removed(system: System, measured: Objective, queries: Examples, store: Any) -> Scores:
-    if store is not None:
-        return _removed_in(kept.folder(system, queries, measured.name, store), system, measured, queries)
-    pairwise = pairs.comparing(measured, system.prepared)
     size = block(system, len(queries))
-    if len(queries) > size:
+    if store is None and len(queries) > size:
         return Scores.joined([_removed(system, measured, part, None) for part in queries.blocks(size)])
     weights = system.examples.weights / system.n
-    columns = scoring.Columns.of(system.examples)
-    if pairwise is not None:
-        changes, known = pairs.products(system, queries, pairwise, system.solve)
-        return scoring.scores(system, known, changes.scaled(weights), -weights, columns, "row removed", queries)
-    solution = scoring.solutions(system, queries, measured)
-    changes = scoring.with_rows(system, solution, system.penalty_share).scaled(weights)
-    return scoring.scores(system, solution, changes, -weights, columns, "row removed", queries, measured)
-
-
-def _removed_in(folder: Store, system: System, measured: Objective, queries: Examples) -> Scores:
-    """The same by way of a store."""
-    weights = system.examples.weights / system.n
-    with folder:
-        system.prepare_in(folder)
-        solution = kept.compared(system, folder, scoring.solutions(system, queries, measured, folder))
-        changes = scoring.with_rows(system, solution, system.penalty_share, store=folder).scaled(weights)
+    with kept.opened(system, queries, measured.name, store) as folder:
+        found, known = in_chunks(system, measured, queries, folder)
+        mean = joined(found, system.n).T
+        single = isinstance(known, Certificate)
+        every = None if single else scoring.estimates(system, known, system.penalty_share, factors=weights)
+        changes = scoring.Products(mean, every)
         columns = scoring.Columns.of(system.examples)
-        found = scoring.scores(system, solution, changes, -weights, columns, "row removed", queries, measured)
-        kept.finish(folder, found)
-        return found
+        scores = scoring.scores(system, known, changes, -weights, columns, "row removed", queries, measured)
+        if folder is not None:
+            kept.finish(folder, scores)
+    return scores

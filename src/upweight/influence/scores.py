@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, overload
 
@@ -99,11 +99,11 @@ class Scores:
 
     def helpful(self, k: int = 10) -> TopK:
         """The k columns with the largest values, largest first; on removal, the rows that help the query most."""
-        return self._top(-self.values, k)
+        return self._top(np.negative, k)
 
     def harmful(self, k: int = 10) -> TopK:
         """The k columns with the smallest values, smallest first; on removal, the rows that harm the query most."""
-        return self._top(self.values, k)
+        return self._top(np.positive, k)
 
     def top(self, k: int = 10, data: Any = None) -> pd.DataFrame:
         """A DataFrame of the k strongest rows of every query, the largest |value| first, and what they are.
@@ -121,7 +121,8 @@ class Scores:
             InvalidInput: if k is larger than the number of rows, or data do not describe the rows.
         """
         apart = self.counterfactual.startswith(("group", "example"))
-        return frame_of(self._top(-np.abs(self.values), k), self.axes[1], data, len(self.rows) if apart else self.n)
+        strongest = self._top(lambda values: -np.abs(values), k)
+        return frame_of(strongest, self.axes[1], data, len(self.rows) if apart else self.n)
 
     def to_pandas(self) -> pd.DataFrame:
         """A DataFrame of values: one line per query, one column per row, by their names where they have some."""
@@ -188,7 +189,7 @@ class Scores:
             "certificate": card,
             "axes": [as_json(name) for name in self.axes],
         }
-        names = {name: _letters(getattr(self, name)) for name in _NAMES if getattr(self, name) is not None}
+        names = {name: letters(getattr(self, name)) for name in _NAMES if getattr(self, name) is not None}
         return arrays | parts | names, told
 
     @classmethod
@@ -198,7 +199,7 @@ class Scores:
         told = {name: card[name] for name in ("counterfactual", "measure", "n")}
         if "axes" in card:  # older files have none, and no names
             told["axes"] = tuple(as_told(name) for name in card["axes"])
-        names = {name: _names(arrays.pop(name)) for name in _NAMES if name in arrays}
+        names = {name: names_in(arrays.pop(name)) for name in _NAMES if name in arrays}
         return cls(certificate=certificate, **told, **arrays, **names)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
@@ -224,8 +225,10 @@ class Scores:
         k = min(SHOWN, self.values.shape[1])
         return {HELPFUL: few.helpful(k), HARMFUL: few.harmful(k)}
 
-    def _top(self, keys: NDArray[np.float64], k: int) -> TopK:
-        order = top_columns(keys, k)
+    def _top(self, key: Callable[[NDArray[np.float64]], NDArray[np.float64]], k: int) -> TopK:
+        """The k columns with the smallest keys, for a few queries at a time, whose keys are all that is copied."""
+        few = (self.values[start : start + _LINES] for start in range(0, len(self.values), _LINES))
+        order = np.concatenate([top_columns(key(np.ascontiguousarray(values)), k) for values in few])
         values = np.take_along_axis(self.values, order, 1)
         return TopK(self.rows[order], values, None if self.ids is None else self.ids[order], self.query_ids)
 
@@ -277,6 +280,7 @@ def extremes(blocks: Iterable[Scores], k: int = 10) -> Extremes:
         harmful.append(block.harmful(k))
         values.append(block.query_values)
         certificates.append(block.certificate)
+        del block  # before the next one is made
     if not certificates:
         message = "There are no blocks of scores to reduce. Pass influence.on_loss_in_blocks(Xq, yq)."
         raise InvalidInput(message)
@@ -372,14 +376,16 @@ def called(rows: Ids | None) -> Any:
     return "row" if rows is None else "id" if rows.name is None else rows.name
 
 
-def _letters(names: NDArray[Any]) -> NDArray[np.uint8]:
+def letters(names: NDArray[Any]) -> NDArray[np.uint8]:
     """Names as the bytes of a text, for which the head of a safetensors file may be too short."""
     return np.frombuffer(json.dumps(packed_ids(names)).encode(), dtype=np.uint8)
 
 
-def _names(letters: NDArray[np.uint8]) -> NDArray[Any]:
-    return unpacked_ids(json.loads(letters.tobytes()))
+def names_in(written: NDArray[np.uint8]) -> NDArray[Any]:
+    """The names that `letters` wrote."""
+    return unpacked_ids(json.loads(written.tobytes()))
 
 
+_LINES = 8  # of queries, whose values are looked through at once, in one piece of memory
 _NAMES = ("ids", "query_ids")
 _ARRAYS = ("values", "rows", "scale", "query_values", "standard_error", "error")

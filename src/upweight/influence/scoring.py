@@ -8,7 +8,7 @@ standard error. `Products` holds both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from upweight.influence.scores import Scores, naming
 from upweight.influence.system import System
 from upweight.model import layers, per_row
 from upweight.model.objective import Objective
-from upweight.model.sweep import Sweep
+from upweight.model.sweep import CHUNK, Sweep, joined
 from upweight.operators.linear import LinearHessian
 from upweight.runs.store import Store
 from upweight.solvers import Solution
@@ -83,48 +83,70 @@ def solutions(
 
 
 def with_rows(
+    system: System, solution: Solution, constant: Float[Tensor, " p"], *, rows: NDArray[np.int64] | None = None
+) -> Products:
+    """S · (∇L(zᵢ) + constant) for training rows, and for every independent estimate of S; see `in_chunks`."""
+    mean = joined(in_chunks(system, solution.x, constant, rows=rows), system.n if rows is None else len(rows)).T
+    return Products(mean, estimates(system, solution, constant, rows=rows))
+
+
+def estimates(
     system: System,
     solution: Solution,
     constant: Float[Tensor, " p"],
     *,
     rows: NDArray[np.int64] | None = None,
+    factors: Float[NDArray[np.float64], " r"] | None = None,
+) -> Float[NDArray[np.float64], "m q r"] | None:
+    """The same of the m independent estimates of S alone; None where there are none."""
+    if solution.replicas is None:
+        return None
+    m, q, p = solution.replicas.shape
+    found = in_chunks(system, solution.replicas.reshape(m * q, p), constant, rows=rows, factors=factors)
+    return joined(found, system.n if rows is None else len(rows)).T.reshape(m, q, -1)
+
+
+def in_chunks(
+    system: System,
+    S: Float[Tensor, "q p"],
+    constant: Float[Tensor, " p"],
+    *,
+    rows: NDArray[np.int64] | None = None,
     store: Store | None = None,
-) -> Products:
-    """S · (∇L(zᵢ) + constant) for training rows, by one sweep that never forms their gradients.
+    factors: Float[NDArray[np.float64], " r"] | None = None,
+) -> Iterator[tuple[int, Float[NDArray[np.float64], "c q"]]]:
+    """S · (∇L(zᵢ) + constant) for training rows, by one sweep that never forms their gradients: chunk after chunk.
 
     Args:
         system: whose training rows they are.
-        solution: S, and its independent estimates.
+        S: solutions; that of a query without one is NaN, and so are its products.
         constant: the rows' share of the penalty's gradient.
         rows: which rows; None means all.
-        store: finished chunks of the mean are kept there.
+        store: finished chunks are kept there, without their factors.
+        factors: what each row's products are multiplied by; None for nothing.
     """
     operator, objective = system.operator, system.objective
     known = operator if isinstance(operator, LinearHessian) else None  # it has the rows' slopes already
     every = known is None and rows is None and store is None  # rows are visited, so that ∇R comes with them
     wanted = every and layers.structured(objective) and not system.knows_risk_gradient
     total = torch.zeros(objective.size, dtype=torch.float64) if wanted else None
-
-    def run(S: Tensor, store: Store | None, total: Tensor | None = None) -> NDArray[np.float64]:
-        shift = S @ constant
-        sweep, dots = known.dots(S) if known is not None else _layered(system, S, total)
-        return sweep.emit(
-            lambda batch, weights: dots(batch, weights).double().cpu() + shift,
-            vectors=layers.vectors(objective, sweep.example_bytes, len(S)),
-            rows=rows,
-            store=store,
-            label="scores",
-        ).T
-
-    leaning = solution.x.isnan().any(1)  # queries whose system has no solution
-    mean = run(torch.where(leaning[:, None], 0.0, solution.x), store, total)
-    mean[leaning.numpy()] = np.nan
+    leaning = S.isnan().any(1)
+    S = torch.where(leaning[:, None], 0.0, S)
+    shift = S @ constant
+    sweep, dots = known.dots(S) if known is not None else _layered(system, S, total)
+    found = sweep.chunks(
+        lambda batch, weights: dots(batch, weights).double().cpu() + shift,
+        vectors=layers.vectors(objective, sweep.example_bytes, len(S)),
+        rows=rows,
+        store=store,
+        label="scores",
+    )
+    for number, products in found:
+        start = number * CHUNK
+        values = products if factors is None else products * factors[start : start + len(products), None]
+        yield number, np.where(leaning.numpy(), np.nan, values) if bool(leaning.any()) else values
     if total is not None:
         system.learn_risk_gradient(total)
-    if solution.replicas is None:
-        return Products(mean)
-    m, q, p = solution.replicas.shape
-    return Products(mean, run(solution.replicas.reshape(m * q, p), None).reshape(m, q, -1))
 
 
 def _layered(

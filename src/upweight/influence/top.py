@@ -73,10 +73,19 @@ def top_columns(keys: Float[NDArray[np.float64], "q r"], k: int) -> Int[NDArray[
     Raises:
         InvalidInput: if k is not between 1 and the number of columns.
     """
-    if isinstance(k, bool) or not hasattr(k, "__index__") or not 1 <= k <= keys.shape[1]:
-        message = f"k={k}, and there are {keys.shape[1]} columns to choose from. Ask for 1 to {keys.shape[1]}."
-        raise InvalidInput(message)
+    checked_k(k, keys.shape[1])
     return np.stack([_smallest(line, k) for line in keys])
+
+
+def checked_k(k: int, columns: int) -> None:
+    """Refuse to choose more columns than there are.
+
+    Raises:
+        InvalidInput: if k is not between 1 and the number of columns.
+    """
+    if isinstance(k, bool) or not hasattr(k, "__index__") or not 1 <= k <= columns:
+        message = f"k={k}, and there are {columns} columns to choose from. Ask for 1 to {columns}."
+        raise InvalidInput(message)
 
 
 def _smallest(line: NDArray[np.float64], k: int) -> NDArray[np.int64]:

@@ -134,26 +134,37 @@ class Sweep:
             store: finished chunks are kept there and not computed again.
             label: what the progress bar says.
         """
-        outputs: NDArray[np.float64] | None = None
+        found = self.chunks(function, vectors=vectors, rows=rows, store=store, label=label)
+        return joined(found, self.n if rows is None else len(rows))
+
+    def chunks(
+        self,
+        function: Callable[[Any, Tensor], Tensor],
+        *,
+        vectors: int = 1,
+        rows: NDArray[np.int64] | None = None,
+        store: Store | None = None,
+        label: str = "emit",
+    ) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """The same, a chunk of rows at a time, in order: its number, and its (c, …) output rows; none are kept.
+
+        Rows of chunk k start at k · CHUNK; arguments are those of `emit`.
+        """
         for number, chunk in self._chunks(rows, label):
             if store is not None and number in store:
-                values = store.read(number)
-            else:
-                parts = []
-                for numbers, batch in self._batches(lambda b, w, _: function(b, w), chunk, vectors, label):
-                    parts.append(batch.double().cpu().numpy())
-                    bad = np.flatnonzero(~np.isfinite(parts[-1]).reshape(len(batch), -1).all(1))
-                    if bad.size:
-                        raise _not_finite(label, f"row {numbers[int(bad[0])]} gives")
-                values = np.concatenate(parts)
-                if store is not None:
-                    store.write(number, values)
-                    stop_here(f"chunk {number + 1} of {-(-(self.n if rows is None else len(rows)) // CHUNK)}")
-            if outputs is None:
-                outputs = np.empty((self.n if rows is None else len(rows), *values.shape[1:]))
-            outputs[number * CHUNK : number * CHUNK + len(values)] = values
-        assert outputs is not None  # there is at least one row
-        return outputs
+                yield number, store.read(number)
+                continue
+            parts = []
+            for numbers, batch in self._batches(lambda b, w, _: function(b, w), chunk, vectors, label):
+                parts.append(batch.double().cpu().numpy())
+                bad = np.flatnonzero(~np.isfinite(parts[-1]).reshape(len(batch), -1).all(1))
+                if bad.size:
+                    raise _not_finite(label, f"row {numbers[int(bad[0])]} gives")
+            values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            if store is not None:
+                store.write(number, values)
+                stop_here(f"chunk {number + 1} of {-(-(self.n if rows is None else len(rows)) // CHUNK)}")
+            yield number, values
 
     def _chunks(
         self, rows: NDArray[np.int64] | None, label: str, size: int = CHUNK
@@ -217,6 +228,17 @@ class _Keeping:
             self._store.keep_sum(self._name, total.numpy(), chunks)
             self._since = time.monotonic()
             stop_here(f"chunk {chunks} of {of} of {self._name}")
+
+
+def joined(chunks: Iterator[tuple[int, NDArray[np.float64]]], n: int) -> NDArray[np.float64]:
+    """The output rows of all chunks in one array, (n, …)."""
+    outputs: NDArray[np.float64] | None = None
+    for number, values in chunks:
+        if outputs is None:
+            outputs = np.empty((n, *values.shape[1:]))
+        outputs[number * CHUNK : number * CHUNK + len(values)] = values
+    assert outputs is not None  # there is at least one row
+    return outputs
 
 
 def _not_finite(label: str, what: str) -> InvalidInput:

@@ -224,7 +224,8 @@ class Store:
             return array
         kept = self.kept(name)[0][name]
         if kept.shape == array.shape:
-            gap = float(np.linalg.norm(kept - array)) / max(float(np.linalg.norm(array)), 1e-300)
+            apart = np.where(np.isnan(kept) & np.isnan(array), 0.0, kept - array)  # a query may have no solution
+            gap = float(np.linalg.norm(apart)) / max(float(np.linalg.norm(np.nan_to_num(array))), 1e-300)
             if gap <= rtol:
                 return kept
             found = f"differ by {gap:.2g} (relative)"

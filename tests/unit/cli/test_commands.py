@@ -142,6 +142,18 @@ def test_score_writes_what_top_reads(upweight):
     assert np.array_equal(uw.Scores.load("again.safetensors").values, scores.values)
 
 
+def test_score_can_keep_the_rows_that_lead_alone(upweight):
+    code, out, _ = upweight("score", "cli_studies:good", "--out", "few.st", "--top", "3", "--store", "run", "--json")
+    assert code == 0
+    assert (strict(out)["queries"], strict(out)["rows"]) == (4, 3)
+    scores = ridge().on_loss(XQ, ZQ)
+    assert np.array_equal(uw.Leading.load("few.st").helpful(3).values, scores.helpful(3).values)
+    code, out, _ = upweight("top", "few.st", "--query", "2", "-k", "5", "--json")
+    assert code == 0
+    assert [line["row"] for line in strict(out)["harmful"]] == scores.harmful(3).rows[2].tolist()
+    assert upweight("top", "few.st", "--query", "4")[0] == 3
+
+
 def test_top_reads_scores_of_any_name(upweight):
     assert upweight("score", "cli_studies:good", "--out", "s.st")[0] == 0
     code, out, _ = upweight("top", "s.st", "--query", "2", "--json")

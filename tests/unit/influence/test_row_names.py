@@ -353,6 +353,7 @@ def test_what_is_printed_of_many_rows_is_short_and_names_them():
         found.features,
         (repair := uw.apps.repair(influence, inspect=1.0)),
         uw.apps.corrected(influence, dict(list(repair.suggestions().items())[:500])),
+        (leading := influence.leading(*on, k=200)),
     ]
     for result in results:
         for text in (str(result), repr(result), getattr(result, "_repr_html_", str)()):
@@ -360,7 +361,7 @@ def test_what_is_printed_of_many_rows_is_short_and_names_them():
             assert len(text.splitlines()) <= 50, type(result)
     assert all(len(repr(result).splitlines()) <= 3 for result in results[:9])
     first = frame.index[int(scores.values[0].argmax())]
-    for shown in (scores, results[4]):
+    for shown in (scores, results[4], leading):
         assert f"{first} ({scores.values[0].max():+.3g})" in str(shown)
         assert first.replace("<", "&lt;").replace(">", "&gt;").replace(" ", "&nbsp;") in shown._repr_html_()
         assert "<row" not in shown._repr_html_()

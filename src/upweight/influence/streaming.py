@@ -1,0 +1,145 @@
+"""Equation 2 for more queries × rows than can be held: every chunk of values is looked at once and dropped.
+
+Queries are solved in blocks, and each block takes one sweep over the rows. What is kept of it does not grow with the
+rows: `running` holds it, `Leading` is the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight.data.examples import Examples
+from upweight.data.ids import Ids, of_keys
+from upweight.errors import UnsupportedModel
+from upweight.influence import kept, removal, scoring
+from upweight.influence.certificate import Certificate
+from upweight.influence.classes import rows_by_class
+from upweight.influence.leading import Leading, joined, with_sums
+from upweight.influence.running import Running
+from upweight.influence.scores import called, naming
+from upweight.influence.system import System
+from upweight.influence.top import TopK, checked_k
+from upweight.model import per_row
+from upweight.model.objective import Objective
+from upweight.model.sweep import CHUNK
+from upweight.solvers import Solution
+
+_QUERIES = 1024  # whose values of one chunk of rows are held at once
+
+
+@dataclass(frozen=True)
+class _Added:
+    """Groups of rows whose values are added up, and their names."""
+
+    members: list[NDArray[np.int64]]
+    names: Ids | None
+
+
+def leading(
+    system: System, Xq: Any, yq: Any, measure: Callable[[Any, Any], Tensor] | None, k: int, groups: Any, store: Any
+) -> Leading:
+    """`Influence.leading`.
+
+    Raises:
+        InvalidInput: if k is not between 1 and the number of rows.
+        UnsupportedModel: if the solver gives estimates.
+    """
+    checked_k(k, system.n)
+    measured, queries = removal.asked(system, measure, Xq, yq)
+    added = _added(system, groups)
+    size = min(_QUERIES, removal.block(system, len(queries)))
+    single = len(queries) <= size
+    parts = [
+        _of_block(system, measured, block, k, added, store if single else removal.of_block(store, number * size))
+        for number, block in enumerate(queries.blocks(size))
+    ]
+    return joined(parts)
+
+
+def _of_block(
+    system: System, measured: Objective, queries: Examples, k: int, added: Mapping[str, _Added], store: Any
+) -> Leading:
+    with kept.opened(system, queries, measured.name, store) as folder:
+        found, known = removal.in_chunks(system, measured, queries, folder)
+        return _passed(system, measured, queries, k, added, found, known)
+
+
+def _passed(
+    system: System,
+    measured: Objective,
+    queries: Examples,
+    k: int,
+    added: Mapping[str, _Added],
+    found: Iterator[tuple[int, NDArray[np.float64]]],
+    known: Solution | Certificate,
+) -> Leading:
+    """What is kept of values that pass by.
+
+    Raises:
+        UnsupportedModel: if they are estimates.
+    """
+    if not isinstance(known, Certificate) and known.replicas is not None:
+        message = (
+            f"leading keeps no standard errors, and {system.solver} gives estimates that have some. Use Cholesky() or "
+            "CG(); or on_loss, whose standard_error says how far each value can be trusted."
+        )
+        raise UnsupportedModel(message)
+    running = Running(len(queries), k, [group for one in added.values() for group in one.members], system.n)
+    for number, values in found:
+        running.add(number * CHUNK, values)
+    known = known if isinstance(known, Certificate) else scoring.certificate(system, known)
+    return _answer(system, measured, queries, running, added, known)
+
+
+def _answer(
+    system: System,
+    measured: Objective,
+    queries: Examples,
+    running: Running,
+    added: Mapping[str, _Added],
+    certificate: Certificate,
+) -> Leading:
+    rows = system.examples.names
+    asked = None if queries.names is None else queries.names.values
+    largest, smallest = (
+        TopK(found, keys, None if rows is None else rows.values[found], asked)
+        for found, keys in (running.largest.found(), running.smallest.found())
+    )
+    counts, edges = running.spread.found()
+    answer = Leading(
+        largest,
+        replace(smallest, values=np.where(np.isnan(smallest.values), np.nan, -smallest.values)),
+        running.total,
+        running.squares,
+        counts,
+        edges,
+        "row removed",
+        system.n,
+        certificate,
+        system.objective.measure if measured is system.objective else measured.name,
+        per_row.measures(system.sweep.over(measured, queries)),
+        axes=naming(rows, queries.names)["axes"],
+    )
+    ends = np.cumsum([len(one.members) for one in added.values()])
+    parts = np.split(running.sums.T, ends[:-1], 1) if len(ends) else []
+    sums = {
+        name: (values, None if one.names is None else one.names.values, called(one.names))
+        for (name, one), values in zip(added.items(), parts, strict=True)
+    }
+    return with_sums(answer, **sums)
+
+
+def _added(system: System, groups: Any) -> dict[str, _Added]:
+    """The groups that were asked for, and the classes of the rows."""
+    found = {} if groups is None else {"by_group": _Added(system.examples.groups(groups), of_keys(groups))}
+    classes = rows_by_class(system)
+    if classes is not None:
+        names = of_keys(classes)
+        found["by_class"] = _Added(list(classes.values()), Ids(names.values, "class"))  # type: ignore[union-attr]
+    return found
