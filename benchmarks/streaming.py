@@ -88,7 +88,9 @@ def prepared(folder: Path, name: str, queries: int) -> tuple[uw.Influence, tuple
 def measured(folder: str, question: str, name: str, queries: int) -> dict[str, float]:
     """The memory of a question, in megabytes, by a process of its own."""
     words = [sys.executable, __file__, folder, question, name, str(queries)]
-    return json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    found = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    print(question, name, queries, found, file=sys.stderr)
+    return json.loads(found)
 
 
 def peak(question: Callable[[], Any]) -> dict[str, float]:

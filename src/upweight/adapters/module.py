@@ -109,7 +109,7 @@ def explain(
         model, reading.criterion(weighing.criterion), objective, reading.batch(probe), weighing.of_a_batch()
     )
     objective = replace(objective, name=f"{objective.name}{adapters}{_precision_in_words(model, reading, objective)}")
-    encoder = ModuleEncoder(reading, weighing, scale, rows)
+    encoder = ModuleEncoder(reading, weighing, scale, rows, model.read if isinstance(model, Called) else None)
     return Influence(objective, examples, encoder=encoder, **settings)
 
 
@@ -224,12 +224,14 @@ class ModuleEncoder:
         reduction: how the criterion weighs examples.
         scale: n/Σc, from what an example counts in the criterion to its weight.
         rows: the training rows, where they are of named parts.
+        read: from what the module returns to the outputs, where that is no tensor.
     """
 
     reading: Reading
     reduction: Reduction
     scale: float = 1.0
     rows: Records | None = None
+    read: Callable[[Any], Tensor] | None = None
 
     @property
     def refit(self) -> None:

@@ -117,7 +117,8 @@ class Mismatch:
         }
 
     def __str__(self) -> str:
-        q, without = len(self.scores.values) - len(self.left_out), left_out_line(self.scores)
+        q = len(self.scores.values) - len(self.left_out)
+        without = left_out_line(self.scores.values, self.scores.query_ids)
         lines = [f"{'1 query' if q == 1 else f'{q} queries'}, mean {self.scores.measure} {self.loss:.4g}"]
         lines += [without] if without else []
         for name, verb, side in (("harmful", "fall", self.harmful), ("helpful", "rise", self.helpful)):

@@ -138,7 +138,8 @@ class Understanding:
     def __str__(self) -> str:
         known = self._known.tolist()
         more = [f"… and {len(known) - 3} more queries"] if len(known) > 3 else []
-        without = [line for line in (left_out_line(self.scores), self._distances_missing) if line]
+        unknown = left_out_line(self.scores.values, self.scores.query_ids)
+        without = [line for line in (unknown, self._distances_missing) if line]
         return "\n\n".join([*map(self._text, known[:3]), *more, *without])
 
     def to_dict(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from upweight.data.trees import like, take, tree_map
 from upweight.errors import InvalidInput, NotConverged, UnsupportedModel, checked_count, first_line
 from upweight.influence.face import Influence
 from upweight.model import calculus
-from upweight.model.modules import forward
+from upweight.model.modules import called, forward
 from upweight.model.objective import Objective
 from upweight.model.transforms import grad, vmap
 from upweight.runs import identity
@@ -115,12 +115,13 @@ class BoundStackedTraining:
                 "factory out: every model then starts at θ̂, or at start=."
             )
             raise UnsupportedModel(message)
-        self.module = None if spec.factory is None else _module(spec.factory, self.objective)
+        read = getattr(influence.encoder, "read", None)
+        self.module = None if spec.factory is None else _module(spec.factory, self.objective, read)
         reference = self.objective.reference if self.module is None else next(self.module.parameters()).detach()
         self.reference = reference
         self.data = like(influence.examples.batch(slice(None)), reference)
         self.start = None if spec.start is None else _given(spec.start, self.objective)
-        self.shape = None if self.module is None else _output_shape(influence)
+        self.shape = None if self.module is None else _output_shape(self.objective, self.data)
         self.masks = [] if self.module is None else self._probe()
         if self.module is not None:
             self._refuse_another(self.module)
@@ -391,21 +392,21 @@ def _criterion(objective: Objective) -> Callable[[Tensor, Any], Tensor]:
     return objective.output_loss
 
 
-def _output_shape(influence: Influence) -> torch.Size | None:
+def _output_shape(objective: Objective, data: Any) -> torch.Size | None:
     """The shape in which the objective's own outputs of one example are given to its loss."""
-    objective = influence.objective
     if objective.outputs is None:
         return None
-    example = take(calculus.ready(objective, influence.examples.batch([0])), 0)
-    return objective.outputs(objective.params, example).shape
+    return objective.outputs(objective.params, take(calculus.ready(objective, data), 0)).shape
 
 
 def _like_params(objective: Objective, params: Stack) -> Any:
     return params if isinstance(objective.params, dict) else next(iter(params.values()))
 
 
-def _module(factory: Callable[[], torch.nn.Module], objective: Objective) -> torch.nn.Module:
-    """One of the factory's modules, for its structure.
+def _module(
+    factory: Callable[[], torch.nn.Module], objective: Objective, read: Callable[[Any], Tensor] | None
+) -> torch.nn.Module:
+    """One of the factory's modules, for its structure, with what was read off the output of the explained one.
 
     Raises:
         InvalidInput: if it is no module, or has other parameters than the objective.
@@ -433,7 +434,7 @@ def _module(factory: Callable[[], torch.nn.Module], objective: Objective) -> tor
                 "for stacked models. Use a GroupNorm or plain Dropout, or pass your own retrain=(weights, seed) → θ."
             )
             raise UnsupportedModel(message)
-    return module
+    return module if read is None else called(module, read)
 
 
 def _given(start: Any, objective: Objective) -> Stack:
