@@ -12,6 +12,7 @@
     │   ├── NotPositiveDefinite                   curvature ≤ 0; carries `.suggested_damping`
     │   └── Diverged                              a stochastic recursion grew instead of settling
     ├── StoreMismatch        (ValueError)         a folder holds results of other work
+    ├── RankFailed           (RuntimeError)       another process of the same job failed, is lost, or does other work
     ├── PathNotFound         (FileNotFoundError)  nothing is at this path
     └── MissingExtra         (ImportError)        an optional dependency is not installed
 
@@ -35,6 +36,7 @@ __all__ = [
     "NotFitted",
     "NotPositiveDefinite",
     "PathNotFound",
+    "RankFailed",
     "RowOutOfRange",
     "SolverError",
     "StoreMismatch",
@@ -99,6 +101,10 @@ class Diverged(SolverError):
 
 class StoreMismatch(UpweightError, ValueError):
     """A folder holds the results of other work than the one now asked for."""
+
+
+class RankFailed(UpweightError, RuntimeError):
+    """Another process of the same job has failed, is lost, or does other work."""
 
 
 class PathNotFound(UpweightError, FileNotFoundError):

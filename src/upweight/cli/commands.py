@@ -1,4 +1,4 @@
-"""The command line: `upweight demo | check | score | top | validate`, and the uses of the answers:
+"""The command line: `upweight demo | check | score | merge | top | validate`, and the uses of the answers:
 `understand | mismatch | contrast | repair | attack`.
 
 A model of your own is named by `file.py:function` or `module:function`, a function that returns an upweight.Study.
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upweight.cli import app_commands  # noqa: F401 its commands join the application
-from upweight.cli.console import NAMES, Json, K, StudyName, app, command, line, load, one, show
+from upweight.cli.console import NAMES, Json, K, Stores, StudyName, app, command, line, load, one, show
 from upweight.cli.endings import ASSUMPTIONS_FAIL, CODES
-from upweight.cli.outputs import check_file, check_folder
+from upweight.cli.outputs import check_file, check_folder, checked_part
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
+    from upweight.cli.study import Study
     from upweight.influence.scores import Scores
 
 
@@ -57,20 +58,76 @@ def check(study: StudyName, json: Json = False) -> int:
 
 
 @command
-def score(study: StudyName, out: Path, store: Path | None = None, json: Json = False) -> int:
+def score(
+    study: StudyName, out: Path | None = None, store: Path | None = None, shard: str | None = None, json: Json = False
+) -> int:
     """Score every training row on every query of the study, and save the scores.
+
+    Started by torchrun, its processes share the rows, and the first of them writes and prints.
 
     Args:
         study: file.py:function that returns an upweight.Study.
         out: file for the scores (safetensors), readable by Scores.load and `upweight top`.
         store: folder for finished chunks, so that an interrupted run resumes.
+        shard: i/n computes part i (from 0) of n into the store only, for jobs that do not know of each other; `merge`
+            makes the scores of all parts.
+        json: print a summary as JSON.
+    """
+    if out is not None:
+        check_file(out, "--out")
+    if store is not None:
+        check_folder(store, "--store")
+    part = checked_part(out, store, shard)
+    from upweight.runs import ranks
+
+    ranks.join()
+    loaded = load(study)
+    if part is not None and store is not None:
+        return _shard(loaded, store, part, json)
+    assert out is not None  # `part` has asked for one
+    scores = loaded.influence.on_loss(*loaded.queries, store=store)
+    if not ranks.first():
+        return 0
+    return _saved(scores, out, json)
+
+
+@command
+def merge(stores: Stores, out: Path, json: Json = False) -> int:
+    """Make the scores of all shards that `upweight score --shard` has computed, and save them.
+
+    Args:
+        stores: their folders: one that they share, or one of each.
+        out: file for the scores (safetensors), readable by Scores.load and `upweight top`.
         json: print a summary as JSON.
     """
     check_file(out, "--out")
-    if store is not None:
-        check_folder(store, "--store")
-    loaded = load(study)
-    scores = loaded.influence.on_loss(*loaded.queries, store=store)
+    from upweight.influence import shards
+
+    return _saved(shards.merge(stores), out, json)
+
+
+def _shard(study: Study, store: Path, part: tuple[int, int], json: bool) -> int:
+    """A part of the scores into the store."""
+    from upweight.influence import shards
+    from upweight.model.sweep import CHUNK
+    from upweight.runs import ranks
+
+    system = study.influence.system
+    chunks = shards.compute(system, study.queries, store, part)
+    (i, n), rows = part, range(chunks.start * CHUNK, min(system.n, chunks.stop * CHUNK))
+    if ranks.first():
+        found = f"rows {rows[0]:,} to {rows[-1]:,} are" if rows else "no rows are left for it, and nothing is"
+        done = f"upweight merge {store} --out FILE"
+        show(
+            {"store": str(store), "shard": i, "shards": n, "first_row": rows.start, "rows": len(rows)},
+            f"Shard {i} of {n}: {found} in {store.resolve()}. When all {n} have ended: {done}",
+            json,
+        )
+    return 0
+
+
+def _saved(scores: Scores, out: Path, json: bool) -> int:
+    """The exit code, after scores are written to a file and told."""
     out.parent.mkdir(parents=True, exist_ok=True)
     scores.save(out)
     queries, rows = scores.values.shape

@@ -18,6 +18,7 @@ from upweight.influence.scores import Scores
 from upweight.influence.system import PROBE, System
 from upweight.model import routes
 from upweight.model.objective import Objective
+from upweight.runs import ranks
 
 _BLOCK_NUMBERS = 2**24  # of the queries' gradients at once: 128 MB
 
@@ -51,6 +52,8 @@ def on_measure(system: System, measure: Callable[[Any, Any], Tensor], Xq: Any, y
 
 
 def _removed(system: System, measured: Objective, queries: Examples, store: Any) -> Scores:
+    asked = {"queries": queries.fingerprint, "measure": lambda: measured.name}
+    ranks.refuse_others("comparing the queries of all ranks", lambda: {name: of() for name, of in asked.items()})
     pairwise = pairs.comparing(measured, system.prepared) if store is None else None
     size = max(1, _BLOCK_NUMBERS // (system.objective.size if pairwise is None else system.n))
     if store is None and len(queries) > size:

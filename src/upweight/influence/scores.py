@@ -158,6 +158,11 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""
+        arrays, text = self._packed()
+        write_tensors(path, arrays, text)
+
+    def _packed(self) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+        """The arrays and the text of a file."""
         arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
         card, parts = packed(self.certificate, "certificate")
         text = {
@@ -168,7 +173,7 @@ class Scores:
             "axes": [as_json(name) for name in self.axes],
         }
         names = {name: _letters(getattr(self, name)) for name in _NAMES if getattr(self, name) is not None}
-        write_tensors(path, arrays | parts | names, {"upweight": json.dumps(text)})
+        return arrays | parts | names, {"upweight": json.dumps(text)}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
@@ -177,7 +182,10 @@ class Scores:
         Raises:
             InvalidInput: if the file holds something else.
         """
-        arrays, metadata = read_tensors(path)
+        return cls._unpacked(*read_tensors(path), path)
+
+    @classmethod
+    def _unpacked(cls, arrays: dict[str, NDArray[Any]], metadata: dict[str, str], path: Any) -> Scores:
         try:
             text = json.loads(metadata["upweight"])
             card = unpacked(text["certificate"], arrays, "certificate")
@@ -220,6 +228,23 @@ class Scores:
         order = top_columns(keys, k)
         values = np.take_along_axis(self.values, order, 1)
         return TopK(self.rows[order], values, None if self.ids is None else self.ids[order], self.query_ids)
+
+
+def write_card(path: str | os.PathLike[str], scores: Scores, told: dict[str, str]) -> None:
+    """All of some scores but their values, and what else is told, in a file."""
+    arrays, text = scores._packed()
+    write_tensors(path, {name: array for name, array in arrays.items() if name != "values"}, text | told)
+
+
+def read_card(path: str | os.PathLike[str]) -> Scores:
+    """What `write_card` wrote, with 0 for every value.
+
+    Raises:
+        InvalidInput: if the file holds something else.
+    """
+    arrays, text = read_tensors(path)
+    shape = len(arrays.get("query_values", ())), len(arrays.get("rows", ()))
+    return Scores._unpacked(arrays | {"values": np.broadcast_to(0.0, shape)}, text, path)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ standard error. `Products` holds both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from upweight.model import layers, per_row
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
 from upweight.operators.linear import LinearHessian
+from upweight.runs import ranks
 from upweight.runs.store import Store
 from upweight.solvers import Solution
 
@@ -79,7 +80,8 @@ def solutions(
     With a store an iteration keeps its state there, and goes on from the one that it finds.
     """
     G = per_row.gradients(system.sweep.over(measured or system.objective, queries))
-    return system.solve(G) if store is None else system.solve_in(store, G)
+    found = system.solve(G) if store is None else system.solve_in(store, G)
+    return replace(found, x=ranks.same("the solutions", found.x))
 
 
 def with_rows(
@@ -99,52 +101,65 @@ def with_rows(
         rows: which rows; None means all.
         store: finished chunks of the mean are kept there.
     """
-    operator, objective = system.operator, system.objective
-    known = operator if isinstance(operator, LinearHessian) else None  # it has the rows' slopes already
-    every = known is None and rows is None and store is None  # rows are visited, so that ∇R comes with them
+    objective = system.objective
+    every = _closed(system) is None and rows is None and store is None  # rows are visited, so that ∇R comes with them
     wanted = every and layers.structured(objective) and not system.knows_risk_gradient
-    total = torch.zeros(objective.size, dtype=torch.float64) if wanted else None
 
-    def run(S: Tensor, store: Store | None, total: Tensor | None = None) -> NDArray[np.float64]:
-        shift = S @ constant
-        sweep, dots = known.dots(S) if known is not None else _layered(system, S, total)
-        return sweep.emit(
-            lambda batch, weights: dots(batch, weights).double().cpu() + shift,
-            vectors=layers.vectors(objective, sweep.example_bytes, len(S)),
-            rows=rows,
-            store=store,
-            label="scores",
-        ).T
+    def run(S: Tensor, store: Store | None) -> NDArray[np.float64]:
+        sweep, products, vectors = by_rows(system, S, constant)
+        return sweep.emit(products, vectors=vectors, rows=rows, store=store, label="scores").T
+
+    def run_for_gradient(S: Tensor) -> NDArray[np.float64]:
+        shift, V = S @ constant, S.to(objective.reference)
+
+        def both(batch: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
+            products, gradient = layers.dots_and_sum(objective, batch, weights, V)
+            return products.double().cpu() + shift, gradient
+
+        values, total = system.sweep.emit_with_sum(both, vectors=_vectors(system, S), label="scores")
+        system.learn_risk_gradient(total)
+        return values.T
 
     leaning = solution.x.isnan().any(1)  # queries whose system has no solution
-    mean = run(torch.where(leaning[:, None], 0.0, solution.x), store, total)
+    solved = torch.where(leaning[:, None], 0.0, solution.x)
+    mean = run_for_gradient(solved) if wanted else run(solved, store)
     mean[leaning.numpy()] = np.nan
-    if total is not None:
-        system.learn_risk_gradient(total)
     if solution.replicas is None:
         return Products(mean)
     m, q, p = solution.replicas.shape
     return Products(mean, run(solution.replicas.reshape(m * q, p), None).reshape(m, q, -1))
 
 
-def _layered(
-    system: System, S: Float[Tensor, "k p"], total: Float[Tensor, " p"] | None
-) -> tuple[Sweep, Callable[[Any, Tensor], Tensor]]:
-    """A sweep, and what gives ∇Lᵢᵀ s for every row of its batches and vector, through layers where there are any.
+def by_rows(
+    system: System, S: Float[Tensor, "k p"], constant: Float[Tensor, " p"]
+) -> tuple[Sweep, Callable[[Any, Tensor], Tensor], int]:
+    """A sweep, what gives S · (∇L(zᵢ) + constant) for every row of its batches, and how many vectors that is worth.
 
-    Σᵢ wᵢ∇Lᵢ is added to `total` on the way, if that is given.
+    It goes through layers where there are any, and through the rows' slopes for a linear predictor, which has them.
     """
-    objective = system.objective
-    V = S.to(objective.reference)  # cast once, not in every batch
+    shift, known, V = S @ constant, _closed(system), S.to(system.objective.reference)  # cast once, not in every batch
+    if known is None:
+        return (
+            system.sweep,
+            lambda batch, _: _shifted(layers.dots(system.objective, batch, V), shift),
+            _vectors(system, S),
+        )
+    sweep, dots = known.dots(S)
+    return sweep, lambda batch, weights: _shifted(dots(batch, weights), shift), _vectors(system, S)
 
-    def dots(batch: Any, weights: Tensor) -> Tensor:
-        if total is None:
-            return layers.dots(objective, batch, V)
-        products, gradient = layers.dots_and_sum(objective, batch, weights, V)
-        total.add_(gradient.double().cpu())
-        return products
 
-    return system.sweep, dots
+def _shifted(products: Tensor, shift: Tensor) -> Tensor:
+    return products.double().cpu() + shift
+
+
+def _closed(system: System) -> LinearHessian | None:
+    """The operator of a linear predictor; others are not bound to their data for it."""
+    operator = None if system.objective.linear is None else system.operator
+    return operator if isinstance(operator, LinearHessian) else None
+
+
+def _vectors(system: System, S: Tensor) -> int:
+    return layers.vectors(system.objective, system.sweep.example_bytes, len(S))
 
 
 def with_gradients(solution: Solution, G: Float[Tensor, "r p"]) -> Products:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -44,6 +45,12 @@ class Observed:
         """1 gradient per example."""
         return 1
 
+    def begin(self) -> None:
+        """Nothing is drawn."""
+
+    def start(self, chunk: int) -> None:
+        """Nothing is drawn."""
+
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
         """Nothing is drawn."""
@@ -56,6 +63,12 @@ class Exact:
     def count(self, objective: Objective, batch: Any) -> int:
         """K cotangents per example."""
         return count(objective, batch)
+
+    def begin(self) -> None:
+        """Nothing is drawn."""
+
+    def start(self, chunk: int) -> None:
+        """Nothing is drawn."""
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
@@ -90,13 +103,23 @@ class Exact:
 class Signs:
     """L ε with seeded random signs ε, `samples` times and divided by √samples.
 
-    The numbers of an example depend on how many examples came before it, not on how they were batched; where rows are
-    padded, on the length of their batch, too.
+    The numbers of an example depend on its chunk and its place in there, not on how the chunk was batched, nor on who
+    visits the others; where rows are padded, on the length of their batch, too. Every sweep draws its own.
     """
 
     def __init__(self, samples: int, seed: int) -> None:
-        self.samples = samples
+        self.samples, self.seed = samples, seed
+        self._sweeps = 0
         self._generator = torch.Generator().manual_seed(seed)
+
+    def begin(self) -> None:
+        """A sweep begins."""
+        self._sweeps += 1
+
+    def start(self, chunk: int) -> None:
+        """A chunk of it begins."""
+        own = np.random.SeedSequence([self.seed, self._sweeps, chunk]).generate_state(1)[0]
+        self._generator.manual_seed(self.seed if (self._sweeps, chunk) == (1, 0) else int(own))
 
     def at(self, objective: Objective, batch: Any) -> Cotangents:
         """The cotangents of a batch, as a function of its outputs."""

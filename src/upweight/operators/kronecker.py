@@ -348,13 +348,14 @@ def _swept(
     label: str,
 ) -> list[list[Tensor]]:
     """For every layer the sums over all rows of what it reads from the pieces of a batch, in one sweep."""
-    shapes: list[list[torch.Size]] = []
 
-    def total(batch: Any, weights: Tensor) -> Tensor:
+    def read(batch: Any, weights: Tensor) -> list[tuple[str, list[Tensor]]]:
         with source.undone_on_failure():  # a batch that does not fit is tried again in halves
             pieces = uses.pieces(sweep.objective, batch, source.at(sweep.objective, batch))
-            found = [(name, read(pieces, weights.to(_reference(pieces)))) for name, read in reading(pieces)]
-        shapes[:] = [[part.shape for part in parts] for _, parts in found]
+            return [(name, parts(pieces, weights.to(_reference(pieces)))) for name, parts in reading(pieces)]
+
+    def total(batch: Any, weights: Tensor) -> Tensor:
+        found = read(batch, weights)
         flat = torch.cat([part.flatten() for _, parts in found for part in parts])
         if not bool(torch.isfinite(flat).all()):
             raise _not_finite(label, found)
@@ -363,7 +364,9 @@ def _swept(
     probe = sweep.examples.batch([0])
     bytes_each = 8 * sweep.objective.size if uses.plan is None else uses.plan.bytes
     vectors = source.count(sweep.objective, probe) * max(1, math.ceil(2 * bytes_each / sweep.example_bytes))
-    flat = sweep.fold(total, vectors=vectors, label=label)
+    source.begin()
+    flat = sweep.fold(total, vectors=vectors, label=label, starting=source.start)
+    shapes = [[part.shape for part in parts] for _, parts in read(probe, torch.ones(1, dtype=torch.float64))]
     parts = iter(flat.split([shape.numel() for own in shapes for shape in own]))
     return [[next(parts).reshape(shape) for shape in own] for own in shapes]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,16 @@ class Store:
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             strangers = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".tmp-"))
-            if strangers:
+            if MANIFEST in strangers:  # another shard has just made it
+                _compare(_manifest(file), manifest, self.path)
+            elif strangers:
                 message = (
                     f"{self.path} is not empty ({strangers[0]}, …) and is no upweight store. Name an empty or a new "
                     "folder."
                 )
                 raise InvalidInput(message)
-            write_file(file, json.dumps(manifest, indent=1, sort_keys=True).encode())
+            else:
+                write_file(file, json.dumps(manifest, indent=1, sort_keys=True).encode())
 
     def __contains__(self, chunk: int) -> bool:
         return self._file(chunk).exists()
@@ -84,6 +88,11 @@ class Store:
         """Keep where an iteration has come to, in place of what was kept before."""
         write_tensors(self.path / STATE, state)
 
+    @property
+    def solutions(self) -> NDArray[np.float64]:
+        """What the chunks were computed with."""
+        return read_tensors(self.path / f"{SOLUTIONS}.safetensors")[0][SOLUTIONS]
+
     def end_state(self, settled: NDArray[np.float64] | None) -> None:
         """The iteration has ended, and its solutions are kept; of its state only how far their values had settled."""
         if settled is None:
@@ -98,12 +107,12 @@ class Store:
             StoreMismatch: if what was kept differs from `array` by more than rounding.
         """
         file = self.path / f"{name}.safetensors"
-        if not file.exists():
-            write_tensors(file, {name: array})
+        if not file.exists() and _written_once(file, save_tensors({name: np.ascontiguousarray(array)})):
             return array
         kept = read_tensors(file)[0][name]
         if kept.shape == array.shape:
-            gap = float(np.linalg.norm(kept - array)) / max(float(np.linalg.norm(array)), 1e-300)
+            old, new = np.nan_to_num(kept), np.nan_to_num(array)  # queries that have no solution are NaN
+            gap = float(np.linalg.norm(old - new)) / max(float(np.linalg.norm(new)), 1e-300)
             if gap <= rtol:
                 return kept
             found = f"differ by {gap:.2g} (relative)"
@@ -129,7 +138,7 @@ def write_file(path: Path, content: bytes) -> None:
     if not path.parent.is_dir():
         message = f"There is no folder {path.parent} to write {path.name} into. Create it first."
         raise PathNotFound(message)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    temporary = path.with_name(f".tmp-{path.name}-{socket.gethostname()}-{os.getpid()}")  # of one machine or another
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -140,6 +149,30 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         message = f"{path} cannot be written ({error.strerror}). Name a file, in a folder that you may write to."
         raise InvalidInput(message) from error
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    """What the work in a folder is.
+
+    Raises:
+        StoreMismatch: if its manifest cannot be read.
+    """
+    return _manifest(folder / MANIFEST).get("fingerprint", {})
+
+
+def _written_once(path: Path, content: bytes) -> bool:
+    """Whether this process wrote the file; False if another did before, whose content stays."""
+    own = path.with_name(f".tmp-once-{path.name}-{socket.gethostname()}-{os.getpid()}")
+    write_file(own, content)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        own.replace(path)
+    finally:
+        own.unlink(missing_ok=True)
+    return True
 
 
 def write_tensors(

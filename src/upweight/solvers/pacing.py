@@ -19,6 +19,7 @@ from torch import Tensor
 from upweight.errors import UnsupportedModel
 from upweight.model import per_row
 from upweight.operators.base import Operator
+from upweight.runs import ranks
 
 Keep = Callable[[Mapping[str, Tensor]], None]
 STEPS = 8  # between two looks at the values
@@ -60,7 +61,8 @@ class Pace:
     def look(self, X: Float[Tensor, "k p"], P: Float[Tensor, "k p"], steps: int) -> bool:
         """Keeps the state if it is time; whether the values have settled."""
         now = time.monotonic()
-        self._each = (now - self._start) / max(1, steps)
+        if self.keep is not None:  # by rank 0's clock, for all take as many steps
+            self._each = float(ranks.same("the pace", torch.tensor([(now - self._start) / max(1, steps)]).double())[0])
         if self.keep is not None and now - self._kept >= SECONDS:
             self.keep({"x": X, "p": P})
             self._kept = now
