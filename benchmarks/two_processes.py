@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy
 import upweight as uw
 from upweight.runs import ranks
 
-N, QUERIES, SIDE, REPEATS = 8192, 8, 14, int(os.environ.get("REPEATS", "3"))
+N, QUERIES, SIDE, REPEATS = 4096, 8, 14, int(os.environ.get("REPEATS", "3"))
 WAYS = {"one process, one thread": (1, 1), "one process, two threads": (1, 2), "two processes": (2, 1)}
 
 
@@ -40,12 +40,12 @@ def studies() -> dict[str, Any]:
     X = torch.randn(N + QUERIES, 1, SIDE, SIDE)
     y = (X[:, 0, :7].sum((1, 2)) > 0).long() + 2 * (X[:, 0, 7:].sum((1, 2)) > 0).long()
     cnn = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(16, 16, 3), nn.Tanh(), nn.Flatten(),
-        nn.Linear(16 * 25, 4),
+        nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(8, 8, 3), nn.Tanh(), nn.Flatten(),
+        nn.Linear(8 * 25, 4),
     )  # fmt: skip
-    mlp = nn.Sequential(nn.Flatten(), nn.Linear(SIDE**2, 96), nn.Tanh(), nn.Linear(96, 4))
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(SIDE**2, 48), nn.Tanh(), nn.Linear(48, 4))
     common = {"loss": cross_entropy, "penalty": 1e-3, "damping": 0.1, "progress": False}
-    by_cg = {"curvature": uw.operators.GaussNewton(keep=0), "solver": uw.solvers.CG(rtol=1e-4)}
+    by_cg = {"curvature": uw.operators.GaussNewton(keep=0), "solver": uw.solvers.CG(rtol=1e-3)}
     queries = X[N:], y[N:]
     return {
         "a CNN by EKFAC": lambda: (uw.explain(cnn, X[:N], y[:N], curvature=uw.operators.EKFAC(), **common), queries),

@@ -102,7 +102,8 @@ class Sweep:
                 sums.add(
                     number, _added(values for _, values in self._batches(function, chunks[number], vectors, label))
                 )
-            return _finite(work.total(sums, len(chunks)), label)
+            total = work.total(sums, len(chunks))
+        return _finite(total, label)
 
     def emit(
         self,
@@ -183,14 +184,15 @@ class Sweep:
             for number in self._visited(shares[work.rank], chunks, work, label):
                 inside: list[Tensor] = []
 
-                def values(number: int = number, inside: list[Tensor] = inside) -> Iterator[tuple[Numbers, Tensor]]:
+                def own_rows(number: int = number, inside: list[Tensor] = inside) -> Iterator[tuple[Numbers, Tensor]]:
                     for places, (own, total) in self._batches(function, chunks[number], vectors, label):
                         inside[:] = [_added([*inside, total])]
                         yield places, own
 
-                rows_out.put(number, self._rows(values(), label))
+                rows_out.put(number, self._rows(own_rows(), label))
                 sums.add(number, inside[0])
-            return rows_out.of_all(work, shares), _finite(work.total(sums, len(chunks)), label)
+            values, total = rows_out.of_all(work, shares), work.total(sums, len(chunks))
+        return values, _finite(total, label)
 
     def keep(
         self, function: Callable[[Any, Tensor], T], *, vectors: int = 1, label: str = "keep"
@@ -221,7 +223,7 @@ class Sweep:
         chunks = self._chunks(None, chunk)
         with ranks.work(f"the rows of a sweep over {self.n:,}", len(chunks)) as work:
             places = [_rows_of(share, chunks) for share in work.shares(range(len(chunks)))]
-            values = np.empty((self.n, *work.shape(mine.shape[1:] if len(mine) else None)))
+            values = np.full((self.n, *work.shape(mine.shape[1:] if len(mine) else None)), np.nan)
             values[places[work.rank]] = mine.numpy()
             work.rows(values, places)
         return torch.from_numpy(values)

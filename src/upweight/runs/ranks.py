@@ -337,12 +337,12 @@ def refuse_others(what: str, facts: Callable[[], Mapping[str, Any]]) -> None:
     if world is None:
         return
     with world.during(what) as shared:
-        first, *others = shared.told({name: repr(value) for name, value in facts().items()})
+        reference, *others = shared.told({name: repr(value) for name, value in facts().items()})
     for rank, other in enumerate(others, 1):
         differences = [
-            f"{name}: {first.get(name)} on rank 0, {other.get(name)} on rank {rank}"
-            for name in sorted(first.keys() | other.keys())
-            if first.get(name) != other.get(name)
+            f"{name}: {reference.get(name)} on rank 0, {other.get(name)} on rank {rank}"
+            for name in sorted(reference.keys() | other.keys())
+            if reference.get(name) != other.get(name)
         ]
         if differences:
             message = (

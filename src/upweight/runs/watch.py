@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class Watch:
     @property
     def ended(self) -> str | None:
         """What to say of a process that has ended, failed or not; None while all are there."""
-        gone = next((peer for peer in self.peers.values() if peer.ended), None)
+        gone = next((peer for peer in list(self.peers.values()) if peer.ended), None)
         return self.verdict or (None if gone is None else f"{gone} has ended; it was last at: {gone.doing}")
 
     def say(self, doing: str) -> None:
@@ -188,7 +189,8 @@ def connected(rank: int, everybody: list[dict[str, Any]], place: Listener | None
         return {0: connection}
     found = {}
     while len(found) < len(everybody) - 1:
-        connection = place.accept()
-        found[int(connection.recv_bytes())] = connection
+        with contextlib.suppress(AuthenticationError, EOFError, OSError):  # of somebody else who knocked
+            connection = place.accept()
+            found[int(connection.recv_bytes())] = connection
     place.close()
     return found
