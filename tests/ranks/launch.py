@@ -20,8 +20,8 @@ class Ended:
     seconds: float
 
 
-def launched(size: int, command: list[str], within: float = 150.0) -> Ended:
-    """The ends of `size` ranks of a command; what still runs when rank 0 has ended for 15 seconds is killed."""
+def launched(size: int, command: list[str], within: float = 300.0) -> Ended:
+    """The ends of `size` ranks of a command; what still runs when rank 0 has ended for a minute is killed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -40,11 +40,11 @@ def launched(size: int, command: list[str], within: float = 150.0) -> Ended:
     try:
         said = [running[0].communicate(timeout=within)[0]]
         seconds = time.monotonic() - begun
-        said += [one.communicate(timeout=15)[0] for one in running[1:]]
+        said += [one.communicate(timeout=60)[0] for one in running[1:]]
     finally:
         for one in running:
             one.kill()
-            one.wait()
+            one.communicate()
     return Ended([one.returncode for one in running], said, seconds)
 
 
