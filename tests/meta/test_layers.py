@@ -96,6 +96,7 @@ def test_influence_is_named_by_its_users_only():
         ("safetensors", "store.py"),
         ("torch.autograd", "calculus.py"),
         ("tyro", "console.py"),
+        ("torch.distributed", "ranks.py"),
     ],
 )
 def test_a_library_has_one_door(library, door):
