@@ -93,7 +93,7 @@ def test_influence_is_named_by_its_users_only():
     ("library", "door"),
     [
         ("torch.func", "transforms.py"),
-        ("safetensors", "store.py"),
+        ("safetensors", "files.py"),
         ("torch.autograd", "calculus.py"),
         ("tyro", "console.py"),
         ("torch.distributed", "ranks.py"),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +15,11 @@ from sklearn.linear_model import LinearRegression
 
 import upweight as uw
 from ranks import work
-from upweight.errors import StoreMismatch
+from upweight.errors import StorageFailed, StoreMismatch
 from upweight.influence import kept, shards
 from upweight.influence.system import System
-from upweight.model.sweep import CHUNK
-from upweight.runs.store import SOLUTIONS, read_tensors, write_tensors
+from upweight.model.sweep import CHUNK, Sweep
+from upweight.runs.store import SOLUTIONS, Store, fingerprint
 
 ON = work.QUERIES, work.TARGETS
 LABELLED = work.QUERIES, work.Y[work.n :]
@@ -82,13 +87,74 @@ def test_solutions_may_differ_by_rounding_and_no_more(tmp_path):
     folders = [tmp_path / str(i) for i in range(2)]
     for i, folder in enumerate(folders):
         shards.compute(work.ridge().system, ON, folder, (i, 2))
-    file = folders[1] / f"{SOLUTIONS}.safetensors"
-    S = read_tensors(file)[0][SOLUTIONS]
-    write_tensors(file, {SOLUTIONS: S * (1 + 1e-9)})
+    store = Store(folders[1], fingerprint(folders[1]))
+    S = store.solutions
+    store.keep(SOLUTIONS, {SOLUTIONS: S * (1 + 1e-9)})
     shards.merge(folders)
-    write_tensors(file, {SOLUTIONS: S * (1 + 1e-5)})
+    store.keep(SOLUTIONS, {SOLUTIONS: S * (1 + 1e-5)})
     with pytest.raises(StoreMismatch, match=r"1 holds the results of other work: its solutions differ by 1e-05"):
         shards.merge(folders)
+
+
+AT_WORK = """
+import sys, time
+from pathlib import Path
+from ranks import work
+from upweight.influence import shards
+from upweight.model.sweep import Sweep
+
+whole, folder, i = Sweep._rows, Path(sys.argv[1]), int(sys.argv[2])
+
+def together(sweep, batches, label):
+    if label == "scores":  # both are in the middle of their parts
+        (folder.parent / f"at-{i}").touch()
+        while not all((folder.parent / f"at-{j}").exists() for j in range(2)):
+            time.sleep(0.01)
+    return whole(sweep, batches, label)
+
+Sweep._rows = together
+shards.compute(work.function().system, (work.QUERIES, work.TARGETS), folder, (i, 2))
+"""
+
+
+def test_two_parts_are_computed_at_the_same_time(tmp_path):
+    """Each process waits in its rows for the other to come to its own."""
+    where = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(work.__file__).parents[1]), *sys.path])}
+    command = [sys.executable, "-c", AT_WORK, str(tmp_path / "run")]
+    both = [subprocess.Popen([*command, str(i)], env=where, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    try:
+        said = [one.communicate(timeout=120)[1] for one in both]
+    finally:
+        for one in both:
+            one.kill()
+    assert [one.returncode for one in both] == [0, 0], said
+    assert shards.merge([tmp_path / "run"]).values.tobytes() == work.function().on_loss(*ON).values.tobytes()
+    assert not list((tmp_path / "run").glob(".tmp-*"))
+
+
+def test_a_part_excludes_itself_and_the_whole_and_nothing_else(tmp_path, monkeypatch):
+    whole, tried = Sweep._rows, []
+
+    def refuses(call):
+        with pytest.raises(StorageFailed, match="is being written by another process"):
+            call()
+
+    def meanwhile(sweep, batches, label):
+        if label == "scores" and not tried:
+            tried.append(label)
+            refuses(lambda: shards.compute(work.ridge().system, ON, tmp_path, (0, 3)))
+            refuses(lambda: work.ridge().on_loss(*ON, store=tmp_path))
+            shards.compute(work.ridge().system, ON, tmp_path, (1, 3))
+        return whole(sweep, batches, label)
+
+    monkeypatch.setattr(Sweep, "_rows", meanwhile)
+    shards.compute(work.ridge().system, ON, tmp_path, (0, 3))
+    assert tried
+    assert {int(file.name[6:12]) for file in tmp_path.glob("chunk-*")} == {0, 1, 2}
+    store = Store(tmp_path, fingerprint(tmp_path))
+    with store:
+        refuses(lambda: shards.compute(work.ridge().system, ON, tmp_path, (2, 3)))
+    assert work.ridge().on_loss(*ON, store=tmp_path).values.tobytes() == work.ridge().on_loss(*ON).values.tobytes()
 
 
 def test_two_parts_that_solve_at_once_go_by_the_first_solutions(tmp_path):
