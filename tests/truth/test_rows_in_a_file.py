@@ -67,6 +67,7 @@ def test_a_sparse_file_is_never_dense(tmp_path):
     y = DRAW.normal(size=n)
     there = scipy.sparse.load_npz(tmp_path / "X.npz")
     model = Ridge(alpha=1.0, fit_intercept=False, solver="sparse_cg", tol=1e-12).fit(there, y)
+    values(Ridge().fit(X, LATENT), X, LATENT, (XQ, YQ))  # what is imported then is no data
     tracemalloc.start()
     try:
         influence = uw.explain(model, there, y)
