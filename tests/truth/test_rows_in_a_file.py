@@ -67,6 +67,7 @@ def test_a_sparse_file_is_never_dense(tmp_path):
     y = DRAW.normal(size=n)
     there = scipy.sparse.load_npz(tmp_path / "X.npz")
     model = Ridge(alpha=1.0, fit_intercept=False, solver="sparse_cg", tol=1e-12).fit(there, y)
+    values(Ridge().fit(X, LATENT), X, LATENT, (XQ, YQ))  # what is imported then is no data
     tracemalloc.start()
     try:
         influence = uw.explain(model, there, y)
@@ -75,7 +76,7 @@ def test_a_sparse_file_is_never_dense(tmp_path):
     finally:
         tracemalloc.stop()
     assert np.shares_memory(influence.examples.x.data, there.data)
-    assert peak < 4 * n * d / 2, peak  # half of the numbers in float32
+    assert peak < 3 * n * d, peak  # all of the numbers are 4 n d in float32
     K = scipy.sparse.identity(n) + (there @ there.T).astype(float)  # (XᵀX + I)⁻¹ Xᵀ = Xᵀ (XXᵀ + I)⁻¹
     missed = there @ model.coef_ - y
     expected = scipy.sparse.linalg.spsolve(K.tocsc(), (there @ there[:2].T).toarray()).T * missed[:2, None] * 2 * missed

@@ -184,7 +184,7 @@ def check_finite(array: Any, name: str) -> None:
     """
     if array is None or (isinstance(array, Stored) and array.finite):
         return
-    values = array.data if scipy.sparse.issparse(array) else array
+    values: Any = array.data if scipy.sparse.issparse(array) else array  # type: ignore[union-attr]
     step = array.block_rows if isinstance(array, Stored) else _CHECK_ROWS
     for start in range(0, len(values), step):
         block = values[start : start + step]

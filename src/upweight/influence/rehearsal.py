@@ -24,6 +24,7 @@ from upweight.errors import NotConverged, SolverError, TheoryWarning
 from upweight.influence import defaults, pairs, scoring
 from upweight.influence.system import System
 from upweight.model import per_row
+from upweight.model.sweep import joined
 from upweight.operators import Dense
 from upweight.operators.base import Operator
 from upweight.operators.layered import LayeredGaussNewton
@@ -229,7 +230,8 @@ def _steps(system: System, twin: System, queries: Examples) -> Iterator[tuple[st
             yield MATRIX, lambda: twin.operator.matrix() is None
     pairwise = pairs.comparing(system.objective, twin.prepared) if whole else None
     if pairwise is not None:
-        yield SCORES, lambda: pairs.products(twin, queries, pairwise, twin.solve)
+        weights = twin.examples.weights / twin.n
+        yield SCORES, lambda: joined(pairs.in_chunks(twin, queries, pairwise, twin.solve, weights)[0], twin.n)
         return
     held: list[Any] = []
     yield GRADIENTS, lambda: held.append(per_row.gradients(twin.sweep.over(system.objective, queries)))
@@ -265,7 +267,9 @@ def _solved(twin: System, G: Tensor) -> Solution:
 
 def _scored(twin: System, solution: Solution, queries: Examples) -> Any:
     weights = twin.examples.weights / twin.n
-    changes = scoring.with_rows(twin, solution, twin.penalty_share).scaled(weights)
+    found = scoring.in_chunks(twin, solution.x, twin.penalty_share, factors=weights)
+    every = scoring.estimates(twin, solution, twin.penalty_share, factors=weights)
+    changes = scoring.Products(joined(found, twin.n).T, every)
     columns = scoring.Columns.of(twin.examples)
     return scoring.scores(twin, solution, changes, -weights, columns, "row removed", queries)
 

@@ -28,7 +28,7 @@ from upweight.runs.store import Store
 from upweight.solvers import Dual, Solution
 
 _BLOCK_BYTES = 2**27  # of the queries' gradients at once
-_SCORE_BYTES = 16  # of every score, while they are multiplied by the rows' weights
+_SCORE_BYTES = 8  # of every score
 
 
 def on_loss(system: System, Xq: Any, yq: Any = None, store: Any = None) -> Scores:
@@ -105,7 +105,7 @@ def _fitting(system: System, measured: Objective, queries: Examples, store: Any)
     if budget is not None and each * len(queries) > budget // 2:
         message = (
             f"{len(queries):,} queries on {system.n:,} rows are scores of {in_bytes(each * len(queries))} "
-            f"({_SCORE_BYTES} bytes each while they are made), and may take half of memory_budget="
+            f"({_SCORE_BYTES} bytes each), and may take half of memory_budget="
             f"{in_bytes(budget)!r}. Ask for some queries at a time: on_loss_in_blocks(Xq, yq, "
             f"size={max(1, budget // 2 // each)}), or name a larger budget."
         )

@@ -125,7 +125,7 @@ def digest(arrays: Mapping[str, NDArray[Any]], card: Mapping[str, Any]) -> str:
     text = json.dumps({"arrays": shapes, "card": card}, sort_keys=True)
     found = hashlib.sha256(text.encode())
     for name in sorted(arrays):
-        found.update(memoryview(arrays[name]).cast("B") if arrays[name].size else b"")
+        found.update(arrays[name].reshape(-1).view(np.uint8).data)
     return found.hexdigest()
 
 

@@ -46,9 +46,7 @@ def finished(work: Work, blocks: Iterable[Block], unit: str = "job") -> Iterator
         WorkerError: if the work cannot be sent to another process, or a worker ends before its work does.
         Exception: what the work raises, with a note that says in which job.
     """
-    from joblib.parallel import get_active_backend
-
-    workers, (backend, _) = count(), get_active_backend()
+    workers, (backend, _) = count(), _active()
     if workers == 1:
         for numbers, jobs in blocks:
             with _noted(numbers, unit):
@@ -71,10 +69,15 @@ def finished(work: Work, blocks: Iterable[Block], unit: str = "job") -> Iterator
 
 def count() -> int:
     """How many workers there are: what `joblib.parallel_config` says, or 1."""
+    backend, wanted = _active()
+    return backend.effective_n_jobs(backend.default_n_jobs if wanted is None else wanted)
+
+
+def _active() -> tuple[Any, int | None]:
+    """joblib's backend, and how many workers were asked for."""
     from joblib.parallel import get_active_backend
 
-    backend, wanted = get_active_backend()
-    return backend.effective_n_jobs(backend.default_n_jobs if wanted is None else wanted)
+    return get_active_backend()  # type: ignore[return-value]
 
 
 def _returned(calls: Iterator[Any], backend: Any, workers: int, unit: str) -> Iterator[Any]:
@@ -83,8 +86,9 @@ def _returned(calls: Iterator[Any], backend: Any, workers: int, unit: str) -> It
     Raises:
         WorkerError: if joblib gives no more.
     """
-    from joblib import Parallel
+    from joblib import Parallel as JoblibParallel
 
+    Parallel: Any = JoblibParallel
     name, done = type(backend).__name__.removesuffix("Backend").removesuffix("Distributed").lower(), 0
     try:
         if backend.supports_return_generator:
@@ -210,7 +214,7 @@ def _loaded(shipped: NDArray[np.uint8], digest: str) -> Work:
     if digest not in _LOADED:
         _LOADED.clear()
         try:
-            _LOADED[digest] = cloudpickle.loads(shipped)
+            _LOADED[digest] = cloudpickle.loads(shipped)  # type: ignore[arg-type]
         except Exception as error:
             message = (
                 f"A worker cannot read what is trained ({type(error).__name__}: {first_line(error)}). Usual reason: "

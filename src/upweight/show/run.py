@@ -180,7 +180,8 @@ def joined(parts: list[Items]) -> Items:
         return None if any(array is None for array in arrays) else np.concatenate(arrays)
 
     names = ("labels", "predictions", "losses", "self_influence")
-    return Items(*(whole(name) for name in names), [card for part in parts for card in part.cards])
+    labels, predictions, losses, self_influence = map(whole, names)
+    return Items(labels, predictions, losses, self_influence, [card for part in parts for card in part.cards])
 
 
 def _items(file: Path, arrays: Mapping[str, NDArray[Any]]) -> Items:

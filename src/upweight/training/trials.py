@@ -102,7 +102,7 @@ class Trials:
     def said(self, theta: Any) -> Float[NDArray[np.float64], "k q"]:
         """The measure of every query at what a retrainer returned; below it the class of each where there is one."""
         labels = self.labels(theta)
-        return np.stack([self.at(theta), *([] if labels is None else [labels])])
+        return np.stack([self.at(theta), *([] if labels is None else [labels.astype(np.float64)])])
 
     def question(self, influence: Influence, on: Any) -> dict[str, Any]:
         """What outcomes depend on beside the influence and the rows that are kept, for a folder of them."""

