@@ -158,18 +158,18 @@ def _told(content: bytes) -> dict[str, Any]:
 
 def _named(temporary: Path, path: Path, *, once: bool) -> bool:
     """Give a file that is written its name, unless `once` is asked for and another has it; whether it got it."""
-    try:
-        if once:
-            os.link(temporary, path)
-    except FileExistsError:
-        temporary.unlink()
-        return False
-    except OSError:  # a file system without hard links
-        once = False
     if once:
-        temporary.unlink()
-    else:
-        temporary.replace(path)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            temporary.unlink()
+            return False
+        except OSError:  # a file system without hard links
+            pass
+        else:
+            temporary.unlink()
+            return True
+    temporary.replace(path)
     return True
 
 

@@ -152,6 +152,7 @@ def test_a_part_excludes_itself_and_the_whole_and_nothing_else(tmp_path, monkeyp
     assert tried
     assert {int(file.name[6:12]) for file in tmp_path.glob("chunk-*")} == {0, 1, 2}
     store = Store(tmp_path, fingerprint(tmp_path))
+    monkeypatch.setattr("upweight.runs.store._LOOK", 0.1)
     with store:
         refuses(lambda: shards.compute(work.ridge().system, ON, tmp_path, (2, 3)))
     assert work.ridge().on_loss(*ON, store=tmp_path).values.tobytes() == work.ridge().on_loss(*ON).values.tobytes()
