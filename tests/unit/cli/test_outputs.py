@@ -136,3 +136,5 @@ def test_a_part_is_one_of_so_many(shard):
     with pytest.raises(InvalidInput, match=f"--shard {shard} is no part"):
         checked_part(None, Path("D"), shard)
     assert checked_part(None, Path("D"), "1/2") == (1, 2)
+    with pytest.raises(InvalidInput, match="without --out or --top"):
+        checked_part(None, Path("D"), "1/2", 3)
