@@ -237,8 +237,7 @@ class Store:
         if self.has(name):
             return self.kept(name)[0]
         arrays = compute()
-        self.keep(name, arrays, card)
-        return arrays
+        return arrays if self.keep(name, arrays, card, once=True) else self.kept(name)[0]
 
     def agree(self, name: str, array: NDArray[np.float64], rtol: float) -> NDArray[np.float64]:
         """What was kept under `name`, or `array`, kept now: what the chunks depend on but a hash cannot compare.
