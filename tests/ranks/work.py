@@ -122,11 +122,11 @@ def _interrupted(what) -> None:
     """Calls `what` on rank 1 when it comes to its second chunk of the scores."""
     whole, seen = Sweep._rows, []
 
-    def rows(sweep, batches, label):
+    def rows(self: Sweep, batches, label):
         seen.append(label)
         if os.environ["RANK"] == "1" and seen.count("scores") == 2:
             what()
-        return whole(sweep, batches, label)
+        return whole(self, batches, label)
 
     Sweep._rows = rows
 

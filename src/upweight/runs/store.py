@@ -119,8 +119,9 @@ class Store:
                 with FileLock(other, timeout=_LOOK if self.part else 0):  # another part may look at this moment
                     pass
         except Timeout as error:
+            held = Path(error.lock_file).name.removeprefix(LOCK)
             message = (
-                f"{self.path} is being written by another process{_writer(self.path)}. Wait until it has ended, "
+                f"{self.path} is being written by another process{_writer(self.path, held)}. Wait until it has ended, "
                 "or name another folder."
             )
             raise StorageFailed(message) from error
@@ -317,11 +318,11 @@ def read_part(file: Path, work: str) -> tuple[dict[str, NDArray[Any]], dict[str,
     return arrays, card
 
 
-def _writer(folder: Path) -> str:
-    """Who opened a folder last, as far as that can be read."""
+def _writer(folder: Path, part: str) -> str:
+    """Who opened a folder last for that part, as far as that can be read."""
     with suppress(OSError, ValueError, KeyError, IndexError):
         lines = (folder / EVENTS).read_text(encoding="utf-8").splitlines()
-        opened = [told for told in map(json.loads, lines) if told["event"] == "opened"][-1]
+        opened = [told for told in map(json.loads, lines) if told["event"] == "opened" and told["part"] == part][-1]
         return f" (number {opened['pid']} on {opened['host']}, since {opened['time']})"
     return ""
 
