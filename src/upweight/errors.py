@@ -14,6 +14,7 @@
     │   └── Diverged                              a stochastic recursion grew instead of settling
     ├── StoreMismatch        (ValueError)         a folder holds results of other work
     ├── StorageFailed        (OSError)            the disk is full, or another process writes there
+    ├── RankFailed           (RuntimeError)       another process of the same job failed, is lost, or does other work
     ├── PathNotFound         (FileNotFoundError)  nothing is at this path
     ├── MissingExtra         (ImportError)        an optional dependency is not installed
     └── WorkerError          (RuntimeError)       work could not be sent to a process, or the process ended
@@ -39,6 +40,7 @@ __all__ = [
     "NotFitted",
     "NotPositiveDefinite",
     "PathNotFound",
+    "RankFailed",
     "RowOutOfRange",
     "SolverError",
     "StorageFailed",
@@ -113,6 +115,10 @@ class StoreMismatch(UpweightError, ValueError):
 
 class StorageFailed(UpweightError, OSError):
     """The disk is full, or another process writes to the same folder."""
+
+
+class RankFailed(UpweightError, RuntimeError):
+    """Another process of the same job has failed, is lost, or does other work."""
 
 
 class PathNotFound(UpweightError, FileNotFoundError):

@@ -19,6 +19,7 @@ COMMANDS = (
     "check",
     "plan",
     "score",
+    "merge",
     "top",
     "validate",
     "doctor",

@@ -93,9 +93,10 @@ def test_influence_is_named_by_its_users_only():
     ("library", "door"),
     [
         ("torch.func", "transforms.py"),
-        ("safetensors", "store.py"),
+        ("safetensors", "files.py"),
         ("torch.autograd", "calculus.py"),
         ("tyro", "console.py"),
+        ("torch.distributed", "ranks.py"),
     ],
 )
 def test_a_library_has_one_door(library, door):

@@ -477,3 +477,22 @@ def test_a_measurement_is_cut_into_classes(told, frame):
     _, *words = words_of(refusal, "such as city: ")
     assert words == ["repair", "a.csv", "--label", "city"]
     assert told(*words, *FAST)["table"]["rows"] == 60
+
+
+# ---- outputs.py: parts -----------------------------------------------------------------------------------------------
+
+
+def test_a_part_is_a_number_of_so_many_and_goes_into_a_store(told):
+    score = "score", "cli_studies:good"
+    with refused("Nothing says where the scores shall go", "Add --out scores.safetensors"):
+        typed(*score)
+    told(*score, "--out", "scores.safetensors")
+    with refused(" is no part", "Write i/n with 0 ≤ i < n: --shard 0/4"):
+        typed(*score, "--store", "D", "--shard", "2/2")
+    with refused(" computes a part of the scores, which goes into a store", "Write --store FOLDER --shard "):
+        typed(*score, "--store", "D", "--out", "file", "--shard", "0/2")
+    parts = [told(*score, "--store", "D", "--shard", f"{i}/2") for i in range(2)]
+    assert [part["rows"] for part in parts] == [0, N]  # one chunk
+    assert told("merge", "D", "--out", "merged.safetensors")["rows"] == N
+    one, merged = (uw.Scores.load(f"{name}.safetensors").values for name in ("scores", "merged"))
+    assert one.tobytes() == merged.tobytes()

@@ -18,10 +18,11 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import upweight as uw
+from ranks import work
 from refusals import refused, warned
 from small import XQ, YQ, ZQ, D, N, X, Y, Z, classifier, net, ridge
 from upweight.errors import NotPositiveDefinite
-from upweight.influence import baselines, diagnostics
+from upweight.influence import baselines, diagnostics, shards
 from upweight.operators import EKFAC, EmpiricalFisher, GaussNewton, Hessian, Nystroem
 from upweight.solvers import CG, Cholesky, LiSSA
 
@@ -808,3 +809,29 @@ def test_scores_that_are_larger_than_the_budget():
     assert_allclose(np.concatenate([block.values for block in blocks]), ridge().on_loss(XQ, ZQ).values, rtol=1e-12)
     with pytest.raises(uw.errors.InvalidInput, match="on_loss_in_blocks"):
         list(influence.on_loss_in_blocks(XQ, ZQ, size=size + 1))
+
+
+# ---- shards.py -------------------------------------------------------------------------------------------------------
+
+
+def test_shards_that_are_missing_or_not_solved_are_run(tmp_path):
+    on, system = (work.QUERIES, work.TARGETS), work.ridge().system
+    with refused(" holds no part of scores whose systems are solved", "Name the folders that `upweight score STUDY"):
+        shards.merge([tmp_path / "D"])
+    shards.compute(system, on, tmp_path / "D", (2, 3))
+    with refused(" chunks are missing, the first and the last of them in rows ", "Run it again, as `upweight") as told:
+        shards.merge([tmp_path / "D"])
+    assert "rows 0 to 3,071: shard 0/3, 1/3 has not ended" in str(told.value)
+    assert f"--store {tmp_path / 'D'} --shard 0/3" in str(told.value)
+    for part in range(2):
+        shards.compute(system, on, tmp_path / "D", (part, 3))
+    assert np.array_equal(shards.merge([tmp_path / "D"]).values, work.ridge().on_loss(*on).values)
+
+
+def test_shards_hold_no_standard_errors(tmp_path):
+    lissa = ridge(solver=LiSSA(depth=20, repeats=5), damping=5.0)
+    with refused(" gives estimates, and a store keeps no standard error of them", "Use solver=CG() or Cholesky()"):
+        shards.compute(lissa.system, ON, tmp_path / "D", (0, 1))
+    shards.compute(ridge(solver=CG()).system, ON, tmp_path / "E", (0, 1))
+    assert_allclose(shards.merge([tmp_path / "E"]).values, ridge().on_loss(*ON).values, rtol=1e-4, atol=1e-8)
+    assert lissa.on_loss(*ON).standard_error is not None

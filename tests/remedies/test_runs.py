@@ -12,6 +12,7 @@ import sqlite3
 import time
 from contextlib import closing
 from functools import cache
+from multiprocessing import Pipe
 
 import joblib
 import numpy as np
@@ -19,9 +20,11 @@ import pytest
 import torch
 
 import upweight as uw
+from ranks import launch, work
 from refusals import refused
 from small import XQ, ZQ, X, Z, ridge
 from upweight.operators import Identity
+from upweight.runs import ranks, watch
 from upweight.runs.store import Store
 
 
@@ -302,3 +305,69 @@ def test_a_budget_that_is_no_size(budget):
         ridge(memory_budget=budget)
     assert ridge(memory_budget="2 GB").system.sweep.budget == ridge(memory_budget=2e9).system.sweep.budget == 2 * 10**9
     assert ridge(memory_budget="2 GiB").system.sweep.budget == 2**31
+
+
+def raised(file):
+    """What a rank was told, as an error of this process."""
+    kind, _, text = file.read_text().partition(": ")
+    raise getattr(uw.errors, kind)(text)
+
+
+def test_ranks_do_the_same_work_and_those_that_are_left_are_started_again(tmp_path):
+    """Two processes: one has another row, then asks another question, then is killed; after each the remedy is done."""
+    ended = launch.at_work(2, tmp_path, "other", "apart", "killed")
+    with refused(" has other work than rank 0. Different: ", "Let every rank make the same model and the same data"):
+        raised(tmp_path / "other-0")
+    assert "rank 1 has other work than rank 0. Different: training rows: '4,196" in (tmp_path / "other-1").read_text()
+    with refused("The ranks do not do the same: rank ", "every rank has to make the same calls"):
+        raised(tmp_path / "apart-1")
+    assert (tmp_path / "apart-0").read_text() == (tmp_path / "apart-1").read_text()
+    one, two = (np.load(tmp_path / f"went-on-{rank}.npy") for rank in "01")
+    assert one.tobytes() == two.tobytes()
+    assert ended.codes == [1, -9]
+    last = next(line for line in reversed(ended.said[0].splitlines()) if "RankFailed" in line)
+    (tmp_path / "killed-0").write_text(last.partition("upweight.errors.")[2])
+    with refused(". So rank ", "Look at what the lost rank said last, and start all ranks again"):
+        raised(tmp_path / "killed-0")
+    assert "rank 1 (process " in last
+    assert "it was last at: scores of 4,196 rows" in last
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "store").glob("chunk-*")}
+    assert 0 < len(kept) < 5
+    found = work.function().on_loss(work.QUERIES, work.TARGETS, store=tmp_path / "store").values
+    np.testing.assert_allclose(found, one, rtol=1e-6, atol=1e-12)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+
+def test_a_connection_that_breaks_without_a_reason():
+    world = object.__new__(ranks.World)
+    world.rank, world.watch = 1, watch.Watch(0, {}, [watch.facts()])
+    with refused("The connection between the ranks broke while rank ", "Start all ranks again"):
+        raise world._broken(RuntimeError("Connection reset by peer"))
+    assert np.array_equal(ridge().on_loss(XQ, ZQ).values, values())
+
+
+def test_what_one_says_the_other_knows():
+    """Two watches in one process, joined as two ranks are."""
+    here, there = Pipe()
+    every = [watch.facts(), watch.facts() | {"host": "elsewhere"}]
+    first, second = watch.Watch(0, {1: here}, every), watch.Watch(1, {0: there}, every)
+    second.say("the scores")
+    assert until(lambda: first.peers[1].doing == "the scores")
+    assert first.ended is None
+    second.fail("ValueError: no")
+    assert until(lambda: first.verdict)
+    assert first.verdict == "rank 1 failed at the scores: ValueError: no"
+    third, fourth = Pipe()
+    alone = watch.Watch(0, {1: third}, every)
+    fourth.close()
+    assert until(lambda: alone.ended)
+    assert "(process " in alone.ended
+    assert " on elsewhere) has ended; it was last at: starting" in alone.ended
+
+
+def until(done):
+    """Whether it comes to be true within some seconds."""
+    end = time.monotonic() + 10
+    while not done() and time.monotonic() < end:
+        time.sleep(0.02)
+    return bool(done())

@@ -1,5 +1,5 @@
-"""The command line: `upweight demo | check | plan | score | top | validate | doctor`, and the uses of the answers:
-`understand | mismatch | contrast | repair | attack`.
+"""The command line: `upweight demo | check | plan | score | merge | top | validate | doctor`, and the uses of the
+answers: `understand | mismatch | contrast | repair | attack`.
 
 A model of your own is named by `file.py:function` or `module:function`, a function that returns an upweight.Study.
 Results go to stdout; progress, and what the study prints while it is made, go to stderr. `--debug`, anywhere on the
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upweight.cli import app_commands  # noqa: F401 its commands join the application
-from upweight.cli.console import NAMES, Json, K, StudyName, app, command, line, load, one, show
+from upweight.cli.console import NAMES, Json, K, Stores, StudyName, app, command, line, load, one, show
 from upweight.cli.endings import ASSUMPTIONS_FAIL, CODES
-from upweight.cli.outputs import check_file, check_folder
+from upweight.cli.outputs import check_file, check_folder, checked_part
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
+    from upweight.cli.study import Study
     from upweight.influence.leading import Leading
     from upweight.influence.scores import Scores
 
@@ -86,8 +87,17 @@ def doctor(json: Json = False) -> int:
 
 
 @command
-def score(study: StudyName, out: Path, store: Path | None = None, top: int | None = None, json: Json = False) -> int:
+def score(
+    study: StudyName,
+    out: Path | None = None,
+    store: Path | None = None,
+    top: int | None = None,
+    shard: str | None = None,
+    json: Json = False,
+) -> int:
     """Score every training row on every query of the study, and save the scores, or what leads among them.
+
+    Started by torchrun, its processes share the rows, and the first of them writes and prints.
 
     Args:
         study: file.py:function that returns an upweight.Study.
@@ -95,19 +105,70 @@ def score(study: StudyName, out: Path, store: Path | None = None, top: int | Non
         store: folder for finished chunks, so that an interrupted run resumes.
         top: keep so many rows on either side of each query, sums and a histogram instead of all scores, for more rows
             and queries than fit in memory; readable by Leading.load and `upweight top`.
+        shard: i/n computes part i (from 0) of n into the store only, for jobs that do not know of each other; `merge`
+            makes the scores of all parts.
+        json: print a summary as JSON.
+    """
+    if out is not None:
+        check_file(out, "--out")
+    if store is not None:
+        check_folder(store, "--store")
+    part = checked_part(out, store, shard, top)
+    from upweight.runs import ranks
+
+    ranks.join()
+    loaded = load(study)
+    influence = loaded.influence
+    if part is not None and store is not None:
+        return _shard(loaded, store, part, json)
+    assert out is not None  # `part` has asked for one
+    if top is None:
+        scores = influence.on_loss(*loaded.queries, store=store)
+    else:
+        scores = influence.leading(*loaded.queries, k=top, store=store)
+    return _written(scores, out, json) if ranks.first() else 0
+
+
+@command
+def merge(stores: Stores, out: Path, json: Json = False) -> int:
+    """Make the scores of all shards that `upweight score --shard` has computed, and save them.
+
+    Args:
+        stores: their folders: one that they share, or one of each.
+        out: file for the scores (safetensors), readable by Scores.load and `upweight top`.
         json: print a summary as JSON.
     """
     check_file(out, "--out")
-    if store is not None:
-        check_folder(store, "--store")
-    loaded = load(study)
-    influence = loaded.influence
-    if top is None:
-        scores = influence.on_loss(*loaded.queries, store=store)
-        queries, rows = scores.values.shape
-    else:
-        scores = influence.leading(*loaded.queries, k=top, store=store)
-        queries, rows = scores.largest.rows.shape
+    from upweight.influence import shards
+
+    return _written(shards.merge(stores), out, json)
+
+
+def _shard(study: Study, store: Path, part: tuple[int, int], json: bool) -> int:
+    """A part of the scores into the store."""
+    from upweight.influence import shards
+    from upweight.model.sweep import CHUNK
+    from upweight.runs import ranks
+
+    system = study.influence.system
+    chunks = shards.compute(system, study.queries, store, part)
+    (i, n), rows = part, range(chunks.start * CHUNK, min(system.n, chunks.stop * CHUNK))
+    if ranks.first():
+        found = f"rows {rows[0]:,} to {rows[-1]:,} are" if rows else "no rows are left for it, and nothing is"
+        done = f"upweight merge {store} --out FILE"
+        show(
+            {"store": str(store), "shard": i, "shards": n, "first_row": rows.start, "rows": len(rows)},
+            f"Shard {i} of {n}: {found} in {store.resolve()}. When all {n} have ended: {done}",
+            json,
+        )
+    return 0
+
+
+def _written(scores: Scores | Leading, out: Path, json: bool) -> int:
+    """The exit code, after scores are written to a file and told."""
+    from upweight.influence.scores import Scores
+
+    queries, rows = (scores.values if isinstance(scores, Scores) else scores.largest.rows).shape
     out.parent.mkdir(parents=True, exist_ok=True)
     scores.save(out)
     show(

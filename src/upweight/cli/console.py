@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # nothing here may import torch before a command runs
 
 StudyName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.PY:FUNCTION")]
 StudyOrTable = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.PY:FUNCTION|TABLE")]
+Stores = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 K = Annotated[int, tyro.conf.arg(aliases=["-k"])]
 NAMES: list[str] = []  # of the commands

@@ -18,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         code = endings.CLOSED_PIPE
     _forget_what_cannot_be_written()
+    if (ranks := sys.modules.get("upweight.runs.ranks")) is not None:  # it imports torch, which `--help` does without
+        ranks.leave(code)
     sys.exit(code)
 
 

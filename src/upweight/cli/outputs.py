@@ -46,6 +46,34 @@ def check_folder(folder: Path, option: str) -> None:
         raise InvalidInput(message) from error
 
 
+def checked_part(
+    out: Path | None, store: Path | None, shard: str | None, top: int | None = None
+) -> tuple[int, int] | None:
+    """(i, n) of `--shard i/n`, or None for all, which needs a file.
+
+    Raises:
+        InvalidInput: if it is no such part, or has no store, or a file or `--top` beside it; or if it is None and
+            there is no file.
+    """
+    if shard is None:
+        if out is None:
+            message = "Nothing says where the scores shall go. Add --out scores.safetensors."
+            raise InvalidInput(message)
+        return None
+    i, _, n = shard.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        message = f"--shard {shard} is no part. Write i/n with 0 ≤ i < n: --shard 0/4 is the first of four."
+        raise InvalidInput(message)
+    if store is None or out is not None or top is not None:
+        message = (
+            f"--shard {shard} computes a part of the scores, which goes into a store and not into a file. Write "
+            f"--store FOLDER --shard {shard} without --out or --top, and when all have ended: upweight merge FOLDER "
+            "--out FILE."
+        )
+        raise InvalidInput(message)
+    return int(i), int(n)
+
+
 def check_picture(file: Path, option: str) -> None:
     """Raises for a picture that could not be written.
 

@@ -72,10 +72,10 @@ class Removals:
 
 def forms(system: System) -> Vector:
     """x̃ᵀM⁻¹x̃ of every row."""
+    prepared = system.prepared  # here, on every rank, and not inside of the sweep
 
     def form(batch: Any, w: Tensor) -> Tensor:
         U = linear.unit_solutions(system.objective, batch[0])  # (b, p)
-        prepared = system.prepared
         known = prepared.forms(U) if isinstance(prepared, Quadratic) else (U * solve(system, U)).sum(1)
         # a row without weight may lean on what the others do not determine
         return torch.where((w == 0) & known.isnan(), 0.0, known) / system.n

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from upweight import __version__
 from upweight.data.examples import PROBE_ROWS, Examples
@@ -16,28 +18,59 @@ from upweight.influence.scores import Scores
 from upweight.influence.system import System
 from upweight.model import calculus, per_row
 from upweight.model.sweep import CHUNK
+from upweight.runs import ranks
 from upweight.runs.files import check_room
 from upweight.runs.store import SCORES, SOLUTIONS, Store
 from upweight.solvers import Solution
 
 
-def folder(system: System, queries: Examples, measure: str, path: Any) -> Store:
-    """The store of the removal scores of these queries.
+def folder(system: System, queries: Examples, measure: str, path: Any, part: str = "") -> Store:
+    """The store of the removal scores of these queries, or of a part of them; of several ranks the first one leads.
 
     Raises:
         StoreMismatch: if the folder holds other work.
         StorageFailed: if the disk has no room for them.
     """
-    store = Store(path, _fingerprint(system, queries, measure))
-    finished = len(list(store.path.glob("chunk-*")))
-    rows = max(0, system.n - finished * CHUNK)
-    check_room(store.path, 8 * len(queries) * (rows + 3 * system.objective.size))
-    return store
+    fingerprint, follows = _fingerprint(system, queries, measure), not ranks.first()
+
+    def made() -> Store:
+        store = Store(path, fingerprint, part=part, follows=follows)
+        finished = len(list(store.path.glob("chunk-*")))
+        rows = max(0, system.n - finished * CHUNK)
+        check_room(store.path, 8 * len(queries) * (rows + 3 * system.objective.size))
+        return store
+
+    return ranks.after_first("opening the store", made)
 
 
-def opened(system: System, queries: Examples, measure: str, path: Any) -> AbstractContextManager[Store | None]:
-    """The same store, taken for this process; None where no path is named."""
-    return nullcontext() if path is None else folder(system, queries, measure, path)
+@contextmanager
+def taken(store: Store) -> Iterator[None]:
+    """Inside, a store belongs to this process, or to all ranks of its job."""
+    with ExitStack() as stack:
+        ranks.after_first("taking the store", lambda: stack.enter_context(store))
+        yield
+        ranks.after_first("leaving the store", lambda: None)  # nobody reads what rank 0 has not written yet
+
+
+@contextmanager
+def opened(system: System, queries: Examples, measure: str, path: Any) -> Iterator[Store | None]:
+    """The same store, taken for this process or job; None where no path is named."""
+    if path is None:
+        yield None
+        return
+    store = folder(system, queries, measure, path)
+    with taken(store):
+        yield store
+
+
+def refuse_other_queries(queries: Examples, measure: str) -> None:
+    """Raises if another process of the same job asks something else.
+
+    Raises:
+        InvalidInput: on every rank, naming the first that differs from rank 0.
+    """
+    facts = {"queries": queries.fingerprint, "measure": lambda: measure}
+    ranks.refuse_others("comparing the queries of all ranks", lambda: {name: of() for name, of in facts.items()})
 
 
 def compared(system: System, folder: Store, solution: Solution) -> Solution:
@@ -45,24 +78,50 @@ def compared(system: System, folder: Store, solution: Solution) -> Solution:
 
     What a hash cannot compare (losses, gradients, solutions that differ by rounding) is compared by value.
     """
-    folder.agree("damping", np.array([system.damping]), 1e-6)
-    probe = system.examples.batch(system.examples.spread(PROBE_ROWS))
-    folder.agree("losses", calculus.losses(system.objective, probe).double().cpu().numpy(), 1e-6)
-    folder.agree("penalty_gradient", system.penalty_share.numpy(), 1e-6)
+    compare_losses(system, folder)
     scale = per_row.typical_row(system.sweep)  # keeps a gradient that is 0 up to rounding comparable
     gradient = np.append(system.risk_gradient.numpy(), scale)
-    folder.agree("risk_gradient", gradient, 1e-3)
-    rtol = min(1e-3, max(1e-6, 100 * float(solution.residual.max()))) if solution.replicas is None else 1e-6
-    kept = folder.agree(SOLUTIONS, solution.x.numpy(), rtol)
-    folder.end_state(None if solution.settled is None else solution.settled.numpy())
+    _agreed(folder, "risk_gradient", gradient, 1e-3)
+    rtol = rounding(solution.residual.numpy()) if solution.replicas is None else 1e-6
+    kept = _agreed(folder, SOLUTIONS, solution.x.numpy(), rtol)
+    if ranks.first():
+        folder.end_state(None if solution.settled is None else solution.settled.numpy())
     return replace(solution, x=torch.from_numpy(kept))
 
 
-def finish(folder: Store, scores: Scores) -> None:
+def compare_losses(system: System, folder: Store) -> None:
+    """Raises if the folder's chunks were computed with another damping, or another loss or penalty of the same name.
+
+    A damping that is not known yet is not made for this.
+
+    Raises:
+        StoreMismatch: if λ, the losses of a few rows, or what a row carries of the penalty, are others.
+    """
+    if system.known_damping is not None:
+        _agreed(folder, "damping", np.array([system.known_damping]), 1e-6)
+    probe = system.examples.batch(system.examples.spread(PROBE_ROWS))
+    _agreed(folder, "losses", calculus.losses(system.objective, probe).double().cpu().numpy(), 1e-6)
+    _agreed(folder, "penalty_gradient", system.penalty_share.numpy(), 1e-6)
+
+
+def rounding(residual: NDArray[np.float64]) -> float:
+    """How far, relative to their size, two solutions of the same systems may be apart that leave such residuals."""
+    return min(1e-3, max(1e-6, 100 * float(residual.max())))
+
+
+def _agreed(folder: Store, name: str, array: NDArray[np.float64], rtol: float) -> NDArray[np.float64]:
+    """What rank 0 agrees on with the folder."""
+    found = ranks.by_first(f"comparing {name}", lambda: {name: folder.agree(name, array, rtol)})
+    assert found is not None  # the function gave it
+    return found[name]
+
+
+def finish(folder: Store, scores: Scores, name: str = SCORES, **told: Any) -> None:
     """Keep what belongs to the scores beside their values, which are the chunks times −scale."""
     arrays, card = scores.parts()
     del arrays["values"]
-    folder.once(SCORES, lambda: arrays, card)
+    if ranks.first():
+        folder.once(name, lambda: arrays, card | told)
 
 
 def theta(system: System) -> str:

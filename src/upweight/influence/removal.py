@@ -110,6 +110,7 @@ def _fitting(system: System, measured: Objective, queries: Examples, store: Any)
             f"size={max(1, budget // 2 // each)}), or name a larger budget."
         )
         raise InvalidInput(message)
+    kept.refuse_other_queries(queries, measured.name)
     return _removed(system, measured, queries, store)
 
 

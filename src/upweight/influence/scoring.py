@@ -9,7 +9,7 @@ standard error. `Products` holds both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,9 @@ from upweight.model import layers, per_row
 from upweight.model.objective import Objective
 from upweight.model.sweep import CHUNK, Sweep, joined
 from upweight.operators.linear import LinearHessian
+from upweight.runs import ranks
 from upweight.runs.store import Store
+from upweight.runs.sums import Sums
 from upweight.solvers import Solution
 
 
@@ -79,7 +81,8 @@ def solutions(
     With a store an iteration keeps its state there, and goes on from the one that it finds.
     """
     G = per_row.gradients(system.sweep.over(measured or system.objective, queries))
-    return system.solve(G) if store is None else system.solve_in(store, G)
+    found = system.solve(G) if store is None else system.solve_in(store, G)
+    return replace(found, x=ranks.same("the solutions", found.x))
 
 
 def with_rows(
@@ -125,48 +128,60 @@ def in_chunks(
         store: finished chunks are kept there, without their factors.
         factors: what each row's products are multiplied by; None for nothing.
     """
-    operator, objective = system.operator, system.objective
-    known = operator if isinstance(operator, LinearHessian) else None  # it has the rows' slopes already
-    every = known is None and rows is None and store is None  # rows are visited, so that ∇R comes with them
-    wanted = every and layers.structured(objective) and not system.knows_risk_gradient
-    total = torch.zeros(objective.size, dtype=torch.float64) if wanted else None
+    every = _closed(system) is None and rows is None and store is None  # rows are visited, so that ∇R comes with them
+    wanted = every and layers.structured(system.objective) and not system.knows_risk_gradient
     leaning = S.isnan().any(1)
-    S = torch.where(leaning[:, None], 0.0, S)
-    shift = S @ constant
-    sweep, dots = known.dots(S) if known is not None else _layered(system, S, total)
-    found = sweep.chunks(
-        lambda batch, weights: dots(batch, weights).double().cpu() + shift,
-        vectors=layers.vectors(objective, sweep.example_bytes, len(S)),
-        rows=rows,
-        store=store,
-        label="scores",
-    )
-    for number, products in found:
+    S, sums = torch.where(leaning[:, None], 0.0, S), Sums() if wanted else None
+    if wanted:
+        sweep, products = system.sweep, _with_gradients_summed(system.objective, S, constant)
+    else:
+        sweep, products = by_rows(system, S, constant)
+    found = sweep.chunks(products, vectors=vectors(system, S), rows=rows, store=store, sums=sums, label="scores")
+    for number, own in found:
         start = number * CHUNK
-        values = products if factors is None else products * factors[start : start + len(products), None]
+        values = own if factors is None else own * factors[start : start + len(own), None]
         yield number, np.where(leaning.numpy(), np.nan, values) if bool(leaning.any()) else values
-    if total is not None:
-        system.learn_risk_gradient(total)
+    if sums is not None:
+        system.learn_risk_gradient(sums.total())
 
 
-def _layered(
-    system: System, S: Float[Tensor, "k p"], total: Float[Tensor, " p"] | None
+def by_rows(
+    system: System, S: Float[Tensor, "k p"], constant: Float[Tensor, " p"]
 ) -> tuple[Sweep, Callable[[Any, Tensor], Tensor]]:
-    """A sweep, and what gives ∇Lᵢᵀ s for every row of its batches and vector, through layers where there are any.
+    """A sweep, and what gives S · (∇L(zᵢ) + constant) for every row of its batches.
 
-    Σᵢ wᵢ∇Lᵢ is added to `total` on the way, if that is given.
+    It goes through layers where there are any, and through the rows' slopes for a linear predictor, which has them.
     """
-    objective = system.objective
-    V = S.to(objective.reference)  # cast once, not in every batch
+    shift, known = S @ constant, _closed(system)
+    if known is not None:
+        sweep, dots = known.dots(S)
+        return sweep, lambda batch, weights: dots(batch, weights).double().cpu() + shift
+    objective, V = system.objective, S.to(system.objective.reference)  # cast once, not in every batch
+    return system.sweep, lambda batch, _: layers.dots(objective, batch, V).double().cpu() + shift
 
-    def dots(batch: Any, weights: Tensor) -> Tensor:
-        if total is None:
-            return layers.dots(objective, batch, V)
+
+def vectors(system: System, S: Float[Tensor, "k p"]) -> int:
+    """How many vectors such products are worth, for the batch size."""
+    return layers.vectors(system.objective, system.sweep.example_bytes, len(S))
+
+
+def _with_gradients_summed(
+    objective: Objective, S: Float[Tensor, "k p"], constant: Float[Tensor, " p"]
+) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
+    """What gives the same products of a batch, and Σᵢ wᵢ∇Lᵢ over it, for an objective with layers."""
+    shift, V = S @ constant, S.to(objective.reference)
+
+    def both(batch: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
         products, gradient = layers.dots_and_sum(objective, batch, weights, V)
-        total.add_(gradient.double().cpu())
-        return products
+        return products.double().cpu() + shift, gradient
 
-    return system.sweep, dots
+    return both
+
+
+def _closed(system: System) -> LinearHessian | None:
+    """The operator of a linear predictor; others are not bound to their data for it."""
+    operator = None if system.objective.linear is None else system.operator
+    return operator if isinstance(operator, LinearHessian) else None
 
 
 def with_gradients(solution: Solution, G: Float[Tensor, "r p"]) -> Products:

@@ -52,6 +52,7 @@ def leading(
     """
     checked_k(k, system.n)
     measured, queries = removal.asked(system, measure, Xq, yq)
+    kept.refuse_other_queries(queries, measured.name)
     added = _added(system, groups)
     size = min(_QUERIES, removal.block(system, len(queries)))
     single = len(queries) <= size

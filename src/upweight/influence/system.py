@@ -29,6 +29,7 @@ from upweight.model.sweep import Sweep
 from upweight.model.transforms import undisturbed
 from upweight.operators import Curvature, Dense, Hessian, Operator
 from upweight.operators.linear import LinearHessian
+from upweight.runs import ranks
 from upweight.runs.machine import budget_of
 from upweight.runs.store import SETTLED, Store
 from upweight.solvers import Prepared, Solution, Solver
@@ -124,7 +125,7 @@ class System:
 
     @cached_property
     def operator(self) -> Operator:
-        """The curvature, bound to the objective and the data."""
+        """The curvature, bound to the objective and the data, which are the same on all ranks."""
         return self._bound(self.sweep)
 
     def prepare_in(self, store: Store) -> None:
@@ -157,7 +158,7 @@ class System:
     def risk_gradient(self) -> Float[Tensor, " p"]:
         """∇R(θ̂), which is 0 at a minimum.  Cost: one sweep, once."""
         objective = self.objective
-        if isinstance(self.operator, LinearHessian):
+        if objective.linear is not None and isinstance(self.operator, LinearHessian):
             mean = self.operator.gradient()
         else:
             pulled = self.sweep.fold(lambda batch, w: calculus.pull(objective, batch, w[None]), label="gradient")
@@ -225,7 +226,7 @@ class System:
         if not isinstance(self.prepared, Iteration):
             return self.solve(V)
         with undisturbed():
-            kept = store.state
+            kept = ranks.by_first("reading the state of the solution", lambda: store.state)
             state = None if kept is None else {name: as_tensor(x) for name, x in kept.items()}
             settled = None if state is None else state.pop(SETTLED, None)
             if state is not None and settled is not None:  # it had ended before its residual was small
@@ -233,7 +234,8 @@ class System:
                 return Solution(state["x"], missed, True, sweeps=1, settled=settled)
 
             def keep(state: Mapping[str, Tensor]) -> None:
-                store.keep_state({name: x.numpy() for name, x in state.items()})
+                if ranks.first():
+                    store.keep_state({name: x.numpy() for name, x in state.items()})
 
             solution = solved(self.prepared, V, repr(self.solver), state=state, keep=keep)
         self.undetermined.announce(solution)
@@ -295,9 +297,26 @@ class System:
         """The part of wᵢ that belongs to the label of each example."""
         return np.ones(len(examples)) if examples.y is None else self.encoder.class_weights(as_tensor(examples.y))
 
+    def refuse_other_ranks(self) -> None:
+        """Raises if another process of the same job has another model, other rows or settings.
+
+        Raises:
+            InvalidInput: on every rank, naming the first that differs from rank 0, and in what.
+        """
+        ranks.refuse_others(
+            "comparing the work of all ranks",
+            lambda: {
+                "model": f"{self.objective.name}, θ̂ {ranks.digest(self.objective.theta.numpy())}",
+                "training rows": f"{self.n:,}, {self.examples.fingerprint()}",
+                "penalty": f"{self.objective.penalty}, with the rows: {self.objective.folded}",
+                "settings": f"{self.curvature}, {self.solver}, damping {self.named_damping}, {self.sweep.batch_size}",
+            },
+        )
+
     # ---- inner steps -------------------------------------------------------------------------------------------------
 
     def _bound(self, sweep: Sweep) -> Operator:
+        self.refuse_other_ranks()
         with undisturbed():
             return self.curvature.bind(sweep)
 

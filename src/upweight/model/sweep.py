@@ -1,16 +1,17 @@
 """The one loop over data: `fold` sums over the examples, `emit` gives one output row per example.
 
 Rows are visited in chunks of fixed boundaries. Within a chunk, batches are as large as memory allows; a batch that
-does not fit is halved without moving a chunk boundary. Sums are kept in float64 and added in chunk order, so the batch
-size changes a result by rounding at most.
+does not fit is halved without moving a chunk boundary. Sums are kept in float64, and those of chunks are added by a
+tree over their numbers: the batch size changes a result by rounding at most, and the number of processes that share
+the chunks (`runs.ranks`) not at all.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +22,19 @@ from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, UpweightError, checked_count, first_line
 from upweight.model.objective import Objective
 from upweight.model.transforms import refuse_inference_mode, undisturbed
+from upweight.runs import ranks
 from upweight.runs.progress import bar
 from upweight.runs.stopping import asked, stop_here
 from upweight.runs.store import Store
+from upweight.runs.sums import Sums, subtrees
 
 CHUNK = 1024
 MEMORY = 2**30
 KEPT_EVERY = 30.0  # seconds between two states of a sum
+
+T = TypeVar("T")
+Place = slice | NDArray[np.int64]  # the rows of a chunk
+Numbers = range | NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class Sweep:
         example_bytes: memory that one example needs, per vector and once more; see `defaults.example_bytes`.
         memory: bytes that one batch may take.
         store: where sums that have a name are kept as far as they have come, and taken up again; None keeps nothing.
+            Several ranks keep none.
         budget: bytes that everything beside data and model may take: a batch a quarter of it, what is kept half. None
             leaves each part its own limit.
 
@@ -88,6 +96,9 @@ class Sweep:
     ) -> Tensor:
         """The sum of function(batch, weights) over all batches, float64.
 
+        Memory: log₂ of the number of chunks, plus 2, such sums. Of several ranks each visits its own chunks, and every
+        one gets the sum.
+
         Args:
             function: maps a batch and its (b,) sample weights to a tensor that is a sum over the batch.
             vectors: how many vectors the function works on at once, for the batch size.
@@ -97,24 +108,18 @@ class Sweep:
             numbered: whether the function is given the numbers of the batch's rows too.
             kept: the sum's name in the store, if there is one: for sums that depend on nothing but the work itself.
         """
-        keeping = None if self.store is None or kept is None else _Keeping(self.store, kept)
-        total, begun = (None, 0) if keeping is None else keeping.before()
-        each = function if numbered else lambda batch, weights, _: function(batch, weights)
-        last = -(-(self.n if rows is None else len(rows)) // chunk) - 1
-        for number, place in self._chunks(rows, label, chunk):
-            if number < begun:
-                continue
-            inside: Tensor | None = None
-            for _, values in self._batches(each, place, vectors, label):
-                inside = values.double().cpu() if inside is None else inside.add_(values.cpu())
-            assert inside is not None  # a chunk has at least one row
-            total = inside if total is None else total.add_(inside)
-            if keeping is not None:
-                keeping.after(total, number + 1, last + 1)
-        assert total is not None  # there is at least one row
-        if not torch.isfinite(total).all():
-            raise _not_finite(label, "a sum over the rows is")
-        return total
+        keeping = None if self.store is None or kept is None or ranks.several() else _Keeping(self.store, kept)
+        sums, begun = (Sums(), 0) if keeping is None else keeping.before()
+        each = function if numbered else _unnumbered(function)
+        chunks = self._chunks(rows, chunk)
+        with ranks.work(f"{label} of {_count(chunks):,} rows", len(chunks)) as work:
+            mine = work.shares(range(len(chunks)))[work.rank]
+            for number in self._visited(mine[begun:], chunks, work, label):
+                sums.add(number, _added(values for _, values in self._batches(each, chunks[number], vectors, label)))
+                if keeping is not None:
+                    keeping.after(sums, number + 1, len(chunks))
+            total = work.total(sums, len(chunks))
+        return _finite(total, label)
 
     def emit(
         self,
@@ -125,7 +130,7 @@ class Sweep:
         store: Store | None = None,
         label: str = "emit",
     ) -> NDArray[np.float64]:
-        """function(batch, weights), one output row per example, joined: (n, …) float64.
+        """function(batch, weights), one output row per example, joined: (n, …) float64, on every rank.
 
         Args:
             function: maps a batch and its (b,) sample weights to a tensor whose first axis is the batch.
@@ -134,51 +139,210 @@ class Sweep:
             store: finished chunks are kept there and not computed again.
             label: what the progress bar says.
         """
+        if ranks.several():
+            return self._by_ranks(function, vectors, rows, store, label, None)
         found = self.chunks(function, vectors=vectors, rows=rows, store=store, label=label)
         return joined(found, self.n if rows is None else len(rows))
 
     def chunks(
         self,
-        function: Callable[[Any, Tensor], Tensor],
+        function: Callable[[Any, Tensor], Any],
         *,
         vectors: int = 1,
         rows: NDArray[np.int64] | None = None,
         store: Store | None = None,
+        sums: Sums | None = None,
         label: str = "emit",
     ) -> Iterator[tuple[int, NDArray[np.float64]]]:
         """The same, a chunk of rows at a time, in order: its number, and its (c, …) output rows; none are kept.
 
-        Rows of chunk k start at k · CHUNK; arguments are those of `emit`.
+        Rows of chunk k start at k · CHUNK. Several ranks hold all rows, and give them chunk by chunk.
+
+        Args:
+            function: as for `emit`.
+            vectors: how many vectors the function works on at once, for the batch size.
+            rows: the rows to visit; None means all.
+            store: finished chunks are kept there and not computed again.
+            sums: gets the sums of the chunks where the function gives, beside its rows, a sum over the batch.
+            label: what the progress bar says.
         """
-        for number, chunk in self._chunks(rows, label):
+        chunks = self._chunks(rows, CHUNK)
+        if ranks.several():
+            values = self._by_ranks(function, vectors, rows, store, label, sums)
+            for number in range(len(chunks)):
+                yield number, values[number * CHUNK : (number + 1) * CHUNK]
+            return
+        for number in self._visited(range(len(chunks)), chunks, ranks.Alone(), label):
             if store is not None and number in store:
                 yield number, store.read(number)
                 continue
-            parts = []
-            for numbers, batch in self._batches(lambda b, w, _: function(b, w), chunk, vectors, label):
-                parts.append(batch.double().cpu().numpy())
-                bad = np.flatnonzero(~np.isfinite(parts[-1]).reshape(len(batch), -1).all(1))
-                if bad.size:
-                    raise _not_finite(label, f"row {numbers[int(bad[0])]} gives")
-            values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            values = self._of_chunk(function, chunks[number], number, vectors, label, sums)
             if store is not None:
                 store.write(number, values)
-                stop_here(f"chunk {number + 1} of {-(-(self.n if rows is None else len(rows)) // CHUNK)}")
+                stop_here(f"chunk {number + 1} of {len(chunks)}")
             yield number, values
 
-    def _chunks(
-        self, rows: NDArray[np.int64] | None, label: str, size: int = CHUNK
-    ) -> Iterator[tuple[int, slice | NDArray[np.int64]]]:
+    def fill(
+        self,
+        function: Callable[[Any, Tensor], Tensor],
+        store: Store,
+        numbers: Sequence[int],
+        *,
+        vectors: int = 1,
+        label: str = "emit",
+    ) -> None:
+        """Computes those of some chunks of `emit` that the store lacks; of several ranks each computes its share.
+
+        Args:
+            function: as for `emit`.
+            store: where chunks are kept.
+            numbers: of the chunks.
+            vectors: how many vectors the function works on at once, for the batch size.
+            label: what the progress bar says.
+        """
+        chunks = self._chunks(None, CHUNK)
+        kept = _kept(store, len(chunks))
+        missing = [number for number in numbers if number not in kept]
+        with ranks.work(f"{label}, {len(missing)} chunks of {self.n:,} rows", len(missing)) as work:
+            for number in self._visited(work.shares(missing)[work.rank], chunks, work, label):
+                values = self._of_chunk(function, chunks[number], number, vectors, label, None)
+                if len(missing) > 1 or ranks.first():
+                    store.write(number, values)
+                    stop_here(f"chunk {number} of this part")
+            work.told(None)  # nobody goes on before all are there
+
+    def emit_with_sum(
+        self, function: Callable[[Any, Tensor], tuple[Tensor, Tensor]], *, vectors: int = 1, label: str = "emit"
+    ) -> tuple[NDArray[np.float64], Tensor]:
+        """An output row per example, and a sum over all rows, from one visit.
+
+        Args:
+            function: as for `emit` and for `fold`, both at once.
+            vectors: how many vectors the function works on at once, for the batch size.
+            label: what the progress bar says.
+        """
+        sums = Sums()
+        if ranks.several():
+            return self._by_ranks(function, vectors, None, None, label, sums), _finite(sums.total(), label)
+        values = joined(self.chunks(function, vectors=vectors, sums=sums, label=label), self.n)
+        return values, _finite(sums.total(), label)
+
+    def keep(
+        self, function: Callable[[Any, Tensor], T], *, vectors: int = 1, label: str = "keep"
+    ) -> dict[int, list[T]]:
+        """function(batch, weights) of every batch, by the number of its chunk, for `fold_kept`.
+
+        Of several ranks each keeps what its own chunks give, a part of the memory.
+        """
+        chunks = self._chunks(None, CHUNK)
+        with ranks.work(f"{label} of {self.n:,} rows", len(chunks)) as work:
+            visited = self._visited(work.shares(range(len(chunks)))[work.rank], chunks, work, label)
+            each = _unnumbered(function)
+            return {n: [kept for _, kept in self._batches(each, chunks[n], vectors, label)] for n in visited}
+
+    def fold_kept(self, kept: Mapping[int, Sequence[T]], function: Callable[[T], Tensor], *, label: str) -> Tensor:
+        """The sum of a function of what was kept of all batches, float64."""
+        chunks = len(self._chunks(None, CHUNK))
+        with ranks.work(f"{label} of {self.n:,} rows", chunks) as work:
+            sums = Sums()
+            for number in work.shares(range(chunks))[work.rank]:
+                work.at(number)
+                sums.add(number, _added(map(function, kept[number])))
+            return work.total(sums, chunks)
+
+    def whole(self, mine: Tensor, chunk: int) -> Tensor:
+        """All rows of something of which every rank has those that it visits in a fold with such chunks."""
+        if len(mine) == self.n:
+            return mine
+        chunks = self._chunks(None, chunk)
+        with ranks.work(f"the rows of a sweep over {self.n:,}", len(chunks)) as work:
+            places = [_rows_of(share, chunks) for share in work.shares(range(len(chunks)))]
+            values = np.full((self.n, *work.shape(mine.shape[1:] if len(mine) else None)), np.nan)
+            values[places[work.rank]] = mine.numpy()
+            work.rows(values, places)
+        return torch.from_numpy(values)
+
+    def _chunks(self, rows: NDArray[np.int64] | None, size: int) -> list[Place]:
         n = self.n if rows is None else len(rows)
-        with bar(n, label, self.progress, unit="row") as done:
-            for number, start in enumerate(range(0, n, size)):
-                stop = min(start + size, n)
-                yield number, slice(start, stop) if rows is None else rows[start:stop]
-                done(stop - start)
+        ends = [(start, min(start + size, n)) for start in range(0, n, size)]
+        return [slice(start, stop) if rows is None else rows[start:stop] for start, stop in ends]
+
+    def _visited(
+        self, mine: Sequence[int], chunks: list[Place], work: ranks.Alone | ranks.Shared, label: str
+    ) -> Iterator[int]:
+        """The numbers of this process's chunks, one after the other, with a bar over their rows."""
+        with bar(sum(_length(chunks[number]) for number in mine), label, self.progress, unit="row") as done:
+            for number in mine:
+                work.at(number)
+                yield number
+                done(_length(chunks[number]))
+
+    def _by_ranks(
+        self,
+        function: Callable[[Any, Tensor], Any],
+        vectors: int,
+        rows: NDArray[np.int64] | None,
+        store: Store | None,
+        label: str,
+        sums: Sums | None,
+    ) -> NDArray[np.float64]:
+        """All output rows, on every rank, each of which has visited its share; `sums` gets the sum of all chunks."""
+        chunks = self._chunks(rows, CHUNK)
+        kept = _kept(store, len(chunks))
+        missing = [number for number in range(len(chunks)) if number not in kept]
+        with ranks.work(f"{label} of {_count(chunks):,} rows", len(chunks)) as work:
+            shares = [[*new, *old] for new, old in zip(work.shares(missing), work.shares(kept), strict=True)]
+            rows_out, own = _Rows(chunks), None if sums is None else Sums()
+            for number in self._visited(shares[work.rank], chunks, work, label):
+                if store is not None and number in kept:
+                    rows_out.put(number, store.read(number))
+                    continue
+                values = self._of_chunk(function, chunks[number], number, vectors, label, own)
+                if store is not None and (len(chunks) > 1 or ranks.first()):
+                    store.write(number, values)
+                    stop_here(f"chunk {number + 1} of {len(chunks)}")
+                rows_out.put(number, values)
+            if sums is not None and own is not None:
+                sums.add(0, work.total(own, len(chunks)))
+            return rows_out.of_all(work, shares)
+
+    def _of_chunk(
+        self,
+        function: Callable[[Any, Tensor], Any],
+        place: Place,
+        number: int,
+        vectors: int,
+        label: str,
+        sums: Sums | None,
+    ) -> NDArray[np.float64]:
+        """The output rows of a chunk; its sum, where the function gives both, goes to `sums`."""
+        batches = self._batches(_unnumbered(function), place, vectors, label)
+        if sums is None:
+            return self._rows(batches, label)
+        inside: list[Tensor] = []
+
+        def own_rows() -> Iterator[tuple[Numbers, Tensor]]:
+            for numbers, (own, total) in batches:
+                inside[:] = [_added([*inside, total])]
+                yield numbers, own
+
+        values = self._rows(own_rows(), label)
+        sums.add(number, inside[0])
+        return values
+
+    def _rows(self, batches: Iterator[tuple[Numbers, Tensor]], label: str) -> NDArray[np.float64]:
+        """The output rows of a chunk, all of them finite."""
+        parts = []
+        for numbers, values in batches:
+            parts.append(values.double().cpu().numpy())
+            bad = np.flatnonzero(~np.isfinite(parts[-1]).reshape(len(values), -1).all(1))
+            if bad.size:
+                raise _not_finite(label, f"row {numbers[int(bad[0])]} gives")
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _batches(
-        self, function: Callable[..., Tensor], chunk: slice | NDArray[np.int64], vectors: int, label: str
-    ) -> Iterator[tuple[range | NDArray[np.int64], Tensor]]:
+        self, function: Callable[..., T], chunk: Place, vectors: int, label: str
+    ) -> Iterator[tuple[Numbers, T]]:
         """Row numbers and results, in batches that fit; one that does not is tried again at half the size."""
         numbers = range(chunk.start, chunk.stop) if isinstance(chunk, slice) else chunk
         size = self.batch_size or max(1, self.at_most(self.memory, 4) // (self.example_bytes * (1 + vectors)))
@@ -217,15 +381,19 @@ class _Keeping:
         self._store, self._name = store, name
         self._since = time.monotonic()
 
-    def before(self) -> tuple[Tensor | None, int]:
+    def before(self) -> tuple[Sums, int]:
         """What was kept, and how many chunks are in it."""
         kept, chunks = self._store.sum(self._name)
-        return None if kept is None else torch.from_numpy(kept), chunks
+        sums = Sums()
+        if kept is not None:
+            values = torch.from_numpy(kept.copy())
+            sums.nodes = [(*place, value) for place, value in zip(subtrees(range(chunks)), values, strict=True)]
+        return sums, chunks
 
-    def after(self, total: Tensor, chunks: int, of: int) -> None:
+    def after(self, sums: Sums, chunks: int, of: int) -> None:
         """Keep the sum of the first chunks, if it is time or all are in; and stop if that was asked for."""
         if chunks == of or asked() or time.monotonic() - self._since >= KEPT_EVERY:
-            self._store.keep_sum(self._name, total.numpy(), chunks)
+            self._store.keep_sum(self._name, torch.stack([value for *_, value in sums.nodes]).numpy(), chunks)
             self._since = time.monotonic()
             stop_here(f"chunk {chunks} of {of} of {self._name}")
 
@@ -239,6 +407,72 @@ def joined(chunks: Iterator[tuple[int, NDArray[np.float64]]], n: int) -> NDArray
         outputs[number * CHUNK : number * CHUNK + len(values)] = values
     assert outputs is not None  # there is at least one row
     return outputs
+
+
+def _unnumbered(function: Callable[[Any, Tensor], T]) -> Callable[[Any, Tensor, Numbers], T]:
+    """A function of a batch and its weights, as one that is given the numbers of its rows too."""
+    return lambda batch, weights, _: function(batch, weights)
+
+
+class _Rows:
+    """The output rows of the chunks that this process has visited, at their places among all."""
+
+    def __init__(self, chunks: list[Place]) -> None:
+        self.chunks = chunks
+        self.values: NDArray[np.float64] | None = None
+
+    def put(self, number: int, values: NDArray[np.float64]) -> None:
+        """The rows of a chunk."""
+        if self.values is None:
+            self.values = np.empty((_count(self.chunks), *values.shape[1:]))
+        self.values[number * CHUNK : number * CHUNK + len(values)] = values
+
+    def of_all(self, work: ranks.Alone | ranks.Shared, shares: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+        """All rows, on every rank."""
+        shape = work.shape(None if self.values is None else self.values.shape[1:])
+        values = np.empty((_count(self.chunks), *shape)) if self.values is None else self.values
+        work.rows(values, [_rows_of(share, self.chunks) for share in shares])
+        return values
+
+
+def _kept(store: Store | None, chunks: int) -> list[int]:
+    """The chunks that are finished, as rank 0 finds them."""
+    if store is None:
+        return []
+    if chunks == 1:
+        return [0] if 0 in store else []
+    found = ranks.by_first("looking for finished chunks", lambda: {"": np.array([n in store for n in range(chunks)])})
+    assert found is not None  # the function gave it
+    return np.flatnonzero(found[""]).tolist()
+
+
+def _added(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of a chunk, from those of its batches."""
+    inside: Tensor | None = None
+    for values in parts:
+        inside = values.double().cpu() if inside is None else inside.add_(values.cpu())
+    assert inside is not None  # a chunk has at least one row
+    return inside
+
+
+def _finite(total: Tensor, label: str) -> Tensor:
+    if not torch.isfinite(total).all():
+        raise _not_finite(label, "a sum over the rows is")
+    return total
+
+
+def _length(place: Place) -> int:
+    return place.stop - place.start if isinstance(place, slice) else len(place)
+
+
+def _count(chunks: Sequence[Place]) -> int:
+    return sum(map(_length, chunks))
+
+
+def _rows_of(numbers: Sequence[int], chunks: Sequence[Place]) -> NDArray[np.int64]:
+    """The places of the rows of some chunks among those of all."""
+    ends = np.cumsum([0, *map(_length, chunks)])
+    return np.concatenate([np.arange(0), *(np.arange(ends[number], ends[number + 1]) for number in numbers)])
 
 
 def _not_finite(label: str, what: str) -> InvalidInput:

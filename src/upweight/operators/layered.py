@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -65,25 +64,18 @@ class LayeredGaussNewton:
         return twin
 
     @cached_property
-    def kept(self) -> list[Kept]:
-        """What products need, batch by batch.  Cost: one sweep of a forward and K backward passes."""
-        found = self.sweep.objective.route.plan
-        every: list[Kept] = []
-
-        def keep(batch: Any, weights: Tensor) -> Tensor:
-            every.append(kept(self.sweep.objective, batch, weights))
-            return torch.zeros(1)
-
-        outputs = calculus.outputs(self.sweep.objective, self.sweep.examples.batch([0])).shape[1]
-        vectors = 1 + found.bytes * outputs // self.sweep.example_bytes
-        self.sweep.fold(keep, vectors=vectors, label="activations")
-        return every
+    def kept(self) -> dict[int, list[Kept]]:
+        """What products need, by chunk and batch.  Cost: one sweep of a forward and K backward passes."""
+        objective = self.sweep.objective
+        outputs = calculus.outputs(objective, self.sweep.examples.batch([0])).shape[1]
+        vectors = 1 + objective.route.plan.bytes * outputs // self.sweep.example_bytes
+        return self.sweep.keep(
+            lambda batch, weights: kept(objective, batch, weights), vectors=vectors, label="activations"
+        )
 
     def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """C v for every row v."""
-        total = torch.zeros(V.shape, dtype=torch.float64)
-        for batch in self.kept:
-            total += self._product(batch, V).double()
+        total = self.sweep.fold_kept(self.kept, lambda batch: self._product(batch, V), label="curvature product")
         return total / self.sweep.n + penalties.hvp(self.sweep.objective, V)
 
     def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:
@@ -98,9 +90,7 @@ class LayeredGaussNewton:
 
     def matrix(self) -> Float[Tensor, "p p"]:
         """C as a dense matrix.  Cost: 2·n·K·p² flops; 8p² bytes."""
-        total = torch.zeros(self.size, self.size, dtype=torch.float64)
-        for J, middle in self._jacobians():
-            total += J.flatten(0, 1).T @ (middle @ J).flatten(0, 1)
+        total = self.sweep.fold_kept(self.kept, self._outer, label="curvature matrix")
         full = total / self.sweep.n + penalties.hvp(self.sweep.objective, torch.eye(self.size, dtype=torch.float64))
         return (full + full.T) / 2
 
@@ -118,11 +108,10 @@ class LayeredGaussNewton:
         along = pieces.along(batch.pieces, V, self._sizes)  # (k, b, K)
         return pieces.onto(batch.pieces, (along[:, :, None] @ batch.middle)[:, :, 0], self._sizes)
 
-    def _jacobians(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.kept:
-            double = batch.to(torch.float64)
-            J = pieces.rows(double.pieces, self._sizes)  # (b, K, p)
-            yield J, double.middle
+    def _outer(self, batch: Kept) -> Tensor:
+        double = batch.to(torch.float64)
+        J = pieces.rows(double.pieces, self._sizes)  # (b, K, p)
+        return J.flatten(0, 1).T @ (double.middle @ J).flatten(0, 1)
 
 
 def kept(objective: Objective, batch: Any, weights: Float[Tensor, " b"]) -> Kept:

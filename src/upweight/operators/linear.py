@@ -55,7 +55,7 @@ class LinearHessian:
         self.sweep = sweep
         self.precision = precision
         self._curvatures = curvatures
-        self._moved: tuple[Tensor, Tensor] | None = None  # the V of the last float64 product, and V x̃ᵢ of every row
+        self._moved: tuple[Tensor, Tensor] | None = None  # the V of the last float64 product, and V x̃ᵢ of the rows
         self._structure: Linear = sweep.objective.linear  # type: ignore[assignment]
 
     @property
@@ -102,18 +102,18 @@ class LinearHessian:
     def _first_look(self) -> tuple[Tensor, Tensor | None]:
         """`_derivatives`, and Σᵢ wᵢ ∇Lᵢ from the same reading of X; of a sparse X a pass of its own costs less."""
         objective, K = self.sweep.objective, self._structure.n_outputs
-        dense = not scipy.sparse.issparse(self._x)
-        total = torch.zeros(self.size if dense else 0, dtype=torch.float64)
+        label = "derivatives of the rows"
+        if scipy.sparse.issparse(self._x):
+            found = self.sweep.emit(lambda batch, weights: linear.derivatives(objective, batch, weights), label=label)
+            return torch.from_numpy(found), None
 
-        def look(batch: Any, weights: Tensor) -> Tensor:
+        def look(batch: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
             found = linear.derivatives(objective, batch, weights)
-            if dense:
-                slope = found[:, :K] * weights[:, None]
-                total.add_(linear.transposed(objective, linear.wide(batch[0]), slope[:, None])[0])
-            return found
+            slope = found[:, :K] * weights[:, None]
+            return found, linear.transposed(objective, linear.wide(batch[0]), slope[:, None])[0]
 
-        values = torch.from_numpy(self.sweep.emit(look, label="derivatives of the rows"))
-        return values, total if dense else None
+        found, total = self.sweep.emit_with_sum(look, label=label)
+        return torch.from_numpy(found), total
 
     def dots(self, V: Float[Tensor, "k p"]) -> tuple[Sweep, Callable[[Any, Tensor], Tensor]]:
         """A sweep, and what gives ∇Lᵢᵀ v for every row of its batches and vector, (b, k).
@@ -123,7 +123,8 @@ class LinearHessian:
         objective, K = self.sweep.objective, self._structure.n_outputs
         if self._moved is None or not torch.equal(self._moved[0], V):
             return self.sloped, lambda batch, _: linear.sloped_dots(objective, linear.wide(batch[0]), batch[1], V)
-        moved = self.sweep.over(objective, self.sweep.examples.carrying(self._moved[1], self.slopes))
+        along = self.sweep.whole(self._moved[1], self._chunk)
+        moved = self.sweep.over(objective, self.sweep.examples.carrying(along, self.slopes))
         return moved, lambda batch, _: torch.einsum("bkj,bj->bk", batch[0].reshape(-1, len(V), K), batch[1])
 
     @cached_property
@@ -154,7 +155,7 @@ class LinearHessian:
         total = self.rows_with_curvatures.fold(
             self._product(V, kept), vectors=len(V), label="curvature product", chunk=self._chunk
         )
-        self._moved = None if kept is None else (V.clone(), torch.cat(kept))
+        self._moved = None if kept is None else (V.clone(), torch.cat(kept) if kept else torch.empty(0))
         return total / self.sweep.n + penalties.hvp(self.sweep.objective, V)
 
     def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -31,8 +32,13 @@ TEMPORARY = ".tmp-"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it exists either whole or not at all, also after a loss of power.
+def write_file(path: Path, content: bytes, *, once: bool = False) -> bool:
+    """Write a file so that it exists either whole or not at all, also after a loss of power; whether this call did.
+
+    Args:
+        path: of the file.
+        content: all of it.
+        once: leave a file that is there, also if another process writes it at this moment.
 
     Raises:
         PathNotFound: if the folder does not exist.
@@ -42,29 +48,37 @@ def write_file(path: Path, content: bytes) -> None:
     if not path.parent.is_dir():
         message = f"There is no folder {path.parent} to write {path.name} into. Create it first."
         raise PathNotFound(message)
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{socket.gethostname()}-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        written = _named(temporary, path, once=once)
         _flush_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise _said(path, error, len(content)) from error
+    return written
 
 
 def write_tensors(
-    path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], card: Mapping[str, Any] | None = None
-) -> None:
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, NDArray[Any]],
+    card: Mapping[str, Any] | None = None,
+    *,
+    once: bool = False,
+) -> bool:
     """Arrays, and what is told of them, in one safetensors file: written whole or not at all, with its sha256.
+
+    Whether this call wrote it is returned.
 
     Args:
         path: of the file.
         arrays: by name.
         card: what JSON can hold.
+        once: leave a file that is there.
 
     Raises:
         PathNotFound, InvalidInput, StorageFailed: as for `write_file`.
@@ -72,7 +86,7 @@ def write_tensors(
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     told = json.loads(json.dumps(dict(card or {})))
     text = json.dumps({**told, DIGEST: digest(whole, told)}, sort_keys=True)
-    write_file(Path(path), save_tensors(whole, metadata={CARD: text}))
+    return write_file(Path(path), save_tensors(whole, metadata={CARD: text}), once=once)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -140,6 +154,23 @@ def _told(content: bytes) -> dict[str, Any]:
     length = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
     return dict(json.loads(metadata[CARD])) if CARD in metadata else {}
+
+
+def _named(temporary: Path, path: Path, *, once: bool) -> bool:
+    """Give a file that is written its name, unless `once` is asked for and another has it; whether it got it."""
+    if once:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            temporary.unlink()
+            return False
+        except OSError:  # a file system without hard links
+            pass
+        else:
+            temporary.unlink()
+            return True
+    temporary.replace(path)
+    return True
 
 
 def _flush_folder(folder: Path) -> None:

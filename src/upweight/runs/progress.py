@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from upweight.runs import ranks
+
 LONG = 60.0  # seconds that are announced
 _A_WHILE = 2.0
 _FIRST = 20  # steps of an iteration from which their number is extrapolated
@@ -30,7 +32,7 @@ def bar(
         unit: what a step is called.
         announced: whether the first step tells what all will take; on several workers it does not.
     """
-    hidden = not sys.stderr.isatty() if shown is None else not shown
+    hidden = _hidden(shown)
     start, seen = time.monotonic(), [0]
     with tqdm(
         total=total, desc=label, unit=unit, unit_scale=unit == "row", leave=False, disable=hidden, file=sys.stderr
@@ -49,8 +51,7 @@ def bar(
 @contextmanager
 def count(label: str, unit: str) -> Iterator[Callable[[], None]]:
     """What counts steps whose number is not known; shown on a terminal only, once it has taken a while."""
-    hidden = not sys.stderr.isatty()
-    with tqdm(desc=label, unit=unit, leave=False, disable=hidden, file=sys.stderr, delay=_A_WHILE) as steps:
+    with tqdm(desc=label, unit=unit, leave=False, disable=_hidden(None), file=sys.stderr, delay=_A_WHILE) as steps:
 
         def step() -> None:
             steps.update()
@@ -76,7 +77,7 @@ def descent(
         shown: as for `bar`.
         size: of what is solved for; the line is said once for each.
     """
-    hidden = not sys.stderr.isatty() if shown is None else not shown
+    hidden = _hidden(shown)
     began, taken, least, silent = time.monotonic(), 0, start, shown is False
     with tqdm(desc=label, unit=unit, leave=False, disable=hidden, file=sys.stderr, delay=_A_WHILE) as steps:
 
@@ -111,10 +112,15 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
 
 
+def _hidden(shown: bool | None) -> bool:
+    """Whether a bar is not to be seen: of several ranks the first one shows its own."""
+    return not ranks.first() or not (sys.stderr.isatty() if shown is None else shown)
+
+
 def _announce(total: int, done: int, label: str, unit: str, seconds: float, size: int, about: str = "") -> None:
     """A line, if all steps take more than a minute and nothing was said of this label and size before."""
     whole = seconds * total / done
-    if whole <= LONG or (label, size) in _SAID:
+    if whole <= LONG or (label, size) in _SAID or not ranks.first():
         return
     _SAID.add((label, size))
     first = f"the first {unit}" if done == 1 else f"the first {done:,} {unit}s"

@@ -1,4 +1,4 @@
-"""A folder of finished chunks and a manifest, that one process at a time writes.
+"""A folder of finished chunks and a manifest, that one process, or the processes of one job, write at a time.
 
     run/
     ├── manifest.json             what the work is: format and fingerprint
@@ -8,6 +8,7 @@
     ├── solutions.safetensors     what the chunks were computed with; compared, and used again, by the next run
     ├── chunk-000000.safetensors  a chunk file that exists is complete
     ├── chunk-000001.safetensors
+    ├── card.safetensors          of scores that are made in parts (`influence.shards`): all but the chunks
     └── scores.safetensors        written last: what belongs to the scores beside the chunks
 
 Every file exists whole or not at all (`runs.files`); a crash at any moment leaves only whole chunks. Opening a folder
@@ -40,6 +41,7 @@ from upweight.runs.stopping import Stopped, finishing
 FORMAT = 2
 MANIFEST, EVENTS, LOCK, SUFFIX = "manifest.json", "events.jsonl", ".lock", ".safetensors"
 STATE, SOLUTIONS, SETTLED, SCORES = "state", "solutions", "settled", "scores"
+_LOOK = 5.0  # seconds that a part waits for others that look, as it does, whether the whole is taken
 WORK, NAME = "work", "name"  # of a file: what ties it to its folder
 
 
@@ -47,21 +49,24 @@ class Store:
     """Chunks of one piece of work, kept in a folder so that the work can be interrupted and resumed.
 
     Inside `with store:` no other process can write there, a signal waits for the chunk at hand (`runs.stopping`), and
-    events are noted.
+    events are noted. Parts of the work exclude each other by their names, and all of them the whole.
 
     Args:
         path: the folder; created if it does not exist.
         fingerprint: what the work is; every value must survive JSON.
         part: the name of a part of the work that other processes do other parts of, in the same folder.
+        follows: whether another process of the same job has taken the folder for all of them.
 
     Raises:
         StoreMismatch: if the folder holds other work.
         InvalidInput: if the folder is not empty and holds no store.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fingerprint: Mapping[str, Any], *, part: str = "") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], fingerprint: Mapping[str, Any], *, part: str = "", follows: bool = False
+    ) -> None:
         self.path = _folder(path)
-        self.part = part
+        self.part, self.follows = part, follows
         self._inside: ExitStack | None = None
         self._depth = 0
         self._since = time.monotonic()
@@ -72,13 +77,14 @@ class Store:
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             strangers = sorted(name for name in os.listdir(self.path) if not name.startswith((TEMPORARY, LOCK)))
-            if strangers:
+            if strangers and MANIFEST not in strangers:
                 message = (
                     f"{self.path} is not empty ({strangers[0]}, …) and is no upweight store. Name an empty or a new "
                     "folder."
                 )
                 raise InvalidInput(message)
-            write_file(file, json.dumps(manifest, indent=1, sort_keys=True).encode())
+            if not write_file(file, json.dumps(manifest, indent=1, sort_keys=True).encode(), once=True):
+                _compare(_manifest(file), manifest, self.path)  # another part has just made it
         self.work = work_of(manifest)
 
     # ---- one writer --------------------------------------------------------------------------------------------------
@@ -94,24 +100,33 @@ class Store:
             return self
         self._depth = 0
         with ExitStack() as stack:
-            lock = FileLock(self.path / f"{LOCK}{self.part}", timeout=0)
-            try:
-                stack.enter_context(lock)
-            except Timeout as error:
-                message = (
-                    f"{self.path} is being written by another process{_writer(self.path)}. Wait until it has ended, "
-                    "or name another folder."
-                )
-                raise StorageFailed(message) from error
+            if not self.follows:
+                self._take(stack)
             stack.enter_context(finishing())
-            if not self.part:
-                for leftover in self.path.glob(f"{TEMPORARY}*"):  # of a process that died
-                    leftover.unlink(missing_ok=True)
             self._inside = stack.pop_all()
         self._depth = 1
         self._since = time.monotonic()
-        self.note("opened", pid=os.getpid(), host=platform.node(), part=self.part)
+        if not self.follows:
+            self.note("opened", pid=os.getpid(), host=platform.node(), part=self.part)
         return self
+
+    def _take(self, stack: ExitStack) -> None:
+        """Take the lock of the part, or of the whole, which no part may hold; then leftovers have no owner."""
+        try:
+            stack.enter_context(FileLock(self.path / f"{LOCK}{self.part}", timeout=0))
+            others = [self.path / LOCK] if self.part else list(self.path.glob(f"{LOCK}-*"))
+            for other in others:  # each side holds its own while it looks at the other's: one of them sees the other
+                with FileLock(other, timeout=_LOOK if self.part else 0):  # another part may look at this moment
+                    pass
+        except Timeout as error:
+            message = (
+                f"{self.path} is being written by another process{_writer(self.path)}. Wait until it has ended, "
+                "or name another folder."
+            )
+            raise StorageFailed(message) from error
+        if not self.part:
+            for leftover in self.path.glob(f"{TEMPORARY}*"):  # of a process that died
+                leftover.unlink(missing_ok=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -119,9 +134,9 @@ class Store:
         self._depth -= 1
         if self._depth:
             return
-        if error is None:
+        if error is None and not self.follows:
             self.note("finished")
-        else:
+        elif error is not None:
             self.note("stopped" if isinstance(error, Stopped) else "failed", why=first_line(error))
         if self._inside is not None:
             self._inside.close()
@@ -155,11 +170,18 @@ class Store:
         card: Mapping[str, Any] | None = None,
         *,
         event: str = "kept",
+        once: bool = False,
         **told: Any,
-    ) -> None:
-        """Keep arrays, and what is told of them, under a name of this work."""
-        write_tensors(self._named(name), arrays, {**(card or {}), WORK: self.work, NAME: name})
-        self.note(event, name=name, **told)
+    ) -> bool:
+        """Keep arrays, and what is told of them, under a name of this work; whether they are what is kept now.
+
+        With `once` what another process has kept there, maybe at this moment, stays.
+        """
+        whole = {**(card or {}), WORK: self.work, NAME: name}
+        written = write_tensors(self._named(name), arrays, whole, once=once)
+        if written:
+            self.note(event, name=name, **told)
+        return written
 
     def kept(self, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Arrays that were kept under a name, and what was told of them.
@@ -178,30 +200,35 @@ class Store:
     @property
     def state(self) -> dict[str, NDArray[np.float64]] | None:
         """Where an iteration had come to: its solutions, or what it kept last; None if it kept nothing."""
-        kept = self.kept(STATE)[0] if self.has(STATE) else None
-        return {**(kept or {}), "x": self.kept(SOLUTIONS)[0][SOLUTIONS]} if self.has(SOLUTIONS) else kept
+        kept = self.kept(self._state)[0] if self.has(self._state) else None
+        return {**(kept or {}), "x": self.solutions} if self.has(SOLUTIONS) else kept
+
+    @property
+    def solutions(self) -> NDArray[np.float64]:
+        """What the chunks were computed with."""
+        return self.kept(SOLUTIONS)[0][SOLUTIONS]
 
     def keep_state(self, state: Mapping[str, NDArray[np.float64]]) -> None:
         """Keep where an iteration has come to, in place of what was kept before."""
-        self.keep(STATE, state)
+        self.keep(self._state, state)
 
     def end_state(self, settled: NDArray[np.float64] | None) -> None:
         """The iteration has ended, and its solutions are kept; of its state only how far their values had settled."""
         if settled is None:
-            self._named(STATE).unlink(missing_ok=True)
+            self._named(self._state).unlink(missing_ok=True)
         else:
             self.keep_state({SETTLED: settled})
 
     def sum(self, name: str) -> tuple[NDArray[np.float64] | None, int]:
-        """A sum over the rows as far as it has come, and how many of its chunks are in it."""
+        """The nodes of a sum over the rows as far as it has come (`runs.sums`), and how many chunks are in them."""
         if not self.has(f"sum-{name}"):
             return None, 0
         arrays, card = self.kept(f"sum-{name}")
-        return arrays["total"], int(card["chunks"])
+        return arrays["nodes"], int(card["chunks"])
 
-    def keep_sum(self, name: str, total: NDArray[np.float64], chunks: int) -> None:
-        """Keep a sum over the rows of so many chunks, in place of what was kept before."""
-        self.keep(f"sum-{name}", {"total": total}, {"chunks": chunks}, chunks=chunks)
+    def keep_sum(self, name: str, nodes: NDArray[np.float64], chunks: int) -> None:
+        """Keep the nodes of a sum over the rows of so many chunks, in place of what was kept before."""
+        self.keep(f"sum-{name}", {"nodes": nodes}, {"chunks": chunks}, chunks=chunks)
 
     def once(
         self, name: str, compute: Callable[[], Mapping[str, NDArray[Any]]], card: Mapping[str, Any] | None = None
@@ -210,8 +237,7 @@ class Store:
         if self.has(name):
             return self.kept(name)[0]
         arrays = compute()
-        self.keep(name, arrays, card)
-        return arrays
+        return arrays if self.keep(name, arrays, card, once=True) else self.kept(name)[0]
 
     def agree(self, name: str, array: NDArray[np.float64], rtol: float) -> NDArray[np.float64]:
         """What was kept under `name`, or `array`, kept now: what the chunks depend on but a hash cannot compare.
@@ -219,8 +245,7 @@ class Store:
         Raises:
             StoreMismatch: if what was kept differs from `array` by more than rounding.
         """
-        if not self.has(name):
-            self.keep(name, {name: array})
+        if not self.has(name) and self.keep(name, {name: array}, once=True):
             return array
         kept = self.kept(name)[0][name]
         if kept.shape == array.shape:
@@ -236,6 +261,11 @@ class Store:
             "or delete this one to start again."
         )
         raise StoreMismatch(message)
+
+    @property
+    def _state(self) -> str:
+        """Parts that solve at the same time keep states of their own."""
+        return f"{STATE}{self.part}"
 
     def _named(self, name: str) -> Path:
         return self.path / f"{name}{SUFFIX}"
@@ -253,6 +283,15 @@ def read_work(folder: Path) -> str:
         StoreMismatch: if the manifest cannot be read.
     """
     return work_of(_manifest(folder / MANIFEST))
+
+
+def fingerprint(folder: Path) -> dict[str, Any]:
+    """What the work in a folder is.
+
+    Raises:
+        StoreMismatch: if its manifest cannot be read.
+    """
+    return _manifest(folder / MANIFEST).get("fingerprint", {})
 
 
 def work_of(manifest: Mapping[str, Any]) -> str:

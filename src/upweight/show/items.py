@@ -17,6 +17,7 @@ from upweight.errors import InvalidInput
 from upweight.influence import kept
 from upweight.influence.face import Influence
 from upweight.model import per_row
+from upweight.runs import ranks
 from upweight.runs.identity import digest
 from upweight.runs.progress import bar
 from upweight.runs.stopping import stop_here
@@ -84,7 +85,8 @@ def _keep_items(
     """
     system = influence.system
     n, total = system.n, -(-system.n // ITEMS)
-    with kept.folder(system, queries, system.objective.name, folder) as store, bar(total, "items", None) as done:
+    with kept.opened(system, queries, system.objective.name, folder) as store, bar(total, "items", None) as done:
+        assert store is not None  # a folder is named
         _keep(influence, store, QUERIES, queries, np.arange(len(queries)), query, None)
         labels = training_labels(influence)
         for number, start in enumerate(range(0, n, ITEMS)):
@@ -107,7 +109,7 @@ def _keep(
 ) -> None:
     """One file of items, unless it is there with the same cards."""
     told = {"cards": "by default" if card is None else digest(card), "self_influence": forms}
-    if store.has(name) and store.kept(name)[1] == told:
+    if ranks.first_finds(name, lambda: store.has(name) and store.kept(name)[1] == told):
         return
     some = examples.subset(rows)
     sweep = influence.sweep.over(influence.objective, some)
@@ -120,7 +122,8 @@ def _keep(
     if forms:
         arrays["self_influence"] = influence.of_self(rows).values
     made = [_default(influence, some, place) if card is None else card(int(rows[place])) for place in range(len(rows))]
-    store.keep(name, {**arrays, **_packed(made, rows)}, told)
+    if ranks.first():
+        store.keep(name, {**arrays, **_packed(made, rows)}, told)
 
 
 def _predicted(influence: Influence, examples: Examples) -> NDArray[Any] | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from upweight.errors import UnsupportedModel
 from upweight.model import per_row
 from upweight.operators.base import Operator
+from upweight.runs import ranks
 from upweight.runs.stopping import asked, stop_here
 
 Keep = Callable[[Mapping[str, Tensor]], None]
@@ -63,14 +64,17 @@ class Pace:
         """Keeps the state if it is time; whether the values have settled.
 
         Raises:
-            Stopped: if a signal has asked for it, once the state is kept.
+            Stopped: if a signal has asked for it, once the state is kept; several ranks go on, for all must stop alike.
         """
         now = time.monotonic()
-        self._each = (now - self._start) / max(1, steps)
-        if self.keep is not None and (asked() or now - self._kept >= SECONDS):
+        alone = not ranks.several()
+        if self.keep is not None:  # by rank 0's clock, for all take as many steps
+            self._each = float(ranks.same("the pace", torch.tensor([(now - self._start) / max(1, steps)]).double())[0])
+        if self.keep is not None and ((alone and asked()) or now - self._kept >= SECONDS):
             self.keep({"x": X, "p": P})
             self._kept = now
-            stop_here("some steps of the solver")
+            if alone:
+                stop_here("some steps of the solver")
         if self.rows is None:
             return False
         values = X @ self.rows.T

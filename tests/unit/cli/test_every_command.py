@@ -19,6 +19,7 @@ LINES = {
     "plan": [STUDY],
     "doctor": [],
     "score": [STUDY, "--out", "new/scores.safetensors", "--store", "run"],
+    "merge": ["parts", "--out", "new/merged.safetensors"],
     "top": [STUDY, "--query", "3"],
     "validate": [STUDY, "--rows", "3"],
     "understand": [STUDY, "--plot", "new/answer.png"],
@@ -39,6 +40,8 @@ def example(upweight, tmp_path):
 
 @pytest.mark.parametrize("command", NAMES)
 def test_a_command_runs_on_the_example(example, command):
+    if command == "merge":
+        assert example("score", STUDY, "--store", "parts", "--shard", "0/1")[0] == 0
     code, out, err = example(command, *LINES[command])
     assert (code, err) == (0, "")
     assert out

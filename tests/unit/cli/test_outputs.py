@@ -10,7 +10,7 @@ import pytest
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
-from upweight.cli.outputs import check_file, check_folder, check_picture
+from upweight.cli.outputs import check_file, check_folder, check_picture, checked_part
 from upweight.errors import InvalidInput
 
 SOURCE = """
@@ -129,3 +129,12 @@ def test_a_suffix_is_refused_when_matplotlib_refuses_it(tmp_path, suffix):
     except InvalidInput:
         passed = False
     assert drawn == passed
+
+
+@pytest.mark.parametrize("shard", ["2/2", "first", "1", "-1/2", "0/0", "1/2/3"])
+def test_a_part_is_one_of_so_many(shard):
+    with pytest.raises(InvalidInput, match=f"--shard {shard} is no part"):
+        checked_part(None, Path("D"), shard)
+    assert checked_part(None, Path("D"), "1/2") == (1, 2)
+    with pytest.raises(InvalidInput, match="without --out or --top"):
+        checked_part(None, Path("D"), "1/2", 3)

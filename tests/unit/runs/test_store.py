@@ -73,7 +73,7 @@ def test_a_folder_of_leftovers_alone_is_a_new_store(tmp_path):
 
 
 def test_a_crash_before_the_manifest_is_no_obstacle(tmp_path, monkeypatch):
-    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         Store(tmp_path, WORK)
     monkeypatch.undo()
