@@ -214,7 +214,7 @@ def plan_of(system: System, Xq: Any, yq: Any = None) -> Plan:
         solver=repr(system.solver),
         batch_size=system.sweep.batch_size,
         steps=_Extrapolation(system, tried, count, size).steps(),
-        disk=8.0 * (n + p) * count + 16.0 * p,
+        disk=8.0 * (n + p) * count + 16.0 * (n + p),
         products=None if iterated is None else iterated.needed * count / size,
         forecast=iterated is not None and (iterated.rows < n or iterated.needed > iterated.made),
         rehearsed=max((step.rows for step in tried.large.values()), default=0),

@@ -106,8 +106,8 @@ def test_memory_of_many_scores():
     model = Ridge().fit(rows, rows.sum(1))
     on = rows[:200], rows[:200].sum(1)
     plan = uw.explain(model, rows, rows.sum(1)).plan(*on)
-    assert plan.memory > 8 * 200 * 20_000
-    assert plan.memory == pytest.approx(arrays(lambda: uw.explain(model, rows, rows.sum(1)).on_loss(*on)), rel=0.4)
+    taken = arrays(lambda: uw.explain(model, rows, rows.sum(1)).on_loss(*on))
+    assert 8 * 200 * 20_000 < plan.memory < 1.8 * taken  # few rows take more than their part of the process
 
 
 @linux
