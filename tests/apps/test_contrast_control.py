@@ -134,10 +134,10 @@ def test_a_head_that_adam_left_early():
 def test_a_minimum_is_its_own_control(early):
     _, influence, whole = early
     best = uw.explain(whole, X, Y)
-    control = _Control.of(best, None)
+    control = _Control.of(best, None, uw.Course(best, None, {}))
     assert control.curvature is best
     assert not control.refused
-    unlike = _Control.of(influence, None)
+    unlike = _Control.of(influence, None, uw.Course(influence, None, {}))
     assert unlike.curvature is unlike.influence is not influence
     wrong = np.flatnonzero(whole.predict(XQ) != YQ)[:3]
     found = contrast(best, (XQ[wrong], YQ[wrong]))

@@ -1340,3 +1340,40 @@ def test_adapters_whose_norm_is_held():
         uw.explain(model, X, y, loss=F.cross_entropy)
     influence = uw.explain(model, X, y, loss=F.cross_entropy, parameters=lambda name: "lora_magnitude" in name)
     assert influence.objective.size == 4
+
+
+class NextForCausalLM(nn.Module):
+    """The next of 12 tokens, by this one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 3), nn.Linear(3, 12)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.head(self.embed(input_ids))
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])}
+
+
+def next_of_twelve(rows):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return uw.explain(NextForCausalLM(), rows, curvature=uw.operators.Identity())
+
+
+def sequences():
+    draw = np.random.default_rng(0)
+    return [{"input_ids": draw.integers(0, 12, 3 + k % 4).tolist()} for k in range(8)]
+
+
+def test_rows_of_which_no_label_is_counted_are_left_out():
+    rows = [{**row, "labels": [-100] * len(row["input_ids"])} for row in sequences()]
+    with refused("has a label that is counted: all are ", "Leave such rows out, for they taught nothing"):
+        next_of_twelve(rows)
+    rows = [*rows, *({**row, "labels": row["input_ids"]} for row in sequences())]  # four of them come first
+    with pytest.warns(TheoryWarning, match=r"does not count row\(s\) 0, 1, 2, 3, 4 and 3 more"):
+        next_of_twelve(rows)
+    rows = [row for row in rows if any(label != -100 for label in row["labels"][1:])]
+    expected = next_of_twelve(sequences()).on_loss(sequences()[:1]).values
+    np.testing.assert_allclose(next_of_twelve(rows).on_loss(sequences()[:1]).values, expected)

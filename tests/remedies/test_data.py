@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import upweight as uw
-from refusals import refused, warned
+from refusals import refused
 from small import (
     NAMES,
     NAMESQ,
@@ -769,7 +769,7 @@ def same_without(rows, kept):
 def test_a_row_without_tokens_is_left_out():
     rows = sequences()
     rows[5] = {"input_ids": []}
-    with refused("Row 5 has no tokens", "Leave such rows out: [row for row in rows if len(row['input_ids'])]"):
+    with refused(" has no tokens: its ", "Leave such rows out: [row for row in rows if len(row['"):
         told(rows)
     rows = [row for row in rows if len(row["input_ids"])]
     same_without(rows, {0, 1, 2, 3, 4, 6, 7})
@@ -778,10 +778,10 @@ def test_a_row_without_tokens_is_left_out():
 def test_a_row_without_labels_is_left_out():
     rows = [{**row, "labels": row["input_ids"]} for row in sequences()]
     rows[5]["labels"] = []
-    with refused("Row 5 has no labels", "or leave it out: [row for row in rows if len(row['labels'])]"):
+    with refused(" has no labels: the list is empty", " it out: [row for row in rows if len(row['"):
         told(rows)
     influence = told(sequences())
-    with refused("Row 0 has no labels", "drop the column, and its tokens are its labels"):
+    with refused(" has no labels: the list is empty", "Give it labels, "):
         influence.on_loss([{**sequences()[1], "labels": []}])
     assert np.isfinite(influence.on_loss(sequences()[1:2]).values).all()
     rows = [row for row in rows if len(row["labels"])]
@@ -790,25 +790,12 @@ def test_a_row_without_labels_is_left_out():
 
 def test_a_label_at_every_token():
     influence, row = told(sequences()), {"input_ids": [3, 1, 4, 1]}
-    with refused(
-        "and a language model is asked for one label at every token", "Pass labels of the length of input_ids"
-    ):
+    with refused(", and a language model is asked for one label at every token", "Pass labels of the length of "):
         influence.on_loss([{**row, "labels": [4, 1]}])
     found = influence.on_loss([{**row, "labels": [-100, -100, 4, 1]}])
     with torch.no_grad():
         logits = seeded(NextForCausalLM)(torch.tensor([row["input_ids"]]))["logits"][0]
     assert found.query_values[0] == pytest.approx(float(cross_entropy(logits[1:3], torch.tensor([4, 1]))), rel=1e-5)
-
-
-def test_rows_of_which_no_label_is_counted_are_left_out():
-    rows = [{**row, "labels": [-100] * len(row["input_ids"])} for row in sequences()]
-    with refused("has a label that is counted: all are ", "Leave such rows out, for they taught nothing"):
-        told(rows)
-    rows = [*rows, *({**row, "labels": row["input_ids"]} for row in sequences())]  # four of them come first
-    with warned("does not count row(s) 0, 1, 2, 3, 4 and 3 more", "Leave them out"):
-        told(rows)
-    rows = [row for row in rows if any(label != -100 for label in row["labels"][1:])]
-    same_without(rows, range(8))
 
 
 def test_columns_have_one_value_for_each_row():
