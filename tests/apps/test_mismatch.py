@@ -228,7 +228,9 @@ def test_what_a_model_does_not_have_is_left_out():
     machine = mismatch(uw.explain(kernel, X, Y), (XR, YR))
     assert machine.features is None
     assert machine.harmful.stand_out >= 1
-    assert "equation 5" not in str(machine)
+    assert "equation 5 is not defined" in machine.no_features
+    assert f"no features: {machine.no_features}" in str(machine)
+    assert "(equation 5):" not in str(machine)
 
 
 @pytest.mark.parametrize("width", [6, 7])
