@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import upweight as uw
+from upweight.errors import StoreMismatch
 from upweight.model import sweep
 from upweight.runs.store import Store
 from upweight.solvers import pacing
@@ -71,15 +72,18 @@ def _as_they_were(monkeypatch):
         monkeypatch.setattr(module, name, getattr(module, name))
 
 
-def same(folder, other):
-    """Whether two runs hold the same: every byte but the number of products, and no chunk was made twice."""
+def same(folder, other, *, bits=True):
+    """Whether two runs hold the same: every byte but the number of products, and no chunk was made twice.
+
+    A solve by CG that was killed in its middle goes on from its state, to its residual, not to the bit.
+    """
     names = sorted(file.name for file in other.glob("*.safetensors"))
     assert sorted(file.name for file in folder.glob("*.safetensors")) == names
     for name in names:
-        if name != "scores.safetensors":
+        if bits and name != "scores.safetensors":
             assert (folder / name).read_bytes() == (other / name).read_bytes(), name
     ours, theirs = uw.Run.open(folder), uw.Run.open(other)
-    assert ours.scores.values.tobytes() == theirs.scores.values.tobytes()
+    np.testing.assert_allclose(ours.scores.values, theirs.scores.values, rtol=0 if bits else 1e-6)
     made = [told["number"] for told in ours.events if told["event"] == "chunk"]
     assert len(made) == len(set(made)), "a chunk was computed again"
     return True
@@ -111,6 +115,29 @@ def test_lost_after_every_event(kind, tmp_path, monkeypatch, whole):
     assert len(seen) > 8
     assert len({str(told) for told in seen}) == len(seen), "something was made twice"
     assert same(tmp_path / "run", other)
+
+
+def test_sums_of_another_loss_are_not_taken_up(tmp_path, monkeypatch):
+    """Lost in the middle of the factors: what is there was made by another loss of the same name."""
+    note = Store.note
+
+    def last(store, event, **told):
+        note(store, event, **told)
+        if told.get("name", "").startswith("sum"):
+            raise Lost
+
+    with monkeypatch.context() as lost:
+        lost.setattr(Store, "note", last)
+        with pytest.raises(Lost):
+            run("EKFAC", tmp_path / "run")
+    plain = torch.nn.functional.cross_entropy
+
+    def cross_entropy(outputs, target):
+        return 3 * plain(outputs, target)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
+    with pytest.raises(StoreMismatch, match="losses differ by"):
+        run("EKFAC", tmp_path / "run")
 
 
 def killed(kind, folder, delay=None, after=None):
@@ -145,7 +172,7 @@ def child(kind, folder, after):
 def test_killed_by_the_system(kind, after, tmp_path, whole):
     assert killed(kind, tmp_path / "run", after=after)
     assert run(kind, tmp_path / "run").finished
-    assert same(tmp_path / "run", whole(kind))
+    assert same(tmp_path / "run", whole(kind), bits=kind != "CG")
 
 
 @pytest.mark.slow
@@ -159,6 +186,6 @@ def test_killed_at_random_moments(kind, tmp_path, whole):
         folder = tmp_path / f"run {moment}"
         hits += killed(kind, folder, delay=draw.uniform(0.3 * longest, longest))
         run(kind, folder)
-        assert same(folder, other)
+        assert same(folder, other, bits=kind != "CG")
     assert hits > MOMENTS / 2
     assert np.isfinite(uw.Run.open(other).scores.values).all()

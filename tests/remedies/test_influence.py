@@ -801,7 +801,7 @@ def test_a_solver_that_is_larger_than_the_budget():
 
 
 def test_scores_that_are_larger_than_the_budget():
-    influence = ridge(memory_budget=4000)
+    influence = ridge(memory_budget=2000)
     with refused("and may take half of memory_budget=", "Ask for some queries at a time: on_loss_in_blocks") as told:
         influence.on_loss(XQ, ZQ)
     size = int(str(told.value).split("size=")[1].split(")")[0])

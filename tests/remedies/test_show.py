@@ -58,7 +58,7 @@ def test_a_run_with_a_damaged_manifest_is_made_again(tmp_path, content):
 def test_a_run_is_finished_before_its_scores_are_read(tmp_path):
     assert whole(tmp_path / "run")
     (tmp_path / "run" / "scores.safetensors").unlink()
-    with refused(" is not finished: ", "Make the call again that made it, which goes on from there"):
+    with refused(" is not finished: ", "of them, influence.on_loss(Xq, yq, store="):
         assert uw.Run.open(tmp_path / "run").scores
     assert whole(tmp_path / "run")
 

@@ -8,6 +8,7 @@ are and are read in blocks (`data/stored.py`); a column of lists of one fixed le
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -222,10 +223,15 @@ class _Cursor:
         self.schema = self.arrow.schema([schema.field(name) for name in names])
         self.ends = np.cumsum([part.count for part in parts], dtype=np.int64)
         self._at, self._held, self._stream = 0, [], iter(())
+        self._one = threading.Lock()  # several readers, each with a thread of its own, may share this place
         self._go_to(0)
 
     def __call__(self, start: int, stop: int) -> Any:
         """Rows start … stop − 1."""
+        with self._one:
+            return self._read(start, stop)
+
+    def _read(self, start: int, stop: int) -> Any:
         part = self._part_of(start)
         if start < self._at or part > self._part_of(self._at):
             self._go_to(part)

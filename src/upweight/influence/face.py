@@ -258,8 +258,8 @@ class Influence:
     ) -> Leading:
         """The k rows that help and harm each query most, sums and a histogram over all rows, without queries × rows.
 
-        `helpful(k)`, `harmful(k)` and `top(k)` say what those of `on_loss` say, bit for bit for up to 1,024 queries
-        (more are solved in blocks of so many); `by_group` and `by_class` are sums over rows, as of `of_groups`.
+        `helpful(k)`, `harmful(k)` and `top(k)` say what those of `on_loss` say, bit for bit for up to 1,024 queries, or
+        2²⁴/p (more are solved in blocks of so many); `by_group` and `by_class` are sums over rows, as of `of_groups`.
 
         Cost: one linear system per query, then one sweep for each block of queries. Memory: at most 130,000 + 100·k
         bytes for each query of a block, whatever the number of rows, and 5 for each row in a class or group. A store

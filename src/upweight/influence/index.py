@@ -300,6 +300,7 @@ def index(system: System, folder: str | os.PathLike[str], error: float, bits: in
 
 def _write(store: Store, system: System, error: float, bits: int) -> None:
     """Everything that is not yet in the folder."""
+    kept.compare_losses(system, store)
     if not store.has(_BASIS):
         system.prepare_in(store)
         _write_basis(store, system, *_choice(system, error, bits))

@@ -37,7 +37,8 @@ def folder(system: System, queries: Examples, measure: str, path: Any, part: str
         store = Store(path, fingerprint, part=part, follows=follows)
         finished = len(list(store.path.glob("chunk-*")))
         rows = max(0, system.n - finished * CHUNK)
-        check_room(store.path, 8 * len(queries) * (rows + 3 * system.objective.size))
+        solving = 0 if store.has(SOLUTIONS) else 3 * system.objective.size
+        check_room(store.path, 8 * len(queries) * (rows + solving))
         return store
 
     return ranks.after_first("opening the store", made)

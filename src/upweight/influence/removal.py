@@ -65,6 +65,7 @@ def in_chunks(
     """
     weights = system.examples.weights / system.n
     if folder is not None:
+        kept.compare_losses(system, folder)  # before any sum that was kept is taken up
         system.prepare_in(folder)
     pairwise = pairs.comparing(measured, system.prepared) if folder is None else None
     if pairwise is not None:

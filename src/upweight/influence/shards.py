@@ -97,8 +97,8 @@ def merge(folders: Sequence[Path]) -> Scores:
 
 def _solved(system: System, queries: Examples, store: Store, parts: int) -> Tensor:
     """The store's solutions; made now, with the card, if there are none."""
+    kept.compare_losses(system, store)
     if ranks.first_finds("a card", lambda: store.has(_CARD)):
-        kept.compare_losses(system, store)
         return torch.from_numpy(store.solutions)
     solution = scoring.solutions(system, queries, store=store)
     if solution.replicas is not None:

@@ -174,6 +174,7 @@ class Sweep:
             return
         for number in self._visited(range(len(chunks)), chunks, ranks.Alone(), label):
             if store is not None and number in store:
+                stop_here(f"chunk {number} of {len(chunks)}")
                 yield number, store.read(number)
                 continue
             values = self._of_chunk(function, chunks[number], number, vectors, label, sums)

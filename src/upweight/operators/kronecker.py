@@ -122,7 +122,9 @@ class KFAC(_Factors):
             UnsupportedModel: if the objective does not know its outputs, has too many for an exact expectation, or is
                 not convex in them; or its penalty is not separable.
         """
-        return _factored(self.cut(sweep), self.source())
+        found = _factored(self.cut(sweep), self.source())
+        found.sweep = replace(found.sweep, store=None)  # what is bound to it later has sums of its own
+        return found
 
 
 @dataclass(frozen=True)
@@ -364,7 +366,7 @@ def _corrected(operator: Kronecker, source: Source) -> Kronecker:
     bases = list(operator.bases)
     for number, (total,) in zip(numbers, totals, strict=True):
         bases[number] = replace(bases[number], values=total / operator.sweep.n)
-    return Kronecker(operator.sweep, operator.uses, operator.layers, bases)
+    return Kronecker(replace(operator.sweep, store=None), operator.uses, operator.layers, bases)
 
 
 def _swept(

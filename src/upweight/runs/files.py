@@ -83,7 +83,7 @@ def write_tensors(
     Raises:
         PathNotFound, InvalidInput, StorageFailed: as for `write_file`.
     """
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    whole = {name: np.ascontiguousarray(array, array.dtype.newbyteorder("=")) for name, array in arrays.items()}
     told = json.loads(json.dumps(dict(card or {})))
     text = json.dumps({**told, DIGEST: digest(whole, told)}, sort_keys=True)
     return write_file(Path(path), save_tensors(whole, metadata={CARD: text}), once=once)

@@ -23,7 +23,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def finishing() -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM waits for `stop_here`; the second raises KeyboardInterrupt at once.
+    """Inside, the first SIGINT or SIGTERM waits for `stop_here`, or the end; the second is a KeyboardInterrupt at once.
 
     Outside the main thread, and where a program has handlers of its own, nothing is changed.
     """
@@ -34,6 +34,7 @@ def finishing() -> Iterator[None]:
     before = {number: signal.signal(number, _note) for number in ours}
     try:
         yield
+        stop_here("all that was at hand")
     finally:
         _asked.clear()
         for number, handler in before.items():
@@ -55,9 +56,10 @@ def stop_here(done: str) -> None:
         Stopped: if one has.
     """
     if asked():
-        name = signal.Signals(_asked[0]).name
-        message = f"Stopped by {name} after {done}. The same call goes on from there."
-        raise Stopped(message, _asked[0])
+        number = _asked[0]
+        _asked.clear()  # it is told once
+        message = f"Stopped by {signal.Signals(number).name} after {done}. The same call goes on from there."
+        raise Stopped(message, number)
 
 
 def _note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001

@@ -140,13 +140,13 @@ class Store:
         elif error is not None:
             self.note("stopped" if isinstance(error, Stopped) else "failed", why=first_line(error))
         if self._inside is not None:
-            self._inside.close()
+            self._inside.__exit__(kind, error, trace)
 
     def note(self, event: str, **told: Any) -> None:
         """One more line of events.jsonl: when, how long after the folder was opened, what happened, what is told."""
         when = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {"time": when, "seconds": round(time.monotonic() - self._since, 3), "event": event, **told}
-        with (self.path / EVENTS).open("a", encoding="utf-8") as file:
+        with suppress(OSError), (self.path / EVENTS).open("a", encoding="utf-8") as file:  # what is noted is no result
             file.write(json.dumps(line) + "\n")
 
     # ---- chunks ------------------------------------------------------------------------------------------------------

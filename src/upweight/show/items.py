@@ -50,7 +50,9 @@ def write_run(
         Xq: the queries' inputs.
         yq: the queries' targets.
         card: from the number of a training row to what it looks like: a text, a dict of columns, a picture as uint8
-            (H, W) or (H, W, 3), or None. Left out, rows of numbers are told by their columns, others not at all.
+            (H, W) or (H, W, 3), or None. Left out, rows of numbers are told by their columns, others not at all. Cards
+            that are there are kept while its code and what it closes over are the same; a change of globals that it
+            reads is not seen: delete the items-… files.
         query_card: the same of the queries.
         self_influence: whether the rows' removals are measured on their own losses too.
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from upweight.errors import Damaged, InvalidInput, PathNotFound, first_line
 from upweight.influence.scores import Scores
-from upweight.runs.store import EVENTS, MANIFEST, SCORES, SUFFIX, read_part, work_of
+from upweight.runs.store import EVENTS, MANIFEST, SCORES, SOLUTIONS, SUFFIX, read_part, work_of
 
 ITEMS = 1024  # rows in a file
 QUERIES = "queries"
@@ -122,8 +122,8 @@ class Run:
         """
         if not self.finished:
             message = (
-                f"{self.path} is not finished: {len(self._chunks)} chunks of its scores are there. Make the call "
-                "again that made it, which goes on from there."
+                f"{self.path} is not finished: {len(self._chunks)} chunks of its scores are there. Ask for all "
+                f"of them, influence.on_loss(Xq, yq, store={str(self.path)!r}), which goes on from there."
             )
             raise InvalidInput(message)
         file = self._file(SCORES)
@@ -131,6 +131,8 @@ class Run:
         try:
             rows, scale = len(arrays["rows"]), arrays["scale"]
             values = np.concatenate([self._part(chunk)[0]["values"] for chunk in self._chunks])
+            leaning = np.isnan(self._part(self._file(SOLUTIONS))[0][SOLUTIONS]).any(1)  # queries without a solution
+            values[:, leaning] = np.nan
             if values.shape[0] != rows:
                 message = (
                     f"{self.path} holds chunks of {len(values):,} rows, and its scores have {rows:,}. Make the call "

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from upweight import __version__
+from upweight.data.examples import PROBE_ROWS
 from upweight.influence.face import Influence
-from upweight.model import penalties
+from upweight.model import calculus, penalties
 from upweight.runs import identity, workers
 from upweight.runs.progress import bar
 from upweight.runs.stopping import stop_here
@@ -58,6 +59,8 @@ class Course:
             plain = json.loads(json.dumps({**_asked(influence), **question}, default=_plain))
             self.folder = Store(store, plain)
             self.folder.agree("penalty_gradient", penalties.gradient(influence.objective).numpy(), _ROUNDING)
+            probe = influence.examples.batch(influence.examples.spread(PROBE_ROWS))
+            self.folder.agree("losses", calculus.losses(influence.objective, probe).double().cpu().numpy(), _ROUNDING)
 
     def agree(self, name: str, array: NDArray[np.float64]) -> None:
         """What the numbers depend on, but a hash cannot compare; kept, or compared to rounding.

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import upweight as uw
 from upweight.errors import InvalidInput, PathNotFound, StoreMismatch
+from upweight.model import calculus
 from upweight.operators import EKFAC
 
 N = 60
@@ -116,6 +117,15 @@ def test_chunks_go_on_where_they_stopped_and_give_the_same_bytes(tmp_path, monke
     again.index(folder, error=0.2)
     assert "operator" not in again.system.__dict__  # the factors are on the disk
     assert {file.name: file.read_bytes() for file in folder.glob("*.safetensors")} == before
+
+
+def test_an_index_of_another_loss_of_the_same_name_is_refused(tmp_path, monkeypatch):
+    explained().index(tmp_path / "index", error=0.2)
+    other = explained()
+    losses = calculus.losses
+    monkeypatch.setattr(calculus, "losses", lambda *asked: 1.1 * losses(*asked))
+    with pytest.raises(StoreMismatch, match="losses differ by"):
+        other.index(tmp_path / "index", error=0.2)
 
 
 def test_it_is_read_without_the_model(tmp_path):

@@ -83,7 +83,7 @@ def test_a_head_that_claims_to_be_huge_is_refused(tmp_path, length):
 
 def test_the_page_in_the_docs_reads_a_file_without_this_library(tmp_path, monkeypatch):
     page = (Path(__file__).parents[3] / "docs" / "store-format.md").read_text()
-    code = page.split("```python\n")[1].split("```")[0]
+    code = page.split("```py\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     Store("folder", {}).write(0, ARRAYS["b"])
     read = {}

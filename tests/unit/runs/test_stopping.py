@@ -61,6 +61,29 @@ def test_one_inside_another_changes_nothing():
             stop_here("the inner one")
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_one_that_comes_when_all_is_done_is_not_forgotten(number):
+    def work():
+        with finishing():
+            stop_here("the last chunk")
+            signal.raise_signal(number)
+
+    with pytest.raises(Stopped, match="after all that was at hand"):
+        work()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_error_of_the_work_is_what_is_raised():
+    def work():
+        with finishing():
+            signal.raise_signal(signal.SIGTERM)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert not asked()
+
+
 def test_handlers_of_the_program_stay():
     seen = []
     signal.signal(signal.SIGTERM, lambda *_: seen.append(1))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -58,6 +60,18 @@ def test_a_crash_at_any_moment_leaves_no_part_of_a_file(tmp_path, monkeypatch, m
     again = Store(tmp_path, WORK)
     assert 1 not in again
     assert not again.read(0).any()
+
+
+def test_events_that_cannot_be_noted_keep_nobody_from_work(tmp_path):
+    store = Store(tmp_path, WORK)
+    (tmp_path / "events.jsonl").mkdir()
+    for error in (None, KeyError("own")):
+        with pytest.raises(KeyError, match="own") if error else nullcontext(), store:
+            store.write(0, np.ones(2))
+            if error:
+                raise error
+    assert np.array_equal(store.read(0), np.ones(2))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_nothing_temporary_is_left(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
 import upweight as uw
-from upweight.errors import Damaged, StoreMismatch
+from upweight.errors import Damaged, StoreMismatch, TheoryWarning
 from upweight.model.sweep import CHUNK
 from upweight.runs.store import Store
 
@@ -144,6 +144,17 @@ def test_a_regression_has_numbers_for_labels(tmp_path):
     run = uw.write_run(uw.explain(model, X, y), tmp_path / "run", XQ, np.zeros(5))
     np.testing.assert_allclose(run.rows.labels, y)
     np.testing.assert_allclose(run.rows.predictions, model.predict(X))
+
+
+def test_a_query_without_a_value_has_none_in_the_folder_either(tmp_path):
+    columns = np.column_stack([X, np.zeros(n)])  # no row says what the last one does
+    y = X @ [1.0, 2.0, 3.0] + DRAW.normal(size=n)
+    queries = np.column_stack([XQ, [0, 1, 0, 0, 2.0]])
+    explained = uw.explain(LinearRegression().fit(columns, y), columns, y)
+    with pytest.warns(TheoryWarning):
+        values = explained.on_loss(queries, np.zeros(5), store=tmp_path / "run").values
+    assert np.isnan(values).any(1).tolist() == [False, True, False, False, True]
+    np.testing.assert_array_equal(uw.Run.open(tmp_path / "run").scores.values, values)
 
 
 def test_hostile_text_is_text(tmp_path):
