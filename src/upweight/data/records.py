@@ -132,7 +132,9 @@ class Records:
             )
             raise InvalidInput(message)
         tokens = x.get(TOKENS)
-        if self.labelled and tokens is not None and tokens.ndim == 1 and y.shape != tokens.shape and y.ndim < 2:
+        if not self.labelled or tokens is None or y.is_floating_point():  # numbers are a target of one's own
+            return
+        if tokens.ndim == 1 and y.ndim < 2 and y.shape != tokens.shape:
             message = (
                 f"Row {row} has {y.numel()} labels and {len(tokens)} tokens, and a language model is asked for one "
                 f"label at every token. Pass labels of the length of {TOKENS}, with {UNCOUNTED} where none is counted."
