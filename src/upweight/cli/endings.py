@@ -7,6 +7,7 @@ import shlex
 import sys
 import textwrap
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 DONE, BUG, USAGE, REFUSED, ASSUMPTIONS_FAIL, STUDY_FAILED = 0, 1, 2, 3, 4, 5
@@ -34,8 +35,11 @@ class StudyFailed(Exception):
         self.name = name
 
 
-def told(error: BaseException, debug: bool) -> int:
-    """The exit code for an error, which is told on stderr: in a line, and with its traceback if asked for."""
+def told(error: BaseException, debug: bool, words: Sequence[str] = ()) -> int:
+    """The exit code for an error, which is told on stderr: in a line, and with its traceback if asked for.
+
+    `words` are those of the command, which go on where a signal has ended it.
+    """
     from upweight.errors import UpweightError
     from upweight.runs.stopping import Stopped
 
@@ -48,7 +52,7 @@ def told(error: BaseException, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     if isinstance(error, Stopped):
-        code, text = 128 + error.signal, f"{error}\nGo on: {shlex.join(['upweight', *sys.argv[1:]])}"
+        code, text = 128 + error.signal, f"{error}\nGo on: {shlex.join(['upweight', *words])}"
     elif isinstance(error, KeyboardInterrupt):
         code, text = INTERRUPTED, "Interrupted by Ctrl-C."
     elif place is not None:

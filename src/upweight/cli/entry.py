@@ -39,7 +39,7 @@ def _code(words: list[str], debug: bool) -> int:
     except BrokenPipeError:
         raise
     except (Exception, SystemExit, KeyboardInterrupt) as error:
-        return endings.told(error, debug)
+        return endings.told(error, debug, words)
 
 
 def _forget_what_cannot_be_written() -> None:

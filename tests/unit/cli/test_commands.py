@@ -225,7 +225,6 @@ def test_a_refusal_ends_with_3_and_its_reason_on_stderr(upweight, arguments, tex
         ["chek"],
         ["top"],
         ["top", "cli_studies:good", "--query", "x"],
-        ["score", "cli_studies:good"],
         ["check", "a", "b"],
     ],
     ids=" ".join,

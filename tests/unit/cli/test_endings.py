@@ -103,7 +103,8 @@ def terminated():
         return (example[0] @ params - example[1]) ** 2
 
     ready = []
-    influence = uw.Influence(uw.Objective(loss, torch.zeros(3).double()), (X, Z), damping=0.1)
+    identity = uw.operators.Identity()
+    influence = uw.Influence(uw.Objective(loss, torch.zeros(3).double()), (X, Z), curvature=identity, damping=0.1)
     ready.append(True)
     return uw.Study(influence, (XQ, ZQ))
 
