@@ -56,5 +56,5 @@ def test_blocks_resume_in_a_store_and_refuse_other_work(fitted, tmp_path):
 def test_queries_that_do_not_fit_in_memory_are_split_without_a_word_and_change_nothing(fitted, monkeypatch, kind):
     inf, Xq, yq = fitted
     whole = inf.on_loss(kind(Xq), yq)
-    monkeypatch.setattr(room, "_BLOCK_NUMBERS", 3 * inf.objective.size)
+    monkeypatch.setattr(room, "_BLOCK_BYTES", 8 * 3 * inf.objective.size)
     np.testing.assert_allclose(inf.on_loss(kind(Xq), yq).values, whole.values, rtol=1e-12)
