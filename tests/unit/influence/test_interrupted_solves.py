@@ -63,7 +63,7 @@ def test_an_interrupted_solve_goes_on_from_its_folder(tmp_path, monkeypatch, pre
     second = explained(solver)
     operator = counted(second)
     found = second.on_loss(XQ, YQ, store=tmp_path / "run").values
-    assert operator.products < 0.85 * needed
+    assert operator.products < needed  # of the steps since the state was kept, five seconds at most are made again
     assert np.abs(found - exact).max() < 1e-6 * np.abs(exact).max()
     assert not (tmp_path / "run" / "state.safetensors").exists()
     third = explained(solver)
