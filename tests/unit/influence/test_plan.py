@@ -118,8 +118,8 @@ def test_memory_of_all_pairs_of_rows():
     assert isinstance(influence.solver, Dual)
     plan = influence.plan(rows[:3], y[:3])
     preparing = next(step for step in plan.steps if step.name == "preparing the solver")
-    assert preparing.memory == pytest.approx(arrays(lambda: influence.prepared), rel=0.4)
-    assert 8 * 1800**2 < plan.memory < 6 * 8 * 1800**2
+    assert 0.4 < preparing.memory / arrays(lambda: influence.prepared) < 2.5  # a process's memory is a rough measure
+    assert 8 * 1800**2 < plan.memory < 8 * 8 * 1800**2
 
 
 @linux
