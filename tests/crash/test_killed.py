@@ -16,12 +16,12 @@ import torch
 
 import upweight as uw
 from upweight.errors import StoreMismatch
-from upweight.model import sweep
+from upweight.model import chunks
 from upweight.runs.store import Store
 from upweight.solvers import pacing
 
 HERE = Path(__file__).parent
-n = 2 * sweep.CHUNK + 50
+n = 2 * chunks.CHUNK + 50
 MOMENTS = 20
 
 
@@ -46,7 +46,7 @@ def influence(kind):
 
 def run(kind, folder):
     """The call that is interrupted and repeated; everything is kept as soon as it can be."""
-    sweep.KEPT_EVERY = pacing.SECONDS = 0.0
+    chunks.KEPT_EVERY = pacing.SECONDS = 0.0
     pacing._PATIENCE = 0.0
     *_, Xq, yq = data()
     return uw.write_run(influence(kind), folder, Xq, yq)
@@ -68,7 +68,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _as_they_were(monkeypatch):
-    for module, name in ((sweep, "KEPT_EVERY"), (pacing, "SECONDS"), (pacing, "_PATIENCE")):
+    for module, name in ((chunks, "KEPT_EVERY"), (pacing, "SECONDS"), (pacing, "_PATIENCE")):
         monkeypatch.setattr(module, name, getattr(module, name))
 
 

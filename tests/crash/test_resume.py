@@ -15,7 +15,7 @@ from sklearn.linear_model import Ridge
 
 import upweight as uw
 from upweight.errors import StoreMismatch, UpweightError
-from upweight.model.sweep import CHUNK
+from upweight.model.chunks import CHUNK
 from upweight.runs.store import Store
 
 n, d = 5 * CHUNK + 100, 3

@@ -15,7 +15,7 @@ import torch
 
 import upweight as uw
 from ranks import launch, work
-from upweight.model.sweep import CHUNK
+from upweight.model.chunks import CHUNK
 
 
 def chunks(folder):

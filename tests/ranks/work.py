@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import upweight as uw
-from upweight.model.sweep import CHUNK, Sweep
+from upweight.model.chunks import CHUNK
+from upweight.model.sweep import Sweep
 
 n, d, q = 4 * CHUNK + 100, 3, 3
 DRAW = np.random.default_rng(0)

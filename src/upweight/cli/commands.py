@@ -147,7 +147,7 @@ def merge(stores: Stores, out: Path, json: Json = False) -> int:
 def _shard(study: Study, store: Path, part: tuple[int, int], json: bool) -> int:
     """A part of the scores into the store."""
     from upweight.influence import shards
-    from upweight.model.sweep import CHUNK
+    from upweight.model.chunks import CHUNK
     from upweight.runs import ranks
 
     system = study.influence.system

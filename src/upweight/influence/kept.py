@@ -17,7 +17,7 @@ from upweight.data.examples import PROBE_ROWS, Examples
 from upweight.influence.scores import Scores
 from upweight.influence.system import System
 from upweight.model import calculus, per_row
-from upweight.model.sweep import CHUNK
+from upweight.model.chunks import CHUNK
 from upweight.runs import ranks
 from upweight.runs.files import check_room
 from upweight.runs.store import SCORES, SOLUTIONS, Store

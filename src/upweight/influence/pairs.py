@@ -22,8 +22,8 @@ from upweight.influence import scoring
 from upweight.influence.certificate import Certificate
 from upweight.influence.system import System
 from upweight.model import linear, per_row
+from upweight.model.chunks import CHUNK
 from upweight.model.objective import Objective
-from upweight.model.sweep import CHUNK
 from upweight.solvers import Pairwise, Prepared, Solution
 
 WITNESSES = 32  # systems that are solved in full, to measure the residual of the factorisation

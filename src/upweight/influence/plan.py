@@ -38,7 +38,7 @@ from upweight.influence.rehearsal import (
 )
 from upweight.influence.removal import block
 from upweight.influence.system import System
-from upweight.model.sweep import CHUNK
+from upweight.model.chunks import CHUNK
 from upweight.operators import EKFAC, KFAC, DenseOperator
 from upweight.operators.layered import LayeredGaussNewton, kept_bytes
 from upweight.operators.linear import LinearHessian

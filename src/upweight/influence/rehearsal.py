@@ -24,7 +24,7 @@ from upweight.errors import NotConverged, SolverError, TheoryWarning
 from upweight.influence import defaults, pairs, scoring
 from upweight.influence.system import System
 from upweight.model import per_row
-from upweight.model.sweep import joined
+from upweight.model.chunks import joined
 from upweight.operators import Dense
 from upweight.operators.base import Operator
 from upweight.operators.layered import LayeredGaussNewton

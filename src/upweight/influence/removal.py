@@ -21,8 +21,8 @@ from upweight.influence.certificate import Certificate
 from upweight.influence.scores import Scores
 from upweight.influence.system import PROBE, System
 from upweight.model import routes
+from upweight.model.chunks import joined
 from upweight.model.objective import Objective
-from upweight.model.sweep import joined
 from upweight.runs.machine import in_bytes
 from upweight.runs.store import Store
 from upweight.solvers import Dual, Solution

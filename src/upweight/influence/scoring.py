@@ -24,8 +24,9 @@ from upweight.influence.certificate import Certificate
 from upweight.influence.scores import Scores, naming
 from upweight.influence.system import System
 from upweight.model import layers, per_row
+from upweight.model.chunks import CHUNK, joined
 from upweight.model.objective import Objective
-from upweight.model.sweep import CHUNK, Sweep, joined
+from upweight.model.sweep import Sweep
 from upweight.operators.linear import LinearHessian
 from upweight.runs import ranks
 from upweight.runs.store import Store

@@ -28,7 +28,7 @@ from upweight.influence import kept, scoring
 from upweight.influence.scores import Scores
 from upweight.influence.scoring import Products
 from upweight.influence.system import System
-from upweight.model.sweep import CHUNK
+from upweight.model.chunks import CHUNK
 from upweight.runs import ranks
 from upweight.runs.store import SOLUTIONS, SUFFIX, Store, fingerprint
 

@@ -26,8 +26,8 @@ from upweight.influence.scores import called, naming
 from upweight.influence.system import System
 from upweight.influence.top import TopK, checked_k
 from upweight.model import per_row
+from upweight.model.chunks import CHUNK
 from upweight.model.objective import Objective
-from upweight.model.sweep import CHUNK
 from upweight.solvers import Solution
 
 _QUERIES = 1024  # whose values of one chunk of rows are held at once

@@ -8,8 +8,7 @@ the chunks (`runs.ranks`) not at all.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,20 +19,18 @@ from torch import Tensor
 
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, UpweightError, checked_count, first_line
+from upweight.model.chunks import CHUNK, Keeping, OutputRows, Place, added, chunks_of, count, joined, length, rows_of
 from upweight.model.objective import Objective
 from upweight.model.transforms import refuse_inference_mode, undisturbed
 from upweight.runs import ranks
 from upweight.runs.progress import bar
-from upweight.runs.stopping import asked, stop_here
+from upweight.runs.stopping import stop_here
 from upweight.runs.store import Store
-from upweight.runs.sums import Sums, subtrees
+from upweight.runs.sums import Sums
 
-CHUNK = 1024
 MEMORY = 2**30
-KEPT_EVERY = 30.0  # seconds between two states of a sum
 
 T = TypeVar("T")
-Place = slice | NDArray[np.int64]  # the rows of a chunk
 Numbers = range | NDArray[np.int64]
 
 
@@ -108,14 +105,14 @@ class Sweep:
             numbered: whether the function is given the numbers of the batch's rows too.
             kept: the sum's name in the store, if there is one: for sums that depend on nothing but the work itself.
         """
-        keeping = None if self.store is None or kept is None or ranks.several() else _Keeping(self.store, kept)
+        keeping = None if self.store is None or kept is None or ranks.several() else Keeping(self.store, kept)
         sums, begun = (Sums(), 0) if keeping is None else keeping.before()
         each = function if numbered else _unnumbered(function)
-        chunks = self._chunks(rows, chunk)
-        with ranks.work(f"{label} of {_count(chunks):,} rows", len(chunks)) as work:
+        chunks = chunks_of(self.n, rows, chunk)
+        with ranks.work(f"{label} of {count(chunks):,} rows", len(chunks)) as work:
             mine = work.shares(range(len(chunks)))[work.rank]
             for number in self._visited(mine[begun:], chunks, work, label):
-                sums.add(number, _added(values for _, values in self._batches(each, chunks[number], vectors, label)))
+                sums.add(number, added(values for _, values in self._batches(each, chunks[number], vectors, label)))
                 if keeping is not None:
                     keeping.after(sums, number + 1, len(chunks))
             total = work.total(sums, len(chunks))
@@ -166,7 +163,7 @@ class Sweep:
             sums: gets the sums of the chunks where the function gives, beside its rows, a sum over the batch.
             label: what the progress bar says.
         """
-        chunks = self._chunks(rows, CHUNK)
+        chunks = chunks_of(self.n, rows, CHUNK)
         if ranks.several():
             values = self._by_ranks(function, vectors, rows, store, label, sums)
             for number in range(len(chunks)):
@@ -201,7 +198,7 @@ class Sweep:
             vectors: how many vectors the function works on at once, for the batch size.
             label: what the progress bar says.
         """
-        chunks = self._chunks(None, CHUNK)
+        chunks = chunks_of(self.n, None, CHUNK)
         kept = _kept(store, len(chunks))
         missing = [number for number in numbers if number not in kept]
         with ranks.work(f"{label}, {len(missing)} chunks of {self.n:,} rows", len(missing)) as work:
@@ -235,7 +232,7 @@ class Sweep:
 
         Of several ranks each keeps what its own chunks give, a part of the memory.
         """
-        chunks = self._chunks(None, CHUNK)
+        chunks = chunks_of(self.n, None, CHUNK)
         with ranks.work(f"{label} of {self.n:,} rows", len(chunks)) as work:
             visited = self._visited(work.shares(range(len(chunks)))[work.rank], chunks, work, label)
             each = _unnumbered(function)
@@ -243,40 +240,35 @@ class Sweep:
 
     def fold_kept(self, kept: Mapping[int, Sequence[T]], function: Callable[[T], Tensor], *, label: str) -> Tensor:
         """The sum of a function of what was kept of all batches, float64."""
-        chunks = len(self._chunks(None, CHUNK))
+        chunks = len(chunks_of(self.n, None, CHUNK))
         with ranks.work(f"{label} of {self.n:,} rows", chunks) as work:
             sums = Sums()
             for number in work.shares(range(chunks))[work.rank]:
                 work.at(number)
-                sums.add(number, _added(map(function, kept[number])))
+                sums.add(number, added(map(function, kept[number])))
             return work.total(sums, chunks)
 
     def whole(self, mine: Tensor, chunk: int) -> Tensor:
         """All rows of something of which every rank has those that it visits in a fold with such chunks."""
         if len(mine) == self.n:
             return mine
-        chunks = self._chunks(None, chunk)
+        chunks = chunks_of(self.n, None, chunk)
         with ranks.work(f"the rows of a sweep over {self.n:,}", len(chunks)) as work:
-            places = [_rows_of(share, chunks) for share in work.shares(range(len(chunks)))]
+            places = [rows_of(share, chunks) for share in work.shares(range(len(chunks)))]
             values = np.full((self.n, *work.shape(mine.shape[1:] if len(mine) else None)), np.nan)
             values[places[work.rank]] = mine.numpy()
             work.rows(values, places)
         return torch.from_numpy(values)
 
-    def _chunks(self, rows: NDArray[np.int64] | None, size: int) -> list[Place]:
-        n = self.n if rows is None else len(rows)
-        ends = [(start, min(start + size, n)) for start in range(0, n, size)]
-        return [slice(start, stop) if rows is None else rows[start:stop] for start, stop in ends]
-
     def _visited(
         self, mine: Sequence[int], chunks: list[Place], work: ranks.Alone | ranks.Shared, label: str
     ) -> Iterator[int]:
         """The numbers of this process's chunks, one after the other, with a bar over their rows."""
-        with bar(sum(_length(chunks[number]) for number in mine), label, self.progress, unit="row") as done:
+        with bar(sum(length(chunks[number]) for number in mine), label, self.progress, unit="row") as done:
             for number in mine:
                 work.at(number)
                 yield number
-                done(_length(chunks[number]))
+                done(length(chunks[number]))
 
     def _by_ranks(
         self,
@@ -288,12 +280,12 @@ class Sweep:
         sums: Sums | None,
     ) -> NDArray[np.float64]:
         """All output rows, on every rank, each of which has visited its share; `sums` gets the sum of all chunks."""
-        chunks = self._chunks(rows, CHUNK)
+        chunks = chunks_of(self.n, rows, CHUNK)
         kept = _kept(store, len(chunks))
         missing = [number for number in range(len(chunks)) if number not in kept]
-        with ranks.work(f"{label} of {_count(chunks):,} rows", len(chunks)) as work:
+        with ranks.work(f"{label} of {count(chunks):,} rows", len(chunks)) as work:
             shares = [[*new, *old] for new, old in zip(work.shares(missing), work.shares(kept), strict=True)]
-            rows_out, own = _Rows(chunks), None if sums is None else Sums()
+            rows_out, own = OutputRows(chunks), None if sums is None else Sums()
             for number in self._visited(shares[work.rank], chunks, work, label):
                 if store is not None and number in kept:
                     rows_out.put(number, store.read(number))
@@ -324,7 +316,7 @@ class Sweep:
 
         def own_rows() -> Iterator[tuple[Numbers, Tensor]]:
             for numbers, (own, total) in batches:
-                inside[:] = [_added([*inside, total])]
+                inside[:] = [added([*inside, total])]
                 yield numbers, own
 
         values = self._rows(own_rows(), label)
@@ -375,65 +367,9 @@ class Sweep:
             start += len(inside)
 
 
-class _Keeping:
-    """A sum in a store: every half a minute as far as it has come, and when it is whole."""
-
-    def __init__(self, store: Store, name: str) -> None:
-        self._store, self._name = store, name
-        self._since = time.monotonic()
-
-    def before(self) -> tuple[Sums, int]:
-        """What was kept, and how many chunks are in it."""
-        kept, chunks = self._store.sum(self._name)
-        sums = Sums()
-        if kept is not None:
-            values = torch.from_numpy(kept.copy())
-            sums.nodes = [(*place, value) for place, value in zip(subtrees(range(chunks)), values, strict=True)]
-        return sums, chunks
-
-    def after(self, sums: Sums, chunks: int, of: int) -> None:
-        """Keep the sum of the first chunks, if it is time or all are in; and stop if that was asked for."""
-        if chunks == of or asked() or time.monotonic() - self._since >= KEPT_EVERY:
-            self._store.keep_sum(self._name, torch.stack([value for *_, value in sums.nodes]).numpy(), chunks)
-            self._since = time.monotonic()
-            stop_here(f"chunk {chunks} of {of} of {self._name}")
-
-
-def joined(chunks: Iterator[tuple[int, NDArray[np.float64]]], n: int) -> NDArray[np.float64]:
-    """The output rows of all chunks in one array, (n, …)."""
-    outputs: NDArray[np.float64] | None = None
-    for number, values in chunks:
-        if outputs is None:
-            outputs = np.empty((n, *values.shape[1:]))
-        outputs[number * CHUNK : number * CHUNK + len(values)] = values
-    assert outputs is not None  # there is at least one row
-    return outputs
-
-
 def _unnumbered(function: Callable[[Any, Tensor], T]) -> Callable[[Any, Tensor, Numbers], T]:
     """A function of a batch and its weights, as one that is given the numbers of its rows too."""
     return lambda batch, weights, _: function(batch, weights)
-
-
-class _Rows:
-    """The output rows of the chunks that this process has visited, at their places among all."""
-
-    def __init__(self, chunks: list[Place]) -> None:
-        self.chunks = chunks
-        self.values: NDArray[np.float64] | None = None
-
-    def put(self, number: int, values: NDArray[np.float64]) -> None:
-        """The rows of a chunk."""
-        if self.values is None:
-            self.values = np.empty((_count(self.chunks), *values.shape[1:]))
-        self.values[number * CHUNK : number * CHUNK + len(values)] = values
-
-    def of_all(self, work: ranks.Alone | ranks.Shared, shares: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        """All rows, on every rank."""
-        shape = work.shape(None if self.values is None else self.values.shape[1:])
-        values = np.empty((_count(self.chunks), *shape)) if self.values is None else self.values
-        work.rows(values, [_rows_of(share, self.chunks) for share in shares])
-        return values
 
 
 def _kept(store: Store | None, chunks: int) -> list[int]:
@@ -447,33 +383,10 @@ def _kept(store: Store | None, chunks: int) -> list[int]:
     return np.flatnonzero(found[""]).tolist()
 
 
-def _added(parts: Iterable[Tensor]) -> Tensor:
-    """The sum of a chunk, from those of its batches."""
-    inside: Tensor | None = None
-    for values in parts:
-        inside = values.double().cpu() if inside is None else inside.add_(values.cpu())
-    assert inside is not None  # a chunk has at least one row
-    return inside
-
-
 def _finite(total: Tensor, label: str) -> Tensor:
     if not torch.isfinite(total).all():
         raise _not_finite(label, "a sum over the rows is")
     return total
-
-
-def _length(place: Place) -> int:
-    return place.stop - place.start if isinstance(place, slice) else len(place)
-
-
-def _count(chunks: Sequence[Place]) -> int:
-    return sum(map(_length, chunks))
-
-
-def _rows_of(numbers: Sequence[int], chunks: Sequence[Place]) -> NDArray[np.int64]:
-    """The places of the rows of some chunks among those of all."""
-    ends = np.cumsum([0, *map(_length, chunks)])
-    return np.concatenate([np.arange(0), *(np.arange(ends[number], ends[number + 1]) for number in numbers)])
 
 
 def _not_finite(label: str, what: str) -> InvalidInput:

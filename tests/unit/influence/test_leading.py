@@ -20,7 +20,7 @@ import upweight as uw
 from small import net
 from upweight.influence import streaming
 from upweight.influence.running import EDGES, Largest, Spread
-from upweight.model.sweep import CHUNK
+from upweight.model.chunks import CHUNK
 from upweight.runs.store import Store
 
 n, q, k = 3 * CHUNK + 200, 13, 40

@@ -18,7 +18,8 @@ from ranks import work
 from upweight.errors import StorageFailed, StoreMismatch
 from upweight.influence import kept, shards
 from upweight.influence.system import System
-from upweight.model.sweep import CHUNK, Sweep
+from upweight.model.chunks import CHUNK
+from upweight.model.sweep import Sweep
 from upweight.runs.store import SOLUTIONS, Store, fingerprint
 
 ON = work.QUERIES, work.TARGETS

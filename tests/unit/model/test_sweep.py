@@ -12,7 +12,8 @@ from hypothesis import given, strategies as st
 
 import upweight as uw
 from small import refuses
-from upweight.model.sweep import CHUNK, Sweep
+from upweight.model.chunks import CHUNK
+from upweight.model.sweep import Sweep
 from upweight.runs.store import Store
 
 n = 2 * CHUNK + 300

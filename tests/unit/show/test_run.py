@@ -15,7 +15,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 
 import upweight as uw
 from upweight.errors import Damaged, StoreMismatch, TheoryWarning
-from upweight.model.sweep import CHUNK
+from upweight.model.chunks import CHUNK
 from upweight.runs.store import Store
 
 n = 2 * CHUNK + 30

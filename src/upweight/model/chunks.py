@@ -1,0 +1,109 @@
+"""Chunks of rows, of fixed boundaries: where they lie, their output rows side by side, and their sums in a store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight.runs import ranks
+from upweight.runs.stopping import asked, stop_here
+from upweight.runs.store import Store
+from upweight.runs.sums import Sums, subtrees
+
+CHUNK = 1024
+KEPT_EVERY = 30.0  # seconds between two states of a sum
+
+Place = slice | NDArray[np.int64]  # the rows of a chunk
+
+
+def chunks_of(n: int, rows: NDArray[np.int64] | None, size: int) -> list[Place]:
+    """Chunks of so many of n rows, or of some of them, in order."""
+    n = n if rows is None else len(rows)
+    ends = [(start, min(start + size, n)) for start in range(0, n, size)]
+    return [slice(start, stop) if rows is None else rows[start:stop] for start, stop in ends]
+
+
+def length(place: Place) -> int:
+    """The rows of a chunk."""
+    return place.stop - place.start if isinstance(place, slice) else len(place)
+
+
+def count(chunks: Sequence[Place]) -> int:
+    """The rows of all chunks."""
+    return sum(map(length, chunks))
+
+
+def rows_of(numbers: Sequence[int], chunks: Sequence[Place]) -> NDArray[np.int64]:
+    """The places of the rows of some chunks among those of all."""
+    ends = np.cumsum([0, *map(length, chunks)])
+    return np.concatenate([np.arange(0), *(np.arange(ends[number], ends[number + 1]) for number in numbers)])
+
+
+class OutputRows:
+    """The output rows of the chunks that this process has visited, at their places among all."""
+
+    def __init__(self, chunks: list[Place]) -> None:
+        self.chunks = chunks
+        self.values: NDArray[np.float64] | None = None
+
+    def put(self, number: int, values: NDArray[np.float64]) -> None:
+        """The rows of a chunk."""
+        if self.values is None:
+            self.values = np.empty((count(self.chunks), *values.shape[1:]))
+        self.values[number * CHUNK : number * CHUNK + len(values)] = values
+
+    def of_all(self, work: ranks.Alone | ranks.Shared, shares: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+        """All rows, on every rank."""
+        shape = work.shape(None if self.values is None else self.values.shape[1:])
+        values = np.empty((count(self.chunks), *shape)) if self.values is None else self.values
+        work.rows(values, [rows_of(share, self.chunks) for share in shares])
+        return values
+
+
+def joined(chunks: Iterator[tuple[int, NDArray[np.float64]]], n: int) -> NDArray[np.float64]:
+    """The output rows of all chunks in one array, (n, …)."""
+    outputs: NDArray[np.float64] | None = None
+    for number, values in chunks:
+        if outputs is None:
+            outputs = np.empty((n, *values.shape[1:]))
+        outputs[number * CHUNK : number * CHUNK + len(values)] = values
+    assert outputs is not None  # there is at least one row
+    return outputs
+
+
+def added(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of a chunk, from those of its batches."""
+    inside: Tensor | None = None
+    for values in parts:
+        inside = values.double().cpu() if inside is None else inside.add_(values.cpu())
+    assert inside is not None  # a chunk has at least one row
+    return inside
+
+
+class Keeping:
+    """A sum in a store: every half a minute as far as it has come, and when it is whole."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
+        self._since = time.monotonic()
+
+    def before(self) -> tuple[Sums, int]:
+        """What was kept, and how many chunks are in it."""
+        kept, chunks = self._store.sum(self._name)
+        sums = Sums()
+        if kept is not None:
+            values = torch.from_numpy(kept.copy())
+            sums.nodes = [(*place, value) for place, value in zip(subtrees(range(chunks)), values, strict=True)]
+        return sums, chunks
+
+    def after(self, sums: Sums, chunks: int, of: int) -> None:
+        """Keep the sum of the first chunks, if it is time or all are in; and stop if that was asked for."""
+        if chunks == of or asked() or time.monotonic() - self._since >= KEPT_EVERY:
+            self._store.keep_sum(self._name, torch.stack([value for *_, value in sums.nodes]).numpy(), chunks)
+            self._since = time.monotonic()
+            stop_here(f"chunk {chunks} of {of} of {self._name}")
