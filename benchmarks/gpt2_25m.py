@@ -1,11 +1,11 @@
-"""Claim: EKFAC and an index of a language model of 25 million parameters fit into 8 GB of memory, on one core.
+"""How much memory and time EKFAC and an index of a language model of 25 million parameters take, on one core.
 
 GPT-2 with random weights: 12 layers, width 384, a vocabulary of 8,192 and tied embeddings; 200 random sequences of 64
 tokens. `explain` with the defaults, `on_loss` of 5 queries, and `index`; processor seconds of each part, the peak of
 memory after it, and how the index's values correlate with the scores. Random weights make no sense of the values; time
 and memory do not depend on them.
 
-    python benchmarks/gpt2_25m.py              # one thread; about a quarter of an hour of a quiet core
+    python benchmarks/gpt2_25m.py              # one thread
 """
 
 from __future__ import annotations

@@ -272,8 +272,8 @@ class Influence:
             groups: groups of rows to add up, as for of_groups; `frame.groupby("source").indices` is such a dict.
             measure: any scalar of a query in place of its loss, as for on_measure.
             store: the folder of `on_loss(Xq, yq, store=…)`, computed there or here, so that the same call resumes at
-                the last finished chunk; of more than 1,024 queries one folder `queries-…` per block. None keeps
-                nothing.
+                the last finished chunk; of more queries than one block one folder `queries-…` for each. None
+                keeps nothing.
 
         Raises:
             InvalidInput: if k is larger than the number of rows, or the queries do not fit the model.

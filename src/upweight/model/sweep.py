@@ -45,7 +45,8 @@ class Sweep:
         progress: True and False force the progress bar on and off; None shows it on a terminal only.
         example_bytes: memory that one example needs, per vector and once more; see `defaults.example_bytes`.
         memory: bytes that one batch may take.
-        store: where sums that have a name are kept as far as they have come, and taken up again; None keeps nothing.
+        store: where sums that have a name are kept as far as they have come, and taken up again, while the folder is
+            this process's; None keeps nothing.
             Several ranks keep none.
         budget: bytes that everything beside data and model may take: a batch a quarter of it, what is kept half. None
             leaves each part its own limit.
@@ -105,7 +106,8 @@ class Sweep:
             numbered: whether the function is given the numbers of the batch's rows too.
             kept: the sum's name in the store, if there is one: for sums that depend on nothing but the work itself.
         """
-        keeping = None if self.store is None or kept is None or ranks.several() else Keeping(self.store, kept)
+        store = self.store if self.store is not None and self.store.held and not ranks.several() else None
+        keeping = None if store is None or kept is None else Keeping(store, kept)
         sums, begun = (Sums(), 0) if keeping is None else keeping.before()
         each = function if numbered else _unnumbered(function)
         chunks = chunks_of(self.n, rows, chunk)

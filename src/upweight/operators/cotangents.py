@@ -39,6 +39,8 @@ Cotangents = Callable[[Tensor], Tensor]  # from the outputs (b, …) of a batch 
 class Observed:
     """No cotangents: the gradients of the losses themselves."""
 
+    name = "observed"
+
     def at(self, objective: Objective, batch: Any, numbers: Sequence[int]) -> None:  # noqa: ARG002
         """None, which `layers.capture` reads as the loss."""
         return
@@ -50,6 +52,8 @@ class Observed:
 
 class Exact:
     """The columns of L: as many cotangents as the loss has outputs, and no chance."""
+
+    name = "exact"
 
     def count(self, objective: Objective, batch: Any) -> int:
         """K cotangents per example."""
@@ -94,6 +98,7 @@ class Signs:
 
     def __init__(self, samples: int, seed: int, stream: int = 0) -> None:
         self.samples = samples
+        self.name = f"signs-{samples}-{seed}-{stream}"
         self._start = _mixed(_mixed(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(stream))[0]
 
     def at(self, objective: Objective, batch: Any, numbers: Sequence[int]) -> Cotangents:

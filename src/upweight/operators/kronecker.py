@@ -122,9 +122,7 @@ class KFAC(_Factors):
             UnsupportedModel: if the objective does not know its outputs, has too many for an exact expectation, or is
                 not convex in them; or its penalty is not separable.
         """
-        found = _factored(self.cut(sweep), self.source())
-        found.sweep = replace(found.sweep, store=None)  # what is bound to it later has sums of its own
-        return found
+        return _factored(self.cut(sweep), self.source())
 
 
 @dataclass(frozen=True)
@@ -366,7 +364,7 @@ def _corrected(operator: Kronecker, source: Source) -> Kronecker:
     bases = list(operator.bases)
     for number, (total,) in zip(numbers, totals, strict=True):
         bases[number] = replace(bases[number], values=total / operator.sweep.n)
-    return Kronecker(replace(operator.sweep, store=None), operator.uses, operator.layers, bases)
+    return Kronecker(operator.sweep, operator.uses, operator.layers, bases)
 
 
 def _swept(
@@ -391,7 +389,9 @@ def _swept(
     probe = sweep.examples.batch([0])
     bytes_each = 8 * sweep.objective.size if uses.plan is None else uses.plan.bytes
     vectors = source.count(sweep.objective, probe) * max(1, math.ceil(2 * bytes_each / sweep.example_bytes))
-    flat = sweep.fold(total, vectors=vectors, label=label, numbered=True, kept=label.replace(" ", "-"))
+    flat = sweep.fold(
+        total, vectors=vectors, label=label, numbered=True, kept=f"{label.replace(' ', '-')}-{source.name}"
+    )
     if not shapes:  # the whole sum was kept
         total(sweep.examples.batch([0]), torch.ones(1), [0])
     parts = iter(flat.split([shape.numel() for own in shapes for shape in own]))

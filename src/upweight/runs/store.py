@@ -110,6 +110,11 @@ class Store:
             self.note("opened", pid=os.getpid(), host=platform.node(), part=self.part)
         return self
 
+    @property
+    def held(self) -> bool:
+        """Whether this process has the folder: inside `with store:`."""
+        return self._depth > 0
+
     def _take(self, stack: ExitStack) -> None:
         """Take the lock of the part, or of the whole, which no part may hold; then leftovers have no owner."""
         try:

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 import upweight as uw
 from upweight.influence.scores import Scores
-from upweight.operators import EKFAC, GaussNewton
+from upweight.operators import EKFAC, KFAC, GaussNewton
 from upweight.solvers import CG, Preconditioned
 
 X = torch.randn(80, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -18,10 +18,10 @@ Y = torch.randint(0, 3, (80,), generator=torch.Generator().manual_seed(1))
 XQ, YQ = X[:3] + 0.3, Y[:3]
 
 
-def explained(solver):
+def explained(solver, curvature=GaussNewton()):  # noqa: B008
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 3)).double()
-    return uw.explain(model, X, Y, loss=cross_entropy, curvature=GaussNewton(), solver=solver, damping=1e-3)
+    return uw.explain(model, X, Y, loss=cross_entropy, curvature=curvature, solver=solver, damping=1e-3)
 
 
 class Counted:
@@ -70,6 +70,25 @@ def test_an_interrupted_solve_goes_on_from_its_folder(tmp_path, monkeypatch, pre
     operator = counted(third)
     assert np.array_equal(third.on_loss(XQ, YQ, store=tmp_path / "run").values, found)
     assert operator.products <= 3  # to see that the solutions there are solutions
+
+
+def test_sums_of_several_curvatures_are_kept_apart_and_only_while_the_folder_is_held(tmp_path):
+    """One for C and another as preconditioner: the second must not take up the first one's sums."""
+    folder = tmp_path / "run"
+
+    def asked(store):
+        solver = CG(rtol=1e-8, preconditioner=Preconditioned(EKFAC()))
+        influence = explained(solver, curvature=KFAC(samples=1))
+        return influence, influence.on_loss(XQ, YQ, store=store)
+
+    _, alone = asked(None)
+    influence, kept = asked(folder)
+    np.testing.assert_allclose(kept.values, alone.values, rtol=1e-9)
+    np.testing.assert_allclose(kept.certificate.preconditioner_gap, alone.certificate.preconditioner_gap, rtol=1e-6)
+    sums = sorted(file.name for file in folder.glob("sum-*"))
+    assert len(sums) == 3
+    EKFAC(seed=1, samples=2).bind(influence.operator.sweep)
+    assert sorted(file.name for file in folder.glob("sum-*")) == sums
 
 
 def test_values_settle_before_the_residual_does(tmp_path):
