@@ -144,3 +144,23 @@ def sentences(labelled=True):
     draw = np.random.default_rng(0)
     found = [{"input_ids": draw.integers(0, 20, 3 + k % 4).tolist()} for k in range(12)]
     return [{**row, "labels": k % 3} if labelled else row for k, row in enumerate(found)]
+
+
+class NextForCausalLM(nn.Module):
+    """The next of 12 tokens, by this one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 3), nn.Linear(3, 12)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.head(self.embed(input_ids))
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])}
+
+
+def sequences():
+    """Rows of three to six tokens for it."""
+    draw = np.random.default_rng(0)
+    return [{"input_ids": draw.integers(0, 12, 3 + k % 4).tolist()} for k in range(8)]

@@ -53,6 +53,7 @@ from small import (
     ZQ,
     Items,
     N,
+    NextForCausalLM,
     Sentences,
     X,
     Y,
@@ -67,6 +68,7 @@ from small import (
     ridge,
     seeded,
     sentences,
+    sequences,
 )
 from upweight import losses
 from upweight.errors import TheoryWarning, UnsupportedModel
@@ -1342,29 +1344,10 @@ def test_adapters_whose_norm_is_held():
     assert influence.objective.size == 4
 
 
-class NextForCausalLM(nn.Module):
-    """The next of 12 tokens, by this one."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(12, 3), nn.Linear(3, 12)
-
-    def forward(self, input_ids, attention_mask=None, labels=None):
-        logits = self.head(self.embed(input_ids))
-        if labels is None:
-            return {"logits": logits}
-        return {"logits": logits, "loss": F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])}
-
-
 def next_of_twelve(rows):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return uw.explain(NextForCausalLM(), rows, curvature=uw.operators.Identity())
-
-
-def sequences():
-    draw = np.random.default_rng(0)
-    return [{"input_ids": draw.integers(0, 12, 3 + k % 4).tolist()} for k in range(8)]
 
 
 def test_rows_of_which_no_label_is_counted_are_left_out():

@@ -36,6 +36,7 @@ from small import (
     ZQ,
     Items,
     N,
+    NextForCausalLM,
     Sentences,
     X,
     Y,
@@ -48,6 +49,7 @@ from small import (
     ridge,
     seeded,
     sentences,
+    sequences,
 )
 from upweight import datasets
 from upweight.operators import Identity
@@ -738,27 +740,8 @@ def test_rows_have_what_the_model_takes():
     assert_allclose(named(taken).on_loss(taken[:2]).values, named(sentences()).on_loss(sentences()[:2]).values)
 
 
-class NextForCausalLM(nn.Module):
-    """The next of 12 tokens, by this one."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(12, 3), nn.Linear(3, 12)
-
-    def forward(self, input_ids, attention_mask=None, labels=None):
-        logits = self.head(self.embed(input_ids))
-        if labels is None:
-            return {"logits": logits}
-        return {"logits": logits, "loss": cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])}
-
-
 def told(rows):
     return uw.explain(seeded(NextForCausalLM), rows, curvature=Identity())
-
-
-def sequences():
-    draw = np.random.default_rng(0)
-    return [{"input_ids": draw.integers(0, 12, 3 + k % 4).tolist()} for k in range(8)]
 
 
 def same_without(rows, kept):
