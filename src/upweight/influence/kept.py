@@ -77,9 +77,10 @@ def refuse_other_queries(queries: Examples, measure: str) -> None:
 def compared(system: System, folder: Store, solution: Solution) -> Solution:
     """The solution that the folder's chunks were computed with, if this is the same work.
 
-    What a hash cannot compare (losses, gradients, solutions that differ by rounding) is compared by value.
+    What a hash cannot compare (λ, gradients, solutions that differ by rounding) is compared by value; losses were, by
+    `compare_losses`, before anything was taken from the folder.
     """
-    compare_losses(system, folder)
+    _agreed(folder, "damping", np.array([system.damping]), 1e-6)
     scale = per_row.typical_row(system.sweep)  # keeps a gradient that is 0 up to rounding comparable
     gradient = np.append(system.risk_gradient.numpy(), scale)
     _agreed(folder, "risk_gradient", gradient, 1e-3)
