@@ -12,7 +12,6 @@ import upweight as uw
 from small import XQ, YQ, N, X, Y, Z, classifier, refuses, regressor, ridge, row, seeded
 from upweight.model.objective import L2
 from upweight.training.minibatch import SGD, Adam, Placed, Shuffled
-from upweight.training.trials import trained
 
 DRAW = np.random.default_rng(4)
 HALF = (DRAW.random((5, N)) < 0.5).astype(float)
@@ -251,12 +250,16 @@ def test_jobs_are_handed_over_together():
             raise NotImplementedError
 
         def many(self, weights, seeds):
-            asked.append((weights.shape, list(seeds)))
-            return [torch.full((2,), float(seed)) for seed in seeds]
+            asked.append((weights.shape, list(seeds), (weights == 0).sum(1).tolist()))
+            return [torch.zeros(sum(p.numel() for p in mlp().parameters())) for _ in seeds]
 
-    jobs = ((np.ones(4), seed) for seed in range(5))
-    assert [float(theta[0]) for theta in trained(Several(), jobs)] == [0, 1, 2, 3, 4]
-    assert asked == [((3, 4), [0, 1, 2]), ((2, 4), [3, 4])]
+    uw.leave_one_out(influence(), (XQ, YQ), [3, 8, 5], Several(), seed=2, seeds=2)
+    assert asked == [
+        ((3, N), [2, 2, 2], [0, 1, 1]),
+        ((1, N), [2], [1]),
+        ((3, N), [3, 3, 3], [0, 1, 1]),
+        ((1, N), [3], [1]),
+    ]
 
 
 def test_leave_one_out_trains_side_by_side_with_drift_and_seed_noise():
