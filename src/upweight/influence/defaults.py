@@ -6,9 +6,9 @@ curvature   Hessian for linear predictors and for losses given as one function; 
             have, where its expectation is over one random vector an example; unless an iterative solver is named.
 solver      of the ways that can be taken, the direct one that costs fewest flops (`costs`): Cholesky for p ≤ 4,000, and
             for linear predictors Dual when rows are fewer than parameters. Else CG to a relative residual of 1e-6,
-            with the TwoLevel preconditioner for linear predictors; a CG that is given without a preconditioner gets it
-            too. For the self-influence of many rows a Cholesky factor of up to 12,000 parameters is worth its memory
-            when it costs less than the systems would.
+            with the TwoLevel preconditioner for linear predictors, Approximate where their rows are sparse; a CG that
+            is given without a preconditioner gets it too. For the self-influence of many rows a Cholesky factor of up
+            to 12,000 parameters is worth its memory when it costs less than the systems would.
             Factored for curvatures that know their eigenvalues: KFAC, EKFAC, Arnoldi, Nystroem, Identity.
 damping     0 for linear predictors, for Hessian() and for Identity(). For GaussNewton, EmpiricalFisher and what stands
             for them (KFAC, EKFAC, Dense) in other models, and for Arnoldi and Nystroem in all: 0 if θ̂ is at a minimum
@@ -55,7 +55,7 @@ from upweight.operators import (
 )
 from upweight.operators.cotangents import MOST, Signs, count, outputs
 from upweight.runs.machine import in_bytes
-from upweight.solvers import CG, Cholesky, Dual, Factored, Solver, TwoLevel
+from upweight.solvers import CG, Approximate, Cholesky, Dual, Factored, Preconditioner, Solver, TwoLevel
 
 DIRECT_UP_TO = 4000
 DUAL_UP_TO = 8000
@@ -63,6 +63,7 @@ _ITERATED_UP_TO = 100_000
 SPECTRAL = (EKFAC, KFAC, Arnoldi, Identity, Nystroem)
 _FACTOR_UP_TO = 12_000
 _PASSES = {True: 12, False: 60}  # products that CG needs for 1e-6: with TwoLevel, without
+_SPARSE_PASSES = 40  # with Approximate
 _MATRIX = {True: 28.0, False: 60.0}  # bytes an entry while C is written out and factorised: linear predictors, others
 AT_MINIMUM = 0.3  # rows' worth of gradient that may be left, as in check()'s verdict
 TRACE_VECTORS = 16
@@ -140,8 +141,9 @@ def costs(objective: Objective, examples: Examples, curvature: Curvature, *, sys
     order = n * K
     factor = pairs * entries * entries / n + p**3 / 3 + 2.0 * systems * p**2
     dual = entries * n + order**3 / 3 + systems * (2.0 * order**2 + 4 * entries * K)
-    passes = _PASSES[True] * systems * 4 * entries * K
     limit = DIRECT_UP_TO if systems == 1 else _FACTOR_UP_TO
+    sparse = scipy.sparse.issparse(examples.x)
+    passes = (_SPARSE_PASSES if sparse else _PASSES[True]) * systems * 4 * entries * K
     return [
         Cost(Cholesky(), factor, _MATRIX[True] * p**2, p <= limit),
         Cost(
@@ -150,7 +152,7 @@ def costs(objective: Objective, examples: Examples, curvature: Curvature, *, sys
             dual_bytes(n, K),
             order < p and order <= DUAL_UP_TO and _every_coefficient_is_held(objective),
         ),
-        Cost(CG(rtol=1e-6, preconditioner=TwoLevel()), passes, 32.0 * p * systems + 4 * entries, True),
+        Cost(CG(rtol=1e-6, preconditioner=_preconditioner(examples)), passes, 32.0 * p * systems + 4 * entries, True),
     ]
 
 
@@ -223,8 +225,13 @@ def completed(
         return solver(objective, examples, curvature, budget=budget)
     open_cg = isinstance(given, CG) and given.preconditioner is None
     if open_cg and objective.linear is not None and isinstance(curvature, Hessian | GaussNewton):
-        return replace(given, preconditioner=TwoLevel())  # type: ignore[type-var]
+        return replace(given, preconditioner=_preconditioner(examples))  # type: ignore[type-var]
     return given
+
+
+def _preconditioner(examples: Examples) -> Preconditioner:
+    """What pays for linear predictors: a pass over sparse rows costs less than anything that would save one."""
+    return Approximate() if scipy.sparse.issparse(examples.x) else TwoLevel()
 
 
 def _every_coefficient_is_held(objective: Objective) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import scipy.sparse
 import torch
 from jaxtyping import Float
@@ -98,6 +99,12 @@ def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
     return torch.cat([coef, r], 1) if _structure(objective).intercept else coef
 
 
+def squares(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
+    """‖∇L‖² = ‖r‖² ‖x̃‖² of every example; no gradient is written out."""
+    X, _ = _inputs(objective, batch)
+    return (slopes(objective, batch) ** 2).sum(1) * _lengths(objective, X)
+
+
 def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Tensor, "b k"]:
     """∇Lᵀ v for every example and vector."""
     X, _ = _inputs(objective, batch)
@@ -162,10 +169,16 @@ def unit_solutions(objective: Objective, X: Any) -> Float[Tensor, "bK p"]:
 def largest_curvature(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
     """λmax(∇²L_b) = λmax(h_b) ‖x̃_b‖² of every example, exactly."""
     X, _ = _inputs(objective, batch)
-    squares = torch.from_numpy(X.multiply(X).sum(1).A1) if scipy.sparse.issparse(X) else (X * X).sum(1)
-    return torch.linalg.eigvalsh(curvatures(objective, batch))[:, -1] * (
-        squares + float(_structure(objective).intercept)
-    )
+    return torch.linalg.eigvalsh(curvatures(objective, batch))[:, -1] * _lengths(objective, X)
+
+
+def _lengths(objective: Objective, X: Any) -> Float[Tensor, " b"]:
+    """‖x̃‖² of every row."""
+    if scipy.sparse.issparse(X):
+        squares = torch.from_numpy(np.asarray(X.multiply(X).sum(1), dtype=np.float64).reshape(-1))
+    else:
+        squares = (X * X).sum(1)
+    return squares + float(_structure(objective).intercept)
 
 
 def _structure(objective: Objective) -> Linear:

@@ -6,7 +6,7 @@ other penalty is differentiated through `calculus`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ def gradient(objective: Objective) -> Float[Tensor, " p"]:
     """∇r(θ̂), float64."""
     if objective.penalty is None:
         return torch.zeros(objective.size, dtype=torch.float64)
+    if isinstance(objective.penalty, L2):
+        return diagonal(objective) * objective.theta.double().cpu() + _by_block(objective, objective.penalty.tilt)
     params = calculus.leaves_of(objective)
     r = _function(objective)(params)
     if not r.requires_grad:  # a constant penalty moves nothing
@@ -60,6 +62,15 @@ def hvp(objective: Objective, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
     return torch.stack(calculus.vjps(first, params, V.to(first))).to(V)
 
 
+def add_hvp(total: Float[Tensor, "k p"], objective: Objective, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+    """The sums, with ∇²r(θ̂) V added to them in place."""
+    if objective.penalty is None:
+        return total
+    if isinstance(objective.penalty, L2):
+        return total.addcmul_(V.to(total), diagonal(objective))
+    return total.add_(hvp(objective, V))
+
+
 def rows(objective: Objective, step: int = 256) -> Iterator[tuple[slice, Float[Tensor, "k p"]]]:
     """∇²r(θ̂), `step` rows at a time; nothing for an L2 penalty, whose Hessian is its diagonal.  Cost: p products."""
     if objective.penalty is None or isinstance(objective.penalty, L2):
@@ -73,9 +84,13 @@ def rows(objective: Objective, step: int = 256) -> Iterator[tuple[slice, Float[T
 
 def diagonal(objective: Objective) -> Float[Tensor, " p"]:
     """The diagonal λ of an L2 penalty's Hessian, zero where a parameter is free."""
-    strengths = objective.penalty.strengths if isinstance(objective.penalty, L2) else {}
+    return _by_block(objective, objective.penalty.strengths if isinstance(objective.penalty, L2) else {})
+
+
+def _by_block(objective: Objective, values: Mapping[str, float | Tensor]) -> Float[Tensor, " p"]:
+    """A number for every parameter, from one for each block or a tensor that broadcasts against it; 0 elsewhere."""
     pieces = [
-        torch.as_tensor(strengths.get(name, 0.0), dtype=torch.float64).expand(block.shape).reshape(-1)
+        torch.as_tensor(values.get(name, 0.0), dtype=torch.float64).cpu().expand(block.shape).reshape(-1)
         for name, block in objective.blocks.items()
     ]
     return torch.cat(pieces)

@@ -118,7 +118,7 @@ class Sweep:
                 if keeping is not None:
                     keeping.after(sums, number + 1, len(chunks))
             total = work.total(sums, len(chunks))
-        return _finite(total, label)
+        return finite(total, label)
 
     def emit(
         self,
@@ -223,9 +223,9 @@ class Sweep:
         """
         sums = Sums()
         if ranks.several():
-            return self._by_ranks(function, vectors, None, None, label, sums), _finite(sums.total(), label)
+            return self._by_ranks(function, vectors, None, None, label, sums), finite(sums.total(), label)
         values = joined(self.chunks(function, vectors=vectors, sums=sums, label=label), self.n)
-        return values, _finite(sums.total(), label)
+        return values, finite(sums.total(), label)
 
     def keep(
         self, function: Callable[[Any, Tensor], T], *, vectors: int = 1, label: str = "keep"
@@ -385,8 +385,13 @@ def _kept(store: Store | None, chunks: int) -> list[int]:
     return np.flatnonzero(found[""]).tolist()
 
 
-def _finite(total: Tensor, label: str) -> Tensor:
-    if not torch.isfinite(total).all():
+def finite(total: Tensor, label: str) -> Tensor:
+    """A sum over rows, if it is one.
+
+    Raises:
+        InvalidInput: if it is NaN or infinite.
+    """
+    if not torch.isfinite(total.sum()) and not torch.isfinite(total).all():
         raise _not_finite(label, "a sum over the rows is")
     return total
 

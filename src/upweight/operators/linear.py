@@ -27,8 +27,11 @@ from upweight.data.arrays import as_tensor
 from upweight.data.stored import Stored
 from upweight.model import linear, penalties
 from upweight.model.objective import Linear
-from upweight.model.sweep import Sweep
+from upweight.model.sweep import Sweep, finite
+from upweight.operators import sparse
 from upweight.operators.shift import Shift, shift_invariant
+from upweight.runs import ranks
+from upweight.runs.sums import Sums
 
 _CHUNK_BYTES = 2**23  # of X in one chunk, a few times the cache of a core
 _PADDED = 16  # columns: with fewer, X V in float32 runs at half the speed; float64 and RᵀX do not
@@ -103,7 +106,7 @@ class LinearHessian:
         """`_derivatives`, and Σᵢ wᵢ ∇Lᵢ from the same reading of X; of a sparse X a pass of its own costs less."""
         objective, K = self.sweep.objective, self._structure.n_outputs
         label = "derivatives of the rows"
-        if scipy.sparse.issparse(self._x):
+        if self.sparse:
             found = self.sweep.emit(lambda batch, weights: linear.derivatives(objective, batch, weights), label=label)
             return torch.from_numpy(found), None
 
@@ -130,20 +133,19 @@ class LinearHessian:
     @cached_property
     def sloped(self) -> Sweep:
         """The sweep over (x, slopes), instead of (x, y)."""
-        examples = self.sweep.examples
-        return self.sweep.over(self.sweep.objective, examples.carrying(examples.x, self.slopes))
+        return self._over(self._x, self.slopes)
 
     @cached_property
     def coarse(self) -> LinearHessian:
         """The same operator with products in float32, twice as fast; sparse X gains nothing and stays as it is."""
-        if scipy.sparse.issparse(self._x) or self.precision == torch.float32:
+        if self.sparse or self.precision == torch.float32:
             return self
         return LinearHessian(self.sweep, torch.float32, self.curvatures)
 
     def kept_bytes(self, vectors: int) -> int:
         """Memory that products with so many vectors keep: a float32 copy of a dense X, and V x̃ᵢ of every row."""
         structure, n = self._structure, self.sweep.n
-        dense = not scipy.sparse.issparse(self._x) and as_tensor(self._x[:1]).dtype != torch.float32
+        dense = not self.sparse and as_tensor(self._x[:1]).dtype != torch.float32
         copy, moved = 4 * n * structure.n_features if dense else 0, 8 * n * vectors * structure.n_outputs
         known = ((copy, _COPY_BYTES), (moved, _KEPT_BYTES))
         return sum(size for size, most in known if size <= self.sweep.at_most(most, 4))
@@ -152,11 +154,38 @@ class LinearHessian:
         """C v for every row v."""
         few = 8 * self.sweep.n * len(V) * self._structure.n_outputs <= self.sweep.at_most(_KEPT_BYTES, 4)
         kept: list[Tensor] | None = [] if few and self.precision == torch.float64 else None
-        total = self.rows_with_curvatures.fold(
-            self._product(V, kept), vectors=len(V), label="curvature product", chunk=self._chunk
-        )
+        product = self._product(V, kept)
+        total = self._summed(product, len(V))
+        if total is None:
+            if kept is not None:
+                kept.clear()
+            rows = self.rows_with_curvatures
+            total = rows.fold(product, vectors=len(V), label="curvature product", chunk=self._chunk)
         self._moved = None if kept is None else (V.clone(), torch.cat(kept) if kept else torch.empty(0))
-        return total / self.sweep.n + penalties.hvp(self.sweep.objective, V)
+        return penalties.add_hvp(total.div_(self.sweep.n), self.sweep.objective, V)
+
+    def _summed(self, product: Callable[[Any, Tensor], Tensor], vectors: int) -> Tensor | None:
+        """The fold of sparse rows by whole chunks, for what it does beside a product costs more than their entries.
+
+        None where rows are dense or shared with other ranks, or a chunk does not fit.
+        """
+        if not self.sparse or ranks.several() or self.sweep.batch_size is not None:
+            return None
+        needed = self._chunk * (1 + vectors) * sparse.row_bytes(self._x, self._structure.n_outputs)
+        if needed > self.sweep.at_most(self.sweep.memory, 4):
+            return None
+        sums = Sums()
+        try:
+            for number, batch in enumerate(self._whole_chunks):
+                sums.add(number, product(batch, torch.empty(0)))
+        except MemoryError:
+            return None
+        return finite(sums.total(), "curvature product")
+
+    @cached_property
+    def _whole_chunks(self) -> list[tuple[Any, Tensor]]:
+        ends = [(start, min(start + self._chunk, self.sweep.n)) for start in range(0, self.sweep.n, self._chunk)]
+        return [(sparse.rows(self._x, *part), self.curvatures[slice(*part)]) for part in ends]
 
     def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:
         """(1/b) Σ_{i in rows} wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ v + ∇²r v."""
@@ -215,32 +244,41 @@ class LinearHessian:
         return Shift(K, strengths[0])
 
     def approximate_inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        """(C + λI)⁻¹ with C ≈ mean(wᵢhᵢ) ⊗ mean(x̃ᵢx̃ᵢᵀ) + ∇²r, or with C's diagonal where that would cost too much."""
+        """(C + λI)⁻¹ with C ≈ mean(wᵢhᵢ) ⊗ mean(x̃ᵢx̃ᵢᵀ) + ∇²r, or with C's diagonal where that would cost too much.
+
+        Of a sparse X the columns that most rows have are taken together, the others each for itself.
+        """
         if self.dense_and_narrow:
             return self._kronecker(damping)
         diagonal = self.diagonal() + damping
+        if self.sparse:
+            spread = _diagonals(self.curvatures, self._structure.n_outputs)
+            return sparse.frequent_inverse(self._x, spread, diagonal, self._structure)
         floor = 1e-6 * float(diagonal.max())
         return lambda R: R / diagonal.clamp(min=floor).to(R)
 
     @property
     def dense_and_narrow(self) -> bool:
         """Whether eigenvectors of XᵀX cost little."""
-        return not scipy.sparse.issparse(self._x) and self._structure.n_features <= _KRONECKER_FEATURES
+        return not self.sparse and self._structure.n_features <= _KRONECKER_FEATURES
+
+    @property
+    def sparse(self) -> bool:
+        """Whether X is sparse."""
+        return scipy.sparse.issparse(self._x)
 
     def diagonal(self) -> Float[Tensor, " p"]:
-        """The diagonal of C.  Cost: one pass."""
+        """The diagonal of C.  Cost: one pass, once."""
+        return self._diagonal
+
+    @cached_property
+    def _diagonal(self) -> Tensor:
         K = self._structure.n_outputs
 
         def squares(batch: Any, _: Tensor) -> Tensor:
             X, h = batch
             spread = _diagonals(h, K).double()
-            X = linear.wide(X)
-            square = X.multiply(X).tocsr() if scipy.sparse.issparse(X) else X**2
-            coef = (
-                torch.from_numpy((square.T @ spread.numpy()).T.copy())
-                if scipy.sparse.issparse(X)
-                else spread.T @ square
-            )
+            coef = sparse.squares(X, spread) if self.sparse else spread.T @ linear.wide(X) ** 2
             return torch.cat([coef.reshape(-1), spread.sum(0)]) if self._structure.intercept else coef.reshape(-1)
 
         total = self.rows_with_curvatures.fold(squares, vectors=2, label="diagonal", chunk=self._chunk)
@@ -258,18 +296,22 @@ class LinearHessian:
     @cached_property
     def rows_with_curvatures(self) -> Sweep:
         """The rows as (x, h) instead of (x, y), in this operator's precision."""
-        examples = self.sweep.examples
-        x, h = examples.x, self.curvatures
-        if not scipy.sparse.issparse(x):
+        x, h = self._x, self.curvatures
+        if not self.sparse:
             h = h.to(self.precision)
             x = _cast(x, self.precision, self.sweep.at_most(_COPY_BYTES, 4))
-        return self.sweep.over(self.sweep.objective, examples.carrying(x, h))
+        return self._over(x, h)
+
+    def _over(self, x: Any, beside: Tensor) -> Sweep:
+        """The rows as (x, beside), in batches that fit a product."""
+        sweep = self.sweep.over(self.sweep.objective, self.sweep.examples.carrying(x, beside))
+        return replace(sweep, example_bytes=sparse.row_bytes(x, self._structure.n_outputs)) if self.sparse else sweep
 
     @property
     def _chunk(self) -> int:
         low, high = _CHUNK_ROWS
-        if scipy.sparse.issparse(self._x):
-            return high
+        if self.sparse:
+            return sparse.chunk(self._x, high)
         width = 1 + self._structure.n_features
         return int(min(high, max(low, 2 ** int(np.log2(max(1, _CHUNK_BYTES // (self.precision.itemsize * width)))))))
 
@@ -282,8 +324,8 @@ class LinearHessian:
         across = torch.zeros(d, width, dtype=self.precision)
         across[:, : k * K] = V[:, : K * d].reshape(k * K, d).T
         shift = V[:, K * d :].reshape(k, K).to(self.precision) if structure.intercept else None
-        if scipy.sparse.issparse(self._x):
-            return _sparse_product(across[:, : k * K].numpy(), shift, (k, K), kept)
+        if self.sparse:
+            return sparse.product(across[:, : k * K].numpy(), shift, (k, K), kept)
 
         def product(batch: Any, _: Tensor) -> Tensor:
             X, h = batch
@@ -403,25 +445,6 @@ def mean_factors(operator: LinearHessian) -> tuple[Float[Tensor, "w w"], Float[T
 
     width = structure.n_features + int(structure.intercept)
     return operator.rows_with_curvatures.fold(outer, vectors=width // 8 + 1, label="preconditioner") / len(h), B
-
-
-def _sparse_product(
-    across: NDArray[np.float64], shift: Tensor | None, shape: tuple[int, int], kept: list[Tensor] | None
-) -> Callable[[Any, Tensor], Tensor]:
-    """The product for a sparse X, with V as a (d, kK) array in memory order, which SciPy reads without a copy."""
-    across = np.ascontiguousarray(across)
-
-    def product(batch: Any, _: Tensor) -> Tensor:
-        X, h = batch
-        Z = torch.from_numpy(X @ across).reshape(-1, *shape)
-        Z = Z if shift is None else Z + shift
-        R = linear.curved(h, Z)
-        coef = torch.from_numpy(X.T @ R.reshape(len(R), -1).numpy()).T.reshape(shape[0], -1)
-        if kept is not None:
-            kept.append(Z.flatten(1))
-        return torch.cat([coef, R.sum(0)], 1) if shift is not None else coef
-
-    return product
 
 
 def _entry(h: Tensor, K: int, i: int, j: int) -> Tensor:

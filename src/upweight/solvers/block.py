@@ -111,7 +111,7 @@ def _arrived(R: Tensor, goal: Tensor) -> bool:
 
 
 def _preconditioned(precondition: Callable[[Tensor], Tensor] | None, R: Tensor) -> Tensor:
-    return R if precondition is None else positive(precondition(R), R)
+    return R if precondition is None else positive(precondition(R), R)[0]
 
 
 def _lowest(G: Tensor, P: Tensor) -> tuple[float, Tensor]:

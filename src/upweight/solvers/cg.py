@@ -59,8 +59,8 @@ class CG:
             through the data) is estimated to be no more than this, such as 0.01; the residual that is left is reported.
             Values settle long before the residual is small. None stops at rtol only.
         preconditioner: `Preconditioned(EKFAC())` or another curvature, `TwoLevel()`, `Approximate()` or `Plain()`,
-            which is none. None lets `defaults` choose: TwoLevel
-            for linear predictors, none otherwise.
+            which is none. None lets `defaults` choose: TwoLevel for linear predictors, Approximate where their rows are
+            sparse, none otherwise.
 
     Raises:
         InvalidInput: if rtol is not between 0 and 1, or max_sweeps is not positive.
@@ -224,9 +224,10 @@ class Iteration:
     def together(self, V: Tensor) -> bool:
         """Whether these right-hand sides are solved in one Krylov space.
 
-        Not for linear predictors with a preconditioner: ten cheap products leave nothing that would pay for it.
+        Not for linear predictors of dense rows with a preconditioner: ten cheap products leave nothing that would pay
+        for it.
         """
-        return len(V) > 1 and self.scale is None
+        return len(V) > 1 and (self.scale is None or getattr(self.operator, "sparse", False))
 
     def _mixed(self, basis: Tensor, mixing: Tensor, V: Tensor, keep: Keep | None) -> Solution:
         """Dependent right-hand sides through a basis of them: copies differ by rounding, which is no direction."""
@@ -283,7 +284,8 @@ class Iteration:
 
         def product(Y: Tensor) -> Tensor:
             V = Y * D
-            return (project(operator.apply(V)) + self.damping * V) * D
+            image = project(operator.apply(V))
+            return (image + self.damping * V if self.damping else image) * D
 
         inverse = self.inverse
         precondition = None if inverse is None else lambda R: project(inverse(R / D)) / D
@@ -361,7 +363,8 @@ def _scale(operator: Operator, damping: float) -> Tensor | None:
     if not hasattr(operator, "subsample"):
         return None
     n = operator.sweep.n  # type: ignore[attr-defined]
-    few = operator if n <= _SCALE_ROWS else operator.subsample(_SCALE_ROWS)  # type: ignore[attr-defined]
+    whole = n <= _SCALE_ROWS or getattr(operator, "sparse", False)  # few sparse rows miss most of the columns
+    few = operator if whole else operator.subsample(_SCALE_ROWS)  # type: ignore[attr-defined]
     diagonal = few.diagonal() + damping  # type: ignore[attr-defined]
     largest = float(diagonal.max()) or 1.0  # in place of what these rows do not see, which must not blow up rounding
     return torch.where(diagonal > 1e-30 * largest, diagonal, largest).rsqrt()

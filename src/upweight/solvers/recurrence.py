@@ -65,36 +65,48 @@ def descend(
     active = torch.nonzero(R.norm(dim=1) > goal)[:, 0]
     Z = R if precondition is None else torch.zeros_like(R)
     if precondition is not None and len(active):
-        Z[active] = positive(precondition(R[active]), R[active])
+        Z[active] = positive(precondition(R[active]), R[active])[0]
     P = Z.clone() if direction is None else direction.clone()
-    rho = (R * Z).sum(1)
+    rho = dots(R, Z)
     for step in range(max_steps):
         active = torch.nonzero(R.norm(dim=1) > goal)[:, 0]
         if len(active) == 0:
             return Progress(x, R, P, step, smallest)
-        p, before = P[active], R[active]
+        every = len(active) == len(R)
+        y, p, r = (x, P, R) if every else (x[active], P[active], R[active])  # copies, where some have arrived
         image = product(p)
-        curvature = (p * image).sum(1)
-        quotient = curvature / ((p if scale is None else p * scale) ** 2).sum(1)
+        curvature = dots(p, image)
+        unscaled = p if scale is None else p * scale
+        quotient = curvature / dots(unscaled, unscaled)
         smallest[active] = torch.minimum(smallest[active], quotient)
         if not bool((quotient > 0).all()):
             return Progress(
                 x, R, P, step + 1, smallest, stopped=int(active[int(quotient.nan_to_num(-torch.inf).argmin())])
             )
-        length = ((rho[active] if precondition is None else (p * before).sum(1)) / curvature)[:, None]
-        x[active] += length * p
-        after = before - length * image
-        R[active] = after
+        length = ((rho[active] if precondition is None else dots(p, r)) / curvature)[:, None]
+        y.addcmul_(length, p)
+        r.addcmul_(length, image, value=-1)
+        z, along = (r, dots(r, r)) if precondition is None else positive(precondition(r), r)
+        gained = along if precondition is None else -length[:, 0] * dots(image, z)  # r moved by −length · image
+        p.mul_((gained / rho[active].clamp(min=1e-300))[:, None]).add_(z)
+        rho[active] = along
+        if not every:
+            x[active], P[active], R[active] = y, p, r
         if watch is not None:
             watch(R)
-        z = after if precondition is None else positive(precondition(after), after)
-        gained = (after * after).sum(1) if precondition is None else ((after - before) * z).sum(1)
-        P[active] = z + (gained / rho[active].clamp(min=1e-300))[:, None] * p
-        rho[active] = (after * z).sum(1)
     return Progress(x, R, P, max_steps, smallest)
 
 
-def positive(Z: Float[Tensor, "k p"], R: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
-    """M r where the preconditioner gave a direction of descent, r itself where rounding left it none."""
-    good = (Z * R).sum(1) > 0  # False for NaN too
-    return torch.where(good[:, None], Z, R)
+def positive(Z: Float[Tensor, "k p"], R: Float[Tensor, "k p"]) -> tuple[Float[Tensor, "k p"], Float[Tensor, " k"]]:
+    """M r where the preconditioner gave a direction of descent, r itself where rounding left it none; and its r · z."""
+    along = dots(Z, R)
+    good = along > 0  # False for NaN too
+    if bool(good.all()):
+        return Z, along
+    Z = torch.where(good[:, None], Z, R)
+    return Z, dots(Z, R)
+
+
+def dots(A: Float[Tensor, "k p"], B: Float[Tensor, "k p"]) -> Float[Tensor, " k"]:
+    """a · b of every row, without the products in memory."""
+    return torch.stack([torch.dot(a, b) for a, b in zip(A, B, strict=True)]) if len(A) else A.new_zeros(0)

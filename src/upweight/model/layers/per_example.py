@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from upweight.data.trees import batch_length, leaves, tree_map
 from upweight.errors import first_line
-from upweight.model import calculus
+from upweight.model import calculus, linear
 from upweight.model.layers import pieces
 from upweight.model.layers.pieces import Direct, Lookup, Piece, Product, merged
 from upweight.model.layers.watching import Use, Watch
@@ -203,7 +203,9 @@ def structured(objective: Objective) -> bool:
 def squares(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
     """‖∇L(z_b)‖² for every example; where a weight acts at one position its gradient is never written out."""
     found = objective.route.plan
-    if objective.linear is not None or found is None or not found.structured:
+    if objective.linear is not None:
+        return linear.squares(objective, batch)
+    if found is None or not found.structured:
         return (calculus.gradients(objective, batch).double() ** 2).sum(1)
     return pieces.squares(capture(objective, found, batch))[:, 0].double()
 
