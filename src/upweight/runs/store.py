@@ -2,6 +2,7 @@
 
     run/
     ├── manifest.json             what the work is: format and fingerprint
+    ├── job.toml                  the command that made the folder, if one did (`runs.job`)
     ├── events.jsonl              what happened when: opened, chunk, kept, stopped, finished
     ├── state.safetensors         where the iteration that solves the systems has come to
     ├── sum-….safetensors         a sum over all rows, whole or as far as it has come
@@ -39,7 +40,7 @@ from upweight.runs.files import TEMPORARY, read_tensors, write_file, write_tenso
 from upweight.runs.stopping import Stopped, finishing
 
 FORMAT = 2
-MANIFEST, EVENTS, LOCK, SUFFIX = "manifest.json", "events.jsonl", ".lock", ".safetensors"
+MANIFEST, JOB, EVENTS, LOCK, SUFFIX = "manifest.json", "job.toml", "events.jsonl", ".lock", ".safetensors"
 STATE, SOLUTIONS, SETTLED, SCORES = "state", "solutions", "settled", "scores"
 _LOOK = 5.0  # seconds that a part waits for others that look, as it does, whether the whole is taken
 WORK, NAME = "work", "name"  # of a file: what ties it to its folder
@@ -76,7 +77,7 @@ class Store:
             _compare(_manifest(file), manifest, self.path)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            strangers = sorted(name for name in os.listdir(self.path) if not name.startswith((TEMPORARY, LOCK)))
+            strangers = sorted(name for name in os.listdir(self.path) if not name.startswith((TEMPORARY, LOCK, JOB)))
             if strangers and MANIFEST not in strangers:
                 message = (
                     f"{self.path} is not empty ({strangers[0]}, …) and is no upweight store. Name an empty or a new "
