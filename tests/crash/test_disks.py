@@ -98,9 +98,9 @@ def test_a_disk_that_is_not_to_be_written_is_still_read(small_disk, values):
     influence().on_loss(XQ, YQ, store=run)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert np.array_equal(uw.Run.open(run).scores.values, values)
-    with pytest.raises((InvalidInput, OSError), match=r"[Rr]ead-only"):
+    with pytest.raises(InvalidInput, match=r"cannot be written \(Read-only"):
         influence().on_loss(XQ, YQ, store=run)
-    with pytest.raises((InvalidInput, OSError), match=r"[Rr]ead-only"):
+    with pytest.raises(InvalidInput, match=r"cannot be written \(Read-only"):
         influence().on_loss(XQ, YQ, store=small_disk / "new")
 
 
@@ -110,7 +110,7 @@ def test_a_folder_without_the_right_to_write_is_read(tmp_path, values):
     try:
         assert np.array_equal(uw.Run.open(tmp_path / "run").scores.values, values)
         if OTHER_SYSTEM:  # root may write anywhere
-            with pytest.raises((InvalidInput, OSError), match=r"ermission"):
+            with pytest.raises(InvalidInput, match=r"cannot be written \(Permission"):
                 influence().on_loss(XQ, YQ, store=tmp_path / "run")
     finally:
         (tmp_path / "run").chmod(0o700)

@@ -220,6 +220,23 @@ def test_a_store_is_named_by_its_path(tmp_path):
     assert np.array_equal(ridge().on_loss(XQ, ZQ, store=None).values, values())
 
 
+def test_a_folder_that_is_not_to_be_written_is_read(tmp_path, monkeypatch):
+    """By whom it is not to be written; root may write anywhere."""
+    assert stored(tmp_path / "run")
+
+    def closed(*arguments, **settings):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("upweight.runs.store.FileLock", closed)
+        patched.setattr("pathlib.Path.mkdir", closed)
+        for folder in (tmp_path / "run", tmp_path / "new"):
+            with refused(" cannot be written (", "Name a folder that you may write to; what is in this one"):
+                ridge().on_loss(XQ, ZQ, store=folder)
+            assert np.array_equal(uw.Run.open(tmp_path / "run").scores.values, values())
+    assert stored(tmp_path / "new")
+
+
 @pytest.mark.parametrize("name", ["run", "run/below", "run/far/below"])
 def test_a_store_is_no_file(tmp_path, name):
     (tmp_path / "run").write_text("")
