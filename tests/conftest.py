@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+if os.environ.get("PYTEST_XDIST_WORKER"):  # workers share the cores: BLAS and OpenMP look here when they are loaded
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
