@@ -42,10 +42,12 @@ def test_a_missing_extra_is_named():
         "import upweight.cli.demo as d; d.run()": "demo",
     }
     each = """
+        from upweight.errors import MissingExtra
+
         for code in {}:
             try:
                 exec(code)
-            except uw.MissingExtra as error:
+            except MissingExtra as error:
                 print(error)
     """
     done = run(each.format(list(asked)))
