@@ -60,6 +60,10 @@ def upweight(request, tmp_path, monkeypatch, capsys):
 
 
 def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="gpu: torch finds no CUDA device on this machine"))
     if not config.getoption("-m"):
         skip = pytest.mark.skip(reason="slow: run with -m slow")
         for item in items:
