@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+if os.environ.get("PYTEST_XDIST_WORKER"):  # workers share the cores: BLAS and OpenMP look here when they are loaded
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -57,6 +60,10 @@ def upweight(request, tmp_path, monkeypatch, capsys):
 
 
 def pytest_collection_modifyitems(config, items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="gpu: torch finds no CUDA device on this machine"))
     if not config.getoption("-m"):
         skip = pytest.mark.skip(reason="slow: run with -m slow")
         for item in items:

@@ -182,10 +182,15 @@ def test_killed_at_random_moments(kind, tmp_path, whole):
     assert not killed(kind, tmp_path / "timed")
     longest, draw = time.monotonic() - start, random.Random(0)
     other, hits = whole(kind), 0
-    for moment in range(MOMENTS):
+    for moment in range(3 * MOMENTS):
         folder = tmp_path / f"run {moment}"
-        hits += killed(kind, folder, delay=draw.uniform(0.3 * longest, longest))
+        if not killed(kind, folder, delay=draw.uniform(0.3 * longest, longest)):
+            longest *= 0.9  # the machine was busier when it was timed
+            continue
+        hits += 1
         run(kind, folder)
         assert same(folder, other, bits=kind != "CG")
-    assert hits > MOMENTS / 2
+        if hits == MOMENTS:
+            break
+    assert hits == MOMENTS
     assert np.isfinite(uw.Run.open(other).scores.values).all()

@@ -198,6 +198,49 @@ def test_what_is_inspected_is_a_share(told):
     assert [inspected(told, share) for share in ("0.1", "100%", "50")] == [6, 60, 50]
 
 
+# ---- folders.py and jobs.py ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(told):
+    """A folder that `upweight score` has kept, and its answer."""
+    told("score", "cli_studies.py:good", "--store", "kept", "--out", "scores")
+    return Path("scores").read_bytes()
+
+
+def test_places_of_a_job_are_named_again(told, kept):
+    with refused("Nothing is written or read where only a folder says so", "add it, or another place") as refusal:
+        typed("resume", "kept", "--study", "cli_studies.py:good")
+    option, place = words_of(refusal, "was told ")[:2]
+    Path(place.rstrip(".")).unlink()
+    for out in (place.rstrip("."), "another"):
+        told("resume", "kept", "--study", "cli_studies.py:good", option, out)
+        assert Path(out).read_bytes() == kept
+
+
+def test_a_job_goes_on_with_the_study_that_it_was(told, kept):
+    source = Path("cli_studies.py").read_text()
+    Path("cli_studies.py").write_text(source + "\n# a word more")
+    with refused(" is not the study of ", "Where the change is meant, type the command itself, with --store "):
+        typed("resume", "kept", "--study", "cli_studies.py:good", "--out", "again")
+    told("score", "cli_studies.py:good", "--store", "kept", "--out", "again")
+    assert Path("again").read_bytes() == kept
+    with refused(" is not the study of ", "Name that study, or undo what was changed in it"):
+        typed("resume", "kept", "--study", "small:good", "--out", "again")
+    told("score", "cli_studies.py:good", "--store", "kept", "--out", "again")
+    told("resume", "kept", "--study", "cli_studies.py:good", "--out", "once more")
+    assert Path("once more").read_bytes() == kept
+
+
+def test_a_job_is_a_command_that_keeps_a_folder(told, kept):
+    file = Path("kept", "job.toml")
+    file.write_text(file.read_text().replace('"score"', '"demo"'))
+    with refused(" which no command of this version is that keeps a folder", "Type the command itself"):
+        typed("resume", "kept", "--study", "cli_studies.py:good", "--out", "again")
+    told("score", "cli_studies.py:good", "--store", "kept", "--out", "again")
+    assert Path("again").read_bytes() == kept
+
+
 # ---- commands.py, console.py and demo.py -----------------------------------------------------------------------------
 
 

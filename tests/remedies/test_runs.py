@@ -23,8 +23,9 @@ import upweight as uw
 from ranks import launch, work
 from refusals import refused
 from small import XQ, ZQ, X, Z, ridge
+from upweight.cli import commands
 from upweight.operators import Identity
-from upweight.runs import ranks, watch
+from upweight.runs import job, ranks, watch
 from upweight.runs.store import Store
 
 
@@ -48,6 +49,31 @@ def test_a_store_is_an_empty_or_a_new_folder(tmp_path):
     assert stored(tmp_path / "empty")
     assert stored(tmp_path / "new")
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_job_is_left_by_a_command(tmp_path):
+    assert stored(tmp_path)
+    with refused(
+        ", which commands with --store leave there, but shards",
+        "Make the same call again, or type the same command: it goes on from what is",
+    ):
+        job.read(tmp_path)
+    assert stored(tmp_path)
+
+
+def test_a_job_that_cannot_be_read_is_typed_again(tmp_path, monkeypatch):
+    (tmp_path / "study.py").write_text(
+        "import upweight as uw\nfrom small import XQ, ZQ, ridge\n\ndef of(): return uw.Study(ridge(), (XQ, ZQ))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["score", "study.py:of", "--store", "run", "--out", "scores"]
+    assert commands.run(words) == 0
+    (tmp_path / "run" / "job.toml").write_text("format = 7")
+    with refused(" is no job that this version can read", "Type the command itself, with --store "):
+        commands.run(["resume", "run", "--study", "study.py:of", "--out", "scores"])
+    assert commands.run(words) == 0
+    assert commands.run(["resume", "run", "--study", "study.py:of", "--out", "scores"]) == 0
+    assert np.array_equal(uw.Scores.load("scores").values, values())
 
 
 def study(power):
@@ -192,6 +218,23 @@ def test_a_store_is_named_by_its_path(tmp_path):
     assert stored(tmp_path / "run")
     assert np.array_equal(ridge().on_loss(XQ, ZQ, store=str(tmp_path / "run")).values, values())
     assert np.array_equal(ridge().on_loss(XQ, ZQ, store=None).values, values())
+
+
+def test_a_folder_that_is_not_to_be_written_is_read(tmp_path, monkeypatch):
+    """By whom it is not to be written; root may write anywhere."""
+    assert stored(tmp_path / "run")
+
+    def closed(*arguments, **settings):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("upweight.runs.store.FileLock", closed)
+        patched.setattr("pathlib.Path.mkdir", closed)
+        for folder in (tmp_path / "run", tmp_path / "new"):
+            with refused(" cannot be written (", "Name a folder that you may write to; what is in this one"):
+                ridge().on_loss(XQ, ZQ, store=folder)
+            assert np.array_equal(uw.Run.open(tmp_path / "run").scores.values, values())
+    assert stored(tmp_path / "new")
 
 
 @pytest.mark.parametrize("name", ["run", "run/below", "run/far/below"])

@@ -9,7 +9,7 @@ import cases
 import upweight as uw
 from tolerances import STANDARD_ERRORS
 
-SPEC = uw.solvers.LiSSA(depth=500, repeats=40, batch_size=4, seed=3)
+SPEC = uw.solvers.LiSSA(depth=400, repeats=16, batch_size=4, seed=3)
 
 
 @pytest.fixture(scope="module")

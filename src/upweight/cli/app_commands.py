@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upweight.cli.console import Json, K, StudyName, StudyOrTable, command, line, load, one, show
+from upweight.cli.jobs import noted
 from upweight.cli.outputs import check_file, check_folder, check_picture
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
@@ -98,10 +99,11 @@ def contrast(
         place = line(query, len(y))
         X, y = X[place : place + 1], y[place : place + 1]
     settings: dict[str, Any] = {"most": most, "refits": refits, "retrain": loaded.retrain}
-    found = [
-        change(loaded.influence, (X, y), **settings, store=None if store is None else store / name)
-        for change, name in ((apps.contrast, "labels"), (apps.contrast_by_removal, "removals"))
-    ]
+    with noted(store, "contrast", study, {"query": query, "most": most, "refits": refits}):
+        found = [
+            change(loaded.influence, (X, y), **settings, store=None if store is None else store / name)
+            for change, name in ((apps.contrast, "labels"), (apps.contrast_by_removal, "removals"))
+        ]
     show({one.change: one.to_dict() for one in found}, "\n\n".join(map(str, found)), json)
     return 0
 
@@ -221,18 +223,22 @@ def repair(
         check_free(*(_written(study, out).values() if making else [out]), overwrite=overwrite)
     share = _share(inspect)
     rows = _labelled(study, label)
+    told = {"label": label, "inspect": inspect, "by": by, "revert": revert or None}
+    told |= {"out": out, "corrections": corrections, "patch": patch}
     if making:
-        return _correct(study, rows, corrections, patch, revert=revert, out=out, store=store, json=json)
-    found = apps.repair(rows.influence, inspect=share, by=by, scores=rows.scores, retrain=rows.retrain, store=store)
+        with noted(store, "repair", study, told):
+            return _correct(study, rows, corrections, patch, revert=revert, out=out, store=store, json=json)
+    with noted(store, "repair", study, told):
+        found = apps.repair(rows.influence, inspect=share, by=by, scores=rows.scores, retrain=rows.retrain, store=store)
     written, (text, numbers) = None, rows.about
     if out is not None:
         names = {"describe": rows.describe, "numbers": rows.numbers}
         written = str(apps.write_review(found, out, **names, overwrite=overwrite))
     more = "" if written is None else f"\nReview written to {written}: fill in the column `correction`."
-    told = found.to_dict() | {"review": written} | ({"table": numbers} if numbers else {})
+    numbered = found.to_dict() | {"review": written} | ({"table": numbers} if numbers else {})
     if rows.numbers is not None:
-        told["rows"] = rows.numbers[found.rows].tolist()
-    show(told, f"{text}{chr(10) * 2 if text else ''}{found.text(rows.numbers)}{more}", json)
+        numbered["rows"] = rows.numbers[found.rows].tolist()
+    show(numbered, f"{text}{chr(10) * 2 if text else ''}{found.text(rows.numbers)}{more}", json)
     return 0
 
 
@@ -356,22 +362,26 @@ def attack(
     checked_count(flip, "--flip", least=0, hint="0 changes inputs instead of labels")
     loaded = load(study)
     on = one(loaded, query)[0]
+    told = {"query": query, "rows": rows, "level": level, "step": step, "iterations": iterations}
+    told |= {"flip": flip, "k": k, "seed": seed}
     if flip:
-        edits = apps.flip_labels(loaded.influence, on, flip, retrain=loaded.retrain, seed=seed, store=store)
+        with noted(store, "attack", study, told):
+            edits = apps.flip_labels(loaded.influence, on, flip, retrain=loaded.retrain, seed=seed, store=store)
         show({"query": query} | edits.to_dict(), f"Query {query}: {edits}", json)
         return 0
     ranked = apps.vulnerability(loaded.influence, on, level=level, k=k)
-    made = apps.attack(
-        loaded.influence,
-        on,
-        rows=ranked.top(rows),
-        level=level,
-        step=step,
-        iterations=iterations,
-        retrain=loaded.retrain,
-        seed=seed,
-        store=store,
-    )
+    with noted(store, "attack", study, told):
+        made = apps.attack(
+            loaded.influence,
+            on,
+            rows=ranked.top(rows),
+            level=level,
+            step=step,
+            iterations=iterations,
+            retrain=loaded.retrain,
+            seed=seed,
+            store=store,
+        )
     numbers = {"query": query, "vulnerability": ranked.to_dict(), "attack": made.to_dict()}
     show(numbers, f"Query {query}\n{ranked}\n\n{made}", json)
     return 0

@@ -1,5 +1,5 @@
-"""The command line: `upweight demo | check | plan | score | merge | top | validate | doctor`, and the uses of the
-answers: `understand | mismatch | contrast | repair | attack`.
+"""The command line: `upweight demo | check | plan | score | merge | run | resume | top | validate | doctor`, and the
+uses of the answers: `understand | mismatch | contrast | repair | attack`.
 
 A model of your own is named by `file.py:function` or `module:function`, a function that returns an upweight.Study.
 Results go to stdout; progress, and what the study prints while it is made, go to stderr. `--debug`, anywhere on the
@@ -11,9 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upweight.cli import app_commands  # noqa: F401 its commands join the application
+from upweight.cli import app_commands, folders  # noqa: F401 their commands join the application
 from upweight.cli.console import NAMES, Json, K, Stores, StudyName, app, command, line, load, one, show
 from upweight.cli.endings import ASSUMPTIONS_FAIL, CODES
+from upweight.cli.jobs import noted
 from upweight.cli.outputs import check_file, check_folder, checked_part
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
@@ -122,10 +123,11 @@ def score(
     if part is not None and store is not None:
         return _shard(loaded, store, part, json)
     assert out is not None  # `part` has asked for one
-    if top is None:
-        scores = influence.on_loss(*loaded.queries, store=store)
-    else:
-        scores = influence.leading(*loaded.queries, k=top, store=store)
+    with noted(store, "score", study, {"out": out, "top": top}):
+        if top is None:
+            scores = influence.on_loss(*loaded.queries, store=store)
+        else:
+            scores = influence.leading(*loaded.queries, k=top, store=store)
     return _written(scores, out, json) if ranks.first() else 0
 
 
@@ -250,7 +252,8 @@ def validate(study: StudyName, query: int = 0, rows: int = 20, store: Path | Non
     on = one(loaded, query)
     scores = loaded.influence.on_loss(*on)
     chosen = np.argsort(-np.abs(scores.values[0]), kind="stable")[:rows]
-    outcomes = leave_one_out(loaded.influence, on, chosen, loaded.retrain, store=store)
+    with noted(store, "validate", study, {"query": query, "rows": rows}):
+        outcomes = leave_one_out(loaded.influence, on, chosen, loaded.retrain, store=store)
     found = agreement(scores, outcomes)
     pairs = [
         (int(row), float(scores.values[0, row]), float(outcomes.actual[0, place])) for place, row in enumerate(chosen)

@@ -15,6 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from upweight.cli.endings import StudyFailed
 from upweight.errors import InvalidInput, PathNotFound
 from upweight.influence.face import Influence
@@ -29,12 +32,17 @@ class Study:
         queries: (Xq, yq).
         retrain: for `validate`; None takes the reference retrainer.
         describe: turns a training row into a few words for the tables; None shows its number only.
+        card: from a training row's number to what it looks like in a run folder, as `write_run` takes it; left out, by
+            its columns or its picture, and otherwise by `describe`'s words.
+        query_card: the same of the queries.
     """
 
     influence: Influence
     queries: tuple[Any, ...]
     retrain: Any = None
     describe: Callable[[int], str] | None = None
+    card: Callable[[int], Any] | None = None
+    query_card: Callable[[int], Any] | None = None
 
 
 def load(name: str) -> Study:
@@ -68,6 +76,39 @@ def load(name: str) -> Study:
     return study
 
 
+def cards(study: Study) -> tuple[Any, Any]:
+    """What rows and queries of a study look like in a run folder, for `write_run`; None where they have columns."""
+    plain = study.influence.examples.x
+    seen = isinstance(plain, Tensor | np.ndarray) and plain.dtype != object
+    return study.card or (None if seen else study.describe), study.query_card
+
+
+def file_of(name: str) -> Path | None:
+    """The file that holds the function, without importing it; None where there is none.
+
+    A package in which a module lies is imported.
+    """
+    place = name.rpartition(":")[0] or name
+    if place.endswith(".py") or os.sep in place:
+        file = Path(place)
+    else:
+        _look_here()
+        try:
+            found = importlib.util.find_spec(place)
+        except (ImportError, ValueError):
+            return None
+        if found is None or found.origin is None:
+            return None
+        file = Path(found.origin)
+    return file if file.is_file() else None
+
+
+def _look_here() -> None:
+    """Modules are looked for in the working directory first."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+
+
 def _from_path(module: str, name: str) -> ModuleType:
     """The module of this name, from the working directory or any other place on the import path.
 
@@ -75,8 +116,7 @@ def _from_path(module: str, name: str) -> ModuleType:
         PathNotFound: if there is none.
         StudyFailed: if it cannot be imported.
     """
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    _look_here()
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

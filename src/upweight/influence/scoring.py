@@ -156,9 +156,14 @@ def by_rows(
     shift, known = S @ constant, _closed(system)
     if known is not None:
         sweep, dots = known.dots(S)
-        return sweep, lambda batch, weights: dots(batch, weights).double().cpu() + shift
+        return sweep, lambda batch, weights: _shifted(dots(batch, weights), shift)
     objective, V = system.objective, S.to(system.objective.reference)  # cast once, not in every batch
-    return system.sweep, lambda batch, _: layers.dots(objective, batch, V).double().cpu() + shift
+    return system.sweep, lambda batch, _: _shifted(layers.dots(objective, batch, V), shift)
+
+
+def _shifted(products: Tensor, shift: Tensor) -> Tensor:
+    """Products and what all rows share, in float64, where the products are."""
+    return products.double() + shift.to(products.device)
 
 
 def vectors(system: System, S: Float[Tensor, "k p"]) -> int:
@@ -174,7 +179,7 @@ def _with_gradients_summed(
 
     def both(batch: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
         products, gradient = layers.dots_and_sum(objective, batch, weights, V)
-        return products.double().cpu() + shift, gradient
+        return _shifted(products, shift), gradient
 
     return both
 

@@ -114,7 +114,8 @@ class Sweep:
         with ranks.work(f"{label} of {count(chunks):,} rows", len(chunks)) as work:
             mine = work.shares(range(len(chunks)))[work.rank]
             for number in self._visited(mine[begun:], chunks, work, label):
-                sums.add(number, added(values for _, values in self._batches(each, chunks[number], vectors, label)))
+                batches = self._batches(each, chunks[number], vectors, label)
+                sums.add(number, added(values for _, values in batches).cpu())
                 if keeping is not None:
                     keeping.after(sums, number + 1, len(chunks))
             total = work.total(sums, len(chunks))
@@ -247,7 +248,7 @@ class Sweep:
             sums = Sums()
             for number in work.shares(range(chunks))[work.rank]:
                 work.at(number)
-                sums.add(number, added(map(function, kept[number])))
+                sums.add(number, added(map(function, kept[number])).cpu())
             return work.total(sums, chunks)
 
     def whole(self, mine: Tensor, chunk: int) -> Tensor:
@@ -322,18 +323,17 @@ class Sweep:
                 yield numbers, own
 
         values = self._rows(own_rows(), label)
-        sums.add(number, inside[0])
+        sums.add(number, inside[0].cpu())
         return values
 
     def _rows(self, batches: Iterator[tuple[Numbers, Tensor]], label: str) -> NDArray[np.float64]:
-        """The output rows of a chunk, all of them finite."""
-        parts = []
-        for numbers, values in batches:
-            parts.append(values.double().cpu().numpy())
-            bad = np.flatnonzero(~np.isfinite(parts[-1]).reshape(len(values), -1).all(1))
-            if bad.size:
-                raise _not_finite(label, f"row {numbers[int(bad[0])]} gives")
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        """The output rows of a chunk, all of them finite; a device is waited for once."""
+        visited, parts = zip(*((numbers, values.double()) for numbers, values in batches), strict=True)
+        rows = (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy()
+        bad = np.flatnonzero(~np.isfinite(rows).reshape(len(rows), -1).all(1))
+        if bad.size:
+            raise _not_finite(label, f"row {np.concatenate(visited)[int(bad[0])]} gives")
+        return rows
 
     def _batches(
         self, function: Callable[..., T], chunk: Place, vectors: int, label: str

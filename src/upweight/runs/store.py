@@ -2,6 +2,7 @@
 
     run/
     ├── manifest.json             what the work is: format and fingerprint
+    ├── job.toml                  the command that made the folder, if one did (`runs.job`)
     ├── events.jsonl              what happened when: opened, chunk, kept, stopped, finished
     ├── state.safetensors         where the iteration that solves the systems has come to
     ├── sum-….safetensors         a sum over all rows, whole or as far as it has come
@@ -39,7 +40,7 @@ from upweight.runs.files import TEMPORARY, read_tensors, write_file, write_tenso
 from upweight.runs.stopping import Stopped, finishing
 
 FORMAT = 2
-MANIFEST, EVENTS, LOCK, SUFFIX = "manifest.json", "events.jsonl", ".lock", ".safetensors"
+MANIFEST, JOB, EVENTS, LOCK, SUFFIX = "manifest.json", "job.toml", "events.jsonl", ".lock", ".safetensors"
 STATE, SOLUTIONS, SETTLED, SCORES = "state", "solutions", "settled", "scores"
 _LOOK = 5.0  # seconds that a part waits for others that look, as it does, whether the whole is taken
 WORK, NAME = "work", "name"  # of a file: what ties it to its folder
@@ -59,7 +60,7 @@ class Store:
 
     Raises:
         StoreMismatch: if the folder holds other work.
-        InvalidInput: if the folder is not empty and holds no store.
+        InvalidInput: if the folder is not empty and holds no store, or may not be written.
     """
 
     def __init__(
@@ -75,8 +76,11 @@ class Store:
         if file.exists():
             _compare(_manifest(file), manifest, self.path)
         else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            strangers = sorted(name for name in os.listdir(self.path) if not name.startswith((TEMPORARY, LOCK)))
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _closed(self.path, error) from error
+            strangers = sorted(name for name in os.listdir(self.path) if not name.startswith((TEMPORARY, LOCK, JOB)))
             if strangers and MANIFEST not in strangers:
                 message = (
                     f"{self.path} is not empty ({strangers[0]}, …) and is no upweight store. Name an empty or a new "
@@ -94,6 +98,7 @@ class Store:
 
         Raises:
             StorageFailed: if another process has it.
+            InvalidInput: if it may not be written.
         """
         self._depth += 1
         if self._depth > 1:
@@ -130,6 +135,8 @@ class Store:
                 "or name another folder."
             )
             raise StorageFailed(message) from error
+        except OSError as error:
+            raise _closed(self.path, error) from error
         if not self.part:
             for leftover in self.path.glob(f"{TEMPORARY}*"):  # of a process that died
                 leftover.unlink(missing_ok=True)
@@ -330,6 +337,14 @@ def _writer(folder: Path, part: str) -> str:
         opened = [told for told in map(json.loads, lines) if told["event"] == "opened" and told["part"] == part][-1]
         return f" (number {opened['pid']} on {opened['host']}, since {opened['time']})"
     return ""
+
+
+def _closed(folder: Path, error: OSError) -> InvalidInput:
+    """What is said of a folder that cannot be written."""
+    return InvalidInput(
+        f"{folder} cannot be written ({error.strerror}). Name a folder that you may write to; what is in this one, "
+        f"uw.Run.open({str(folder)!r}) reads."
+    )
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:

@@ -172,7 +172,7 @@ def test_cg_agrees_with_scipy():
 def test_lissa_is_within_its_own_standard_errors(name, damping):
     operator = cases.make(name, weighted=True).influence().operator
     V = right_sides(operator.size, 2)
-    spec = LiSSA(depth=400, repeats=12, batch_size=8, seed=1)
+    spec = LiSSA(depth=300, repeats=8, batch_size=8, seed=1)
     prepared = spec.prepare(operator, damping)
     solution = prepared.solve(V)
     expected = truth(operator, damping, V)

@@ -20,6 +20,8 @@ LINES = {
     "doctor": [],
     "score": [STUDY, "--out", "new/scores.safetensors", "--store", "run"],
     "merge": ["parts", "--out", "new/merged.safetensors"],
+    "run": [STUDY, "--store", "run"],
+    "resume": ["run", "--study", STUDY],
     "top": [STUDY, "--query", "3"],
     "validate": [STUDY, "--rows", "3"],
     "understand": [STUDY, "--plot", "new/answer.png"],
@@ -42,6 +44,8 @@ def example(upweight, tmp_path):
 def test_a_command_runs_on_the_example(example, command):
     if command == "merge":
         assert example("score", STUDY, "--store", "parts", "--shard", "0/1")[0] == 0
+    if command == "resume":
+        assert example("run", *LINES["run"])[0] == 0
     code, out, err = example(command, *LINES[command])
     assert (code, err) == (0, "")
     assert out

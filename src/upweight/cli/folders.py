@@ -1,0 +1,73 @@
+"""Commands about run folders: one is made with what its rows are, and an interrupted one goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from upweight.cli.console import Folder, Json, OptionOfStudy, StudyName, app, command, load, show
+from upweight.cli.jobs import noted, words
+from upweight.cli.outputs import check_folder
+
+
+@command
+def run(study: StudyName, store: Path, json: Json = False) -> int:
+    """Score every training row on every query of the study into a folder, with what rows and queries are.
+
+    The folder holds labels, predictions, losses, self-influence and cards (columns, pictures, or the study's own
+    words) beside the scores. `Run.open` reads it without the model.
+
+    Args:
+        study: file.py:function that returns an upweight.Study.
+        store: the folder; the same command goes on where it was stopped.
+        json: print a summary as JSON.
+    """
+    check_folder(store, "--store")
+    from upweight.cli.study import cards
+    from upweight.runs import ranks
+    from upweight.show.items import write_run
+
+    ranks.join()
+    loaded = load(study)
+    card, query_card = cards(loaded)
+    with noted(store, "run", study, {"store": store}):
+        made = write_run(loaded.influence, store, *loaded.queries, card=card, query_card=query_card)
+    if ranks.first():
+        queries, rows = made.scores.values.shape
+        show(
+            {"store": str(store), "queries": queries, "rows": rows},
+            f"{made.scores}\nKept in {store.resolve()}, with what {rows:,} rows and {queries:,} queries are",
+            json,
+        )
+    return 0
+
+
+@command
+def resume(
+    folder: Folder,
+    study: OptionOfStudy,
+    out: Path | None = None,
+    corrections: Path | None = None,
+    patch: Path | None = None,
+    overwrite: Json = False,
+    json: Json = False,
+) -> int:
+    """Go on with the command that a folder was made by, with the settings that it was given.
+
+    Every command with --store leaves a job.toml in its folder. Settings are taken from there; the study, whose code is
+    run, and every file that is read or written are named by you, since a folder may be somebody else's. It is refused
+    if the study's file is not what it was.
+
+    Args:
+        folder: what the command had as --store.
+        study: what the command had as its study, or as its table.
+        out: what the command had as --out, or another place.
+        corrections: what `repair` had as --corrections.
+        patch: what `repair` had as --patch.
+        overwrite: as for `repair`.
+        json: print as JSON.
+    """
+    places = {"out": out, "corrections": corrections, "patch": patch}
+    given = {name: path for name, path in places.items() if path is not None}
+    more = [f"--{name}" for name, wanted in (("overwrite", overwrite), ("json", json)) if wanted]
+    typed = [*words(folder, study, given), *more]
+    return app.cli(prog="upweight", args=typed)
