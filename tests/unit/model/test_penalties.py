@@ -11,7 +11,9 @@ from upweight.model import penalties
 def objective(penalty):
     draw = torch.Generator().manual_seed(0)
     params = {"w": torch.randn(3, 2, generator=draw, dtype=torch.float64), "b": torch.ones(2, dtype=torch.float64)}
-    return uw.Objective(lambda params, example: (params["w"].T @ example[0]).sum() + params["b"].sum(), params, penalty)
+    return uw.Objective(
+        lambda params, example: (params["w"].T @ example[0]).sum() + params["b"].sum(), params, penalty=penalty
+    )
 
 
 def test_a_quadratic_penalty_with_tilts():
