@@ -27,7 +27,8 @@ def smallest_eigenvalue(
         torch.randn(1, p, generator=generator, dtype=torch.float64) if start is None else start.reshape(1, p).double()
     )
     vector = operator.project(vector)
-    basis = (vector / vector.norm()).reshape(1, p)
+    basis = torch.empty(min(steps, p) + 1, p, dtype=torch.float64)  # a page is taken when it is first written
+    basis[0] = (vector / vector.norm())[0]
     alphas: list[float] = []
     betas: list[float] = []
     value, bound, coefficients = 0.0, float("inf"), torch.ones(1, dtype=torch.float64)
@@ -35,7 +36,7 @@ def smallest_eigenvalue(
         image = operator.project(operator.apply(basis[step : step + 1]))[0]
         alphas.append(float(basis[step] @ image))
         for _ in range(2):  # twice is enough (Kahan, Parlett)
-            image = image - (basis @ image) @ basis
+            image = image - (basis[: step + 1] @ image) @ basis[: step + 1]
         beta = float(image.norm())
         T = torch.diag(torch.tensor(alphas, dtype=torch.float64))
         if betas:
@@ -47,7 +48,7 @@ def smallest_eigenvalue(
         if bound <= tolerance * max(abs(value), 1e-3 * scale) or beta <= 1e-12 * max(scale, 1e-300):
             break
         betas.append(beta)
-        basis = torch.cat([basis, (image / beta)[None]])
+        torch.div(image, beta, out=basis[step + 1])
     return value, bound, coefficients @ basis[: len(coefficients)]
 
 
