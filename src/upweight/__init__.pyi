@@ -58,6 +58,7 @@ from .training.predictions import (
     training_inputs as training_inputs,
     training_labels as training_labels,
 )
+from .training.recording import Recording as Recording
 from .training.retrainers import (
     LBFGS as LBFGS,
     Newton as Newton,
@@ -66,6 +67,7 @@ from .training.retrainers import (
     RetrainMany as RetrainMany,
 )
 from .training.stacked import StackedTraining as StackedTraining
+from .training.through import Locality as Locality, Through as Through, through as through
 
 __all__: list[str]
 __version__: str

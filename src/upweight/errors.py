@@ -109,6 +109,10 @@ class Diverged(SolverError):
     """A stochastic recursion grew instead of settling."""
 
 
+class NotLocal(UpweightError, ArithmeticError):
+    """A derivative does not predict what small changes really do."""
+
+
 class StoreMismatch(UpweightError, ValueError):
     """A folder holds the results of other work than the one now asked for."""
 

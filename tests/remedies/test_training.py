@@ -853,3 +853,142 @@ def test_what_diverged_is_trained_with_a_smaller_step():
 
 def coef_of(influence):
     return influence.objective.theta.numpy()
+
+
+# ---- recording.py, moves.py, through.py ----------------------------------------------------------------------------
+
+
+def stepping(optimizer=None, recording=None, *, batches=3, named=True, rows=None, **settings):
+    """A small training with its recording; `optimizer` makes one from parameters."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    made = (optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.1)))(model.parameters())
+    recording = uw.Recording(model, made, XT, YT, loss=cross_entropy, **settings) if recording is None else recording
+    with recording:
+        for batch in range(batches):
+            some = torch.arange(8 * batch, 8 * batch + 8) % N
+            made.zero_grad()
+            cross_entropy(model(XT[some]), YT[some]).backward()
+            if named:
+                recording.batch(some if rows is None else rows)
+            made.step()
+    return recording
+
+
+def through_values(recording, **settings):
+    values = uw.through(recording, **settings).on_loss(XQ, YQ, check=False).values
+    assert np.isfinite(values).all()
+    return values
+
+
+def test_an_optimiser_that_is_not_known():
+    with refused("is not among the optimisers whose step is known here", "SGD, Adam and AdamW of torch.optim"):
+        stepping(lambda parameters: torch.optim.RMSprop(parameters, lr=0.1))
+    through_values(stepping(lambda parameters: torch.optim.AdamW(parameters, lr=0.1)))
+    assert uw.explain(nn.Linear(3, 2).double(), XT, YT, loss=cross_entropy).n == N
+
+
+def test_an_optimiser_with_a_setting_that_is_not_known():
+    with refused("is not a step that is known here", "Leave it off"):
+        stepping(lambda parameters: torch.optim.Adam(parameters, amsgrad=True))
+    through_values(stepping(torch.optim.Adam))
+
+
+def test_settings_that_are_no_numbers():
+    def odd(parameters):
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        optimizer.param_groups[0]["weight_decay"] = "none"
+        optimizer.step = lambda: None
+        return optimizer
+
+    from upweight.training.moves import rule_of, settings_of
+
+    optimizer = odd(nn.Linear(3, 2).parameters())
+    with refused("A parameter group has settings that are no numbers", "Use plain numbers"):
+        settings_of(optimizer.param_groups[0], rule_of(optimizer)[1])
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    assert settings_of(optimizer.param_groups[0], rule_of(optimizer)[1])["weight_decay"] == 0
+
+
+def test_an_optimiser_of_another_module():
+    one, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    with refused("tensors that are no parameters of", "Pass the module whose parameters() were given to it"):
+        uw.Recording(one, torch.optim.SGD(other.parameters(), lr=0.1), X, Y, loss=cross_entropy)
+    assert uw.Recording(other, torch.optim.SGD(other.parameters(), lr=0.1), X, Y, loss=cross_entropy).steps == []
+
+
+def test_a_recording_is_of_one_training():
+    recording = stepping()
+    with refused("This recording holds a training of", "Make another uw.Recording"), recording:
+        pass
+    assert len(stepping().steps) == 3
+
+
+def test_a_recording_begins_with_the_training():
+    model = nn.Linear(3, 2).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    cross_entropy(model(XT), YT).backward()
+    optimizer.step()
+    late = uw.Recording(model, optimizer, XT, YT, loss=cross_entropy)
+    with refused("The optimizer has made steps already", "Make a new optimizer"), late:
+        pass
+    fresh = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    with uw.Recording(model, fresh, XT, YT, loss=cross_entropy) as recording:
+        recording.batch([0, 1])
+        fresh.step()
+    assert len(recording.steps) == 1
+
+
+def test_rows_of_a_step():
+    with refused("Pass the numbers of the training rows of this batch", "such as [3, 17, 4]"):
+        stepping(rows=[0.5])
+    with refused("was made without the rows of its gradient", "recording.batch(rows) before every step"):
+        stepping(named=False)
+    assert stepping(rows=[3, 17, 4]).steps[0].parts[0].rows.tolist() == [3, 17, 4]
+
+
+def test_a_recording_of_nothing():
+    with refused("The recording holds no step", "recording.batch(rows)"):
+        uw.through(stepping(batches=0))
+    through_values(stepping())
+
+
+def test_options_of_a_derivative_through_steps():
+    recording = stepping()
+    with refused("second_moment=", "Pass 'fixed' or 'through'"):
+        uw.through(recording, second_moment="detached")
+    with refused("since=", "It is the number of a step, from 0 to"):
+        uw.through(recording, since=3)
+    for option in ("fixed", "through"):
+        through_values(recording, second_moment=option, since=2)
+
+
+def test_steps_that_lead_elsewhere():
+    with refused("made again from the rows and settings that were recorded, end", "Correct what uw.Recording was told"):
+        through_values(stepping(rows=[1, 2, 3]))
+    with refused("made again from the rows and settings that were recorded, end", "Correct what uw.Recording was told"):
+        through_values(stepping(clip=0.01))
+    through_values(stepping())
+
+
+def test_a_training_whose_derivative_is_no_prediction():
+    def wild(rate):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+        recording = uw.Recording(model, optimizer, XT, YT, loss=cross_entropy)
+        with recording:
+            for step in range(120):
+                some = torch.arange(8 * step, 8 * step + 8) % N
+                optimizer.zero_grad()
+                cross_entropy(model(XT[some]), YT[some]).backward()
+                recording.batch(some)
+                optimizer.step()
+        return recording
+
+    recording = wild(6.0)
+    with refused("The derivative through this training is not what small changes", "uw.explain(model, …)"):
+        uw.through(recording).on_loss(XQ, YQ)
+    assert uw.through(recording, since=60).on_loss(XQ, YQ, check=False).values.shape == (len(XQ), N)
+    assert uw.explain(recording.model, XT, YT, loss=cross_entropy).on_loss(XQ, YQ).values.shape == (len(XQ), N)
+    assert "slope" in str(uw.through(wild(0.05)).on_loss(XQ, YQ).certificate)

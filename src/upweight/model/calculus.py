@@ -37,6 +37,11 @@ def losses(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
         return _losses(objective, objective.params, ready(objective, batch))
 
 
+def losses_at(objective: Objective, params: Any, batch: Any) -> Float[Tensor, " b"]:
+    """L(z_b, θ) for every example at other parameters, with its graph."""
+    return _losses(objective, params, ready(objective, batch))
+
+
 def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
     """∇L(z_b, θ̂) for every example.  Cost: one backward pass, and b × p numbers."""
     if objective.linear is not None:

@@ -1,0 +1,138 @@
+"""One step of torch.optim's SGD, Adam and AdamW as a differentiable function: (θ, memory, g) → (θ′, memory′).
+
+All is flat, in the order of the objective's blocks; settings are numbers, or vectors where parameter groups differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upweight.errors import UnsupportedModel, first_line
+
+Number = float | Tensor
+Settings = Mapping[str, Number]
+Memory = tuple[Tensor, ...]
+_CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimiser of torch.
+
+    Args:
+        state: names of what it remembers of each parameter, in the order of a Memory.
+        settings: names of the numbers of a parameter group that it reads.
+        refused: settings that must be off.
+        move: (θ, memory, g, settings, step, fixed) → (θ′, memory′), with step from 1, and `fixed` for a second moment
+            that is taken as it is.
+    """
+
+    state: tuple[str, ...]
+    settings: tuple[str, ...]
+    refused: tuple[str, ...]
+    move: Callable[[Tensor, Memory, Tensor, Settings, int, bool], tuple[Tensor, Memory]]
+
+
+def _sgd(theta: Tensor, memory: Memory, g: Tensor, s: Settings, step: int, fixed: bool) -> tuple[Tensor, Memory]:  # noqa: ARG001
+    g = g + s["weight_decay"] * theta
+    buffer = g if step == 1 else s["momentum"] * memory[0] + (1 - s["dampening"]) * g
+    ahead = g + s["momentum"] * buffer if s["nesterov"] else buffer
+    return theta - s["lr"] * ahead, (buffer,)
+
+
+def _adam_step(theta: Tensor, memory: Memory, g: Tensor, s: Settings, step: int, fixed: bool) -> tuple[Tensor, Memory]:
+    one, two = s["beta1"], s["beta2"]
+    mean = one * memory[0] + (1 - one) * g
+    square = two * memory[1] + (1 - two) * g * g
+    seen = square.detach() if fixed else square
+    moved = seen > 0  # √ has no derivative at 0, where the mean is 0 too and nothing hangs on it
+    root = torch.where(moved, torch.where(moved, seen / (1 - two**step), 1.0).sqrt(), 0.0) + s["eps"]
+    return theta - s["lr"] / (1 - one**step) * mean / root, (mean, seen)
+
+
+def _adam(theta: Tensor, memory: Memory, g: Tensor, s: Settings, step: int, fixed: bool) -> tuple[Tensor, Memory]:
+    return _adam_step(theta, memory, g + s["weight_decay"] * theta, s, step, fixed)
+
+
+def _adamw(theta: Tensor, memory: Memory, g: Tensor, s: Settings, step: int, fixed: bool) -> tuple[Tensor, Memory]:
+    return _adam_step(theta * (1 - s["lr"] * s["weight_decay"]), memory, g, s, step, fixed)
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_OF_ADAM = ("lr", "beta1", "beta2", "eps", "weight_decay")
+RULES: dict[type[torch.optim.Optimizer], Rule] = {
+    torch.optim.SGD: Rule(
+        ("momentum_buffer",), ("lr", "momentum", "dampening", "weight_decay", "nesterov"), ("maximize",), _sgd
+    ),
+    torch.optim.Adam: Rule(_MOMENTS, _OF_ADAM, ("amsgrad", "maximize", "decoupled_weight_decay"), _adam),
+    torch.optim.AdamW: Rule(_MOMENTS, _OF_ADAM, ("amsgrad", "maximize"), _adamw),
+}
+
+
+def rule_of(optimizer: torch.optim.Optimizer) -> tuple[str, Rule]:
+    """The rule of an optimiser, and its name.
+
+    Raises:
+        UnsupportedModel: if it is another one, or has a setting that is not written here.
+    """
+    kind, rule = type(optimizer), RULES.get(type(optimizer))
+    name = kind.__name__
+    if rule is None:
+        message = (
+            f"{name} is not among the optimisers whose step is known here: SGD, Adam and AdamW of torch.optim. Train "
+            "with one of these to differentiate through it; scores at the end of any training are uw.explain(model, …)."
+        )
+        raise UnsupportedModel(message)
+    on = sorted({one for group in optimizer.param_groups for one in rule.refused if group.get(one)})
+    if on:
+        shown = ", ".join(f"{one}=True" for one in on)
+        message = (
+            f"{name} with {shown} is not a step that is known here. Leave it off; AdamW decouples its weight decay."
+        )
+        raise UnsupportedModel(message)
+    return name, rule
+
+
+def settings_of(group: Mapping[str, Any], rule: Rule) -> dict[str, float]:
+    """The numbers of a parameter group that a rule reads.
+
+    Raises:
+        UnsupportedModel: if one of them is no number.
+    """
+    told = {**group, **dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))}
+    try:
+        return {name: float(told[name]) for name in rule.settings}
+    except (TypeError, ValueError, KeyError) as error:
+        message = f"A parameter group has settings that are no numbers ({first_line(error)}). Use plain numbers."
+        raise UnsupportedModel(message) from error
+
+
+def joined(groups: Sequence[Mapping[str, float]], of_block: Sequence[int], sizes: Sequence[int]) -> dict[str, Number]:
+    """The settings of all parameters: a number where groups agree, a vector where they do not.
+
+    Args:
+        groups: the settings of every parameter group.
+        of_block: the group of every block.
+        sizes: of the blocks.
+    """
+    found: dict[str, Number] = {}
+    for name in groups[0]:
+        values = [groups[group][name] for group in of_block]
+        found[name] = (
+            values[0]
+            if len(set(values)) == 1
+            else torch.cat(
+                [torch.full((size,), value, dtype=torch.float64) for value, size in zip(values, sizes, strict=True)]
+            )
+        )
+    return found
+
+
+def clipped(g: Tensor, most: float | None) -> Tensor:
+    """The gradient as torch.nn.utils.clip_grad_norm_ leaves it."""
+    return g if most is None else g * (most / (g.norm() + _CLIP_EPS)).clamp(max=1.0)

@@ -1,0 +1,196 @@
+"""A training as it happened, to be differentiated: which rows each step saw, and parameters now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from upweight.errors import InvalidInput
+from upweight.model.modules import refuse_training_mode
+from upweight.training.moves import rule_of, settings_of
+
+_MOST = 64  # states that are kept; every other one is dropped when there are more
+
+
+@dataclass(frozen=True)
+class Part:
+    """A batch whose mean loss, times a number, went into a step's gradient.
+
+    Args:
+        rows: (b,) its training rows.
+        scale: what the mean loss was multiplied by.
+    """
+
+    rows: NDArray[np.int64]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the optimiser.
+
+    Args:
+        parts: the batches of its gradient; several where gradients were accumulated.
+        groups: the numbers of every parameter group in force.
+    """
+
+    parts: tuple[Part, ...]
+    groups: tuple[dict[str, float], ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """Parameters and what the optimiser remembers of them, by name, before a step."""
+
+    parameters: dict[str, Tensor]
+    memory: dict[str, tuple[Tensor, ...]]
+
+
+@dataclass
+class Recording:
+    """What a training loop did, told by the loop and by its optimiser.
+
+    Inside `with recording:` every `optimizer.step()` is recorded; before it the loop says which rows the gradient is
+    of. Kept are the rows and the optimiser's numbers of every step, and up to 64 states of parameters and moments,
+    evenly spread, from which the rest is computed again. Memory: 64 times the model and the optimiser's state.
+
+        recording = uw.Recording(model, optimizer, X, y, loss=cross_entropy)
+        with recording:
+            for rows in batches:
+                optimizer.zero_grad()
+                cross_entropy(model(X[rows]), y[rows]).backward()
+                recording.batch(rows)
+                optimizer.step()
+
+    Args:
+        model: the module, without dropout and batch statistics while it trains.
+        optimizer: SGD, Adam or AdamW of torch.optim, over parameters of the model.
+        X: the training inputs, as for `explain`; or rows of named parts.
+        y: the training targets.
+        loss: the criterion of a batch, a mean over its rows; None asks the model for its own.
+        penalty: what else was added to a batch's loss, as for `explain`; the optimiser's weight decay is read off it.
+        clip: max_norm of `torch.nn.utils.clip_grad_norm_` over all parameters before each step; None clips nothing.
+        settings: more arguments of `explain`, such as collate_fn.
+
+    Raises:
+        UnsupportedModel: if the optimiser is another one, or it trains what is no parameter of the model.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    X: Any
+    y: Any = None
+    loss: Any = None
+    penalty: Any = None
+    clip: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list, init=False)
+    states: dict[int, State] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.optimiser_name, self.rule = rule_of(self.optimizer)
+        named = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        groups = self.optimizer.param_groups
+        strangers = sum(id(one) not in named for group in groups for one in group["params"])
+        if strangers:
+            message = (
+                f"The optimizer trains {strangers} tensors that are no parameters of {type(self.model).__name__}. Pass "
+                "the module whose parameters() were given to it."
+            )
+            raise InvalidInput(message)
+        self.group_of = {named[id(one)]: number for number, group in enumerate(groups) for one in group["params"]}
+        self._trained = {named[id(one)]: one for group in groups for one in group["params"]}
+        self._parts: list[Part] = []
+        self._every = 1
+        self._hook: Any = None
+
+    def __enter__(self) -> Self:
+        if self.steps:
+            message = (
+                f"This recording holds a training of {len(self.steps)} steps. Make another uw.Recording for another "
+                "training."
+            )
+            raise InvalidInput(message)
+        if any(self.optimizer.state.values()):
+            message = (
+                "The optimizer has made steps already, which nobody recorded. Make a new optimizer, and record from "
+                "its first step on."
+            )
+            raise InvalidInput(message)
+        self._hook = self.optimizer.register_step_pre_hook(self._before_step)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hook.remove()
+        self.states[len(self.steps)] = self._state()
+
+    def batch(self, rows: Any, scale: float = 1.0) -> None:
+        """Tell that the mean loss of these rows, times `scale`, is in the gradient of the next step.
+
+        Args:
+            rows: numbers of training rows.
+            scale: such as 1/4 where four batches are accumulated and each loss was divided by 4.
+
+        Raises:
+            InvalidInput: if they are no whole numbers, or none.
+        """
+        array = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+        if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu" or (array < 0).any():
+            message = (
+                f"rows is {array.dtype} of shape {array.shape}. Pass the numbers of the training rows of this batch, "
+                "0 for the first, such as [3, 17, 4]."
+            )
+            raise InvalidInput(message)
+        self._parts.append(Part(array.astype(np.int64), float(scale)))
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002
+        if not self._parts:
+            message = (
+                f"optimizer.step() number {len(self.steps) + 1} was made without the rows of its gradient. Call "
+                "recording.batch(rows) before every step, once for each batch whose backward() it uses."
+            )
+            raise InvalidInput(message)
+        refuse_training_mode(self.model)
+        self._keep(len(self.steps))
+        told = tuple(settings_of(group, self.rule) for group in optimizer.param_groups)
+        self.steps.append(Step(tuple(self._parts), told))
+        self._parts = []
+
+    def _keep(self, step: int) -> None:
+        """The state before a step, if its turn has come."""
+        if step % self._every:
+            return
+        self.states[step] = self._state()
+        if len(self.states) > _MOST:
+            self._every *= 2
+            self.states = {at: state for at, state in self.states.items() if at % self._every == 0}
+
+    def _state(self) -> State:
+        return State(
+            {name: one.detach().cpu().double().clone() for name, one in self._trained.items()},
+            {name: self._remembered(one) for name, one in self._trained.items()},
+        )
+
+    def _remembered(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        known = self.optimizer.state.get(parameter, {})
+        found = [known.get(name) for name in self.rule.state]
+        return tuple(
+            torch.zeros_like(parameter, dtype=torch.float64, device="cpu")
+            if one is None
+            else one.detach().cpu().double().clone()
+            for one in found
+        )
+
+
+def flat(blocks: dict[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Blocks by their names, as one vector in this order."""
+    return torch.cat([blocks[name].reshape(-1) for name in names])
