@@ -38,6 +38,7 @@ __all__ = [
     "NotConverged",
     "NotDeterministic",
     "NotFitted",
+    "NotLocal",
     "NotPositiveDefinite",
     "PathNotFound",
     "RankFailed",

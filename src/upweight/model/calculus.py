@@ -10,7 +10,7 @@ Hessian products are a double backward pass with batched cotangents over a vmapp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import scipy.sparse
@@ -479,6 +479,19 @@ def vjps(values: Tensor, params: Any, cotangents: Tensor, *, create_graph: bool 
         )
         for c in cotangents
     ]
+
+
+def with_graph(value: Tensor, at: Tensor) -> Tensor:
+    """∂value/∂at, with its graph."""
+    (found,) = torch.autograd.grad(value, at, create_graph=True)
+    return found
+
+
+@quietly()
+def pulled(values: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """Σ cᵀ ∂values/∂input for every input, 0 where there is no way to it; the graph is kept."""
+    found = torch.autograd.grad(values, inputs, cotangents, retain_graph=True, allow_unused=True)
+    return [_or_zero(part, one) for part, one in zip(found, inputs, strict=True)]
 
 
 @quietly()

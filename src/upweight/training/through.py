@@ -196,8 +196,7 @@ class Through:
             weights.append((part.rows, u))
         if objective.penalty is not None:
             total = total + objective.penalty(params).double()  # type: ignore[operator]
-        (g,) = torch.autograd.grad(total, theta, create_graph=True)
-        return g, weights
+        return calculus.with_graph(total, theta), weights
 
     def _denominator(self, own: Tensor) -> float:
         """What the criterion divides a batch's sum by."""
@@ -285,25 +284,12 @@ class Through:
             after, remembered = self._moved(step, inputs[0], tuple(inputs[1:-1]), inputs[-1])
         outputs = [after, *remembered]
         used = [place for place, one in enumerate(outputs) if one.requires_grad]
-        before = [
-            _or_zeros(
-                torch.autograd.grad(
-                    [outputs[k] for k in used],
-                    inputs,
-                    [[ak, *bk][k] for k in used],
-                    retain_graph=True,
-                    allow_unused=True,
-                ),
-                inputs,
-            )
-            for ak, *bk in zip(a, *b, strict=True)
-        ]
+        sent = [outputs[k] for k in used]
+        before = [calculus.pulled(sent, inputs, [[ak, *bk][k] for k in used]) for ak, *bk in zip(a, *b, strict=True)]
         own, *slots, onto = (torch.stack(parts) for parts in zip(*before, strict=True))
         rows = [u for _, u in weights]
         for query in range(len(a)):
-            back, *by_row = _or_zeros(
-                torch.autograd.grad(g, [leaf, *rows], onto[query], retain_graph=True, allow_unused=True), [leaf, *rows]
-            )
+            back, *by_row = calculus.pulled([g], [leaf, *rows], [onto[query]])
             own[query] += back
             for (numbers, _), part in zip(weights, by_row, strict=True):
                 np.subtract.at(values[query], numbers, part.numpy())
@@ -393,10 +379,6 @@ def through(
         **{**recording.settings, **settings},
     )
     return Through(recording, influence, since, second_moment)
-
-
-def _or_zeros(found: Any, inputs: list[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(one) if part is None else part for part, one in zip(found, inputs, strict=True)]
 
 
 def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
