@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 import upweight as uw
 from upweight.influence.scores import Scores
-from upweight.operators import EKFAC, KFAC, GaussNewton
+from upweight.operators import EKFAC, KFAC, Arnoldi, GaussNewton
+from upweight.operators.implicit import Implicit
 from upweight.solvers import CG, LiSSA, Preconditioned
 
 X = torch.randn(80, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -172,3 +173,40 @@ def test_an_interrupted_recursion_goes_on_to_the_same_bits(tmp_path, monkeypatch
     assert none.products == 0
     assert again.values.tobytes() == whole.values.tobytes()
     assert again.standard_error.tobytes() == whole.standard_error.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore::upweight.errors.TheoryWarning")
+@pytest.mark.parametrize("lost", [1, 7, 24])
+@pytest.mark.parametrize("rows", [X, X[:, :1].expand(-1, 6)], ids=["full", "a space that is left at once"])
+def test_an_interrupted_basis_goes_on_to_the_same_bits(tmp_path, monkeypatch, lost, rows):
+    monkeypatch.setattr("upweight.model.chunks.KEPT_EVERY", 0.0)
+    apply, products = Implicit.apply, []
+
+    def asked(store, fails_at=10**9):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 5).double()
+        how = {"loss": cross_entropy, "curvature": Arnoldi(4, of=GaussNewton(keep=0), steps=25), "damping": 0.1}
+        influence = uw.explain(model, rows, Y, penalty=0.01, **how)
+        products.clear()
+
+        def counted(self, V):
+            products.append(len(V))
+            if len(products) == fails_at:
+                raise KeyboardInterrupt
+            return apply(self, V)
+
+        monkeypatch.setattr(Implicit, "apply", counted)
+        return influence.on_loss(XQ, YQ, store=store)
+
+    whole = asked(None)
+    every = len(products)
+    assert every >= 25
+    with pytest.raises(KeyboardInterrupt):
+        asked(tmp_path / "run", fails_at=lost)
+    found = asked(tmp_path / "run")
+    assert len(products) == every - lost + 1
+    assert found.values.tobytes() == whole.values.tobytes()
+    (tmp_path / "run" / "scores.safetensors").unlink()
+    (tmp_path / "run" / "chunk-000000.safetensors").unlink()
+    assert asked(tmp_path / "run").values.tobytes() == whole.values.tobytes()
+    assert len(products) == every - 25
