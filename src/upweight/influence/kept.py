@@ -37,7 +37,8 @@ def folder(system: System, queries: Examples, measure: str, path: Any, part: str
         store = Store(path, fingerprint, part=part, follows=follows)
         finished = len(list(store.path.glob("chunk-*")))
         rows = max(0, system.n - finished * CHUNK)
-        solving = 0 if store.has(SOLUTIONS) else 3 * system.objective.size
+        estimates = getattr(system.solver, "repeats", 0)
+        solving = 0 if store.has(SOLUTIONS) else (3 + estimates) * system.objective.size
         check_room(store.path, 8 * len(queries) * (rows + solving))
         return store
 

@@ -63,7 +63,7 @@ def in_chunks(
 
     Each chunk is computed when it is asked for, or read from the folder.
     """
-    weights = system.examples.weights / system.n
+    weights = _shares(system)
     if folder is not None:
         kept.compare_losses(system, folder)  # before any sum that was kept is taken up
         system.prepare_in(folder)
@@ -75,6 +75,14 @@ def in_chunks(
         solution = kept.compared(system, folder, solution)
     share = system.penalty_share
     return scoring.in_chunks(system, solution.x, share, store=folder, factors=weights), solution
+
+
+def _shares(system: System) -> Float[NDArray[np.float64], " n"]:
+    """wᵢ/n of every row, one number where all are equal."""
+    weights = system.examples.weights
+    if (weights == weights[0]).all():
+        return np.broadcast_to(weights[0] / system.n, weights.shape)
+    return weights / system.n
 
 
 def block(system: System, queries: int) -> int:

@@ -145,7 +145,20 @@ class Running:
 
 
 def _belonging(groups: list[NDArray[np.int64]], n: int) -> scipy.sparse.csr_matrix:
-    """(n, g): 1 where a row is in a group."""
+    """(n, g): 1 where a row is in a group.  Memory: 13 bytes a row where no row is in two groups, else 34."""
+    columns = np.full(n, -1, dtype=np.int32)
+    for number, group in enumerate(groups):
+        if (columns[group] >= 0).any():
+            return _overlapping(groups, n)
+        columns[group] = number
+    ends = np.zeros(n + 1, dtype=np.int32 if n < 2**31 else np.int64)
+    np.cumsum(columns >= 0, out=ends[1:])
+    columns = columns[columns >= 0] if ends[-1] < n else columns
+    return scipy.sparse.csr_matrix((np.ones(len(columns), dtype=np.int8), columns, ends), shape=(n, len(groups)))
+
+
+def _overlapping(groups: list[NDArray[np.int64]], n: int) -> scipy.sparse.csr_matrix:
+    """The same where a row is in several groups."""
     rows = np.concatenate([np.empty(0, dtype=np.int64), *groups])
     columns = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     return scipy.sparse.csr_matrix((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(n, len(groups)))

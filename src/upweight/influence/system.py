@@ -36,6 +36,7 @@ from upweight.solvers import Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping, residuals
 from upweight.solvers.cg import Iteration
 from upweight.solvers.flat import Flat
+from upweight.solvers.lissa import Recursion
 from upweight.solvers.pacing import Keep
 
 PROBE = 3  # examples that a route is tried on
@@ -223,10 +224,13 @@ class System:
         Raises:
             NotPositiveDefinite: as for `solve`.
         """
-        if not isinstance(self.prepared, Iteration):
+        stochastic = isinstance(self.prepared, Recursion)
+        if not stochastic and not isinstance(self.prepared, Iteration):
             return self.solve(V)
+        write = store.keep_estimates if stochastic else store.keep_state
         with undisturbed():
-            kept = ranks.by_first("reading the state of the solution", lambda: store.state)
+            reading = "reading the state of the solution"
+            kept = ranks.by_first(reading, lambda: store.estimates if stochastic else store.state)
             state = None if kept is None else {name: as_tensor(x) for name, x in kept.items()}
             settled = None if state is None else state.pop(SETTLED, None)
             if state is not None and settled is not None:  # it had ended before its residual was small
@@ -235,7 +239,7 @@ class System:
 
             def keep(state: Mapping[str, Tensor]) -> None:
                 if ranks.first():
-                    store.keep_state({name: x.numpy() for name, x in state.items()})
+                    write({name: x.numpy() for name, x in state.items()})
 
             solution = solved(self.prepared, V, repr(self.solver), state=state, keep=keep)
         self.undetermined.announce(solution)
@@ -358,7 +362,7 @@ def solved(
     Raises:
         NotConverged: if a residual that was promised is not reached.
     """
-    if isinstance(prepared, Iteration):
+    if isinstance(prepared, Iteration | Recursion):
         solution = prepared.solve(V, state=state, keep=keep)
     else:
         solution = prepared.solve(V, state=state)

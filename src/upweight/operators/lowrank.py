@@ -9,8 +9,9 @@ where the penalty is the same for every parameter, and then the penalty is exact
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,6 +25,7 @@ from upweight.model.sweep import Sweep
 from upweight.operators.base import Curvature, Operator
 from upweight.operators.implicit import GaussNewton, Hessian
 from upweight.operators.krylov import lanczos
+from upweight.runs import ranks
 
 _ALPHA = 4.0
 _MORE = 20
@@ -118,7 +120,8 @@ class Arnoldi:
         floor = _floor(sweep)
         p, rank = exact.size, min(self.rank, exact.size)
         count = min(p, self.steps or 2 * rank + _MORE)
-        basis, T, beta = lanczos(exact, count, seed=self.seed)
+        state, keep = _kept(sweep, f"basis-{hashlib.sha256(repr(self).encode()).hexdigest()[:8]}")
+        basis, T, beta = lanczos(exact, count, seed=self.seed, state=state, keep=keep)
         values, inside = torch.linalg.eigh(T)
         kept = (values - floor).abs().sort(descending=True, stable=True).indices[:rank]
         found = inside[:, kept].T @ basis
@@ -223,6 +226,20 @@ class LowRank:
     def project(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """V without the objective's gauge directions."""
         return self.exact.project(V)
+
+
+def _kept(sweep: Sweep, name: str) -> tuple[Mapping[str, Tensor] | None, Callable[[Mapping[str, Tensor]], None] | None]:
+    """What a store has of a basis, and what keeps it there; None and None where none is held by this process alone."""
+    store = sweep.store
+    if store is None or not store.held or ranks.several():
+        return None, None
+
+    def keep(state: Mapping[str, Tensor]) -> None:
+        store.keep(name, {part: values.numpy() for part, values in state.items()})
+
+    if not store.has(name):
+        return None, keep
+    return {part: torch.from_numpy(values.copy()) for part, values in store.kept(name)[0].items()}, keep
 
 
 def _check(spec: Nystroem | Arnoldi) -> None:

@@ -5,6 +5,7 @@
     ├── job.toml                  the command that made the folder, if one did (`runs.job`)
     ├── events.jsonl              what happened when: opened, chunk, kept, stopped, finished
     ├── state.safetensors         where the iteration that solves the systems has come to
+    ├── estimates.safetensors    those that a stochastic solver has made, and where the next one has come to
     ├── sum-….safetensors         a sum over all rows, whole or as far as it has come
     ├── solutions.safetensors     what the chunks were computed with; compared, and used again, by the next run
     ├── chunk-000000.safetensors  a chunk file that exists is complete
@@ -41,7 +42,7 @@ from upweight.runs.stopping import Stopped, finishing
 
 FORMAT = 2
 MANIFEST, JOB, EVENTS, LOCK, SUFFIX = "manifest.json", "job.toml", "events.jsonl", ".lock", ".safetensors"
-STATE, SOLUTIONS, SETTLED, SCORES = "state", "solutions", "settled", "scores"
+STATE, ESTIMATES, SOLUTIONS, SETTLED, SCORES = "state", "estimates", "solutions", "settled", "scores"
 _LOOK = 5.0  # seconds that a part waits for others that look, as it does, whether the whole is taken
 WORK, NAME = "work", "name"  # of a file: what ties it to its folder
 
@@ -231,6 +232,16 @@ class Store:
             self._named(self._state).unlink(missing_ok=True)
         else:
             self.keep_state({SETTLED: settled})
+
+    @property
+    def estimates(self) -> dict[str, NDArray[Any]] | None:
+        """What a stochastic solver has made, finished ones and one in the making; None if it kept nothing."""
+        name = f"{ESTIMATES}{self.part}"
+        return self.kept(name)[0] if self.has(name) else None
+
+    def keep_estimates(self, estimates: Mapping[str, NDArray[Any]]) -> None:
+        """Keep these in place of what was kept before."""
+        self.keep(f"{ESTIMATES}{self.part}", estimates)
 
     def sum(self, name: str) -> tuple[NDArray[np.float64] | None, int]:
         """The nodes of a sum over the rows as far as it has come (`runs.sums`), and how many chunks are in them."""

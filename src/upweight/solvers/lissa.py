@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ from torch import Tensor
 from upweight.errors import Diverged, InvalidInput, UnsupportedModel, checked_count
 from upweight.model import penalties
 from upweight.operators.base import Operator, Sampled
+from upweight.runs import ranks
+from upweight.runs.stopping import asked, stop_here
+from upweight.solvers import pacing
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 from upweight.solvers.lanczos import rounded_up
 
@@ -87,16 +91,30 @@ class Recursion:
     damping: float
     scale: float | int
 
-    def solve(self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None) -> Solution:  # noqa: ARG002
+    def solve(
+        self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None, keep: pacing.Keep | None = None
+    ) -> Solution:
         """x with (C + λI) x ≈ v for every row v, and the independent estimates that it averages.
+
+        Args:
+            V: right-hand sides.
+            state: what `keep` was given of the same V: to the same bits it goes on from there, for the draws are those
+                of the seed.
+            keep: is given the finished estimates, where the next one has come to, and its steps, every half a minute
+                and at the end.
 
         Raises:
             Diverged: if an estimate grows faster than a valid scale allows.
         """
         V = self.operator.project(checked_sides(V))
-        replicas = torch.stack(
-            [self._recursion(V, stream) for stream in np.random.SeedSequence(self.spec.seed).spawn(self.spec.repeats)]
-        )
+        streams = np.random.SeedSequence(self.spec.seed).spawn(self.spec.repeats)
+        kept = _Keeping(keep, list(state["replicas"]) if state else [])
+        x, taken = (state["x"], int(state["step"])) if state else (None, 0)
+        for stream in streams[len(kept.replicas) :]:
+            kept.replicas.append(self._recursion(V, stream, kept, x, taken))
+            x, taken = None, 0
+        kept.whole(V)
+        replicas = torch.stack(kept.replicas)
         x = replicas.mean(0)
         missing = V - self._apply(replicas.flatten(0, 1)).reshape(replicas.shape)  # (r, k, p)
         residual = residuals(self.operator, self.damping, x, V)
@@ -125,12 +143,17 @@ class Recursion:
         bound = scipy.stats.t.ppf(1 - 0.005 / noise.numel(), repeats - 1)
         return bool((missing.mean(0).abs() <= bound * noise + 1e-12 * missing.abs().max()).all())
 
-    def _recursion(self, V: Tensor, stream: np.random.SeedSequence) -> Tensor:
+    def _recursion(
+        self, V: Tensor, stream: np.random.SeedSequence, kept: _Keeping, x: Tensor | None, taken: int
+    ) -> Tensor:
+        """One estimate, from x after the first steps, if they were taken before."""
         draw = np.random.default_rng(stream)
         n = self.operator.sweep.n
-        x = V / self.scale
+        for _ in range(taken):
+            draw.integers(n, size=self.spec.batch_size)
+        x = V / self.scale if x is None else x
         size = V.norm(dim=1).clamp(min=1e-300)
-        for step in range(1, self.spec.depth + 1):
+        for step in range(taken + 1, self.spec.depth + 1):
             rows = draw.integers(n, size=self.spec.batch_size)
             x = x + (V - self.operator.project(self.operator.apply_rows(x, rows)) - self.damping * x) / self.scale
             if step % 50 == 0 or step == self.spec.depth:
@@ -138,6 +161,7 @@ class Recursion:
                 growth = float((x.norm(dim=1) / size).nan_to_num(nan=torch.inf).max()) * self.scale
                 if growth > 2 * (step + 1):
                     raise self._divergence(x, V, step, growth / self.scale)
+            kept.look(x, step)
         return x
 
     def _divergence(self, x: Tensor, V: Tensor, step: int, growth: float) -> Diverged:
@@ -159,6 +183,37 @@ class Recursion:
         """(1 − μ/s)^depth, μ the best lower bound of C + λI that is known: damping + the smallest penalty strength."""
         floor = self.damping + float(penalties.diagonal(self.operator.sweep.objective).min())
         return float(max(0.0, 1 - floor / self.scale) ** self.spec.depth)
+
+
+class _Keeping:
+    """The estimates that are finished, and when what is there was kept last."""
+
+    def __init__(self, keep: pacing.Keep | None, replicas: list[Tensor]) -> None:
+        self.keep, self.replicas = keep, replicas
+        self._since, self._written = time.monotonic(), len(replicas)
+
+    def look(self, x: Tensor, step: int) -> None:
+        """Keep all if it is time.
+
+        Raises:
+            Stopped: if a signal has asked for it; several ranks go on, for all must stop alike.
+        """
+        stopping = asked() and not ranks.several()
+        if self.keep is None or not (stopping or time.monotonic() - self._since >= pacing.SECONDS):
+            return
+        self._keep(self.keep, x, step)
+        if stopping:
+            stop_here(f"{step} steps of estimate {len(self.replicas) + 1}")
+
+    def whole(self, V: Tensor) -> None:
+        """All estimates are there; what was kept so is left."""
+        if self.keep is not None and self._written < len(self.replicas):
+            self._keep(self.keep, torch.zeros_like(V), 0)
+
+    def _keep(self, keep: pacing.Keep, x: Tensor, step: int) -> None:
+        replicas = torch.stack(self.replicas) if self.replicas else x.new_zeros(0, *x.shape)
+        keep({"replicas": replicas, "x": x, "step": torch.tensor(step)})
+        self._since, self._written = time.monotonic(), len(self.replicas)
 
 
 def _scale(spec: LiSSA, operator: Sampled) -> float:

@@ -10,8 +10,9 @@ from torch.nn.functional import cross_entropy
 
 import upweight as uw
 from upweight.influence.scores import Scores
-from upweight.operators import EKFAC, KFAC, GaussNewton
-from upweight.solvers import CG, Preconditioned
+from upweight.operators import EKFAC, KFAC, Arnoldi, GaussNewton
+from upweight.operators.implicit import Implicit
+from upweight.solvers import CG, LiSSA, Preconditioned
 
 X = torch.randn(80, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randint(0, 3, (80,), generator=torch.Generator().manual_seed(1))
@@ -130,3 +131,82 @@ def test_values_that_settled_are_taken_again_as_they_are(tmp_path):
     assert operator.products <= 2
     assert np.array_equal(second.certificate.settled, first.certificate.settled)
     assert np.allclose(second.certificate.residual, first.certificate.residual, rtol=1e-6)
+
+
+class CountedRows(Counted):
+    """The same of products with a few rows."""
+
+    def apply_rows(self, V, rows):
+        self.products += 1
+        if self.products == self.fails_at:
+            raise KeyboardInterrupt
+        return self.operator.apply_rows(V, rows)
+
+    def apply(self, V):
+        return self.operator.apply(V)
+
+
+@pytest.mark.filterwarnings("ignore::upweight.errors.TheoryWarning")
+@pytest.mark.parametrize("lost", [130, 250], ids=["in the second estimate", "in the third"])
+def test_an_interrupted_recursion_goes_on_to_the_same_bits(tmp_path, monkeypatch, lost):
+    monkeypatch.setattr("upweight.solvers.pacing.SECONDS", 0.0)
+    solver = LiSSA(depth=100, repeats=3, batch_size=4, scale=20.0, seed=3)
+
+    def asked(store, fails_at=10**9):
+        influence = explained(solver)
+        influence.system.__dict__["operator"] = found = CountedRows(influence.operator, fails_at)
+        return lambda: influence.on_loss(XQ, YQ, store=store), found
+
+    alone, every = asked(None)
+    whole = alone()
+    assert every.products == 300
+    first, _ = asked(tmp_path / "run", fails_at=lost)
+    with pytest.raises(KeyboardInterrupt):
+        first()
+    second, rest = asked(tmp_path / "run")
+    found = second()
+    assert rest.products == 300 - lost + 1  # nothing but the step that was lost is made twice
+    assert found.values.tobytes() == whole.values.tobytes()
+    assert found.standard_error.tobytes() == whole.standard_error.tobytes()
+    third, none = asked(tmp_path / "run")
+    again = third()
+    assert none.products == 0
+    assert again.values.tobytes() == whole.values.tobytes()
+    assert again.standard_error.tobytes() == whole.standard_error.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore::upweight.errors.TheoryWarning")
+@pytest.mark.parametrize("lost", [1, 7, 24])
+@pytest.mark.parametrize("rows", [X, X[:, :1].expand(-1, 6)], ids=["full", "a space that is left at once"])
+def test_an_interrupted_basis_goes_on_to_the_same_bits(tmp_path, monkeypatch, lost, rows):
+    monkeypatch.setattr("upweight.model.chunks.KEPT_EVERY", 0.0)
+    apply, products = Implicit.apply, []
+
+    def asked(store, fails_at=10**9):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 5).double()
+        how = {"loss": cross_entropy, "curvature": Arnoldi(4, of=GaussNewton(keep=0), steps=25), "damping": 0.1}
+        influence = uw.explain(model, rows, Y, penalty=0.01, **how)
+        products.clear()
+
+        def counted(self, V):
+            products.append(len(V))
+            if len(products) == fails_at:
+                raise KeyboardInterrupt
+            return apply(self, V)
+
+        monkeypatch.setattr(Implicit, "apply", counted)
+        return influence.on_loss(XQ, YQ, store=store)
+
+    whole = asked(None)
+    every = len(products)
+    assert every >= 25
+    with pytest.raises(KeyboardInterrupt):
+        asked(tmp_path / "run", fails_at=lost)
+    found = asked(tmp_path / "run")
+    assert len(products) == every - lost + 1
+    assert found.values.tobytes() == whole.values.tobytes()
+    (tmp_path / "run" / "scores.safetensors").unlink()
+    (tmp_path / "run" / "chunk-000000.safetensors").unlink()
+    assert asked(tmp_path / "run").values.tobytes() == whole.values.tobytes()
+    assert len(products) == every - 25

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 import upweight as uw
 from small import net
 from upweight.influence import streaming
-from upweight.influence.running import EDGES, Largest, Spread
+from upweight.influence.running import EDGES, Largest, Spread, _belonging
 from upweight.model.chunks import CHUNK
 from upweight.runs.store import Store
 
@@ -351,3 +351,22 @@ def test_a_block_of_scores_takes_what_is_documented(many):
 
     assert 1.6 * block < traced(loop) < 2.4 * block
     assert traced(lambda: uw.extremes(influence.on_loss_in_blocks(*on, size=32), 5)) < 1.8 * block
+
+
+def test_rows_belong_to_groups_whether_these_overlap_or_not():
+    """Against a matrix of zeros and ones, written out."""
+    rows = DRAW.permutation(50)
+    for groups in (
+        [rows[:20], rows[20:45]],
+        [rows[:20], rows[20:]],
+        [rows[:20], rows[10:30]],
+        [],
+        [rows[:0], rows[:3]],
+    ):
+        expected = np.zeros((50, len(groups)))
+        for number, group in enumerate(groups):
+            expected[group, number] = 1
+        found = _belonging([np.asarray(group, dtype=np.int64) for group in groups], 50)
+        assert np.array_equal(found.toarray(), expected)
+        values = DRAW.normal(size=(7, 4))
+        np.testing.assert_allclose(found[5:12].T @ values, expected[5:12].T @ values, rtol=1e-13, atol=1e-13)
