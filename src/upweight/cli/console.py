@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # nothing here may import torch before a command runs
 StudyName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.PY:FUNCTION")]
 StudyOrTable = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.PY:FUNCTION|TABLE")]
 Stores = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
+RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 K = Annotated[int, tyro.conf.arg(aliases=["-k"])]
 NAMES: list[str] = []  # of the commands

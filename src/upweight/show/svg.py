@@ -298,7 +298,7 @@ def _round(low: float, high: float, *, wanted: int = 5) -> list[tuple[float, str
     power = 10 ** np.floor(np.log10((high - low) / wanted))
     step = next(power * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (power * factor) <= wanted)
     first, last = int(np.ceil(low / step - 1e-9)), int(np.floor(high / step + 1e-9))
-    return [(float(number * step), _told(float(f"{number * step:.12g}"))) for number in range(first, last + 1)]
+    return [(float(number * step), _short(float(f"{number * step:.12g}"))) for number in range(first, last + 1)]
 
 
 def _powers(low: float, high: float) -> list[tuple[float, str]]:
@@ -307,13 +307,13 @@ def _powers(low: float, high: float) -> list[tuple[float, str]]:
     whole = range(int(np.ceil(low - 1e-9)), int(np.floor(high + 1e-9)) + 1)
     if len(whole) < 2:
         return [(float(np.log10(value)), told) for value, told in _round(10**low, 10**high, wanted=3)]
-    return [(float(power), _told(10.0**power)) for power in whole[:: -(-len(whole) // 6)]]
+    return [(float(power), _short(10.0**power)) for power in whole[:: -(-len(whole) // 6)]]
 
 
 def _logs_of_counts(_: float, high: float) -> list[tuple[float, str]]:
     """0, 1, 10, 100, … where log₁₀(1 + count) is drawn."""
     counts = [0, *(10**power for power in range(int(high) + 1))]
-    return [(at, _told(count)) for count in counts if (at := float(np.log10(1 + count))) <= high]
+    return [(at, _short(count)) for count in counts if (at := float(np.log10(1 + count))) <= high]
 
 
 def _span(values: ArrayLike, share: float) -> tuple[float, float]:
@@ -376,6 +376,14 @@ def _told(value: float) -> str:
     number = float(value)
     whole = np.isfinite(number) and number == int(number) and abs(number) < 1e7
     return (f"{int(number):,}" if whole else f"{number:.3g}").replace("-", "\N{MINUS SIGN}")
+
+
+def _short(value: float) -> str:
+    """A number at an axis: thousands as k, millions as M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if size * 10 <= abs(value) < 1e10 and value % (size / 10) == 0:
+            return _told(value / size) + letter
+    return _told(value)
 
 
 def _cut(text: str, most: int) -> str:

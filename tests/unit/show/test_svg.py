@@ -51,7 +51,7 @@ def test_a_single_row_among_many_is_seen_on_a_logarithmic_scale():
     assert drawn[1]["height"] / drawn[0]["height"] == pytest.approx(np.log10(2) / 4, abs=0.01)
     assert re.findall(
         r'uw-tick"[^>]*text-anchor="end">([^<]*)', svg.histogram([9_999], [0, 1], title="t", x="x", log=True)
-    ) == ["0", "1", "10", "100", "1,000", "10,000"]
+    ) == ["0", "1", "10", "100", "1,000", "10k"]
 
 
 def test_dots_stand_at_their_numbers_and_the_diagonal_between_equal_ones():
