@@ -22,13 +22,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from upweight.data import markup
 from upweight.errors import Damaged, InvalidInput, PathNotFound, first_line
 from upweight.influence.scores import Scores
 from upweight.runs.store import EVENTS, MANIFEST, SCORES, SOLUTIONS, SUFFIX, read_part, work_of
+from upweight.show.cards import Card
+from upweight.show.look import look
 
 ITEMS = 1024  # rows in a file
 QUERIES = "queries"
-Card = str | Mapping[str, Any] | NDArray[np.uint8] | None
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,14 @@ class Run:
     def __repr__(self) -> str:
         state = "finished" if self.finished else f"{len(self._chunks)} chunks, not finished"
         return f"Run({str(self.path)!r}, {state}; {self.manifest['fingerprint'].get('objective', '')})"
+
+    def _repr_html_(self) -> str:
+        """Its first queries with the rows that help and harm them, as they look; its name while it is not finished."""
+        if not self.finished:
+            return markup.frame(f"<p>{markup.text(repr(self))}</p>")
+        rows, queries = self.rows, self.queries
+        cards = [] if rows is None else rows.cards
+        return look(self.scores, cards, None if queries is None else queries.cards)._repr_html_()
 
     @property
     def finished(self) -> bool:

@@ -223,7 +223,10 @@ def test_pictures_are_small_and_are_what_they_were():
 
 
 def test_words_in_common_are_underlined_and_columns_compared():
-    assert looks("Cheap pills & more", "row 1", "buy PILLS now") == '<p class="text">Cheap <u>pills</u> &amp; more</p>'
+    assert (
+        looks("Cheap pills & more", "row 1", "buy PILLS now")
+        == '<p class="uw-text text">Cheap <u>pills</u> &amp; more</p>'
+    )
     table = looks({"a": 1.0, "b": 5.0, "c": "x"}, "row 1", {"a": 1.0, "b": 2.0, "c": "y"})
     assert table.index(">c<") < table.index(">b<") < table.index(">a<")
     assert "+3" in table
