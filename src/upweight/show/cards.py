@@ -90,14 +90,14 @@ def _line(name: str, value: Any, beside: Mapping[str, Any] | None) -> str:
     if beside is not None:
         other = beside.get(name)
         if _number(value) and _number(other):
-            cells.append("=" if value == other else f"{float(value) - float(beside[name]):+.3g}")
+            cells.append("=" if value == other else f"{float(value) - float(beside[name]):+.5g}")
         else:
             cells.append("=" if value == other else "differs")
     return f'<tr><th scope="row">{markup.text(name, 40)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
 
 
 def _told(value: Any) -> str:
-    return f"{float(value):.4g}" if _number(value) else markup.text(value, 60)
+    return f"{float(value):.5g}" if _number(value) else markup.text(value, 60)
 
 
 def _number(value: Any) -> bool:

@@ -51,7 +51,7 @@ th,td{text-align:left;vertical-align:top;padding:.2rem .7rem .2rem 0;border-bott
 .card p{margin:.2rem 0}
 .card img{height:5.6rem}
 img{image-rendering:pixelated;border:1px solid var(--rule);border-radius:.25rem;max-width:100%;background:#fff}
-.text{white-space:pre-wrap;max-height:14rem;overflow:hidden}
+.text{white-space:pre-wrap;display:-webkit-box;-webkit-line-clamp:10;-webkit-box-orient:vertical;overflow:hidden}
 .columns{font-size:.8rem;margin:.2rem 0}.columns th{font-weight:400;color:var(--soft)}
 .help{color:var(--help)}.harm{color:var(--harm)}.value{font-weight:650;font-variant-numeric:tabular-nums}
 pre{background:var(--raised);padding:1rem;overflow-x:auto;font-size:.8rem;white-space:pre-wrap}

@@ -343,7 +343,7 @@ def _trust(told: _Told, known: Evidence) -> str:
             "the values by deed: <code>uw.keep_evidence(run, uw.leave_one_out(influence, (Xq, yq), rows))</code>.</p>"
         )
     said = str(told.outline.certificate).split("; ")
-    parts.append(line_table(["", ""], [[str(place + 1), line] for place, line in enumerate(said)], "Certificate"))
+    parts.append(f"<h3>Certificate</h3><ul>{''.join(f'<li>{markup.text(line, 500)}</li>' for line in said)}</ul>")
     parts.append(
         "<p>The certificate says how the numbers were computed: on which curvature, how exactly the linear system was "
         "solved (its residual, which should be far below 1), how far the model is from a minimum of its training loss "

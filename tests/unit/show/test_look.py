@@ -75,7 +75,7 @@ def test_columns_are_compared_with_those_of_the_query(scores):
     page = uw.look(scores, frame, frame[:7])._repr_html_()
     assert "<script" not in page
     row = int(scores.helpful(1).rows[0, 0])
-    assert f"{X[row, 1] - X[0, 1]:+.3g}" in page
+    assert f"{X[row, 1] - X[0, 1]:+.5g}" in page
     assert uw.look(scores, X)._repr_html_().count("uw-cell") > 30
 
 
