@@ -115,9 +115,7 @@ def test_a_page_gets_the_room_that_it_needs(tmp_path):
 def test_rows_are_looked_at_as_something_that_can_be_seen():
     scores = ridge().on_loss(XQ, ZQ)
     texts = [f"text {row}" for row in range(ridge().n)]
-    with refused(
-        "rows is a int", "Pass a DataFrame, a list of texts, an array of pictures or of columns, or a function"
-    ):
+    with refused(" is a ", "Pass a DataFrame, a list of texts, an array of pictures or of columns, or a function"):
         uw.look(scores, 7)
     for right in (texts, lambda i: texts[i]):
         assert f"text {scores.helpful(1).rows[0, 0]}<" in uw.look(scores, right)._repr_html_()
