@@ -206,20 +206,8 @@ def draw(result: dict[str, Any]) -> Figure:
     figure, (left, middle, right) = report.canvas(3, 14.4, 4.4, width_ratios=(1.0, 1.0, 0.8))
     for ax, prefix, title in ((left, "rbf", "RBF SVM"), (middle, "network", NAMES[settings["network"]])):
         y = np.array(arrays[f"{prefix}_value"])
-        ax.axhline(0, color=report.GREY, linewidth=0.8, zorder=1)
-        for who, color, label in ((fish, report.BLUE, "fish, as the query"), (~fish, report.ORANGE, "dog")):
-            ax.scatter(x[who], y[who], s=14, alpha=0.6, color=color, linewidth=0, label=label, zorder=2)
-        top = np.argsort(-y)[:SHOWN]
-        ax.scatter(
-            x[top],
-            y[top],
-            s=52,
-            facecolor="none",
-            edgecolor=report.INK,
-            linewidth=1.1,
-            zorder=3,
-            label="five most helpful",
-        )
+        kinds = {"fish, as the query": fish, "dog": ~fish}
+        uw.plots.influence_against_distance(y, x, ax, kinds=kinds, marked=np.argsort(-y)[:SHOWN].tolist())
         report.style(ax, title=f"{title}: one test fish")
         report.note(
             ax,
@@ -228,8 +216,9 @@ def draw(result: dict[str, Any]) -> Figure:
             f"{numbers[f'{prefix}_share_of_fish_that_harm']:.0%}",
             x=0.3,
         )
-        ax.set(xlabel="Euclidean distance in pixels of [−1, 1]", ylabel="change of the query's loss if removed")
+        ax.set_xlabel("Euclidean distance in pixels of [−1, 1]")
         ax.ticklabel_format(axis="y", scilimits=(0, 0), useMathText=True)
+        ax.legend().remove()
         ax.set_ylim(top=1.25 * y.max())
     left.legend(frameon=False, fontsize=9, loc="lower right", handletextpad=0.2, labelcolor=report.INK)
     shown = [("rbf", "RBF SVM"), ("network", NAMES[settings["network"]])]

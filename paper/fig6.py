@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import scipy.sparse
-from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -228,12 +227,6 @@ def _error(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.zeros(values.shape[1:])
 
 
-COLORS = {
-    "influence": report.BLUE,
-    "influence_published": "#9dc6e0",
-    "loss": "#3a9d5d",
-    "random": "#d1495b",
-}
 LABELS = {
     "influence": "influence, σ² xᵀH⁻¹x",
     "influence_published": "as published, σ xᵀH⁻¹x",
@@ -273,11 +266,9 @@ def _curves(ax: Axes, arrays: dict[str, NDArray[np.float64]], kind: str) -> None
     for way, mark in marks.items():
         ax.plot(at, PAPER[kind][way], mark, color="#8d8d8d", markersize=4, alpha=0.8, linestyle=":", linewidth=0.8,
                 label="paper" if way == "loss" else None, zorder=2)  # fmt: skip
-    for way, color in COLORS.items():
-        mean, error = arrays[f"{kind}_mean_{way}"], arrays[f"{kind}_error_{way}"]
-        ax.errorbar(at, mean, error, color=color, linewidth=1.6, capsize=2, label=LABELS[way], zorder=3)
-    ax.xaxis.set_major_formatter(ticker.PercentFormatter(1, 0))
-    ax.set_xlabel("share of the training rows inspected")
+    lines = {LABELS[way]: (at, arrays[f"{kind}_mean_{way}"], arrays[f"{kind}_error_{way}"]) for way in LABELS}
+    uw.plots.shares(lines, ax)
+    ax.legend().remove()
 
 
 if __name__ == "__main__":

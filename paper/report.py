@@ -22,15 +22,13 @@ import numpy as np
 import scipy
 import sklearn
 import torch
-from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import upweight as uw
-from upweight.show.plots import BLUE, GREY, ORANGE
+from upweight.show.plots import BLUE, GREY, INK, ORANGE, note, style
 
 RESULTS = Path(__file__).parent / "results"
-INK = "#2b2d42"
 
 
 def run(name: str, compute: Callable[..., dict[str, Any]], draw: Callable[[dict[str, Any]], Figure]) -> None:
@@ -110,52 +108,10 @@ def progress_file(name: str, settings: dict[str, Any]) -> Path:
     return cache / f"{name}-{'-'.join(str(value) for value in settings.values())}.json"
 
 
-def style(ax: Axes, *, title: str = "") -> Axes:
-    """The look that all figures share: no box, a faint grid, dark grey ink."""
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_color(GREY)
-    ax.grid(alpha=0.25, linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.tick_params(colors=INK, labelsize=8.5, color=GREY)
-    ax.xaxis.label.set(color=INK, size=9.5)
-    ax.yaxis.label.set(color=INK, size=9.5)
-    if title:
-        ax.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
-    return ax
-
-
 def predicted_against_actual(ax: Axes, predicted: Any, actual: Any, *, color: str = BLUE, equal: bool = True) -> Axes:
     """A dot per removed row, in thousandths of a nat, with the diagonal on which prediction and truth agree."""
-    x, y = 1e3 * np.asarray(predicted), 1e3 * np.asarray(actual)
-    low, high = min(x.min(), y.min()), max(x.max(), y.max())
-    ends = np.array([low, high]) + 0.06 * (high - low) * np.array([-1, 1])
-    ax.axline((0, 0), slope=1, color=GREY, linewidth=1, zorder=1)
-    crowded = len(x) > 200
-    ax.scatter(x, y, s=16, alpha=0.75, color=color, edgecolor="white", linewidth=0 if crowded else 0.35, zorder=2)
-    if equal:
-        ax.set(xlim=ends, ylim=ends, aspect="equal")
-    ax.xaxis.set_major_locator(ticker.MaxNLocator(6))
-    ax.yaxis.set_major_locator(ticker.MaxNLocator(6))
-    return style(ax)
-
-
-def note(ax: Axes, text: str, *, x: float = 0.04, y: float = 0.96, color: str = INK) -> None:
-    """A few numbers in a corner of the axes."""
-    ax.text(
-        x,
-        y,
-        text,
-        transform=ax.transAxes,
-        va="top",
-        ha="left",
-        fontsize=9,
-        color=color,
-        linespacing=1.5,
-        zorder=5,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
-    )
+    shown = 1e3 * np.asarray(predicted), 1e3 * np.asarray(actual)
+    return uw.plots.predicted_against_actual(*shown, ax, color=color, equal=equal)
 
 
 def canvas(columns: int, width: float, height: float, **settings: Any) -> tuple[Figure, list[Axes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import numpy as np
@@ -101,3 +102,21 @@ def test_a_card_is_a_text_columns_or_a_picture(tmp_path, wrong):
     for right in ("7", {"a": 7}, np.zeros((2, 2), np.uint8), np.zeros((2, 2, 3), np.uint8), None):
         run = uw.write_run(ridge(), tmp_path / "run", XQ, ZQ, card=lambda _, card=right: card)
         assert np.array_equal(run.rows.cards[0], right)
+
+
+def test_a_page_gets_the_room_that_it_needs(tmp_path):
+    run = uw.write_run(ridge(), tmp_path / "run", XQ, ZQ)
+    with refused("and a page of this run without any query takes ", "Pass limit=") as told:
+        uw.write_report(run, tmp_path / "page.html", limit=1000)
+    limit = int(re.search(r"limit=(\d+), or more", str(told.value)).group(1))
+    assert uw.write_report(run, tmp_path / "page.html", limit=limit).stat().st_size <= limit
+
+
+def test_rows_are_looked_at_as_something_that_can_be_seen():
+    scores = ridge().on_loss(XQ, ZQ)
+    texts = [f"text {row}" for row in range(ridge().n)]
+    with refused(" is a ", "Pass a DataFrame, a list of texts, an array of pictures or of columns, or a function"):
+        uw.look(scores, 7)
+    for right in (texts, lambda i: texts[i]):
+        assert f"text {scores.helpful(1).rows[0, 0]}<" in uw.look(scores, right)._repr_html_()
+    assert "uw-cell" in uw.look(scores, np.zeros((ridge().n, 4)))._repr_html_()

@@ -45,28 +45,20 @@ def influence_against_distance(
         ax: where to draw; None makes a new figure.
         in_features: whether distance is between features, not between inputs.
     """
-    ax = plots.new_axes(6.0, 4.2) if ax is None else ax
-    values = found.scores.values[query]
-    distance = (found.feature_distances if in_features else found.distances)[query]
     if found.labels is None or found.targets is None:
-        parts = [(np.ones(len(values), dtype=bool), plots.BLUE, "training row")]
+        kinds = None
     else:
         own = found.labels == found.targets[query]
-        parts = [(own, plots.BLUE, f"{found.targets[query]}, as the query"), (~own, plots.ORANGE, "another class")]
-    ax.axhline(0, color=plots.GREY, linewidth=0.8, zorder=1)
-    for who, color, label in parts:
-        ax.scatter(distance[who], values[who], s=14, alpha=0.6, color=color, linewidth=0, label=label, zorder=2)
-    top = found.helpful(query)
-    if len(top.rows):
-        ring: dict[str, Any] = {"facecolor": "none", "edgecolor": "black", "linewidth": 0.9, "s": 48}
-        ax.scatter(distance[top.rows], top.values, zorder=3, label=f"{len(top.rows)} most helpful", **ring)
-    place = "features" if in_features else "inputs"
-    ax.set(
-        xlabel=f"distance from the query, in {place}", ylabel=f"change of the query's {found.scores.measure} if removed"
+        kinds = {f"{found.targets[query]}, as the query": own, "another class": ~own}
+    ax = plots.influence_against_distance(
+        found.scores.values[query],
+        (found.feature_distances if in_features else found.distances)[query],
+        ax,
+        kinds=kinds,
+        marked=found.helpful(query).rows.tolist(),
+        measure=found.scores.measure,
     )
-    ax.ticklabel_format(axis="y", scilimits=(-2, 3))
-    ax.legend(fontsize=8, frameon=False)
-    ax.grid(alpha=0.25)
+    ax.set_xlabel(f"distance from the query, in {'features' if in_features else 'inputs'}")
     return ax
 
 
@@ -77,21 +69,15 @@ def responsible(found: Mismatch, ax: Axes | None = None) -> Axes:
         found: what `mismatch` returns.
         ax: where to draw; None makes a new figure.
     """
-    ax = plots.new_axes(6.0, 4.8) if ax is None else ax
     rows = np.concatenate([found.helpful.rows, found.harmful.rows[::-1]])
     values = np.concatenate([found.helpful.values, found.harmful.values[::-1]])
-    place = np.arange(len(rows))[::-1]
-    out = np.isin(rows, found.responsible)
-    colors = [
-        (plots.BLUE if value > 0 else plots.ORANGE) if own else plots.GREY
-        for value, own in zip(values, out, strict=True)
-    ]
-    ax.barh(place, values, color=colors, height=0.7)
-    ax.axvline(0, color=plots.GREY, linewidth=0.8)
-    ax.set_yticks(place, [f"row {called(found.scores.ids, row)}" for row in rows], fontsize=8)
-    ax.set_xlabel(f"change of the queries' mean {found.scores.measure} if the row is removed")
-    ax.grid(alpha=0.25, axis="x")
-    return ax
+    return plots.bars(
+        [f"row {called(found.scores.ids, row)}" for row in rows],
+        values,
+        ax,
+        quiet=~np.isin(rows, found.responsible),
+        x=f"change of the queries' mean {found.scores.measure} if the row is removed",
+    )
 
 
 def feature_effects(found: Mismatch, ax: Axes | None = None, *, k: int = 10) -> Axes:
@@ -179,15 +165,10 @@ def wrong_labels_found(found: Repair, truth: Any, ax: Axes | None = None) -> Axe
         truth: (n,) true labels.
         ax: where to draw; None makes a new figure.
     """
-    ax = plots.new_axes(5.4, 4.2) if ax is None else ax
     wrong = np.asarray(truth) != found.labels
-    x = 100 * np.arange(1, len(wrong) + 1) / len(wrong)
-    colors = {"self-influence": plots.BLUE, "loss": plots.ORANGE, "margin": "#edae49", "random": plots.GREY}
-    for name in found.scores:
-        share = 100 * np.cumsum(wrong[found.order(name)]) / max(1, int(wrong.sum()))
-        ax.plot(x, share, color=colors.get(name), linewidth=1.7, label=name)
-    ax.axvline(100 * len(found.rows) / len(wrong), color=plots.GREY, linewidth=0.8, linestyle=":")
-    ax.set(xlabel="rows inspected (%)", ylabel="wrong labels found (%)", xlim=(0, 60), ylim=(0, 102))
-    ax.legend(fontsize=8, frameon=False, loc="lower right")
-    ax.grid(alpha=0.25)
+    at = np.arange(1, len(wrong) + 1) / len(wrong)
+    lines = {name: (at, np.cumsum(wrong[found.order(name)]) / max(1, int(wrong.sum()))) for name in found.scores}
+    ax = plots.shares(lines, ax)
+    ax.axvline(len(found.rows) / len(wrong), color=plots.GREY, linewidth=0.8, linestyle=":")
+    ax.set(xlim=(0, 0.6), ylim=(0, 1.02))
     return ax

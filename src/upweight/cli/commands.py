@@ -1,5 +1,5 @@
-"""The command line: `upweight demo | check | plan | score | merge | run | resume | top | validate | doctor`, and the
-uses of the answers: `understand | mismatch | contrast | repair | attack`.
+"""The command line: `upweight demo | check | plan | score | merge | run | resume | top | report | validate | doctor`,
+and the uses of the answers: `understand | mismatch | contrast | repair | attack`.
 
 A model of your own is named by `file.py:function` or `module:function`, a function that returns an upweight.Study.
 Results go to stdout; progress, and what the study prints while it is made, go to stderr. `--debug`, anywhere on the
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upweight.cli import app_commands, folders  # noqa: F401 their commands join the application
-from upweight.cli.console import NAMES, Json, K, Stores, StudyName, app, command, line, load, one, show
+from upweight.cli.console import NAMES, Json, K, RunFolder, Stores, StudyName, app, command, line, load, one, show
 from upweight.cli.endings import ASSUMPTIONS_FAIL, CODES
 from upweight.cli.jobs import noted
 from upweight.cli.outputs import check_file, check_folder, checked_part
@@ -227,6 +227,29 @@ def top(study: StudyName, query: int = 0, k: K = 10, json: Json = False) -> int:
         "\n".join([*lines, "", str(scores.certificate)]),
         json,
     )
+    return 0
+
+
+@command
+def report(
+    run: RunFolder, out: Path = Path("upweight-report.html"), queries: int = 12, limit: str = "5 MB", json: Json = False
+) -> int:
+    """Write a run folder as one HTML page with pictures and charts inside, for people who install nothing.
+
+    Args:
+        run: folder that `write_run` made, or on_loss(store=).
+        out: file for the page.
+        queries: how many predictions are shown: wrong ones, worst first, then those the model is least sure of.
+        limit: size of the page; predictions that do not fit are left out, and the page says how many.
+        json: print as JSON.
+    """
+    from upweight.runs.machine import budget_of, in_bytes
+    from upweight.show.run_report import write_report
+
+    check_file(out, "--out")
+    page = write_report(run, out, queries=queries, limit=budget_of(limit, "--limit") or 0)
+    size = page.stat().st_size
+    show({"report": str(page), "bytes": size}, f"Report: {page.resolve()}  ({in_bytes(size)})", json)
     return 0
 
 

@@ -18,6 +18,7 @@ StudyOrTable = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.
 Stores = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
 OptionOfStudy = Annotated[str, tyro.conf.arg(metavar="FILE.PY:FUNCTION|TABLE")]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 K = Annotated[int, tyro.conf.arg(aliases=["-k"])]
 NAMES: list[str] = []  # of the commands

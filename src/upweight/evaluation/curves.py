@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from upweight.data import markup
 from upweight.data.arrays import checked_rows
 from upweight.errors import InvalidInput, TheoryWarning, checked_count
 from upweight.evaluation.leave_one_out import checked_level, of_others
@@ -78,6 +79,14 @@ class RemovalCurve:
             message = f"There is no curve '{name}'; name one of: {', '.join(curves)}."
             raise InvalidInput(message)
         return curves[name]
+
+    def _repr_html_(self) -> str:
+        head = ["rows removed", *(f"{count:,}" for count in self.counts.tolist())]
+        lines = [[markup.text(name), *(f"{value:+.3g}" for value in self.mean(name))] for name in self.changes]
+        if self.flipped is not None:
+            flips = {name: self.flips(name) for name in self.flipped}
+            lines += [[markup.text(f"{name}: flipped"), *(f"{x:.0%}" for x in share)] for name, share in flips.items()]
+        return markup.frame(markup.table(f"Mean change of the query's {self.measure}", head, lines))
 
     def __str__(self) -> str:
         lines = [f"removed {self.counts.tolist()}: mean change of the query's {self.measure}"]
@@ -207,6 +216,11 @@ class MislabelCurve:
             raise InvalidInput(message)
         inspected = round(fraction * len(self.found))
         return float(self.found[inspected - 1]) if inspected else 0.0
+
+    def _repr_html_(self) -> str:
+        found = [(f"found in {share:.0%} of rows", f"{self.found_in(share):.1%}") for share in (0.05, 0.1, 0.2, 0.3)]
+        auc = f"{self.auc:.3f}, {self.level:.0%} interval {self.low:.3f} to {self.high:.3f}"
+        return markup.facts(f"Finding {self.mislabelled:,} wrong labels", [("AUC", auc), *found])
 
     def __str__(self) -> str:
         return (

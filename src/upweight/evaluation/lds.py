@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from upweight.data import markup
 from upweight.errors import InvalidInput, TheoryWarning, checked_count
 from upweight.evaluation.leave_one_out import checked_level, of_others
 from upweight.evaluation.subsets import SubsetOutcomes
@@ -61,6 +62,17 @@ class LDS:
     subsets: int
     seeds: int
     level: float = 0.95
+
+    def _repr_html_(self) -> str:
+        known = self.seeds > 1
+        ceiling = f"{self.ceiling:.3f}, what a perfect prediction would reach" if known else "unknown, one seed"
+        pairs = [
+            ("value", f"{self.value:.3f}, {self.level:.0%} interval {self.low:.3f} to {self.high:.3f}"),
+            ("ceiling", ceiling),
+            ("against one seed", f"{self.one_seed:.3f}" + (f", ceiling {self.one_seed_ceiling:.3f}" if known else "")),
+            ("compared", f"{len(self.per_query)} queries × {self.subsets} subsets × {self.seeds} seed(s)"),
+        ]
+        return markup.facts("Linear datamodeling score", pairs, note="Mean over queries of Spearman's correlation.")
 
     def __str__(self) -> str:
         text = f"LDS {self.value:.3f} ({self.level:.0%} interval {self.low:.3f} to {self.high:.3f}"

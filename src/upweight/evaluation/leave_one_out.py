@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from upweight.data import markup
 from upweight.errors import InvalidInput, SolverError, TheoryWarning, Undefined, checked_count, first_line
 from upweight.influence.face import Influence
 from upweight.influence.minimum import distance
@@ -72,6 +73,9 @@ class Outcomes:
         noise = float(deviations.var(1).sum()) / (m * (m - 1))
         return max(0.0, 1 - noise / spread) if spread > 0 else 0.0
 
+    def _repr_html_(self) -> str:
+        return markup.facts("What retraining without rows really did", [(self.measure, repr(self))])
+
     def __repr__(self) -> str:
         drift = f"control drift ≤ {np.abs(self.control).max():.2g}"
         if self.by_seed is None or self.standard_error is None:
@@ -101,6 +105,16 @@ class Agreement:
     slope: float
     intercept: float = 0.0
     pairs: int = 0
+
+    def _repr_html_(self) -> str:
+        pairs = [
+            ("pearson", f"{self.pearson:.5f}"),
+            ("spearman", f"{self.spearman:.5f} (of ranks)"),
+            ("slope", f"{self.slope:.4f} of actual on predicted; 1 is the right size"),
+            ("intercept", f"{self.intercept:.3g}"),
+            ("pairs", f"{self.pairs:,}"),
+        ]
+        return markup.facts("Predicted against actual changes", pairs)
 
     def __str__(self) -> str:
         return f"r = {self.pearson:.5f}, rank r = {self.spearman:.5f}, slope = {self.slope:.4f} over {self.pairs} pairs"

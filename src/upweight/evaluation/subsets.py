@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from upweight.data import markup
 from upweight.errors import InvalidInput, checked_count
 from upweight.influence.face import Influence
 from upweight.training.course import Course, digest
@@ -100,6 +101,9 @@ class SubsetOutcomes:
         return SubsetOutcomes(
             self.values[:, :, :count], self.subsets, self.seeds[:count], self.measure, self.query_values
         )
+
+    def _repr_html_(self) -> str:
+        return markup.facts("What training on subsets really did", [(self.measure, repr(self))])
 
     def __repr__(self) -> str:
         queries, subsets, seeds = self.values.shape

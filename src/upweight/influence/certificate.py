@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from upweight.data import markup
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -99,23 +101,36 @@ class Certificate:
         return Certificate(np.zeros(queries), True, 0.0, float("nan"), float("nan"), coverage, nothing, what)
 
     def __str__(self) -> str:
+        return "; ".join(said for _, said in self._said)
+
+    def _repr_html_(self) -> str:
+        members = [(f"model {number}", str(member)) for number, member in enumerate(self.members)]
+        return markup.facts("How far the numbers can be trusted", [*self._said, *members])
+
+    @property
+    def _said(self) -> list[tuple[str, str]]:
+        """What is certified, and how it is told."""
         share = f"{self.coverage:.0%}" if self.coverage >= 0.01 else f"{self.coverage:.2%}"
         if not self.solver:
-            return f"{self.curvature}; no linear system; {share} of parameters"
-        parts = [
-            f"{self.curvature} + {self.damping:.3g}·I solved by {self.solver}",
-            f"residual ≤ {float(np.max(self.residual)):.1e}" + ("" if self.converged else ", NOT converged"),
-            f"‖∇R‖ = {self.gradient_norm:.1e}",
-            f"smallest curvature {self.min_curvature:.2e}",
-            f"{share} of parameters",
+            return [("numbers", self.curvature), ("system", "no linear system"), ("coverage", f"{share} of parameters")]
+        said = [
+            ("system", f"{self.curvature} + {self.damping:.3g}·I solved by {self.solver}"),
+            (
+                "residual",
+                f"residual ≤ {float(np.max(self.residual)):.1e}" + ("" if self.converged else ", NOT converged"),
+            ),
+            ("gradient", f"‖∇R‖ = {self.gradient_norm:.1e}"),
+            ("curvature", f"smallest curvature {self.min_curvature:.2e}"),
+            ("coverage", f"{share} of parameters"),
         ]
         if self.preconditioner_gap is not None:
-            parts.insert(2, f"its preconditioner alone was off by up to {float(np.max(self.preconditioner_gap)):.2g}")
+            gap = float(np.max(self.preconditioner_gap))
+            said.insert(2, ("preconditioner", f"its preconditioner alone was off by up to {gap:.2g}"))
         if self.settled is not None:
-            parts.insert(2, f"values settled to {float(np.max(self.settled)):.1%} (estimated)")
+            said.insert(2, ("values", f"values settled to {float(np.max(self.settled)):.1%} (estimated)"))
         if self.truncation:
-            parts.append(f"truncation bias ≤ {self.truncation:.1%}")
-        return "; ".join(parts)
+            said.append(("truncation", f"truncation bias ≤ {self.truncation:.1%}"))
+        return said
 
 
 def packed(certificate: Certificate, name: str) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upweight.data import markup
 from upweight.data.trees import batch_length, take, tree_map
 from upweight.errors import SolverError, TheoryWarning, UpweightError
 from upweight.influence import defaults, scoring
@@ -130,44 +131,61 @@ class Report:
         return asdict(self) | {"at_minimum": self.at_minimum, "ok": self.ok, "verdict": self.verdict}
 
     def __str__(self) -> str:
+        return "\n".join(f"{name:<21}{said}" for name, said in self._said)
+
+    def _repr_html_(self) -> str:
+        *lines, verdict = self._said
+        return markup.facts("Whether the theory's assumptions hold", [verdict, *lines])
+
+    @property
+    def _said(self) -> list[tuple[str, str]]:
+        """What was found: the name of each line, empty where it goes on, and its words."""
         at = "at a minimum" if self.rows_from_minimum < _NEARLY else "nearly at a minimum"
         if not self.at_minimum:
             at = "NOT at a minimum: train further, or read values as effects on the present θ̂ (appendix B)"
         positive = self.min_curvature + self.damping > 0
-        lines = [
-            f"rows                 {self.n}",
-            f"parameters           {self.p} ({self.coverage:.1%} of the model)",
-            f"gradient             ‖∇R‖ = {self.gradient_norm:.3g}, {self._away}: {at}",
-            f"drift                {self.drift:.3g} in a query's loss if training went on; |Σᵢ Iᵢ| = "
-            f"{self.sum_of_influences:.3g}",
-            f"curvature            {self.curvature} + {self.damping:.3g}·I, smallest eigenvalue of C "
-            f"{self.min_curvature:.3g}: {'positive' if positive else 'NOT positive'}",
-            f"solver               {self.solver}, residual {self.residual:.2g}",
-            f"cost of a query      {self.costs}",
-            f"autograd             {self.autograd}; one by one instead of in a batch moves a loss by "
-            f"{self.batch_drift:.1g}",
+        alone = f"one by one instead of in a batch moves a loss by {self.batch_drift:.1g}"
+        said = [
+            ("rows", str(self.n)),
+            ("parameters", f"{self.p} ({self.coverage:.1%} of the model)"),
+            ("gradient", f"‖∇R‖ = {self.gradient_norm:.3g}, {self._away}: {at}"),
+            (
+                "drift",
+                f"{self.drift:.3g} in a query's loss if training went on; |Σᵢ Iᵢ| = {self.sum_of_influences:.3g}",
+            ),
+            (
+                "curvature",
+                f"{self.curvature} + {self.damping:.3g}·I, smallest eigenvalue of C {self.min_curvature:.3g}: "
+                f"{'positive' if positive else 'NOT positive'}",
+            ),
+            ("solver", f"{self.solver}, residual {self.residual:.2g}"),
+            ("cost of a query", self.costs),
+            ("autograd", f"{self.autograd}; {alone}"),
         ]
-        lines += [f"{'' if number else 'layers':<21}{line}" for number, line in enumerate(_grouped(self.rules))]
+        said += [("" if number else "layers", line) for number, line in enumerate(_grouped(self.rules))]
+        return [*said, *self._against, ("verdict", self.verdict)]
+
+    @property
+    def _against(self) -> list[tuple[str, str]]:
+        """What is said only where there is something to say."""
+        said = []
         if self.held_back > 0:
-            lines.append(f"damping              holds back up to {self.held_back:.0%} of a probed query's value")
+            said.append(("damping", f"holds back up to {self.held_back:.0%} of a probed query's value"))
         if self.flat:
-            lines.append(f"flat                 {self.flat}: answers are those of minimum norm")
+            said.append(("flat", f"{self.flat}: answers are those of minimum norm"))
         if self.beside_hessian is not None:
             random, queries = self.beside_hessian
-            lines.append(
-                f"beside the Hessian   vᵀCv is {random:.3g} of vᵀHv along random vectors, {queries:.3g} along queries"
-            )
+            beside = f"vᵀCv is {random:.3g} of vᵀHv along random vectors, {queries:.3g} along queries"
+            said.append(("beside the Hessian", beside))
         if self.written_out:
             places = _some([f"{name} ({count})" for name, count in self.written_out.items()])
-            lines.append(f"{'written out':<21}{places}: at many positions a matrix costs fewer flops than its factors")
+            said.append(("written out", f"{places}: at many positions a matrix costs fewer flops than its factors"))
         if self.suggested_damping is not None:
-            lines.append(
-                f"suggestion           damping={self.suggested_damping:g} makes C + λI positive; or "
-                "curvature=GaussNewton(), or train further"
-            )
+            other = "curvature=GaussNewton(), or train further"
+            said.append(("suggestion", f"damping={self.suggested_damping:g} makes C + λI positive; or {other}"))
         if self.problem:
-            lines.append(f"problem              {self.problem}")
-        return "\n".join([*lines, f"verdict              {self.verdict}"])
+            said.append(("problem", self.problem))
+        return said
 
     def __repr__(self) -> str:
         return f"Report\n{self}"

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from upweight.data import markup
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, require
 from upweight.influence import defaults, scoring
@@ -91,6 +92,14 @@ class DampingPath:
         """
         pandas = require("pandas", "pandas")
         return pandas.DataFrame(self._columns(), index=pandas.Index(self.dampings, name="damping"))
+
+    def _repr_html_(self) -> str:
+        columns = self._columns()
+        lines = [
+            [f"{damping:.3g}", *(f"{values[number]:.3g}" for values in columns.values())]
+            for number, damping in enumerate(self.dampings)
+        ]
+        return markup.frame(markup.table("Values along a path of dampings", ["damping", *columns], lines))
 
     def __repr__(self) -> str:
         columns = self._columns()

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from upweight.data import markup
 from upweight.data.examples import Examples
 from upweight.influence import (
     diagnostics,
@@ -111,6 +112,22 @@ class Influence:
             f"solver={self.solver}, damping={damping}, penalty={self.objective.penalty}, "
             f"penalty_per_example={self.objective.folded}, autograd={self.objective.autograd})"
         )
+
+    def _repr_html_(self) -> str:
+        """What is explained and how, for notebooks; nothing is computed for it."""
+        known = self.system.known_damping
+        folded = "goes with its row" if self.objective.folded else "stays when a row goes"
+        pairs = [
+            ("model", self.objective.name),
+            ("rows", f"{self.n:,}"),
+            ("parameters", f"{self.objective.size:,} ({self.objective.coverage:.1%} of the model)"),
+            ("curvature", self.curvature),
+            ("solver", self.solver),
+            ("damping", "chosen when first needed" if known is None else f"{known:.4g}"),
+            ("penalty", f"{self.objective.penalty}; {folded}"),
+            ("autograd", self.objective.autograd),
+        ]
+        return markup.facts("Influence of training rows", pairs, note="Ask: on_loss(Xq, yq), of_self(), check().")
 
     # ---- what is prepared once ---------------------------------------------------------------------------------------
 

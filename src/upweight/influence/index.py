@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from upweight.data import markup
 from upweight.data.ids import Ids, packed as packed_ids, unpacked as unpacked_ids
 from upweight.errors import InvalidInput, NotPositiveDefinite, PathNotFound, StoreMismatch, UnsupportedModel
 from upweight.influence import kept
@@ -139,6 +140,9 @@ class Index:
     def bytes(self) -> int:
         """Of all files."""
         return sum(file.stat().st_size for file in self.folder.iterdir())
+
+    def _repr_html_(self) -> str:
+        return markup.facts("Index of training gradients", [("folder", self.folder), ("holds", repr(self)[6:-1])])
 
     def __repr__(self) -> str:
         return (

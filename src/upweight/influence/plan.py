@@ -12,13 +12,13 @@ needed is a forecast, and is called one.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
+from upweight.data import markup
 from upweight.influence import defaults
 from upweight.influence.rehearsal import (
     CURVATURE,
@@ -194,7 +194,9 @@ class Plan:
         return ["", kept, *(f"{'to lower' if not k else '':<21}{line}" for k, line in enumerate(self.advice))]
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        steps = [[markup.text(cell) for cell in cells] for cells in (*map(_cells, self.steps), self._total)]
+        facts = markup.facts("What on_loss of these queries will cost", self._words)
+        return facts + markup.frame(markup.table("", _HEAD, steps), *map(markup.remark, filter(None, self._behind)))
 
 
 def plan_of(system: System, Xq: Any, yq: Any = None) -> Plan:

@@ -10,7 +10,6 @@ add up to its value for that query and row. What a row carries of the penalty be
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from upweight.data import markup
 from upweight.data.examples import Examples
 from upweight.data.records import MASK, TOKENS, UNCOUNTED
 from upweight.data.trees import leaves
@@ -107,12 +107,15 @@ class TokenScores:
         """Both texts, each token coloured by its sum: blue where it helps the query, red where it harms."""
         query = _coloured(self.query, self.of_query)
         row = _coloured(self.row, self.of_row)
-        return (
-            '<div style="font:15px/1.9 system-ui,sans-serif;max-width:54rem">'
-            f"<p><b>query</b><br>{query}</p>"
-            f"<p><b>row {html.escape(str(self.row_name))}</b> ({self.total:+.3g})<br>{row}</p>"
-            "<p><small>If this row were removed, the loss of the query would rise by what blue tokens show when they "
-            f"are pointed at, and fall by what red ones do. {html.escape(str(self.certificate))}</small></p></div>"
+        words = (
+            "If this row were removed, the loss of the query would rise by what blue, underlined tokens show when they "
+            f"are pointed at, and fall by what red ones, with dots below, do. {self.certificate}"
+        )
+        return markup.frame(
+            f'<p><b>query</b><br><span class="uw-tokens">{query}</span></p>',
+            f"<p><b>row {markup.text(self.row_name)}</b> ({self.total:+.3g})<br>"
+            f'<span class="uw-tokens">{row}</span></p>',
+            markup.remark(words),
         )
 
 
@@ -352,16 +355,12 @@ def _coloured(text: tuple[Token, ...], values: NDArray[np.float64]) -> str:
     largest = float(np.abs(values).max()) or 1.0
     spans = []
     for token in text:
-        shown = html.escape(token.text.replace("▁", " ").replace("Ġ", " ")) or "&nbsp;"
+        shown = markup.text(token.text.replace("▁", " ").replace("Ġ", " ")) or "&nbsp;"
         if token.place is None:
-            spans.append(f'<span style="opacity:.6;white-space:pre-wrap">{shown}</span>')
+            spans.append(f'<span class="uw-quiet">{shown}</span>')
             continue
         value = float(values[token.place])
-        colour = "37,99,235" if value > 0 else "220,38,38"
-        spans.append(
-            f'<span title="{value:+.3g}" style="white-space:pre-wrap;border-radius:3px;'
-            f'background:rgba({colour},{0.75 * abs(value) / largest:.3f})">{shown}</span>'
-        )
+        spans.append(markup.shaded(shown, value, largest))
     return "".join(spans)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 
+from upweight.data import markup
 from upweight.data.ids import names_of, text_of
 from upweight.errors import InvalidInput, require
 
@@ -112,15 +112,16 @@ def text_table(sides: Mapping[str, TopK], queries: int) -> str:
 
 def html_table(caption: str, sides: Mapping[str, TopK], queries: int, note: str = "") -> str:
     """The same as a table for notebooks; everything that users name is escaped."""
-    lines = []
-    for place, query in _queries(sides):
-        cells = [", ".join(html.escape(c).replace(" ", "&nbsp;") for c in _cells(top, place)) for top in sides.values()]
-        lines.append("".join(f"<td>{cell}</td>" for cell in [html.escape(query), *cells]))
-    head = "".join(f"<th>{html.escape(kind)}</th>" for kind in ["", *sides])
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    more = "".join(f"<p>{line}</p>" for line in _more(queries))
-    end = f"<p><small>{html.escape(note)}</small></p>" if note else ""
-    return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>{more}{end}"
+
+    def unbroken(cells: list[str]) -> str:
+        return ", ".join(markup.text(cell).replace(" ", "&nbsp;") for cell in cells)
+
+    lines = [
+        [markup.text(query), *(unbroken(_cells(top, place)) for top in sides.values())]
+        for place, query in _queries(sides)
+    ]
+    shown = markup.table(caption, ["", *sides], lines)
+    return markup.frame(shown, *map(markup.remark, [*_more(queries), note]))
 
 
 def _queries(sides: Mapping[str, TopK]) -> list[tuple[int, str]]:

@@ -103,7 +103,7 @@ def in_bytes(size: float) -> str:
     return f"{size / unit:.3g} {name}"
 
 
-def budget_of(size: Any) -> int | None:
+def budget_of(size: Any, name: str = "memory_budget") -> int | None:
     """A budget that is a number of bytes, or words such as "2 GB" or "512 MiB"; None for None.
 
     Raises:
@@ -115,7 +115,7 @@ def budget_of(size: Any) -> int | None:
     if found is not None and found[1].count(".") < 2 and (found[2].upper() or "B") in _UNITS:
         size = float(found[1]) * _UNITS[found[2].upper() or "B"]
     if isinstance(size, bool | str) or not isinstance(size, int | float) or not 1 <= size < float("inf"):
-        message = f"memory_budget={size!r}. It is a number of bytes, or words such as memory_budget='2 GB'."
+        message = f"{name}={size!r}. It is a number of bytes, or words such as {name}='2 GB'."
         raise InvalidInput(message)
     return int(size)
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.adapters.estimators.inputs import AsGiven
+from upweight.data import markup
 from upweight.data.arrays import as_tensor
 from upweight.data.examples import PROBE_ROWS
 from upweight.data.ids import same_names
@@ -62,6 +63,11 @@ class Ensemble:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def _repr_html_(self) -> str:
+        members = [("members" if not place else "", repr(member)) for place, member in enumerate(self.members[:5])]
+        more = f"… and {len(self) - 5} more" if len(self) > 5 else ""
+        return markup.facts(f"Mean of {len(self)} models", [("rows", f"{self.n:,}"), *members], note=more)
 
     def __repr__(self) -> str:
         return f"Ensemble({len(self)} members, n={self.n}: {self.members[0]!r}, …)"

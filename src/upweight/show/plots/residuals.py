@@ -1,4 +1,4 @@
-"""Pictures of results: each function draws on an Axes and returns it, and computes nothing."""
+"""Residuals of a linear model beside the leverage of its rows."""
 
 from __future__ import annotations
 
@@ -7,68 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from upweight.errors import InvalidInput, require
-from upweight.evaluation.leave_one_out import Outcomes
-from upweight.influence.damping_path import DampingPath
-from upweight.influence.scores import Scores
+from upweight.errors import InvalidInput
+from upweight.show.plots.style import BLUE, GREY, ORANGE, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
 
 Vector = NDArray[np.float64]
-BLUE, ORANGE, GREY = "#2a6f97", "#d1495b", "#8d99ae"
-
-
-def agreement(scores: Scores, outcomes: Outcomes, ax: Axes | None = None, *, label: str = "predicted") -> Axes:
-    """Actual against predicted change, one dot per (query, row), with the diagonal on which both are equal.
-
-    Args:
-        scores: predicted changes.
-        outcomes: actual changes for some of the rows.
-        ax: where to draw; None makes a new figure.
-        label: name of the dots in the legend.
-    """
-    ax = new_axes() if ax is None else ax
-    columns = {int(row): column for column, row in enumerate(scores.rows)}
-    predicted = scores.values[:, [columns[int(row)] for row in outcomes.rows]].ravel()
-    actual = outcomes.actual.ravel()
-    low, high = float(min(predicted.min(), actual.min())), float(max(predicted.max(), actual.max()))
-    margin = 0.05 * (high - low or 1.0)
-    ends = np.array([low - margin, high + margin])
-    ax.plot(ends, ends, color=GREY, linewidth=1, zorder=1)
-    ax.scatter(predicted, actual, s=22, alpha=0.8, color=BLUE, edgecolor="white", linewidth=0.4, zorder=2, label=label)
-    ax.set(
-        xlim=ends,
-        ylim=ends,
-        xlabel=f"predicted change of {scores.measure}",
-        ylabel=f"actual change of {scores.measure}",
-    )
-    ax.set_aspect("equal")
-    ax.locator_params(nbins=6)
-    ax.grid(alpha=0.25)
-    return ax
-
-
-def damping_path(path: DampingPath, ax: Axes | None = None) -> Axes:
-    """How the values change along a path of dampings, and how far the preconditioner alone was from the answer.
-
-    Where the correlation of the values with those at the next damping is near 1, the choice of λ does not matter.
-
-    Args:
-        path: what `Influence.damping_path` returns.
-        ax: where to draw; None makes a new figure.
-    """
-    ax = new_axes(6.0, 4.0) if ax is None else ax
-    style = {"marker": "o", "markersize": 4, "linewidth": 1.5}
-    ax.plot(path.dampings, path.correlation_with_next, color=BLUE, label="correlation with the next damping", **style)
-    if path.preconditioner_gaps is not None:
-        worst = path.preconditioner_gaps.max(1)
-        ax.plot(path.dampings, worst, color=ORANGE, label="preconditioner's error, alone", **style)
-    ax.set(xscale="log", xlabel="damping λ", ylabel="correlation, or share of the answer")
-    ax.legend(fontsize=8, frameon=False)
-    ax.grid(alpha=0.25)
-    return ax
 
 
 def leverage_residual(
@@ -126,9 +72,3 @@ def _contour(distance: float, edf: float, df: float, right: float) -> tuple[Vect
     square = distance * edf * (1 - h) / h  # internal r²
     h, square = h[square < df], square[square < df]
     return h, np.sqrt(square if np.isinf(df) else square * (df - 1) / (df - square))
-
-
-def new_axes(width: float = 4.5, height: float = 4.5) -> Axes:
-    """An empty Axes on its own figure, without a display."""
-    figure = require("matplotlib.figure", "plot").Figure(figsize=(width, height), layout="constrained")
-    return figure.subplots()
