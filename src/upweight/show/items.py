@@ -118,9 +118,12 @@ def _keep(
     labels = query_labels(influence, some) if labels is None else labels[rows]
     labels = _targets(some) if labels is None else labels
     arrays = {"losses": per_row.measures(sweep)}
-    for kind, values in (("labels", labels), ("predictions", _predicted(influence, some))):
+    predicted, margins = _predicted(influence, some, labels)
+    for kind, values in (("labels", labels), ("predictions", predicted)):
         if values is not None:
             arrays[kind] = _plain(values)
+    if margins is not None:
+        arrays["margins"] = margins
     if forms:
         arrays["self_influence"] = influence.of_self(rows).values
     made = [_default(influence, some, place) if card is None else card(int(rows[place])) for place in range(len(rows))]
@@ -128,15 +131,18 @@ def _keep(
         store.keep(name, {**arrays, **_packed(made, rows)}, told)
 
 
-def _predicted(influence: Influence, examples: Examples) -> NDArray[Any] | None:
-    """The model's labels, or its output where that is one number."""
+def _predicted(
+    influence: Influence, examples: Examples, labels: NDArray[Any] | None
+) -> tuple[NDArray[Any] | None, NDArray[np.float64] | None]:
+    """The model's labels, or its output where that is one number; and margins of the own labels, where there are."""
     objective = influence.objective
     if (objective.linear is None and objective.outputs is None) or examples.x is None:
-        return None
+        return None, None
     found = predict(influence, examples)
-    if found.labels is not None:
-        return found.labels
-    return found.outputs[:, 0] if found.outputs.ndim == 2 and found.outputs.shape[1] == 1 else None
+    if found.labels is None:
+        return (found.outputs[:, 0] if found.outputs.ndim == 2 and found.outputs.shape[1] == 1 else None), None
+    paired = found.paired and len(found.names or ()) > 2  # no output per class
+    return found.labels, None if paired or labels is None else found.margins(labels)
 
 
 def _targets(examples: Examples) -> NDArray[np.float64] | None:

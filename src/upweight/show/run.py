@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Items:
         losses: (n,) at θ̂.
         self_influence: (n,) as `Influence.of_self`; None of queries, or where it was not asked for.
         cards: what each looks like: a text, columns by their names, a picture (H, W) or (H, W, 3), or None.
+        margins: (n,) by how much the output of the own label is ahead of the strongest other; None without classes.
     """
 
     labels: NDArray[Any] | None
@@ -48,6 +49,7 @@ class Items:
     losses: NDArray[np.float64]
     self_influence: NDArray[np.float64] | None
     cards: list[Card]
+    margins: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.losses)
@@ -120,43 +122,85 @@ class Run:
             InvalidInput: if the run is not finished.
             Damaged: if a file is.
         """
-        if not self.finished:
-            message = (
-                f"{self.path} is not finished: {len(self._chunks)} chunks of its scores are there. Ask for all "
-                f"of them, influence.on_loss(Xq, yq, store={str(self.path)!r}), which goes on from there."
-            )
-            raise InvalidInput(message)
+        return replace(self.outline, values=np.concatenate(list(self.blocks()), axis=1))
+
+    @cached_property
+    def outline(self) -> Scores:
+        """The scores but for their values, of which there are none; what tells of them is whole.
+
+        Raises:
+            InvalidInput, Damaged: as for `scores`.
+        """
+        self._refuse_unfinished()
         file = self._file(SCORES)
         arrays, card = self._part(file)
         try:
-            rows, scale = len(arrays["rows"]), arrays["scale"]
-            values = np.concatenate([self._part(chunk)[0]["values"] for chunk in self._chunks])
-            leaning = np.isnan(self._part(self._file(SOLUTIONS))[0][SOLUTIONS]).any(1)  # queries without a solution
-            values[:, leaning] = np.nan
-            if values.shape[0] != rows:
-                message = (
-                    f"{self.path} holds chunks of {len(values):,} rows, and its scores have {rows:,}. Make the call "
-                    "again that made it: it fills the gap."
-                )
-                raise Damaged(message)
-            return Scores.of_parts({**arrays, "values": values.T * -scale}, card)
+            queries = len(self._part(self._file(SOLUTIONS))[0][SOLUTIONS])
+            return Scores.of_parts({**arrays, "scale": arrays["scale"], "values": np.empty((queries, 0))}, card)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, Damaged):
                 raise
             message = f"{file} holds no scores ({first_line(error)}). Delete it, and make the same call again."
             raise Damaged(message) from error
 
+    def blocks(self) -> Iterator[NDArray[np.float64]]:
+        """The values of some rows after the other, (q, rows): `scores` without holding them all at once.
+
+        Raises:
+            InvalidInput, Damaged: as for `scores`.
+        """
+        outline = self.outline
+        leaning = np.isnan(self._part(self._file(SOLUTIONS))[0][SOLUTIONS]).any(1)  # queries without a solution
+        start, rows = 0, len(outline.rows)
+        for chunk in self._chunks:
+            values = self._part(chunk)[0]["values"]
+            values[:, leaning] = np.nan
+            stop = start + len(values)
+            if stop <= rows and outline.scale is not None:
+                yield values.T * -outline.scale[start:stop]
+            start = stop
+        if start != rows:
+            message = (
+                f"{self.path} holds chunks of {start:,} rows, and its scores have {rows:,}. Make the call "
+                "again that made it: it fills the gap."
+            )
+            raise Damaged(message)
+
     @cached_property
     def rows(self) -> Items | None:
         """What the training rows are; None where only scores were kept."""
-        files = sorted(self.path.glob("items-*.safetensors"))
-        return joined([_items(file, self._part(file)[0]) for file in files]) if files else None
+        parts = list(self.items())
+        return joined(parts) if parts else None
 
     @cached_property
     def queries(self) -> Items | None:
         """What the queries are; None where only scores were kept."""
         file = self._file(QUERIES)
         return _items(file, self._part(file)[0]) if file.is_file() else None
+
+    def items(self) -> Iterator[Items]:
+        """What some training rows after the other are: `rows` without holding them all at once.
+
+        Raises:
+            Damaged: if a file is, or one is missing.
+        """
+        for number, file in enumerate(self.items_files()):
+            if file.name != f"items-{number:06d}{SUFFIX}":
+                message = f"{self.path} has no items-{number:06d}{SUFFIX}. Make the call again that made it."
+                raise Damaged(message)
+            yield _items(file, self._part(file)[0])
+
+    def items_files(self) -> list[Path]:
+        """The files that say what training rows are."""
+        return sorted(self.path.glob(f"items-*{SUFFIX}"))
+
+    def _refuse_unfinished(self) -> None:
+        if not self.finished:
+            message = (
+                f"{self.path} is not finished: {len(self._chunks)} chunks of its scores are there. Ask for all "
+                f"of them, influence.on_loss(Xq, yq, store={str(self.path)!r}), which goes on from there."
+            )
+            raise InvalidInput(message)
 
     @property
     def _chunks(self) -> list[Path]:
@@ -181,9 +225,9 @@ def joined(parts: list[Items]) -> Items:
         arrays = [getattr(part, name) for part in parts]
         return None if any(array is None for array in arrays) else np.concatenate(arrays)
 
-    names = ("labels", "predictions", "losses", "self_influence")
-    labels, predictions, losses, self_influence = map(whole, names)
-    return Items(labels, predictions, losses, self_influence, [card for part in parts for card in part.cards])
+    names = ("labels", "predictions", "losses", "self_influence", "margins")
+    labels, predictions, losses, self_influence, margins = map(whole, names)
+    return Items(labels, predictions, losses, self_influence, [card for part in parts for card in part.cards], margins)
 
 
 def _items(file: Path, arrays: Mapping[str, NDArray[Any]]) -> Items:
@@ -195,8 +239,9 @@ def _items(file: Path, arrays: Mapping[str, NDArray[Any]]) -> Items:
     try:
         labels, predictions = (_values(arrays.get(name)) for name in ("labels", "predictions"))
         cards = [_card(*one) for one in _cut(arrays)]
-        found = Items(labels, predictions, arrays["losses"], arrays.get("self_influence"), cards)
-        sizes = {len(part) for part in (labels, predictions, found.self_influence, cards) if part is not None}
+        others = (arrays.get("self_influence"), cards, arrays.get("margins"))
+        found = Items(labels, predictions, arrays["losses"], *others)
+        sizes = {len(part) for part in (labels, predictions, *others) if part is not None}
         if sizes == {len(found)}:
             return found
         reason = f"{len(found)} losses beside {sorted(sizes)}"
