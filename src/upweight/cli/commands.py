@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upweight.cli import app_commands  # noqa: F401 its commands join the application
+from upweight.cli import app_commands, review_commands  # noqa: F401 their commands join the application
 from upweight.cli.console import NAMES, Json, K, Stores, StudyName, app, command, line, load, one, show
 from upweight.cli.endings import ASSUMPTIONS_FAIL, CODES
 from upweight.cli.outputs import check_file, check_folder, checked_part

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from upweight.errors import InvalidInput, RowOutOfRange
 from upweight.runs.store import work_of
-from upweight.show.run import Items, Run
+from upweight.show.run import Items, Run, joined
 
 Label = str | int | float
 MOST_CLASSES = 5_000
@@ -120,7 +120,8 @@ def labels_of(run: Run) -> Labels:
     Raises:
         InvalidInput: if the run holds no labels of classes.
     """
-    rows = run.rows
+    parts = [replace(part, cards=[]) for part in run.items()]  # pictures of a million rows need not be held
+    rows = joined(parts) if parts else None
     if rows is None or rows.labels is None:
         found = "its scores only" if rows is None else "no labels of its rows"
         message = (
@@ -139,10 +140,9 @@ def labels_of(run: Run) -> Labels:
     none = np.full(len(rows), -1, dtype=np.int32)
     codes = [none if part is None else np.searchsorted(values, part).astype(np.int32) for part in parts]
     scores = {"self-influence": rows.self_influence, "loss": rows.losses}
-    margins = getattr(rows, "margins", None)
-    scores["margin"] = None if margins is None else -margins
+    scores["margin"] = None if rows.margins is None else -rows.margins
     known = {name: np.asarray(one, dtype=np.float64) for name, one in scores.items() if one is not None}
-    ids = run.scores.ids if run.finished else None
+    ids = run.outline.ids if run.finished else None
     classes = tuple(values.tolist())
     return Labels(work_of(run.manifest), classes, *codes, known, ids)
 
