@@ -42,6 +42,7 @@ from .influence.top import TopK as TopK
 from .model import calculus as calculus, losses as losses, penalties as penalties
 from .model.objective import L2 as L2, Linear as Linear, Objective as Objective
 from .show import plots as plots
+from .show.evidence import Evidence as Evidence, evidence as evidence, keep_evidence as keep_evidence
 from .show.items import write_run as write_run
 from .show.run import Items as Items, Run as Run
 from .training import minibatch as minibatch

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from upweight.errors import InvalidInput
 from upweight.explore import index
+from upweight.explore.comparing import compared
 from upweight.explore.tables import unpack
 from upweight.explore.wanted import PAGE, Wanted
 from upweight.influence.certificate import Certificate
@@ -84,7 +85,10 @@ class Explorer:
         """The explorer of a run folder, whose index is made if there is none."""
         beside = None if other is None else cls.open(other, progress=progress)
         run = Run.open(path)
-        return cls(run, index.ensure(run, progress=progress), beside)
+        found = cls(run, index.ensure(run, progress=progress), beside)
+        if beside is not None:
+            compared(found, beside, progress=progress)
+        return found
 
     # ---- what the run tells ------------------------------------------------------------------------------------------
 
@@ -167,6 +171,10 @@ class Explorer:
             self._local.connection = sqlite3.connect(f"{address}?mode=ro&immutable=1", uri=True)
             self._local.connection.execute("pragma cache_size=-8000")
         return self._local.connection
+
+    def history(self, row: int) -> list[dict[str, Any]]:  # noqa: ARG002 there is no log yet
+        """What was decided about a row's label, in order."""
+        return []
 
     # ---- values ------------------------------------------------------------------------------------------------------
 

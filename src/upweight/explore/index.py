@@ -173,6 +173,8 @@ def _keep_items(run: Run, folder: Path, queries: Items, sketch: Sketch, steps: t
     """The tables, and what is told of all items."""
     connection = sqlite3.connect(folder / ITEMS_FILE, isolation_level=None)
     numbers = {side: _Numbers() for side in SIDES}
+    lines = [0, *range(2, len(sketch.levels))]  # a row's own class, and its columns
+    counts = [[0] * sketch.levels[line] for line in lines]
     outline = run.outline
     try:
         connection.executescript("pragma journal_mode=off; pragma synchronous=off")
@@ -187,6 +189,10 @@ def _keep_items(run: Run, folder: Path, queries: Items, sketch: Sketch, steps: t
                 insert(connection, side, first, _values(items, codes, named), codes[2:], items.cards)
                 numbers[side].add(items, codes)
                 if side == "rows":
+                    for line, count in zip(lines, counts, strict=True):
+                        for code, found in zip(*np.unique(codes[line], return_counts=True), strict=True):
+                            if code >= 0:
+                                count[code] += int(found)
                     for line, values in enumerate(codes):
                         file.seek(4 * (line * n + start))
                         file.write(values.tobytes())
@@ -205,6 +211,7 @@ def _keep_items(run: Run, folder: Path, queries: Items, sketch: Sketch, steps: t
     return {
         "classes": classes,
         "columns": [column.told() for column in sketch.columns],
+        "counts": [count for line in counts for count in line],
         **{side: numbers[side].told() for side in SIDES},
     }
 

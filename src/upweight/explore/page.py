@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from upweight.explore.explorer import Explorer
+from upweight.explore.explorer import Explorer, Side
 
 LARGEST = 2**53  # numbers that JavaScript, too, holds exactly
 
@@ -113,6 +113,19 @@ class Download:
 
     path: str
     make: Callable[[Explorer, Asked], tuple[str, str, bytes]]
+
+
+def existing(explorer: Explorer, side: Side, number: int) -> dict[str, Any]:
+    """A row or query, as `Explorer.item` gives it.
+
+    Raises:
+        HTTPException: if there is none.
+    """
+    found = explorer.item(side, number) if number <= LARGEST else None
+    if found is None:
+        what, count = ("Row", explorer.n) if side == "rows" else ("Query", explorer.q)
+        raise HTTPException(404, f"{what} {number} does not exist: there are {count:,}, from 0 to {count - 1:,}.")
+    return found
 
 
 def not_found(what: str) -> HTTPException:

@@ -49,10 +49,29 @@ def with_query(address: str, asked: dict[str, Any], **changed: Any) -> str:
     return address + (f"?{urlencode({name: int(v) if v is True else v for name, v in told.items()})}" if told else "")
 
 
+def plain(value: Any) -> str:
+    """A value of the user's: a number to four digits, anything else as a short text."""
+    if value is None:
+        return NOTHING
+    if isinstance(value, float) and not isinstance(value, bool):
+        return NOTHING if math.isnan(value) else f"{value:.4g}".replace("-", "−", 1 if value < 0 else 0)
+    return shortened(value, 120)
+
+
+def shade(value: float | None, largest: float) -> str:
+    """The class of a cell of a matrix: in three steps, how much it helps or harms."""
+    if value is None or math.isnan(value) or value == 0 or not largest:
+        return "neither"
+    step = min(3, 1 + int(3 * abs(value) / largest)) if abs(value) > largest / 50 else 0
+    return f"{direction(value)}-{step}"
+
+
 FILTERS: dict[str, Any] = {
     "signed": signed,
     "number": number,
     "percent": percent,
+    "plain": plain,
+    "shade": shade,
     "direction": direction,
     "shortened": shortened,
 }

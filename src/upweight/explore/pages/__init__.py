@@ -1,8 +1,18 @@
 """One page a file: an address, a function that makes a plain dict, and its template of the same name."""
 
 from upweight.explore.page import Action, Download, Page
-from upweight.explore.pages import overview
+from upweight.explore.pages import compare, items, overview, row, slices, trust, why
 
-PAGES: tuple[Page, ...] = (overview.PAGE,)
+PAGES: tuple[Page, ...] = (
+    overview.PAGE,
+    items.QUERIES,
+    why.PAGE,
+    items.ROWS,
+    row.PAGE,
+    slices.PAGE,
+    trust.PAGE,
+    compare.PAGE,
+    compare.QUERY,
+)
 ACTIONS: tuple[Action, ...] = ()
 DOWNLOADS: tuple[Download, ...] = ()
