@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from upweight.errors import InvalidInput
 from upweight.explore import index
 from upweight.explore.comparing import compared
+from upweight.explore.desk import Desk
 from upweight.explore.tables import unpack
 from upweight.explore.wanted import PAGE, Wanted
 from upweight.influence.certificate import Certificate
@@ -172,9 +173,14 @@ class Explorer:
             self._local.connection.execute("pragma cache_size=-8000")
         return self._local.connection
 
-    def history(self, row: int) -> list[dict[str, Any]]:  # noqa: ARG002 there is no log yet
+    @cached_property
+    def desk(self) -> Desk:
+        """Where its labels are reviewed."""
+        return Desk(self)
+
+    def history(self, row: int) -> list[dict[str, Any]]:
         """What was decided about a row's label, in order."""
-        return []
+        return self.desk.history(row)
 
     # ---- values ------------------------------------------------------------------------------------------------------
 

@@ -124,13 +124,15 @@ def _cleanlab(labels: Labels, verdicts: Verdicts) -> dict[str, list[Any]]:
     `is_label_issue` is what people found, so rows that nobody looked at are none; `label_quality` is exp(−loss), for a
     log loss the probability that the model gives the label, which is cleanlab's self-confidence.
     """
+    known = np.unique(labels.codes)  # a class that no row has is none of cleanlab's
+    given, said = (np.searchsorted(known, codes) for codes in (labels.codes, labels.said))
     issue = np.zeros(labels.n, dtype=bool)
     issue[[row for row, one in verdicts.items() if one.wrong]] = True
     return {
         "is_label_issue": issue.tolist(),
         "label_quality": np.exp(-np.maximum(labels.scores["loss"], 0)).tolist(),
-        "given_label": labels.codes.tolist(),
-        "predicted_label": np.where(labels.said < 0, labels.codes, labels.said).tolist(),
+        "given_label": given.tolist(),
+        "predicted_label": np.where(np.isin(labels.said, known), said, given).tolist(),
     }
 
 

@@ -180,6 +180,12 @@ class Reviews:
             self.entries()
             return self._verdict(row)
 
+    def of_row(self, row: int) -> list[Entry]:
+        """What was said about a row, oldest first."""
+        with self._lock:
+            self.entries()
+            return list(self._folded.get(row, []))
+
     # ---- writing -----------------------------------------------------------------------------------------------------
 
     def decide(

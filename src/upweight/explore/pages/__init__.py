@@ -1,7 +1,7 @@
 """One page a file: an address, a function that makes a plain dict, and its template of the same name."""
 
 from upweight.explore.page import Action, Download, Page
-from upweight.explore.pages import compare, items, overview, row, slices, trust, why
+from upweight.explore.pages import compare, export, items, overview, proof, review, row, slices, trust, why
 
 PAGES: tuple[Page, ...] = (
     overview.PAGE,
@@ -13,6 +13,10 @@ PAGES: tuple[Page, ...] = (
     trust.PAGE,
     compare.PAGE,
     compare.QUERY,
+    review.PAGE,
+    review.LOG,
+    proof.PAGE,
+    export.PAGE,
 )
-ACTIONS: tuple[Action, ...] = ()
-DOWNLOADS: tuple[Download, ...] = ()
+ACTIONS: tuple[Action, ...] = (review.DECIDE,)
+DOWNLOADS: tuple[Download, ...] = (export.DOWNLOAD,)
