@@ -16,6 +16,7 @@ from upweight.model.losses import Loss
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "demo",
+    "explore",
     "check",
     "plan",
     "score",

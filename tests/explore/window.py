@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,3 +58,11 @@ def window(browser, link: str, width: int = 1280, height: int = 900, **more):
     page.troubles = troubles
     yield page
     context.close()
+
+
+def until(page, script: str, seconds: float = 10.0):
+    """Waits for something to be true; Playwright's own waiting evaluates texts in the page, and is forbidden to."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(script):
+        assert time.monotonic() < end, script
+        page.wait_for_timeout(20)

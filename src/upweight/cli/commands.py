@@ -1,5 +1,5 @@
-"""The command line: `upweight demo | check | plan | score | merge | top | validate | doctor`, and the uses of the
-answers: `understand | mismatch | contrast | repair | attack`.
+"""The command line: `upweight demo | explore | check | plan | score | merge | top | validate | doctor`, and the uses of
+the answers: `understand | mismatch | contrast | repair | attack`.
 
 A model of your own is named by `file.py:function` or `module:function`, a function that returns an upweight.Study.
 Results go to stdout; progress, and what the study prints while it is made, go to stderr. `--debug`, anywhere on the
@@ -12,7 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upweight.cli import app_commands, review_commands  # noqa: F401 their commands join the application
-from upweight.cli.console import NAMES, Json, K, Stores, StudyName, app, command, line, load, one, show
+from upweight.cli.console import (
+    NAMES,
+    Json,
+    K,
+    RunFolder,
+    Stores,
+    StudyName,
+    Switch,
+    app,
+    command,
+    line,
+    load,
+    one,
+    show,
+)
 from upweight.cli.endings import ASSUMPTIONS_FAIL, CODES
 from upweight.cli.outputs import check_file, check_folder, checked_part
 
@@ -40,6 +54,42 @@ def demo(out: Path = Path("upweight-demo"), rows: int = 40, json: Json = False) 
         found.to_dict() | {"report": str(page)},
         f"{found.text()}\n\nReport with pictures: {page.resolve()}  ({found.seconds:.1f} s)",
         json,
+    )
+    return 0
+
+
+@command
+def explore(
+    run: RunFolder,
+    compare: Path | None = None,
+    port: int = 0,
+    host: str = "127.0.0.1",
+    beyond_this_machine: Switch = False,
+) -> int:
+    """Look at a run folder in the browser, on this machine only: why, with which rows, and how far to trust it.
+
+    The link that is printed opens it, and nothing else does. Ctrl-C ends it.
+
+    Args:
+        run: a folder that uw.write_run made.
+        compare: another run of the same rows and queries, to see beside it.
+        port: where to listen; 0 takes any that is free.
+        host: address of this machine to listen at.
+        beyond_this_machine: let other machines reach it at --host, which must then be named; the link stays secret only
+            as far as the network does.
+    """
+    from upweight.errors import require
+
+    for module in ("starlette", "uvicorn", "jinja2", "PIL"):
+        require(module, "explore")
+    from upweight.explore import server
+    from upweight.explore.explorer import Explorer
+
+    listening = server.bound(host, port, beyond=beyond_this_machine)
+    server.serve(
+        Explorer.open(run, compare),
+        listening,
+        lambda link: print(f"The explorer of {run}, until Ctrl-C:\n\n  {link}\n", flush=True),
     )
     return 0
 

@@ -17,6 +17,8 @@ StudyName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.PY:
 StudyOrTable = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.PY:FUNCTION|TABLE")]
 Stores = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 K = Annotated[int, tyro.conf.arg(aliases=["-k"])]
 NAMES: list[str] = []  # of the commands
 app = tyro.extras.SubcommandApp()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from upweight.cli.console import Json, StudyName, command, load, show
+from upweight.cli.console import Json, RunFolder, StudyName, command, load, show
 from upweight.cli.outputs import check_file
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # nothing here may import torch before a command runs
     from upweight.explore.reviews import Reviews
     from upweight.show.run import Run
 
-RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Kind = Annotated[str, tyro.conf.arg(name="as", metavar="KIND")]
 
 

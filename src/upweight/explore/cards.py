@@ -82,8 +82,8 @@ def _columns(
     lines = []
     for name, value in list(card.items())[:MANY]:
         line: dict[str, Any] = {"name": name, "value": value}
-        if beside is not None and name in beside:
-            line |= {"query": beside[name], "apart": _apart(value, beside[name], spreads.get(name))}
+        if beside is not None:
+            line |= {"query": beside.get(name), "apart": _apart(value, beside.get(name), spreads.get(name))}
         lines.append(line)
     if beside is not None:
         lines.sort(key=lambda line: -abs(line.get("apart") or 0.0))

@@ -161,7 +161,7 @@ class Explorer:
         try:
             return connection.execute(sql, values).fetchall()
         except sqlite3.OperationalError as error:
-            if "interrupted" in str(error):
+            if time.monotonic() > until:  # what was stopped says so in several ways
                 raise TimeoutError from error
             raise
 

@@ -86,7 +86,9 @@ class Hosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or say that the host is none of ours."""
-        if scope["type"] != "http":  # neither web sockets nor a lifespan
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] != "http":
             return
         found = headers(scope, b"host")
         if len(found) == 1 and found[0].lower() in self.hosts:

@@ -109,7 +109,7 @@ class Proof:
             return f"{lead} The corrections helped."
         if self.high < 0:
             return f"{lead} The corrections did harm."
-        return f"{lead} That may be chance: for so few flips the queries are too few."
+        return f"{lead} That may be chance: ask more queries, or correct more rows."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, and what they say."""

@@ -7,6 +7,7 @@ import json
 import math
 import socket
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,13 @@ class _View:
         """What answers with the page."""
 
         async def endpoint(request: Request) -> Response:
-            def made() -> str:
+            def made() -> bytes:
                 found = page.make(self.explorer, _asked(request))
                 twin = "/index.json" if page.path == "/" else f"{request.url.path}.json"
                 query = f"?{request.url.query}" if request.url.query else ""
                 told = {"page": found, "here": page.name, "twin": twin + query, "address": request.url.path}
-                return self.templates.get_template(f"{page.name}.html").render(told)
+                text = self.templates.get_template(f"{page.name}.html").render(told)
+                return text.encode("utf-8", "replace")  # a text of the user's may hold half a character
 
             return Response(await run_in_threadpool(made), media_type="text/html")
 
@@ -252,4 +254,5 @@ def serve(explorer: Explorer, listening: socket.socket, told: Callable[[str], No
     )
     listening.listen(128)
     told(f"http://{hosts[0]}/?token={keys.token}")
-    uvicorn.Server(config).run([listening])
+    with suppress(KeyboardInterrupt):  # uvicorn has closed what was open, and passes it on
+        uvicorn.Server(config).run([listening])

@@ -25,6 +25,11 @@ def number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}".replace("-", "−", 1 if value < 0 else 0)
 
 
+def digits(value: float | None) -> str:
+    """A correlation or a slope, to four digits behind the point."""
+    return NOTHING if value is None or math.isnan(value) else f"{value:.4f}".replace("-", "−")
+
+
 def percent(value: float | None) -> str:
     """A share."""
     return NOTHING if value is None or math.isnan(value) else f"{value:.1%}"
@@ -70,6 +75,7 @@ FILTERS: dict[str, Any] = {
     "signed": signed,
     "number": number,
     "percent": percent,
+    "digits": digits,
     "plain": plain,
     "shade": shade,
     "direction": direction,

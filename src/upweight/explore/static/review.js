@@ -10,6 +10,7 @@ const verbs = { keep: "kept", relabel: "relabelled", drop: "dropped", skip: "can
 const done = []; // rows decided here, the last one at the end
 const sending = new Set();
 let last = Number(desk.dataset.last);
+let counted = last; // the entry up to which the page has counted
 let fetching = false;
 let exhausted = !judges.querySelector(".judge"); // the server has no other open place
 let chosen = null; // a row to look at although it is decided
@@ -107,7 +108,7 @@ async function decide(action, number = null) {
     sending.delete(row);
     stands(article, found.verdict, found.kind);
     done.push(row);
-    progress(found.progress);
+    progress(found.progress, found.entry.number);
     line(found.entry, found.kind, article.dataset.label);
     last = Math.max(last, found.entry.number);
     say(`Row ${row}: ${verbs[action]}${action === "relabel" ? ` to ${found.entry.new}` : ""}. Saved.`);
@@ -133,7 +134,7 @@ async function undo() {
     const found = await post({ row: Number(row), action: "undo", seen: Number(seen), why: "" });
     sending.delete(row);
     done.splice(done.lastIndexOf(row), 1);
-    progress(found.progress);
+    progress(found.progress, found.entry.number);
     line(found.entry, found.kind, article?.dataset.label ?? "");
     last = Math.max(last, found.entry.number);
     if (!article) return location.reload();
@@ -175,39 +176,15 @@ function note(text) {
   return one;
 }
 
-function percent(value) {
-  return value === null ? "–" : `${(100 * value).toFixed(1)}%`;
-}
-
-function progress(found) {
+function progress(found, number) {
+  if (number < counted) return; // an answer that was overtaken
+  counted = number;
   const place = document.querySelector("#progress");
   const bar = place.querySelector("progress");
   bar.max = found.places;
   bar.value = found.looked;
   const says = place.querySelector(".says");
   says.replaceChildren(...found.says.map((text) => Object.assign(document.createElement("li"), { textContent: text })));
-  const lines = [["suspicious", found.queue], ["at random", found.controls]];
-  let table = place.querySelector(".shares");
-  if (!table) {
-    table = document.createElement("table");
-    table.className = "list tight shares";
-    const head = table.createTHead().insertRow();
-    for (const name of ["Rows", "Wrong", "Share", "95 % interval"]) {
-      const cell = Object.assign(document.createElement("th"), { textContent: name, scope: "col", className: name === "Rows" ? "" : "number" });
-      head.append(cell);
-    }
-    table.createTBody();
-    place.append(table);
-  }
-  const body = table.tBodies[0];
-  body.replaceChildren();
-  for (const [name, share] of lines) {
-    const row = body.insertRow();
-    row.append(Object.assign(document.createElement("th"), { textContent: name, scope: "row" }));
-    for (const text of [`${share.wrong} of ${share.decided}`, percent(share.share), `${percent(share.low)} to ${percent(share.high)}`]) {
-      row.append(Object.assign(document.createElement("td"), { textContent: text, className: "number" }));
-    }
-  }
 }
 
 function line(entry, kind, given) {
@@ -253,7 +230,7 @@ async function look() {
         if (verdict.action) next();
       }
     }
-    if (found.entries.length) progress(found.progress);
+    if (found.entries.length) progress(found.progress, last);
     if (!current()) next();
   } catch {
     // the next look tells more
