@@ -19,6 +19,7 @@ Stores = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+As = Annotated[str, tyro.conf.arg(name="as", metavar="KIND")]
 K = Annotated[int, tyro.conf.arg(aliases=["-k"])]
 NAMES: list[str] = []  # of the commands
 app = tyro.extras.SubcommandApp()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import getpass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from upweight.cli.console import Json, RunFolder, StudyName, command, load, show
+from upweight.cli.console import As, Json, RunFolder, StudyName, command, load, show
 from upweight.cli.outputs import check_file
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
@@ -16,8 +14,6 @@ if TYPE_CHECKING:  # nothing here may import torch before a command runs
     from upweight.explore.labels import Labels
     from upweight.explore.reviews import Reviews
     from upweight.show.run import Run
-
-Kind = Annotated[str, tyro.conf.arg(name="as", metavar="KIND")]
 
 
 @command
@@ -68,7 +64,7 @@ def reviews(
 @command
 def export(
     run: RunFolder,
-    kind: Kind = "csv",
+    kind: As = "csv",
     out: Path | None = None,
     by: str = "self-influence",
     budget: int = 100,
@@ -165,13 +161,11 @@ def _proved(study: Study, folder: Path, labels: Labels, changes: dict[int, Any],
     """The proof of some changes.
 
     Raises:
-        InvalidInput: if the queries have no labels.
         StoreMismatch: if the run is another study's.
     """
     from datetime import UTC, datetime
 
     import upweight as uw
-    from upweight.errors import InvalidInput
     from upweight.explore import proof
     from upweight.explore.reviews import RELABEL
     from upweight.influence import kept
@@ -179,14 +173,13 @@ def _proved(study: Study, folder: Path, labels: Labels, changes: dict[int, Any],
     influence = study.influence
     queries = influence.queries(study.queries)
     kept.folder(influence.system, queries, influence.objective.name, folder)  # refuses another study's run
-    truth = uw.query_labels(influence, queries)
-    if truth is None:
-        message = "The study's queries have no labels, so no answer is right or wrong. Give it (Xq, yq) with labels."
-        raise InvalidInput(message)
     names = {str(name): name for name in uw.classes(influence) or []}
     relabelled = {row: names[str(one.label)] for row, one in changes.items() if one.action == RELABEL}
     dropped = [row for row, one in changes.items() if one.action != RELABEL]
     made = uw.apps.corrected(influence, relabelled, without=dropped, retrain=study.retrain, store=store)
+
+    truth = uw.query_labels(influence, queries)
+    assert truth is not None  # the model has classes, and a loss of every query
 
     def answers(model: uw.Influence) -> proof.Answers:
         told = uw.predict(model, queries).labels

@@ -86,10 +86,9 @@ def read(file: Path, labels: Labels) -> tuple[list[Proposed], tuple[int, ...]]:
     try:
         lines, undecided = _lines(file, labels)
         found = [_proposed(labels, place, line) for place, line in lines]
+    except InvalidInput:
+        raise
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        if isinstance(error, InvalidInput):
-            message = f"{file}: {error}"
-            raise InvalidInput(message) from error
         message = (
             f"{file} cannot be read as reviews ({first_line(error)}). Pass what `upweight export` or `upweight repair` "
             "wrote (.csv, .jsonl, .parquet), or what Label Studio exports as JSON (.json)."
@@ -100,7 +99,7 @@ def read(file: Path, labels: Labels) -> tuple[list[Proposed], tuple[int, ...]]:
     for row in sorted(twice):
         places = [one.place for one in decided if one.row == row]
         if len(places) > 1:
-            message = f"{file}: row {row} comes twice, at {places[0]} and {places[1]}. Keep one of them."
+            message = f"Row {row} comes twice, at {places[0]} and {places[1]}. Keep one of them."
             raise InvalidInput(message)
     return decided, undecided
 
@@ -135,18 +134,18 @@ def _lines(file: Path, labels: Labels) -> tuple[list[tuple[str, _Line]], tuple[i
     suffix = file.suffix.lower()
     if suffix == ".parquet":
         table = require("pyarrow.parquet", "parquet").read_table(io.BytesIO(file.read_bytes()))
-        return [(f"row {number} of the file", line) for number, line in enumerate(table.to_pylist())], ()
+        return [(f"{file}, row {number}", line) for number, line in enumerate(table.to_pylist())], ()
     text = file.read_text(encoding="utf-8-sig")
     if suffix == ".jsonl":
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [(f"line {number}", dict(json.loads(line))) for number, line in lines], ()
+        return [(f"{file}, line {number}", dict(json.loads(line))) for number, line in lines], ()
     if suffix == ".json":
-        return _label_studio(json.loads(text), labels)
+        return _label_studio(file, json.loads(text), labels)
     names, lines = cells.read(text)
     if "row" not in names or not {"action", "correction", "new"} & set(names):
         reason = f"it has the columns {', '.join(names)}, and row beside action, correction or new are wanted"
         raise ValueError(reason)
-    return [(f"line {number}", line) for number, line in lines], ()
+    return [(f"{file}, line {number}", line) for number, line in lines], ()
 
 
 def _proposed(labels: Labels, place: str, line: _Line) -> Proposed | None:
@@ -157,7 +156,7 @@ def _proposed(labels: Labels, place: str, line: _Line) -> Proposed | None:
     """
     row = _row(labels, place, line)
     action, new = str(line.get("action") or "").strip(), line.get("new", line.get("correction"))
-    new = None if new is None or new == "" else labels.called(str(new))
+    new = None if new is None or new == "" else labels.called(str(new), f"{place}: ")
     if "action" not in line:
         action = "" if new is None else KEEP if new == labels.given(row) else RELABEL
         if "correction" not in line and new is None:
@@ -193,7 +192,7 @@ def _row(labels: Labels, place: str, line: _Line) -> int:
             f"{place} belongs to run {str(work)[:40]}, and this is run {labels.work}. Import it there, or take the "
         )
         raise InvalidInput(message + "column `run` out if the rows are the same.")
-    if label is not None and labels.called(str(label)) != labels.given(row):
+    if label is not None and labels.called(str(label), f"{place}: ") != labels.given(row):
         message = (
             f"{place}: row {row} has the label {labels.given(row)!r} in this run and {str(label)[:80]!r} in the file. "
             "Was it made for other data? Import it into the run of these."
@@ -210,11 +209,11 @@ def _row(labels: Labels, place: str, line: _Line) -> int:
 # ---- Label Studio ----------------------------------------------------------------------------------------------------
 
 
-def _label_studio(tasks: Any, labels: Labels) -> tuple[list[tuple[str, _Line]], tuple[int, ...]]:
+def _label_studio(file: Path, tasks: Any, labels: Labels) -> tuple[list[tuple[str, _Line]], tuple[int, ...]]:
     """Tasks with annotations, as Label Studio exports them in JSON or JSON-MIN; disagreeing ones decide nothing."""
     found, undecided = [], []
     for number, task in enumerate(tasks):
-        place, data = f"task {task.get('id', number)}", task.get("data", task)
+        place, data = f"{file}, task {task.get('id', number)}", task.get("data", task)
         line = {"row": data["row"], "run": data.get("run"), "label": data.get("given"), "why": "Label Studio"}
         said = set(_annotated(task) if "data" in task else _chosen(task))
         row = _row(labels, place, line)
@@ -225,7 +224,10 @@ def _label_studio(tasks: Any, labels: Labels) -> tuple[list[tuple[str, _Line]], 
         if verdict:
             line |= {"action": verdict}
         else:
-            line |= {"action": KEEP if labels.called(label) == labels.given(row) else RELABEL, "new": label}
+            line |= {
+                "action": KEEP if labels.called(label, f"{place}: ") == labels.given(row) else RELABEL,
+                "new": label,
+            }
         found.append((place, line))
     return found, tuple(undecided)
 

@@ -77,8 +77,8 @@ class Labels:
         message = f"{label!r} is no class of this run: there are {self.some()}. Write one of them."
         raise InvalidInput(message)
 
-    def called(self, text: str) -> Label:
-        """The class that a text names, as a form or a file has it; blanks at the ends count only where they must.
+    def called(self, text: str, where: str = "") -> Label:
+        """The class that a text names, as a file has it there; blanks at the ends count only where they must.
 
         Raises:
             InvalidInput: if it is none, or could be two.
@@ -86,7 +86,9 @@ class Labels:
         exact = [known for known in self.classes if str(known) == text]
         near = exact or [known for known in self.classes if str(known).strip() == text.strip()] or self._number(text)
         if len(near) != 1:
-            message = f"'{text}' names {len(near) or 'no'} classes of this run, not one: there are {self.some()}."
+            message = (
+                f"{where}'{text[:80]}' names {len(near) or 'no'} classes of this run, not one: there are {self.some()}."
+            )
             raise InvalidInput(message + " Write one of them as it stands here.")
         return near[0]
 
