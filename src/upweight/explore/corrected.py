@@ -71,7 +71,9 @@ def apply(
                 "column that names its rows."
             )
             raise InvalidInput(message)
-    written = {label: cells[places[row]] for row, label in ((row, labels.given(row)) for row in places)}
+    written: dict[Label | None, Any] = {
+        label: cells[places[row]] for row, label in ((row, labels.given(row)) for row in places)
+    }
     wrong = {row: one for row, one in verdicts.items() if one.wrong}
     changed = {places[row]: written.get(one.label, one.label) for row, one in wrong.items() if one.action == RELABEL}
     dropped = {places[row] for row, one in wrong.items() if one.action != RELABEL}

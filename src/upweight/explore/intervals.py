@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from upweight.errors import InvalidInput
 
@@ -42,8 +43,8 @@ def total(hits: int, drawn: int, rows: int, level: float = LEVEL) -> tuple[int, 
     _check(hits, drawn)
     _check(drawn, rows)
     tail, least, most = (1 - level) / 2, hits, rows - (drawn - hits)
-    low = _first(least, most, lambda D: hypergeom.sf(hits - 1, rows, D, drawn) > tail)
-    high = _first(least, most, lambda D: hypergeom.cdf(hits, rows, D, drawn) <= tail) - 1
+    low = _first(least, most, lambda D: bool(hypergeom.sf(hits - 1, rows, D, drawn) > tail))
+    high = _first(least, most, lambda D: bool(hypergeom.cdf(hits, rows, D, drawn) <= tail)) - 1
     return low, high if hypergeom.cdf(hits, rows, most, drawn) <= tail else most
 
 
@@ -71,9 +72,13 @@ def difference(gained: int, lost: int, queries: int, level: float = LEVEL) -> tu
         spread = queries * (2 * likeliest_lost(gained, lost, queries, delta) + delta * (1 - delta))
         return abs(gained - lost - queries * delta) - z * math.sqrt(max(spread, 0.0))
 
+    def root(near: float, far: float) -> float:
+        found: Any = brentq(beyond, near, far)
+        return float(found)
+
     def end(far: float) -> float:
         near = middle + 1e-9 * (far - middle)  # at the middle itself both sides are 0 where nothing flipped
-        return far if beyond(far) <= 0 else middle if beyond(near) > 0 else float(brentq(beyond, near, far))
+        return far if beyond(far) <= 0 else middle if beyond(near) > 0 else root(near, far)
 
     return end(-1.0), end(1.0)
 

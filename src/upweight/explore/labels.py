@@ -146,7 +146,8 @@ def labels_of(run: Run) -> Labels:
     known = {name: np.asarray(one, dtype=np.float64) for name, one in scores.items() if one is not None}
     ids = run.outline.ids if run.finished else None
     classes = tuple(values.tolist())
-    return Labels(work_of(run.manifest), classes, *codes, known, ids)
+    own, said, unseen = codes
+    return Labels(work_of(run.manifest), classes, own, said, unseen, known, ids)
 
 
 def _of_one_kind(rows: Items) -> list[NDArray[Any] | None]:
