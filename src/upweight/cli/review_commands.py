@@ -184,6 +184,7 @@ def _proved(study: Study, folder: Path, labels: Labels, changes: dict[int, Any],
     def answers(model: uw.Influence) -> proof.Answers:
         told = uw.predict(model, queries).labels
         losses = uw.calculus.losses(model.objective.reporting(), queries.batch(slice(None)))
+        assert told is not None  # the model has classes
         return proof.Answers(told, losses.double().cpu().numpy())
 
     return proof.proof(
