@@ -81,11 +81,11 @@ def page(request, chromium, address):
 def test_from_the_link_to_the_rows_behind_a_wrong_query(page, address):
     assert "token" not in page.url
     page.get_by_role("link", name="queries that the model gets wrong").click()
-    assert "truth=wrong" in page.url
+    page.wait_for_url("**truth=wrong*")
     first = page.locator("tbody tr").first
     assert "wrong" in first.inner_text()
     first.get_by_role("link").click()
-    assert page.get_by_role("heading", name="Why?").is_visible()
+    page.get_by_role("heading", name="Why?").wait_for()
     helpful = page.get_by_role("region", name="Most helpful").get_by_role("listitem")
     assert helpful.count() == 8
     values = [float(text) for text in helpful.locator(".value").all_inner_texts()]
@@ -93,7 +93,7 @@ def test_from_the_link_to_the_rows_behind_a_wrong_query(page, address):
     assert values[-1] > 0
     page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     page.get_by_role("region", name="Most harmful").get_by_role("link").first.click()
-    assert page.get_by_role("heading", name="Training row").is_visible()
+    page.get_by_role("heading", name="Training row").wait_for()
 
 
 def test_keys_step_search_and_open(page, address):
@@ -106,7 +106,7 @@ def test_keys_step_search_and_open(page, address):
     page.keyboard.press("n")
     page.wait_for_url("**/queries/2")
     page.keyboard.press("?")
-    assert page.get_by_role("dialog", name="Keys").is_visible()
+    page.get_by_role("dialog", name="Keys").wait_for()
     page.keyboard.press("Escape")
     page.goto(f"{address[0]}/rows")
     page.keyboard.press("/")
@@ -150,9 +150,9 @@ def test_pages_read_without_javascript(chromium, address):
     page.goto(f"{address[0]}/queries")
     page.get_by_label("Model is").select_option("wrong")
     page.get_by_role("button", name="Show").click()
-    assert "truth=wrong" in page.url
+    page.wait_for_url("**truth=wrong*")
     page.locator("tbody tr").first.get_by_role("link").click()
-    assert page.get_by_role("heading", name="Most helpful").is_visible()
+    page.get_by_role("heading", name="Most helpful").wait_for()
     context.close()
 
 
