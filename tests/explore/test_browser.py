@@ -68,7 +68,7 @@ def page(request, chromium, address):
     width, height = WIDTHS[request.param]
     context = chromium.new_context(viewport={"width": width, "height": height})
     page, trouble = context.new_page(), []
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)  # on a busy machine
     page.on("console", lambda message: trouble.append(message.text) if message.type in {"error", "warning"} else None)
     page.on("pageerror", lambda error: trouble.append(str(error)))
     page.on("request", lambda asked: None if asked.url.startswith(address[0]) else trouble.append(asked.url))
