@@ -38,17 +38,20 @@ if TYPE_CHECKING:  # nothing here may import torch before a command runs
 
 
 @command
-def demo(out: Path = Path("upweight-demo"), rows: int = 40, json: Json = False) -> int:
+def demo(out: Path = Path("upweight-demo"), rows: int = 40, explore: Switch = False, json: Json = False) -> int:
     """Explain a misclassified digit, retrain to check, and write an HTML report (scikit-learn's digits; no network).
 
     Args:
-        out: folder for the report.
+        out: folder for the report, or the run.
         rows: how many of the most influential rows are really removed.
+        explore: make a run of all test digits instead, and open it in the explorer, as `upweight explore` does.
         json: print numbers as JSON.
     """
     from upweight.cli import demo as story
 
     check_file(out / "index.html", "--out")
+    if explore:
+        return opened(story.write_run(out / "run", rows))
     found = story.run(rows)
     page = story.write_html(found, out)
     show(
@@ -79,20 +82,7 @@ def explore(
         beyond_this_machine: let other machines reach it at --host, which must then be named; the link stays secret only
             as far as the network does.
     """
-    from upweight.errors import require
-
-    for module in ("starlette", "uvicorn", "jinja2", "PIL"):
-        require(module, "explore")
-    from upweight.explore import server
-    from upweight.explore.explorer import Explorer
-
-    listening = server.bound(host, port, beyond=beyond_this_machine)
-    server.serve(
-        Explorer.open(run, compare),
-        listening,
-        lambda link: print(f"The explorer of {run}, until Ctrl-C:\n\n  {link}\n", flush=True),
-    )
-    return 0
+    return opened(run, compare, port=port, host=host, beyond=beyond_this_machine)
 
 
 @command
@@ -324,6 +314,26 @@ def validate(study: StudyName, query: int = 0, rows: int = 20, store: Path | Non
         **({} if ids is None else {"ids": in_json(ids)}),
     }
     show(numbers, "\n".join([*lines, "", str(found), f"control (nothing removed): {control:+.2e}"]), json)
+    return 0
+
+
+def opened(
+    run: Path, compare: Path | None = None, *, port: int = 0, host: str = "127.0.0.1", beyond: bool = False
+) -> int:
+    """Serve the explorer of a run until Ctrl-C."""
+    from upweight.errors import require
+
+    for module in ("starlette", "uvicorn", "jinja2", "PIL"):
+        require(module, "explore")
+    from upweight.explore import server
+    from upweight.explore.explorer import Explorer
+
+    listening = server.bound(host, port, beyond=beyond)
+    server.serve(
+        Explorer.open(run, compare),
+        listening,
+        lambda link: print(f"The explorer of {run}, until Ctrl-C:\n\n  {link}\n", flush=True),
+    )
     return 0
 
 

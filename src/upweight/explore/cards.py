@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from upweight.explore.explorer import Explorer, Side
+from upweight.explore.tables import LONGEST
 from upweight.show.run import Card
 
 EXCERPT, WHOLE = 360, 20_000  # characters of a text
@@ -38,6 +39,9 @@ def shown(
         told = {name: value for name, value in item.items() if name != "twin"}
         told["address"] = f"/{side}/{item['id']}"
         told["card"] = _card(cards.get(item["id"]), told["address"], beside, spreads, whole)
+        if told["card"].get("characters", 0) >= LONGEST:  # it was cut when the index was made
+            size = explorer.ask(f"select size from {side}_card where id = ?", [item["id"]])
+            told["card"]["characters"] = int(size[0][0])
         found.append(told)
     return found
 

@@ -48,7 +48,7 @@ def bars(found: Mapping[str, Any], title: str, *, signs: bool = False, mark: flo
 
 
 def dots(points: Sequence[Mapping[str, Any]], x: str, y: str, title: str, *, diagonal: bool = False) -> Markup:
-    """A scatter plot of points {x, y, kind?, href?, title?}.
+    """A scatter plot of points {x, y, kind?, title?}.
 
     Args:
         points: what is drawn; those with a number missing are left out.
@@ -86,7 +86,7 @@ def dots(points: Sequence[Mapping[str, Any]], x: str, y: str, title: str, *, dia
         dot = f'<circle class="{escape(one.get("kind", "bar"))}" cx="{cx:.1f}" cy="{cy:.1f}" r="3"/>'
         label = f"<title>{escape(one['title'])}</title>" if one.get("title") else ""
         dot = dot.replace("/>", f">{label}</circle>") if label else dot
-        parts.append(f'<a href="{escape(one["href"])}" tabindex="-1">{dot}</a>' if one.get("href") else dot)
+        parts.append(dot)
     (a, b), (c, d) = ranges
     parts.append(_texts([(left, "start", a), (size[0] - left, "end", b)], size[1] - 14))
     parts.append(f'<text class="axis" x="{size[0] / 2}" y="{size[1] - 2}" text-anchor="middle">{escape(x)}</text>')

@@ -59,7 +59,6 @@ def removals(found: Removals) -> dict[str, Any]:
             "row": int(rows[one]),
             "query": int(queries[one]),
             "kind": "helps" if actual[one] > 0 else "harms",
-            "href": f"/queries/{queries[one]}",
             "title": f"query {queries[one]} without row {rows[one]}",
         }
         for one in few
@@ -85,15 +84,14 @@ def removals(found: Removals) -> dict[str, Any]:
 def subsets(found: SubsetSums) -> dict[str, Any]:
     """The linear datamodeling score: the rank correlation over subsets, mean over queries."""
     pairs = zip(found.predicted, found.actual, strict=True)
-    each = np.array([correlation(ranks(one), ranks(other)) or np.nan for one, other in pairs])
-    known = each[np.isfinite(each)]
+    known = np.array([correlation(ranks(one), ranks(other)) or 0.0 for one, other in pairs])  # as in `lds`
     error = float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else None
     return {
         "subsets": found.actual.shape[1],
         "queries": len(known),
         "lds": float(known.mean()) if len(known) else None,
         "standard_error": error,
-        "each": spread(each),
+        "each": spread(known),
     }
 
 

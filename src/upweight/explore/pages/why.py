@@ -72,9 +72,7 @@ def distances(
         apart, value = distance(card, other, spreads), float(line[row])
         if apart is not None:
             kind = "helps" if value > 0 else "harms"
-            found.append(
-                {"row": row, "x": apart, "y": value, "kind": kind, "href": f"/rows/{row}", "title": f"row {row}"}
-            )
+            found.append({"row": row, "x": apart, "y": value, "kind": kind, "title": f"row {row}"})
     return found
 
 
