@@ -14,6 +14,7 @@
     │   └── Diverged                              a stochastic recursion grew instead of settling
     ├── StoreMismatch        (ValueError)         a folder holds results of other work
     ├── StorageFailed        (OSError)            the disk is full, or another process writes there
+    ├── Outdated             (RuntimeError)       a decision about what has changed meanwhile; carries `.meanwhile`
     ├── RankFailed           (RuntimeError)       another process of the same job failed, is lost, or does other work
     ├── PathNotFound         (FileNotFoundError)  nothing is at this path
     ├── MissingExtra         (ImportError)        an optional dependency is not installed
@@ -40,6 +41,7 @@ __all__ = [
     "NotFitted",
     "NotLocal",
     "NotPositiveDefinite",
+    "Outdated",
     "PathNotFound",
     "RankFailed",
     "RowOutOfRange",
@@ -120,6 +122,14 @@ class StoreMismatch(UpweightError, ValueError):
 
 class StorageFailed(UpweightError, OSError):
     """The disk is full, or another process writes to the same folder."""
+
+
+class Outdated(UpweightError, RuntimeError):
+    """A decision about what has changed meanwhile; nothing was written. `meanwhile` is what happened."""
+
+    def __init__(self, message: str, meanwhile: Any = None) -> None:
+        RuntimeError.__init__(self, message)
+        self.meanwhile = meanwhile
 
 
 class RankFailed(UpweightError, RuntimeError):

@@ -146,3 +146,35 @@ def test_two_trainings_have_a_bar(flowers, capsys):
     uw.apps.corrected(influence, {3: y[3]}, progress=False)
     uw.apps.corrected(influence, {3: y[3]})  # no terminal
     assert capsys.readouterr().err == ""
+
+
+def test_rows_are_left_out_as_a_fit_without_them(flowers):
+    influence, X, y = flowers
+    kept = np.setdiff1d(np.arange(150), [70, 120])
+    made = uw.apps.corrected(influence, {3: 0}, without=[120, 70, 70], test=(X, y))
+    own = LogisticRegression(**TIGHT).fit(X[kept], y[kept])
+    assert made.dropped.tolist() == [70, 120]
+    assert made.after["train accuracy"] == own.score(X[kept], y[kept])
+    assert made.after["test accuracy"] == own.score(X, y)
+    np.testing.assert_allclose(uw.predict(made.influence, influence.queries((X, y))).labels, own.predict(X))
+    only = uw.apps.corrected(influence, {}, without=[3])
+    assert (dict(only.patch), only.to_dict()["dropped"]) == ({}, [3])
+    assert "0 labels corrected, 1 rows dropped" in str(only)
+    with pytest.raises(uw.errors.InvalidInput, match="Row 3 is to get another label and to be left out"):
+        uw.apps.corrected(influence, {3: 0}, without=[3])
+
+
+def test_no_cell_of_a_review_is_a_formula(tmp_path):
+    names = np.array(["=no", "-yes"])
+    X, y = load_iris(return_X_y=True)
+    influence = uw.explain(LogisticRegression(**TIGHT).fit(X, names[(y > 0) * 1]), X, names[(y > 0) * 1])
+    found = uw.apps.repair(influence, inspect=3, by="loss")
+    file = uw.apps.write_review(found, tmp_path / "review.csv", describe=lambda row: "=HYPERLINK(1)")
+    lines = list(csv.reader(file.read_text().splitlines()))
+    assert not [cell for line in lines for cell in line if cell.startswith(("=", "-yes", "@"))]
+    row = int(lines[1][0])
+    other = {"=no": "-yes", "-yes": "=no"}[names[int(y[row] > 0)]]
+    lines[1][lines[0].index("correction")] = other
+    with file.open("w", newline="") as stream:
+        csv.writer(stream).writerows(lines)
+    assert uw.apps.read_review(influence, file) == {row: other}

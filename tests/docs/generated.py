@@ -16,6 +16,7 @@ from upweight.model.losses import Loss
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "demo",
+    "explore",
     "check",
     "plan",
     "score",
@@ -25,6 +26,10 @@ COMMANDS = (
     "doctor",
     "understand",
     "repair",
+    "reviews",
+    "export",
+    "apply",
+    "prove",
     "attack",
     "mismatch",
     "contrast",

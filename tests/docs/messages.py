@@ -64,7 +64,7 @@ def messages() -> list[Message]:
 
 @cache
 def remedies() -> list[Remedy]:
-    """Every `with refused(…)` and `with warned(…)` in tests/remedies."""
+    """Every `with refused(…)` and `with warned(…)` in tests/remedies: of test_PACKAGE.py, or test_PACKAGE__PART.py."""
     found = []
     for file in sorted(TESTS.glob("test_*.py")):
         for test in functions_of(ast.parse(file.read_text())):
@@ -74,7 +74,13 @@ def remedies() -> list[Remedy]:
                         says, advice = (ast.literal_eval(argument) for argument in call.args)
                         name = f"{file.name}::{test.name}"
                         found.append(
-                            Remedy(file.stem.removeprefix("test_"), name, says, advice, place + 1 < len(block))
+                            Remedy(
+                                file.stem.removeprefix("test_").partition("__")[0],
+                                name,
+                                says,
+                                advice,
+                                place + 1 < len(block),
+                            )
                         )
     return found
 

@@ -728,3 +728,10 @@ def test_sizes_are_positive(setting):
         apps.vulnerability(logistic(), ON, **{setting: 0.0})
     once, twice = (apps.vulnerability(logistic(), ON, **{setting: size}).values for size in (0.5, 1.0))
     np.testing.assert_allclose(twice, 2 * once)
+
+
+def test_a_row_is_corrected_or_left_out():
+    corrections = {3: OTHER[NAMES[3]]}
+    with refused(" is to get another label and to be left out. ", "Take it out of corrections or of without"):
+        apps.corrected(logistic(), corrections, without=[3, 5])
+    assert apps.corrected(logistic(), corrections, without=[5]).dropped.tolist() == [5]

@@ -539,3 +539,15 @@ def test_a_part_is_a_number_of_so_many_and_goes_into_a_store(told):
     assert told("merge", "D", "--out", "merged.safetensors")["rows"] == N
     one, merged = (uw.Scores.load(f"{name}.safetensors").values for name in ("scores", "merged"))
     assert one.tobytes() == merged.tobytes()
+
+
+# ---- review_commands.py ----------------------------------------------------------------------------------------------
+
+
+def test_something_is_reviewed_before_it_is_proved(told, tmp_path):
+    run = uw.write_run(logistic(), tmp_path / "run", XQ, NAMESQ)
+    with refused(" changes a label, so there is nothing to prove. ", "Review some rows first: upweight explore "):
+        typed("prove", "cli_studies:good", "--run", run.path)
+    (tmp_path / "said.csv").write_text(f"row,new\n3,{OTHER[NAMES[3]]}\n")
+    assert told("reviews", run.path, "--add", "said.csv")["relabel"] == 1
+    assert told("prove", "cli_studies:good", "--run", run.path)["relabelled"] == 1

@@ -916,3 +916,27 @@ def test_words_in_a_table_are_encoded_or_left_out(tmp_path):
     model = make_pipeline(encode, Ridge()).fit(frame.drop(columns="z"), Z)
     expected = uw.explain(model, frame.drop(columns="z"), Z).on_loss(frame[:2].drop(columns="z"), Z[:2]).values
     assert np.allclose(uw.explain(model, table, "z").on_loss(table[:2], "z").values, expected)
+
+
+def test_a_corrected_copy_is_another_file_with_the_columns_labels(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from upweight.data import rewritten
+
+    table, out = tmp_path / "a.csv", tmp_path / "b.csv"
+    table.write_text("kind\n3\n")
+    with refused(" is the file itself, which is never edited. ", "Name another one, such as corrected-"):
+        rewritten.rewrite(table, "kind", {0: "7"}, (), table)
+    rewritten.rewrite(table, "kind", {0: "7"}, (), tmp_path / "corrected-a.csv")
+    with refused(" are of different kinds, and the copy has the file's. ", "Name it "):
+        rewritten.rewrite(table, "kind", {}, (), tmp_path / "b.parquet")
+    rewritten.rewrite(table, "kind", {}, (), out)
+    with refused("; its columns are ", "Name the one of labels: --label COLUMN"):
+        rewritten.labels_in(table, "sort")
+    assert rewritten.labels_in(table, "kind") == ["3"]
+    pq.write_table(pa.table({"kind": pa.array([3], pa.int8())}), tmp_path / "a.parquet")
+    with refused(" does not fit (", "Correct it to labels that the column can hold"):
+        rewritten.rewrite(tmp_path / "a.parquet", "kind", {0: "x"}, (), tmp_path / "b.parquet")
+    rewritten.rewrite(tmp_path / "a.parquet", "kind", {0: 7}, (), tmp_path / "b.parquet")
+    assert pq.read_table(tmp_path / "b.parquet").column(0).to_pylist() == [7]

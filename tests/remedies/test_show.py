@@ -120,3 +120,38 @@ def test_rows_are_looked_at_as_something_that_can_be_seen():
     for right in (texts, lambda i: texts[i]):
         assert f"text {scores.helpful(1).rows[0, 0]}<" in uw.look(scores, right)._repr_html_()
     assert "uw-cell" in uw.look(scores, np.zeros((ridge().n, 4)))._repr_html_()
+
+
+def test_items_that_are_missing_are_made_again(tmp_path):
+    assert whole(tmp_path / "run")
+    (tmp_path / "run" / "items-000000.safetensors").rename(tmp_path / "run" / "items-000001.safetensors")
+    with refused(" has no items-", "Make the call again that made it"):
+        assert uw.Run.open(tmp_path / "run").rows
+    (tmp_path / "run" / "items-000001.safetensors").unlink()
+    assert whole(tmp_path / "run")
+
+
+def test_evidence_is_of_the_runs_queries(tmp_path):
+    influence = ridge()
+    run = uw.write_run(influence, tmp_path / "run", XQ, ZQ)
+    with refused(" is no evidence of a run's scores", "Pass what uw.leave_one_out"):
+        uw.keep_evidence(run, run.scores)
+    with refused("The run's queries have a ", "Pass the queries that write_run was given"):
+        uw.keep_evidence(run, uw.leave_one_out(influence, (XQ, ZQ + 1), [0, 1]))
+    margins = uw.leave_one_out(
+        influence, (XQ, ZQ), [0, 1], measure=lambda params, _: sum(one.sum() for one in params.values())
+    )
+    with refused("The run holds the ", "Pass what was asked of the same influence"):
+        uw.keep_evidence(run, margins)
+    uw.keep_evidence(run, uw.leave_one_out(influence, (XQ, ZQ), [0, 1]))
+    assert uw.evidence(run).removals.rows.tolist() == [0, 1]
+
+
+def test_evidence_that_is_none_is_kept_again(tmp_path):
+    run = uw.write_run(ridge(), tmp_path / "run", XQ, ZQ)
+    outcomes = uw.leave_one_out(ridge(), (XQ, ZQ), [0, 1])
+    uw.keep_evidence(run, outcomes)
+    emptied(tmp_path / "run" / "evidence-removals.safetensors")
+    with refused(" holds no evidence (", "Delete it, and keep it again: uw.keep_evidence"):
+        uw.evidence(run)
+    assert np.array_equal(uw.evidence(uw.keep_evidence(run, outcomes)).removals.actual, outcomes.actual)

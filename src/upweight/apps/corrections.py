@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from upweight.apps.names import names_in_json
 from upweight.apps.repair import RANDOM, Repair
 from upweight.errors import InvalidInput, PathNotFound, UnsupportedModel
 
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # what a spreadsheet may take for one
 Numbers = Sequence[int] | NDArray[np.int64]
 
 
@@ -39,9 +40,11 @@ class Corrected:
         influence: of the model that was trained on the corrected labels.
         patch: row → (old label, new label).
         labels: (n,) all labels, corrected.
-        before, control, after: accuracy on the training rows (by the labels of the time), and accuracy and mean loss on
-            the test rows, where there are some: as the model was, trained again with nothing changed, and trained on
-            the corrected labels.
+        before, control, after: accuracy on the training rows (by the labels of the time, without those left out), and
+            accuracy and mean loss on the test rows, where there are some: as the model was, trained again with nothing
+            changed, and trained on the corrected labels.
+        unchanged: of the model that was trained again with nothing changed.
+        dropped: rows that were left out.
     """
 
     influence: uw.Influence = field(repr=False)
@@ -50,6 +53,8 @@ class Corrected:
     before: Mapping[str, float]
     control: Mapping[str, float]
     after: Mapping[str, float]
+    unchanged: uw.Influence = field(repr=False)
+    dropped: Int[NDArray[np.int64], " d"]
 
     @property
     def effect(self) -> dict[str, float]:
@@ -61,6 +66,7 @@ class Corrected:
         measured = {"before": self.before, "control": self.control, "after": self.after, "effect": self.effect}
         return {
             "corrected": len(self.patch),
+            "dropped": self.dropped.tolist(),
             "patch": [{"row": row, "old": old, "new": new} for row, (old, new) in self.patch.items()],
             **names_in_json(self.influence.examples.ids, np.array(list(self.patch), dtype=np.int64)),
             **{name: dict(values) for name, values in measured.items()},
@@ -68,7 +74,8 @@ class Corrected:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.patch)} labels corrected",
+            f"{len(self.patch)} labels corrected"
+            + (f", {len(self.dropped)} rows dropped" if len(self.dropped) else ""),
             f"{'':<16} {'before':>10} {'control':>10} {'corrected':>10}",
         ]
         lines += [
@@ -83,6 +90,7 @@ def corrected(
     influence: uw.Influence,
     corrections: Mapping[int, Any],
     *,
+    without: Sequence[int] = (),
     test: Any = None,
     retrain: Any = None,
     store: str | os.PathLike[str] | None = None,
@@ -97,6 +105,7 @@ def corrected(
         corrections: row → right label, as somebody found it to be; those that have it already are left out of the
             patch. `Repair.suggestions` are questions to that somebody: among the rows inspected, right ones are told to
             change as well.
+        without: rows to leave out, for their labels cannot be told.
         test: (Xt, yt) with trusted labels, or Examples; None compares training accuracy only.
         retrain: as for leave_one_out.
         store: a folder that keeps every training as soon as it is done, so that the same call goes on where it was
@@ -104,7 +113,7 @@ def corrected(
         progress: True or False forces the bar (stderr) on or off; None shows it on a terminal only.
 
     Raises:
-        InvalidInput: if no label would change, or a label is unknown.
+        InvalidInput: if nothing would change, a label is unknown, or a row is both corrected and left out.
         RowOutOfRange: if a row does not exist.
         UnsupportedModel: if the model's targets are no classes.
         NotConverged: if training does not reach a minimum.
@@ -117,36 +126,47 @@ def corrected(
             "influence of a classifier; other targets are changed by uw.retrained(uw.edited(influence, rows, y_new=…))."
         )
         raise UnsupportedModel(message)
-    patch = _patch(influence, corrections, labels, names)
-    changed = np.array(list(patch))
-    edited = uw.edited(influence, changed, y_new=np.asarray([new for _, new in patch.values()]))
+    dropped = np.unique(influence.examples.rows(list(without))) if len(without) else np.array([], dtype=np.int64)
+    patch = _patch(influence, corrections, labels, names, dropped)
+    changed = np.array(list(patch), dtype=np.int64)
+    new = [label for _, label in patch.values()]
+    edited = uw.edited(influence, changed, y_new=np.asarray(new)) if patch else influence
     told = {str(row): [str(label) for label in labels] for row, labels in patch.items()}
-    course = uw.Course(influence, store, {"work": "corrected", "patch": told}, retrain)
+    more = {"without": dropped.tolist()} if len(dropped) else {}
+    course = uw.Course(influence, store, {"work": "corrected", "patch": told, **more}, retrain)
     hidden, words = None if progress is None else not progress, "training again, without and with the corrections"
     with tqdm(total=2, desc=words, unit="training", disable=hidden, leave=False) as steps:
         control = course.retrained(influence, retrain=retrain)
         steps.update()
-        after = course.retrained(edited, retrain=retrain)
+        after = course.retrained(edited, without=dropped if len(dropped) else None, retrain=retrain)
         steps.update()
     new_labels = labels.copy()
-    new_labels[changed] = [new for _, new in patch.values()]
+    if patch:
+        new_labels[changed] = new
+    kept = np.setdiff1d(np.arange(influence.n), dropped)
     return Corrected(
         after,
         patch,
         new_labels,
-        _measured(influence, labels, test),
-        _measured(control, labels, test),
-        _measured(after, new_labels, test),
+        _measured(influence, labels, test, kept),
+        _measured(control, labels, test, kept),
+        _measured(after, new_labels, test, kept),
+        control,
+        dropped,
     )
 
 
 def _patch(
-    influence: uw.Influence, corrections: Mapping[int, Any], labels: NDArray[Any], names: list[Any]
+    influence: uw.Influence,
+    corrections: Mapping[int, Any],
+    labels: NDArray[Any],
+    names: list[Any],
+    dropped: NDArray[np.int64],
 ) -> dict[int, tuple[Any, Any]]:
     """Row → (old, new) for the labels that change, both as `classes` has them.
 
     Raises:
-        InvalidInput: if there are none, or a label is unknown.
+        InvalidInput: if there are none and no row is dropped, a label is unknown, or its row is dropped.
     """
     if not isinstance(corrections, Mapping):
         message = f"corrections is a {type(corrections).__name__}. Pass a dict of row → right label, such as {{3: "
@@ -161,7 +181,11 @@ def _patch(
             raise InvalidInput(message + " Write one of them.")
         if labels[row] != new:
             patch[row] = (names[names.index(labels[row])], names[names.index(new)])
-    if not patch:
+    both = sorted(set(patch) & set(dropped.tolist()))
+    if both:
+        message = f"Row {both[0]} is to get another label and to be left out. Take it out of corrections or of without."
+        raise InvalidInput(message)
+    if not patch and not len(dropped):
         message = (
             f"None of the {len(corrections)} corrections changes a label. Fill in the column `correction` of a review, "
             "or pass a dict of row → right label."
@@ -332,8 +356,10 @@ def check_free(*files: Path, overwrite: bool) -> None:
             raise InvalidInput(message + "overwrite=True, or --overwrite.")
 
 
-def _measured(influence: uw.Influence, labels: NDArray[Any], test: Any) -> dict[str, float]:
-    told = {"train accuracy": uw.predict(influence, influence.examples).accuracy(labels)}
+def _measured(
+    influence: uw.Influence, labels: NDArray[Any], test: Any, kept: Int[NDArray[np.int64], " k"]
+) -> dict[str, float]:
+    told = {"train accuracy": uw.predict(influence, influence.examples.subset(kept)).accuracy(labels[kept])}
     if test is not None:
         queries = influence.queries(test)
         truth = uw.query_labels(influence, queries)
@@ -426,12 +452,22 @@ def _read(file: Path, needed: tuple[str, ...]) -> list[tuple[int, dict[str, str]
     if missing:
         message = f"{file} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}. "
         raise InvalidInput(message + "Keep the first line as it was written.")
-    lines = list(reader)
+    lines = [{name: _bare(cell) if isinstance(cell, str) else cell for name, cell in line.items()} for line in reader]
     for number, line in enumerate(lines, start=2):
         if None in line or None in line.values():
             message = f"{file}, line {number} has another number of cells than the first. Save it as CSV again."
             raise InvalidInput(message)
     return list(enumerate(lines, start=2))
+
+
+def _harmless(cell: Any) -> Any:
+    """A cell as it is, but for a text that a spreadsheet would run as a formula: that gets an apostrophe in front."""
+    return f"'{cell}" if isinstance(cell, str) and cell.lstrip("'").startswith(_FORMULAS) else cell
+
+
+def _bare(cell: str) -> str:
+    """The text that `_harmless` was given."""
+    return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(_FORMULAS) else cell
 
 
 def _write(file: Path, columns: tuple[str, ...], lines: list[list[Any]], ids: NDArray[Any] | None = None) -> Path:
@@ -444,5 +480,5 @@ def _write(file: Path, columns: tuple[str, ...], lines: list[list[Any]], ids: ND
     with there.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(columns)
-        writer.writerows(lines)
+        writer.writerows([_harmless(cell) for cell in line] for line in lines)
     return there.replace(file)

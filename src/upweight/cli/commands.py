@@ -1,5 +1,6 @@
-"""The command line: `upweight demo | check | plan | score | merge | run | resume | top | report | validate | doctor`,
-and the uses of the answers: `understand | mismatch | contrast | repair | attack`.
+"""The command line: `upweight demo | explore | check | plan | score | merge | run | resume | top | report | validate |
+doctor`, and the uses of the answers: `understand | mismatch | contrast | repair | attack`; and of what was reviewed in
+the explorer: `reviews | export | apply | prove`.
 
 A model of your own is named by `file.py:function` or `module:function`, a function that returns an upweight.Study.
 Results go to stdout; progress, and what the study prints while it is made, go to stderr. `--debug`, anywhere on the
@@ -11,8 +12,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upweight.cli import app_commands, folders  # noqa: F401 their commands join the application
-from upweight.cli.console import NAMES, Json, K, RunFolder, Stores, StudyName, app, command, line, load, one, show
+from upweight.cli import app_commands, folders, review_commands  # noqa: F401 their commands join the application
+from upweight.cli.console import (
+    NAMES,
+    Json,
+    K,
+    RunFolder,
+    Stores,
+    StudyName,
+    Switch,
+    app,
+    command,
+    line,
+    load,
+    one,
+    show,
+)
 from upweight.cli.endings import ASSUMPTIONS_FAIL, CODES
 from upweight.cli.jobs import noted
 from upweight.cli.outputs import check_file, check_folder, checked_part
@@ -24,17 +39,20 @@ if TYPE_CHECKING:  # nothing here may import torch before a command runs
 
 
 @command
-def demo(out: Path = Path("upweight-demo"), rows: int = 40, json: Json = False) -> int:
+def demo(out: Path = Path("upweight-demo"), rows: int = 40, explore: Switch = False, json: Json = False) -> int:
     """Explain a misclassified digit, retrain to check, and write an HTML report (scikit-learn's digits; no network).
 
     Args:
-        out: folder for the report.
+        out: folder for the report, or the run.
         rows: how many of the most influential rows are really removed.
+        explore: make a run of all test digits instead, and open it in the explorer, as `upweight explore` does.
         json: print numbers as JSON.
     """
     from upweight.cli import demo as story
 
     check_file(out / "index.html", "--out")
+    if explore:
+        return opened(story.write_run(out / "run", rows))
     found = story.run(rows)
     page = story.write_html(found, out)
     show(
@@ -43,6 +61,29 @@ def demo(out: Path = Path("upweight-demo"), rows: int = 40, json: Json = False) 
         json,
     )
     return 0
+
+
+@command
+def explore(
+    run: RunFolder,
+    compare: Path | None = None,
+    port: int = 0,
+    host: str = "127.0.0.1",
+    beyond_this_machine: Switch = False,
+) -> int:
+    """Look at a run folder in the browser, on this machine only: why, with which rows, and how far to trust it.
+
+    The link that is printed opens it, and nothing else does. Ctrl-C ends it.
+
+    Args:
+        run: a folder that uw.write_run made.
+        compare: another run of the same rows and queries, to see beside it.
+        port: where to listen; 0 takes any that is free.
+        host: address of this machine to listen at.
+        beyond_this_machine: let other machines reach it at --host, which must then be named; the link stays secret only
+            as far as the network does.
+    """
+    return opened(run, compare, port=port, host=host, beyond=beyond_this_machine)
 
 
 @command
@@ -299,6 +340,26 @@ def validate(study: StudyName, query: int = 0, rows: int = 20, store: Path | Non
         **({} if ids is None else {"ids": in_json(ids)}),
     }
     show(numbers, "\n".join([*lines, "", str(found), f"control (nothing removed): {control:+.2e}"]), json)
+    return 0
+
+
+def opened(
+    run: Path, compare: Path | None = None, *, port: int = 0, host: str = "127.0.0.1", beyond: bool = False
+) -> int:
+    """Serve the explorer of a run until Ctrl-C."""
+    from upweight.errors import require
+
+    for module in ("starlette", "uvicorn", "jinja2", "PIL"):
+        require(module, "explore")
+    from upweight.explore import server
+    from upweight.explore.explorer import Explorer
+
+    listening = server.bound(host, port, beyond=beyond)
+    server.serve(
+        Explorer.open(run, compare),
+        listening,
+        lambda link: print(f"The explorer of {run}, until Ctrl-C:\n\n  {link}\n", flush=True),
+    )
     return 0
 
 

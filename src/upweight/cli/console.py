@@ -20,6 +20,9 @@ OptionOfStudy = Annotated[str, tyro.conf.arg(metavar="FILE.PY:FUNCTION|TABLE")]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+As = Annotated[str, tyro.conf.arg(name="as", metavar="KIND")]
 K = Annotated[int, tyro.conf.arg(aliases=["-k"])]
 NAMES: list[str] = []  # of the commands
 app = tyro.extras.SubcommandApp()

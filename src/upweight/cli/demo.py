@@ -15,6 +15,8 @@ from upweight.errors import InvalidInput, checked_count, require
 from upweight.evaluation.leave_one_out import Agreement, Outcomes, agreement, leave_one_out
 from upweight.influence.checks import Report
 from upweight.influence.scores import Scores, TopK
+from upweight.show import items
+from upweight.show.evidence import evidence, keep_evidence
 from upweight.show.report import Page, line_table, picture, picture_row, scatter
 
 _TRAIN = 1400
@@ -116,11 +118,9 @@ def run(rows: int = 40) -> Demo:
         )
         raise InvalidInput(message)
     start = time.perf_counter()
-    bunch = require("sklearn.datasets", "demo").load_digits()
-    logistic = require("sklearn.linear_model", "demo").LogisticRegression
+    bunch, model = _fitted()
     X, y = bunch.data / 16, bunch.target
     train, test = slice(0, _TRAIN), slice(_TRAIN, None)
-    model = logistic(C=1 / (_L2 * _TRAIN), tol=1e-8, max_iter=2000).fit(X[train], y[train])
     wrong = int(np.flatnonzero(model.predict(X[test]) != y[test])[0])
     on = (X[test][wrong : wrong + 1], y[test][wrong : wrong + 1])
 
@@ -145,6 +145,33 @@ def run(rows: int = 40) -> Demo:
         query_image=bunch.images[test][wrong] / 16,
         seconds=time.perf_counter() - start,
     )
+
+
+def _fitted() -> tuple[Any, Any]:
+    """The digits, and a model of the first of them."""
+    bunch = require("sklearn.datasets", "demo").load_digits()
+    logistic = require("sklearn.linear_model", "demo").LogisticRegression
+    model = logistic(C=1 / (_L2 * _TRAIN), tol=1e-8, max_iter=2000)
+    return bunch, model.fit(bunch.data[:_TRAIN] / 16, bunch.target[:_TRAIN])
+
+
+def write_run(folder: Path, rows: int = 40) -> Path:
+    """A run of all test digits in `folder`, with the rows that move any of them most really left out; its path.
+
+    A run that is there already is gone on with.
+    """
+    require("PIL.Image", "explore")
+    bunch, model = _fitted()
+    X, y = bunch.data / 16, bunch.target
+    pictures = np.uint8(255 - bunch.images * (255 / 16))
+    influence, on = explain(model, X[:_TRAIN], y[:_TRAIN]), (X[_TRAIN:], y[_TRAIN:])
+    found = items.write_run(
+        influence, folder, *on, card=lambda row: pictures[row], query_card=lambda query: pictures[_TRAIN + query]
+    )
+    if evidence(found).removals is None:
+        strongest = np.argsort(-np.abs(found.scores.values).max(0), kind="stable")[: min(rows, _TRAIN)]
+        keep_evidence(found, leave_one_out(influence, on, strongest), influence.damping_path(*on))
+    return folder
 
 
 def write_html(demo: Demo, folder: Path) -> Path:

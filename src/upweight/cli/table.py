@@ -15,7 +15,6 @@ spreadsheet shows it, the line of names being 1; in Parquet, which has no such l
 from __future__ import annotations
 
 import difflib
-import gzip
 import shlex
 import warnings
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from upweight.data.rewritten import is_parquet, labels_in, opened, rewrite, separator
 from upweight.errors import InvalidInput, PathNotFound, first_line, require
 
 if TYPE_CHECKING:  # pandas is optional
@@ -114,13 +114,13 @@ def read(file: Path, label: str | None) -> Table:
     if not file.is_file():
         message = f"There is no file {file}. Name a table ({', '.join(SUFFIXES)}), or a study: file.py:function."
         raise PathNotFound(message)
-    whole = _parquet(file) if _is_parquet(file) else _csv(file, na_values=["?"])
+    whole = _parquet(file) if is_parquet(file) else _csv(file, na_values=["?"])
     others = [str(name) for name in whole.columns if name != label]
     if label is None or label not in whole.columns:
         problem = "no label was named" if label is None else f"there is no column '{label}'"
         message = f"{file} is a table, and {problem}. Its columns are {', '.join(map(str, whole.columns))}. Name the "
         raise InvalidInput(message + f"one to repair: {_command(file, _meant(whole, label))}.")
-    if not _is_parquet(file):
+    if not is_parquet(file):
         _refuse_two_of_one_name(file, label)
     text = _labels(file, whole, label)
     typed = {name: _typed(name, cast("Series", whole[name])) for name in others}
@@ -141,36 +141,17 @@ def read(file: Path, label: str | None) -> Table:
 
 
 def write_corrected(table: Table, patch: Mapping[int, tuple[Any, Any]], file: Path) -> Path:
-    """A copy of the table's file in which rows of a patch have their new labels; all other cells keep their text.
-
-    Blanks after a separator, and quotes that are not needed, are not kept.
-    """
-    unfinished = file.with_name(f"unfinished-{file.name}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    changed = [(int(table.numbers[row]), new) for row, (_, new) in patch.items()]
-    if _is_parquet(table.file):
-        whole = require("pandas", "pandas").read_parquet(table.file)
-        place = whole.columns.get_loc(table.label)
-        known = {str(value): value for value in whole[table.label].dropna().unique()}
-        for number, new in changed:
-            whole.iloc[number, place] = known[new]
-        whole.to_parquet(unfinished)
-    else:
-        cells = _csv(table.file, header=None, dtype=str, na_filter=False)
-        place = cells.iloc[0].str.strip().tolist().index(table.label)
-        for number, new in changed:
-            cells.iloc[number - 1, place] = new
-        cells.to_csv(unfinished, sep=_separator(table.file), header=False, index=False)
-    return unfinished.replace(file)
-
-
-def _is_parquet(file: Path) -> bool:
-    return file.name.lower().endswith(".parquet")
+    """A copy of the table's file in which rows of a patch have their new labels; all other rows are the same bytes."""
+    changed = {int(table.numbers[row]) - _first(table.file): new for row, (_, new) in patch.items()}
+    if is_parquet(table.file):
+        values = {str(value): value for value in labels_in(table.file, table.label) if value is not None}
+        changed = {number: values[new] for number, new in changed.items()}
+    return rewrite(table.file, table.label, changed, (), file)
 
 
 def _first(file: Path) -> int:
     """What the first row is called."""
-    return 0 if _is_parquet(file) else 2
+    return 0 if is_parquet(file) else 2
 
 
 def _parquet(file: Path) -> DataFrame:
@@ -185,7 +166,7 @@ def _csv(file: Path, **settings: Any) -> DataFrame:
         InvalidInput: if it is no UTF-8, has no rows, or a row has more cells than there are columns.
     """
     pd = require("pandas", "pandas")
-    settings = {"sep": _separator(file), "encoding": "utf-8-sig", "skipinitialspace": True, **settings}
+    settings = {"sep": separator(file), "encoding": "utf-8-sig", "skipinitialspace": True, **settings}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -209,20 +190,6 @@ def _csv(file: Path, **settings: Any) -> DataFrame:
     return whole
 
 
-def _separator(file: Path) -> str:
-    """What separates cells: tabs by the suffix, else whichever of comma and semicolon the first line has more of."""
-    if ".tsv" in file.name.lower():
-        return "\t"
-    with _opened(file) as stream:
-        first = stream.readline()
-    return ";" if first.count(b";") > first.count(b",") else ","
-
-
-def _opened(file: Path) -> Any:
-    """The bytes of a file, or of what was zipped in it."""
-    return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb")
-
-
 def _refuse_two_of_one_name(file: Path, label: str) -> None:
     """Raises if two columns have the label's name: pandas would take the second for a feature, which tells the answer.
 
@@ -241,7 +208,7 @@ def _refuse_two_of_one_name(file: Path, label: str) -> None:
 
 def _labels(file: Path, whole: DataFrame, label: str) -> NDArray[Any]:
     """(rows,) the labels as they are written, "" where there is none."""
-    if _is_parquet(file):
+    if is_parquet(file):
         missing = whole[label].isna().to_numpy()
         return np.where(missing, "", whole[label].astype(str).to_numpy(dtype=object)).astype(object)
     place = list(whole.columns).index(label)
@@ -321,7 +288,7 @@ def _command(file: Path, label: str) -> str:
 def _recoding(file: Path) -> str:
     """What turns a file into UTF-8, as a shell takes it."""
     zipped = file.name.lower().endswith(".gz")
-    with _opened(file) as stream:
+    with opened(file) as stream:
         start = stream.read(2)
     code = "UTF-16" if start in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
     old, new = shlex.quote(str(file)), shlex.quote(f"utf8-{file.name[:-3] if zipped else file.name}")

@@ -29,7 +29,12 @@ LINES = {
     "contrast": [STUDY],
     "repair": [STUDY, "--inspect", "5%", "--out", "review.csv"],
     "attack": [STUDY, "--rows", "2", "--iterations", "2"],
+    "reviews": ["run", "--add", "said.csv"],
+    "export": ["run", "--as", "cleanlab", "--out", "new/issues.csv"],
+    "apply": ["run", "--to", "data.csv", "--label", "kind", "--out", "new/data.csv"],
+    "prove": [STUDY, "--run", "run"],
 }
+REVIEWING = ("reviews", "export", "apply", "prove")
 
 
 @pytest.fixture
@@ -40,12 +45,27 @@ def example(upweight, tmp_path):
     sys.modules.pop("study", None)
 
 
+def reviewed(example):
+    """A run of the example in which one label was found wrong, and the table of its labels."""
+    import upweight as uw
+    from upweight.cli.study import load
+
+    study = load(STUDY)
+    run = uw.write_run(study.influence, "run", *study.queries)
+    other = next(name for name in set(run.rows.labels.tolist()) if name != run.rows.labels[3])
+    Path("data.csv").write_text("\n".join(["kind", *run.rows.labels.tolist()]) + "\n")
+    Path("said.csv").write_text(f"row,new\n3,{other}\n")
+    assert example("reviews", "run", "--add", "said.csv")[0] == 0
+
+
 @pytest.mark.parametrize("command", NAMES)
 def test_a_command_runs_on_the_example(example, command):
     if command == "merge":
         assert example("score", STUDY, "--store", "parts", "--shard", "0/1")[0] == 0
     if command == "resume":
         assert example("run", *LINES["run"])[0] == 0
+    if command in REVIEWING:
+        reviewed(example)
     code, out, err = example(command, *LINES[command])
     assert (code, err) == (0, "")
     assert out

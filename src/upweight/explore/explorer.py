@@ -1,0 +1,219 @@
+"""An opened run: what its pages ask of it, answered from the index in milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from upweight.errors import InvalidInput
+from upweight.explore import index
+from upweight.explore.comparing import compared
+from upweight.explore.desk import Desk
+from upweight.explore.tables import unpack
+from upweight.explore.wanted import PAGE, Wanted
+from upweight.influence.certificate import Certificate
+from upweight.show.run import Card, Run
+
+Side = Literal["rows", "queries"]
+SLOWEST = 2.0  # seconds that a question to the index may take
+FIELDS: tuple[str, ...] = (
+    "id",
+    "name",
+    "label",
+    "prediction",
+    "class",
+    "said",
+    "wrong",
+    "loss",
+    "margin",
+    "self_influence",
+    "twin",
+)
+_STEPS = 20_000  # of SQLite's machine between two looks at the clock
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A page of items.
+
+    Args:
+        total: how many there are on all pages.
+        items: those of this page, as dicts of FIELDS.
+        page: its number, from 0.
+        pages: how many there are.
+    """
+
+    total: int
+    items: list[dict[str, Any]]
+    page: int
+    pages: int
+
+
+class Explorer:
+    """A run and its index.
+
+    Args:
+        run: a finished one.
+        folder: of its index, as `index.ensure` gives it.
+        other: another run of the same rows and queries, to compare with; None where there is none.
+
+    Raises:
+        InvalidInput: if the index, or a file of it, leads out of the run's folder.
+    """
+
+    def __init__(self, run: Run, folder: Path, other: Explorer | None = None) -> None:
+        self.run, self.other = run, other
+        self.folder = inside(run.path, folder)
+        for name in (index.FACTS, index.ITEMS_FILE, index.VALUES, index.CODES, index.SUMS):
+            inside(run.path, folder / name)
+        self.facts: Mapping[str, Any] = index.facts_in(folder)
+        self.q, self.n = int(self.facts["q"]), int(self.facts["n"])
+        self.work = hashlib.sha256(self.facts["made_of"].encode()).hexdigest()[:12]
+        self._local = threading.local()
+
+    @classmethod
+    def open(cls, path: Path, other: Path | None = None, *, progress: bool | None = None) -> Explorer:
+        """The explorer of a run folder, whose index is made if there is none."""
+        beside = None if other is None else cls.open(other, progress=progress)
+        run = Run.open(path)
+        found = cls(run, index.ensure(run, progress=progress), beside)
+        if beside is not None:
+            compared(found, beside, progress=progress)
+        return found
+
+    # ---- what the run tells ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def certificate(self) -> Certificate:
+        """Of all queries."""
+        return self.run.outline.certificate
+
+    @property
+    def measure(self) -> str:
+        """What is measured on the queries, in words."""
+        return self.run.outline.measure
+
+    @property
+    def classes(self) -> list[str] | None:
+        """What classes are called, by their numbers; None where labels are no classes."""
+        return self.facts["classes"]
+
+    @cached_property
+    def grouped(self) -> list[dict[str, Any]]:
+        """Columns with levels, by the numbers that addresses name them by."""
+        return [column for column in self.facts["columns"] if column["levels"]]
+
+    # ---- items -------------------------------------------------------------------------------------------------------
+
+    def items(self, wanted: Wanted) -> Listing:
+        """A page of the rows or queries that are wanted."""
+        condition, values = wanted.condition()
+        side = wanted.side
+        if wanted.everything:
+            total = int(self.facts[side]["count"])
+        else:
+            total = int(self.ask(f"select count(*) from {side} where {condition}", values)[0][0])
+        pages = max(1, -(-total // PAGE))
+        page = min(wanted.page, pages - 1)
+        chosen = f"select id from {side} where {condition} order by {wanted.order()} limit {PAGE} offset {page * PAGE}"
+        found = self.ask(
+            f"select {', '.join(FIELDS)} from {side} where id in ({chosen}) order by {wanted.order()}", values
+        )
+        return Listing(total, [dict(zip(FIELDS, line, strict=True)) for line in found], page, pages)
+
+    def item(self, side: Side, number: int) -> dict[str, Any] | None:
+        """One row or query as a dict of FIELDS; None if there is none."""
+        found = self.some(side, [number])
+        return found[0] if found else None
+
+    def some(self, side: Side, numbers: list[int]) -> list[dict[str, Any]]:
+        """Rows or queries by their numbers, in that order; those that do not exist are left out."""
+        marks = ", ".join("?" * len(numbers))
+        found = self.ask(f"select {', '.join(FIELDS)} from {side} where id in ({marks})", numbers)
+        known = {line[0]: dict(zip(FIELDS, line, strict=True)) for line in found}
+        return [known[number] for number in numbers if number in known]
+
+    def cards(self, side: Side, numbers: list[int]) -> dict[int, Card]:
+        """What rows or queries look like, by their numbers."""
+        marks = ", ".join("?" * len(numbers))
+        found = self.ask(f"select id, kind, h, w, d, card from {side}_card where id in ({marks})", numbers)
+        return {number: unpack(*packed) for number, *packed in found}
+
+    def ask(self, sql: str, values: list[Any]) -> list[tuple[Any, ...]]:
+        """Lines of the index; `sql` is a text of ours, and what comes from outside is among the values.
+
+        Raises:
+            TimeoutError: if it takes too long.
+        """
+        connection = self._connection()
+        until = time.monotonic() + SLOWEST
+        connection.set_progress_handler(lambda: time.monotonic() > until, _STEPS)
+        try:
+            return connection.execute(sql, values).fetchall()
+        except sqlite3.OperationalError as error:
+            if time.monotonic() > until:  # what was stopped says so in several ways
+                raise TimeoutError from error
+            raise
+
+    def _connection(self) -> sqlite3.Connection:
+        """Of this thread, for reading only."""
+        if not hasattr(self._local, "connection"):
+            address = (self.folder / index.ITEMS_FILE).absolute().as_uri()
+            self._local.connection = sqlite3.connect(f"{address}?mode=ro&immutable=1", uri=True)
+            self._local.connection.execute("pragma cache_size=-8000")
+        return self._local.connection
+
+    @cached_property
+    def desk(self) -> Desk:
+        """Where its labels are reviewed."""
+        return Desk(self)
+
+    def history(self, row: int) -> list[dict[str, Any]]:
+        """What was decided about a row's label, in order."""
+        return self.desk.history(row)
+
+    # ---- values ------------------------------------------------------------------------------------------------------
+
+    def line(self, query: int) -> NDArray[np.float64]:
+        """(n,) the values of all rows for one query."""
+        with (self.folder / index.VALUES).open("rb") as file:
+            return np.fromfile(file, np.float64, self.n, offset=8 * self.n * query)
+
+    def column(self, row: int) -> NDArray[np.float64]:
+        """(q,) the values of one row for all queries."""
+        values = np.memmap(self.folder / index.VALUES, dtype=np.float64, mode="r", shape=(self.q, self.n))
+        return np.array(values[:, row])
+
+    def codes(self, line: int) -> NDArray[np.int32]:
+        """(n,) of every row: 0 its class, 1 what the model says, 2 … the levels of the columns with levels."""
+        with (self.folder / index.CODES).open("rb") as file:
+            return np.fromfile(file, np.int32, self.n, offset=4 * self.n * line)
+
+    def sums(self) -> NDArray[np.float64]:
+        """(q, Σ levels) sums of a query's values over the rows of each class, and of each level of the columns."""
+        return np.fromfile(self.folder / index.SUMS, np.float64).reshape(self.q, -1)
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """A path that lies in the folder, also where links have been followed.
+
+    Raises:
+        InvalidInput: if it does not.
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):
+        message = (
+            f"{path} leads out of {folder}, to {path.resolve()}. The explorer reads the run's folder only. Delete the "
+            "link; the index is made again."
+        )
+        raise InvalidInput(message)
+    return path

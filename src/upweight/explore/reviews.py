@@ -1,0 +1,459 @@
+"""What people said about labels: a log in the run folder to which entries are added, and nothing else ever happens.
+
+    run/reviews.sqlite    log(format, work): what it is a log of      entries: row, action, old, new, who, at, why, …
+
+The data set is never edited. An entry that takes another back is an entry too, and triggers refuse every update and
+deletion. Each entry is on the disk before it is acknowledged (write-ahead log, full synchronisation), so a process that
+is killed loses nothing that it was told of. Entries are numbered in the order in which they were made, by however many
+windows and processes; whoever decides on a row says which entry of that row he had seen, and is refused if there is
+another by now. What stands is a fold of the log.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from filelock import FileLock
+
+from upweight.errors import Damaged, InvalidInput, Outdated, StorageFailed, StoreMismatch, first_line
+from upweight.explore.labels import Label, Labels
+
+FILE = "reviews.sqlite"
+KEEP, RELABEL, DROP, SKIP, UNDO = "keep", "relabel", "drop", "skip", "undo"
+ACTIONS = (KEEP, RELABEL, DROP, SKIP, UNDO)
+LONGEST_WHO, LONGEST_WHY = 200, 2_000  # characters
+_FORMAT = 1
+_WAIT = 15.0  # seconds for another writer
+_NUMBERED = "new.number > 0 and exists (select 1 from entries where number >= new.number)"  # by itself, not by SQLite
+_SCHEMA = (
+    "CREATE TABLE log(format integer not null, work text not null)",
+    "CREATE TABLE entries(number integer primary key autoincrement check (number > 0), "
+    "row integer not null check (row >= 0), "
+    "action text not null check (action in ('keep', 'relabel', 'drop', 'skip', 'undo')), old text, new text, "
+    "who text not null, at text not null, why text not null, undoes integer references entries(number), "
+    "seen integer not null, check ((action = 'undo') = (undoes is not null)))",
+    "CREATE INDEX entries_of_a_row ON entries(row, number)",
+    *(
+        f"CREATE TRIGGER {table}_{what}_refused BEFORE {what} ON {table} BEGIN "
+        "SELECT RAISE(ABORT, 'a log of reviews is added to, never changed'); END"
+        for table in ("log", "entries")
+        for what in ("UPDATE", "DELETE")
+    ),
+    f"CREATE TRIGGER entries_replace_refused BEFORE INSERT ON entries WHEN {_NUMBERED} BEGIN "
+    "SELECT RAISE(ABORT, 'a log of reviews is added to, never changed'); END",
+    "CREATE TRIGGER log_second_refused BEFORE INSERT ON log WHEN exists (select 1 from log) BEGIN "
+    "SELECT RAISE(ABORT, 'a log of reviews is added to, never changed'); END",
+)
+_COLUMNS = "number, row, action, old, new, who, at, why, undoes, seen"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the log.
+
+    Args:
+        number: of the entry, in the order in which they were made.
+        row: the training row.
+        action: keep, relabel, drop, skip (it cannot be told), or undo.
+        old: the label before, None where the row had been dropped.
+        new: the label after, None where the row is dropped.
+        who: said it.
+        at: when, in UTC.
+        why: a remark.
+        undoes: the entry that an undo takes back.
+        seen: the last entry about the row at the time, 0 for none.
+    """
+
+    number: int
+    row: int
+    action: str
+    old: Label | None
+    new: Label | None
+    who: str
+    at: str
+    why: str
+    undoes: int | None
+    seen: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What stands about a row.
+
+    Args:
+        row: the training row.
+        action: keep, relabel, drop or skip; None where everything was taken back.
+        label: what its label is to be, None for a row to be dropped.
+        entry: that says so, None where everything was taken back.
+        seen: the last entry about the row.
+    """
+
+    row: int
+    action: str | None
+    label: Label | None
+    entry: Entry | None
+    seen: int
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the given label was found to be wrong."""
+        return self.action in {RELABEL, DROP}
+
+    @property
+    def decided(self) -> bool:
+        """Whether it was found to be right or wrong."""
+        return self.action in {KEEP, RELABEL, DROP}
+
+
+class Reviews:
+    """The log of a run's reviews.
+
+    Args:
+        folder: of the run.
+        labels: of its rows.
+
+    Raises:
+        StoreMismatch: if the log is another run's.
+        Damaged: if it is no log, or not one that this version wrote.
+        StorageFailed: if it cannot be opened or written.
+    """
+
+    def __init__(self, folder: Path, labels: Labels) -> None:
+        self.file, self.labels = Path(folder) / FILE, labels
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._known: list[Entry] = []
+        self._folded: dict[int, list[Entry]] = {}
+        if self.file.is_symlink() or self.file.exists():
+            with self._lock:
+                self._open()
+                self.entries()
+
+    def close(self) -> None:
+        """Give the file back."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = None
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    def entries(self) -> list[Entry]:
+        """All of them, in order, those of other windows too.
+
+        Raises:
+            Damaged: if one is not what can have been written.
+        """
+        with self._lock:
+            if self._connection is None and not self.file.exists():
+                return []
+            last = self._known[-1].number if self._known else 0
+            with self._said():
+                connection = self._open()
+                lines = connection.execute(f"select {_COLUMNS} from entries where number > ? order by number", [last])
+                for line in lines.fetchall():
+                    self._take(line)
+            return list(self._known)
+
+    def verdicts(self) -> dict[int, Verdict]:
+        """What stands, by row, for every row that something was ever said of."""
+        with self._lock:
+            self.entries()
+            return {row: self._verdict(row) for row in self._folded}
+
+    def verdict(self, row: int) -> Verdict:
+        """What stands about a row.
+
+        Raises:
+            RowOutOfRange: if there is no such row.
+        """
+        self.labels.given(row)
+        with self._lock:
+            self.entries()
+            return self._verdict(row)
+
+    def of_row(self, row: int) -> list[Entry]:
+        """What was said about a row, oldest first."""
+        with self._lock:
+            self.entries()
+            return list(self._folded.get(row, []))
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
+
+    def decide(
+        self, row: int, action: str, *, new: Label | None = None, who: str = "", why: str = "", seen: int = 0
+    ) -> Entry:
+        """One more entry, on the disk when it is returned.
+
+        Args:
+            row: the training row.
+            action: keep, relabel, drop, skip, or undo, which takes back what stands.
+            new: the right label, with relabel only.
+            who: says so.
+            why: a remark.
+            seen: the last entry about the row that was known to whoever decides; `Verdict.seen`.
+
+        Raises:
+            InvalidInput: if there is no such action, or no such class, or nothing to take back.
+            RowOutOfRange: if there is no such row.
+            Outdated: if something else was said about the row meanwhile; nothing is written.
+            StorageFailed: if it cannot be written.
+        """
+        given = self.labels.given(row)
+        new = self._checked(row, action, new, who, why)
+        with self._lock, self._said():
+            connection = self._open()
+            connection.execute("begin immediate")
+            try:
+                self.entries()
+                before = self._verdict(row)
+                if before.seen != seen:
+                    self._refuse(row, before)
+                undoes, after = None, {RELABEL: new, DROP: None}.get(action, given)
+                if action == UNDO:
+                    undoes, after = self._undone(row, before)
+                told = (
+                    row, action, _text(before.label), _text(after), who, _now(), why, undoes, seen
+                )  # fmt: skip
+                names = _COLUMNS.removeprefix("number, ")
+                cursor = connection.execute(f"insert into entries({names}) values(?, ?, ?, ?, ?, ?, ?, ?, ?)", told)
+                connection.execute("commit")
+            except BaseException:
+                with suppress(sqlite3.Error):
+                    connection.execute("rollback")
+                raise
+            self._take((cursor.lastrowid, *told))
+            return self._known[-1]
+
+    # ---- folding -----------------------------------------------------------------------------------------------------
+
+    def _verdict(self, row: int) -> Verdict:
+        entries = self._folded.get(row, [])
+        standing = _standing(entries)
+        seen = entries[-1].number if entries else 0
+        if standing is None:
+            return Verdict(row, None, self.labels.given(row), None, seen)
+        return Verdict(row, standing.action, standing.new, standing, seen)
+
+    def _undone(self, row: int, before: Verdict) -> tuple[int, Label | None]:
+        """The entry that stands, and the label of the row without it.
+
+        Raises:
+            InvalidInput: if nothing stands.
+        """
+        if before.entry is None:
+            message = f"Nothing stands about row {row}, so there is nothing to undo. Decide first: keep, relabel, drop "
+            raise InvalidInput(message + "or skip.")
+        left = [one for one in _stack(self._folded[row]) if one.number != before.entry.number]
+        return before.entry.number, left[-1].new if left else self.labels.given(row)
+
+    def _take(self, line: tuple[Any, ...]) -> None:
+        """An entry that was read or written into memory, if it follows from those before.
+
+        Raises:
+            Damaged: if it does not.
+        """
+        try:
+            number, row, action, old, new, who, at, why, undoes, seen = line
+            entry = Entry(number, row, action, _label(old), _label(new), who, at, why, undoes, seen)
+            before, given = self._verdict(row), self.labels.given(row)
+            texts = isinstance(who, str) and isinstance(at, str) and isinstance(why, str)
+            after = {KEEP: given, SKIP: given, DROP: None, RELABEL: entry.new}.get(action, given)
+            if action == UNDO:
+                after = self._undone(row, before)[1]
+                texts = texts and before.entry is not None and undoes == before.entry.number
+            known = entry.new is None or self.labels.meant(entry.new) == entry.new
+            follows = texts and action in ACTIONS and (seen, entry.old, entry.new) == (before.seen, before.label, after)
+            if not (follows and known and (action != RELABEL or entry.new is not None)):
+                _say(f"{action} of row {row} does not follow from what stood")
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            message = (
+                f"{self.file} is damaged: entry {line[0]} cannot have been written ({first_line(error)}). Move the "
+                "file away, and the reviews begin anew; its entries can be read with the program sqlite3."
+            )
+            raise Damaged(message) from error
+        self._known.append(entry)
+        self._folded.setdefault(row, []).append(entry)
+
+    # ---- the file ----------------------------------------------------------------------------------------------------
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is not None:
+            return self._connection
+        if self.file.is_symlink() or (self.file.exists() and not self.file.is_file()):
+            message = f"{self.file} is a link or a folder, and reviews stay inside the run. Move it away."
+            raise InvalidInput(message)
+        with self._said():
+            connection = self._connected()
+            try:
+                self._compare(connection)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return connection
+
+    def _connected(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.file, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+        try:
+            for setting in ("trusted_schema = off", "cell_size_check = on", "foreign_keys = on"):
+                connection.execute(f"pragma {setting}")
+            with FileLock(self.file.with_name(".lock-reviews"), timeout=_WAIT):
+                if not connection.execute("select 1 from sqlite_master").fetchone():
+                    connection.execute("pragma journal_mode = wal")
+                    connection.execute("begin immediate")
+                    for line in _SCHEMA:
+                        connection.execute(line)
+                    connection.execute("insert into log values(?, ?)", [_FORMAT, self.labels.work])
+                    connection.execute("commit")
+            connection.execute("pragma synchronous = full")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _compare(self, connection: sqlite3.Connection) -> None:
+        """Raises unless the file is a log of this run, and whole.
+
+        Raises:
+            Damaged: if it is no log.
+            StoreMismatch: if it is another run's.
+        """
+        found = {sql for name, sql in connection.execute("select name, sql from sqlite_master") if sql is not None}
+        found -= {"CREATE TABLE sqlite_sequence(name,seq)"}
+        whole = [line for (line,) in connection.execute("pragma quick_check(1)")] == ["ok"]
+        if found != set(_SCHEMA) or not whole:
+            reason = "its pages are broken" if found == set(_SCHEMA) else "it has other tables than a log of reviews"
+            message = f"{self.file} is damaged: {reason}. Move the file away, and the reviews begin anew."
+            raise Damaged(message)
+        logs = connection.execute("select format, work from log").fetchall()
+        if logs != [(_FORMAT, self.labels.work)]:
+            of = f"of format {logs[0][0]}, of run {logs[0][1]}" if logs else "of no run"
+            message = (
+                f"{self.file} is a log {of}, and this is run {self.labels.work}: the folder was made again, or the "
+                "file was copied. Export it where it belongs, and bring it here: upweight reviews RUN --add FILE."
+            )
+            raise StoreMismatch(message)
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        """What SQLite says, in our words.
+
+        Raises:
+            Damaged: if the file is no database.
+            StorageFailed: if it cannot be read or written.
+        """
+        try:
+            yield
+        except (sqlite3.OperationalError, OSError) as error:
+            if isinstance(error, StorageFailed):
+                raise
+            message = (
+                f"{self.file} cannot be read or written ({first_line(error)}). Nothing was kept of this decision. Make "
+                "room, or make the folder writable, and decide again."
+            )
+            raise StorageFailed(message) from error
+        except sqlite3.DatabaseError as error:
+            message = (
+                f"{self.file} is damaged ({first_line(error)}). Move the file away, and the reviews begin anew; the "
+                "program sqlite3 may rescue its entries with .recover."
+            )
+            raise Damaged(message) from error
+
+    def _checked(self, row: int, action: str, new: Any, who: str, why: str) -> Label | None:
+        """The class that is meant.
+
+        Raises:
+            InvalidInput: if an entry like that makes no sense.
+        """
+        if action not in ACTIONS:
+            message = f"action={action!r} is none of {', '.join(ACTIONS)}. Name one of them."
+            raise InvalidInput(message)
+        if len(who) > LONGEST_WHO or len(why) > LONGEST_WHY:
+            message = (
+                f"who has {len(who):,} characters and why {len(why):,}; there is room for {LONGEST_WHO} and "
+                f"{LONGEST_WHY:,}. Write less."
+            )
+            raise InvalidInput(message)
+        if (action == RELABEL) != (new is not None):
+            message = (
+                f"Row {row}: action {action!r} with new={new!r}. A new label belongs to relabel, and only there. Pass "
+            )
+            raise InvalidInput(message + f"action='relabel', new={self.labels.classes[0]!r}, for example.")
+        if new is None:
+            return None
+        meant = self.labels.meant(new)
+        if meant == self.labels.given(row):
+            message = f"Row {row} has the label {meant!r} in the data already. To say that it is right, keep it: keep."
+            raise InvalidInput(message)
+        return meant
+
+    def _refuse(self, row: int, now: Verdict) -> NoReturn:
+        """Raises what happened to a row meanwhile.
+
+        Raises:
+            Outdated: always.
+        """
+        last = self._folded[row][-1] if row in self._folded else None
+        what = "there is no entry about it" if last is None else _in_words(last)
+        message = f"Row {row} was not written: {what}. Look at the row again, and decide with seen={now.seen}."
+        raise Outdated(message, last)
+
+
+def _in_words(entry: Entry) -> str:
+    to = f" to {entry.new!r}" if entry.action == RELABEL else ""
+    return f"meanwhile {entry.who or 'somebody'} said {entry.action}{to} at {entry.at} (entry {entry.number})"
+
+
+def _stack(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries about one row that were not taken back."""
+    left: list[Entry] = []
+    for entry in entries:
+        if entry.action == UNDO:
+            left.pop()
+        else:
+            left.append(entry)
+    return left
+
+
+def _standing(entries: Iterable[Entry]) -> Entry | None:
+    return next(reversed(_stack(entries)), None)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _text(label: Label | None) -> str | None:
+    return None if label is None else json.dumps(label)
+
+
+def _label(text: Any) -> Label | None:
+    """A label from its JSON text.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if text is None:
+        return None
+    found = json.loads(text)
+    if isinstance(found, bool) or not isinstance(found, str | int | float):
+        _say("a label is a text or a number")
+    return found
+
+
+def _say(reason: str) -> NoReturn:
+    """Raises with a reason.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(reason)

@@ -1,0 +1,100 @@
+"""The index is made of the run's files: whole or not at all, and again when they are others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import upweight as uw
+from explored import browser, influence, queries
+from upweight.errors import InvalidInput
+from upweight.explore import index
+from upweight.explore.explorer import Explorer
+from upweight.explore.tables import match_of, pack, twin_of, unpack
+from upweight.runs.files import read_tensors, write_tensors
+
+
+def test_it_is_made_once(folder):
+    before = {file.name: file.stat().st_mtime_ns for file in (folder / "explorer").iterdir()}
+    Explorer.open(folder)
+    assert {file.name: file.stat().st_mtime_ns for file in (folder / "explorer").iterdir()} == before
+
+
+def test_it_is_made_again_when_the_run_is_another(folder):
+    made = json.loads((folder / "explorer" / "index.json").read_text())["made_of"]
+    file = folder / "items-000000.safetensors"
+    arrays, card = read_tensors(file)
+    write_tensors(file, {**arrays, "losses": arrays["losses"] + 1}, card)
+    loss = Explorer.open(folder).item("rows", 0)["loss"]
+    assert loss == arrays["losses"][0] + 1
+    assert json.loads((folder / "explorer" / "index.json").read_text())["made_of"] != made
+
+
+@pytest.mark.parametrize("name", [index.ITEMS_FILE, index.VALUES, index.CODES, index.SUMS])
+def test_it_is_made_again_when_a_file_of_it_is_cut_or_missing(folder, name):
+    file = folder / "explorer" / name
+    content = file.read_bytes()
+    file.write_bytes(content[:-8])
+    Explorer.open(folder)
+    assert file.stat().st_size == len(content)
+    file.unlink()
+    Explorer.open(folder)
+    assert file.stat().st_size == len(content)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"format": 1}'])
+def test_facts_that_are_none_are_made_again(folder, content):
+    (folder / "explorer" / "index.json").write_text(content)
+    assert Explorer.open(folder).n == 500
+
+
+def test_what_fails_half_way_leaves_nothing(folder, monkeypatch):
+    shutil.rmtree(folder / "explorer")
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index, "_keep_values", fails)
+    with pytest.raises(KeyboardInterrupt):
+        Explorer.open(folder)
+    assert not [file for file in folder.iterdir() if "explorer" in file.name]
+
+
+def test_the_run_goes_on_beside_its_index(folder):
+    """A folder with an index is still a store: the same call reads it."""
+    run = uw.write_run(influence(), folder, *queries(), card=lambda row: f"row {row}")
+    assert browser(folder).get("/rows/7.json").json()["row"]["card"]["parts"] == [{"text": "row 7", "both": False}]
+    assert run.finished
+
+
+def test_scores_alone_are_refused(tmp_path):
+    influence().on_loss(*queries(), store=tmp_path / "run")
+    with pytest.raises(InvalidInput, match="holds scores only"):
+        Explorer.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "card", ["a text", "", {"a": 1, "b": "x", "c": None, "d": 1.5}, np.arange(12, dtype=np.uint8).reshape(3, 4), None]
+)
+def test_cards_are_kept_as_they_are(card):
+    kind, height, width, depth, _, content = pack(card)
+    found = unpack(kind, height, width, depth, content)
+    assert type(found) is type(card)
+    assert np.array_equal(found, card) if isinstance(card, np.ndarray) else found == card
+
+
+def test_twins_differ_in_what_hardly_counts():
+    picture = np.arange(24 * 24, dtype=np.uint8).reshape(24, 24) // 64 * 64
+    assert twin_of("Buy now!") == twin_of("buy  NOW") != twin_of("buy nothing")
+    assert twin_of({"a": 1.2341}) == twin_of({"a": 1.2342}) != twin_of({"a": 1.25})
+    assert twin_of(picture) == twin_of(picture + np.uint8(1)) != twin_of(255 - picture)
+    assert twin_of(None) is None
+
+
+def test_words_are_quoted():
+    assert match_of("cheap watch") == '"cheap" "watch"*'
+    assert match_of('a" OR b*') == '"a" "OR" "b"*'
+    assert match_of("!?*") is None
