@@ -18,7 +18,6 @@ StudyOrTable = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE.
 Stores = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER...")]
 OptionOfStudy = Annotated[str, tyro.conf.arg(metavar="FILE.PY:FUNCTION|TABLE")]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Json = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
