@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -75,7 +74,7 @@ class Server:
         return int(re.search(r"VmHWM:\s+(\d+)", told)[1]) / 1e3  # type: ignore[index]
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
+        self.process.terminate()
         self.process.wait(20)
 
 
