@@ -100,6 +100,10 @@ PAGES = {
     "top_k_of_one_label": [f"/queries/{query}?label=1" for query in range(0, Q, 8)],
 }
 TOOK = "(([t]) => t.responseEnd - t.requestStart)(performance.getEntriesByType('navigation'))"
+WHEN = """new Promise((done) => {
+  const look = () => (window.pressed === null ? requestAnimationFrame(look) : done(window.pressed));
+  look();
+})"""
 PRESSED = """window.pressed = null;
 addEventListener("keydown", () => {
   const start = performance.now();
@@ -123,8 +127,7 @@ def keys(page: Any, address: str) -> list[float]:
     for _ in range(20):
         page.evaluate(PRESSED)
         page.keyboard.press("j")
-        page.wait_for_function("window.pressed !== null")
-        found.append(page.evaluate("window.pressed"))
+        found.append(page.evaluate(WHEN))
     return found
 
 
