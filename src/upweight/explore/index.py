@@ -37,7 +37,7 @@ from upweight.runs.files import check_room, write_file
 from upweight.runs.store import work_of
 from upweight.show.run import Items, Run
 
-FORMAT = 1
+FORMAT = 2
 FOLDER, FACTS, ITEMS_FILE = "explorer", "index.json", "items.sqlite"
 VALUES, CODES, SUMS = "values.f64", "codes.i32", "sums.f64"
 CLASSES = 1_000  # at most; more different labels are names or numbers, and no classes
