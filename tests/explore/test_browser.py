@@ -91,7 +91,8 @@ def test_from_the_link_to_the_rows_behind_a_wrong_query(page, address):
     values = [float(text) for text in helpful.locator(".value").all_inner_texts()]
     assert values == sorted(values, reverse=True)
     assert values[-1] > 0
-    page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    page.wait_for_load_state("load")
+    assert all(page.evaluate("[...document.images].map(image => image.naturalWidth > 0)"))
     page.get_by_role("region", name="Most harmful").get_by_role("link").first.click()
     page.get_by_role("heading", name="Training row").wait_for()
 

@@ -121,15 +121,15 @@ class Explorer:
         side = wanted.side
         if wanted.everything:
             total = int(self.facts[side]["count"])
+        elif wanted.by_words_alone:
+            total = int(self.ask(f"select count(*) from {side}_text where {side}_text match ?", values)[0][0])
         else:
             total = int(self.ask(f"select count(*) from {side} where {condition}", values)[0][0])
         pages = max(1, -(-total // PAGE))
         page = min(wanted.page, pages - 1)
-        chosen = f"select id from {side} where {condition} order by {wanted.order()} limit {PAGE} offset {page * PAGE}"
-        found = self.ask(
-            f"select {', '.join(FIELDS)} from {side} where id in ({chosen}) order by {wanted.order()}", values
-        )
-        return Listing(total, [dict(zip(FIELDS, line, strict=True)) for line in found], page, pages)
+        source, values = wanted.source(total)
+        ids = [number for (number,) in self.ask(f"{source} limit {PAGE} offset {page * PAGE}", values)]
+        return Listing(total, self.some(side, ids), page, pages)
 
     def item(self, side: Side, number: int) -> dict[str, Any] | None:
         """One row or query as a dict of FIELDS; None if there is none."""
