@@ -333,8 +333,8 @@ def _span(values: ArrayLike, share: float) -> tuple[float, float]:
 def _svg(width: float, height: float, title: str, description: str, parts: Sequence[str]) -> str:
     label = escape(f"{title}. {description}")
     return (
-        f'<svg class="uw-chart" role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}" '
-        f'xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title><desc>{escape(description)}</desc>'
+        f'<svg class="uw-chart" role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}">'
+        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
         f"{''.join(parts)}</svg>"
     )
 

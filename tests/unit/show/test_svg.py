@@ -12,7 +12,6 @@ import pytest
 
 from upweight.show import svg
 
-SPACE = "{http://www.w3.org/2000/svg}"
 HOSTILE = "</title><script>alert(1)</script>\"'&"
 
 
@@ -22,8 +21,7 @@ def parsed(chart):
 
 def rects(chart):
     return [
-        {key: float(value) for key, value in one.attrib.items() if key != "class"}
-        for one in parsed(chart).iter(f"{SPACE}rect")
+        {key: float(value) for key, value in one.attrib.items() if key != "class"} for one in parsed(chart).iter("rect")
     ]
 
 
@@ -56,9 +54,9 @@ def test_a_single_row_among_many_is_seen_on_a_logarithmic_scale():
 
 def test_dots_stand_at_their_numbers_and_the_diagonal_between_equal_ones():
     chart = svg.scatter([0, 1, np.nan], [0, 2, 1], title="t", x_name="predicted", y_name="actual", diagonal=True)
-    dots = [(float(one.get("cx", "")), float(one.get("cy", ""))) for one in parsed(chart).iter(f"{SPACE}circle")]
+    dots = [(float(one.get("cx", "")), float(one.get("cy", ""))) for one in parsed(chart).iter("circle")]
     assert len(dots) == 2
-    mark = next(one for one in parsed(chart).iter(f"{SPACE}line") if one.get("class") == "uw-mark")
+    mark = next(one for one in parsed(chart).iter("line") if one.get("class") == "uw-mark")
     x1, y1, x2, y2 = (float(mark.get(key, "")) for key in ("x1", "y1", "x2", "y2"))
     slope = (y2 - y1) / (x2 - x1)
     assert dots[0][1] == pytest.approx(y1 + slope * (dots[0][0] - x1), abs=0.2)  # 0 = 0 lies on it
@@ -74,23 +72,21 @@ def test_bars_go_left_of_zero_where_they_are_negative_and_say_their_sign():
 
 
 def test_a_line_breaks_where_a_number_is_missing():
-    path = next(
-        parsed(svg.line({"a": ([1, 2, 3, 4], [1, 2, np.nan, 4])}, title="t", x="x", y="y")).iter(f"{SPACE}path")
-    )
+    path = next(parsed(svg.line({"a": ([1, 2, 3, 4], [1, 2, np.nan, 4])}, title="t", x="x", y="y")).iter("path"))
     assert re.findall("[ML]", path.get("d", "")) == ["M", "L", "M"]
 
 
 def test_powers_of_ten_are_equally_far_apart():
     chart = svg.line({"a": ([1, 10, 100], [1, 2, 3])}, title="t", x="x", y="y", log_x=True)
-    at = [float(one.get("cx", "")) for one in parsed(chart).iter(f"{SPACE}circle")][1:]
+    at = [float(one.get("cx", "")) for one in parsed(chart).iter("circle")][1:]
     assert at[1] - at[0] == pytest.approx(at[2] - at[1], abs=0.2)
 
 
 def test_kinds_differ_in_shape_and_lines_in_dashes():
     chart = svg.scatter(range(4), range(4), title="t", x_name="x", y_name="y", kinds=list("abcd"))
-    shapes = {one.get("d") for one in parsed(chart).iter(f"{SPACE}path")}
+    shapes = {one.get("d") for one in parsed(chart).iter("path")}
     assert len(shapes) == 3
-    assert len(list(parsed(chart).iter(f"{SPACE}circle"))) == 2  # one in the legend
+    assert len(list(parsed(chart).iter("circle"))) == 2  # one in the legend
     assert svg.STYLE.count("stroke-dasharray") == 4
 
 
@@ -99,15 +95,15 @@ def test_a_chart_is_an_image_with_words_and_no_markup_of_the_user(chart):
     root = parsed(chart)
     assert root.get("role") == "img"
     assert root.get("aria-label", "").startswith(HOSTILE)
-    assert root.find(f"{SPACE}title").text == HOSTILE
-    assert root.find(f"{SPACE}desc").text
+    assert root.find("title").text == HOSTILE
+    assert root.find("desc").text
     assert not list(root.iter("script"))
     assert not [one for one in root.iter() if "style" in one.attrib or any(key.startswith("on") for key in one.attrib)]
 
 
 def test_ten_thousand_dots_are_thinned_and_the_chart_says_so():
     chart = svg.scatter(range(10_000), range(10_000), title="t", x_name="x", y_name="y")
-    assert len(list(parsed(chart).iter(f"{SPACE}circle"))) == svg.DOTS
+    assert len(list(parsed(chart).iter("circle"))) == svg.DOTS
     assert "2,000 dots of 10,000, evenly chosen." in chart
 
 
