@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 from upweight.explore import server
-from upweight.explore.explorer import Explorer
+from upweight.explore.comparing import together
 from upweight.explore.guard import Keys
 
 CHROMIUM = os.environ.get("UPWEIGHT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -32,7 +32,7 @@ def served(path, other=None):
     keys = Keys(listening.getsockname()[1])
     hosts = server.names_of(listening)
     config = uvicorn.Config(
-        server.application(Explorer.open(path, other), hosts, keys), lifespan="off", ws="none", log_level="warning"
+        server.application(together(path, other), hosts, keys), lifespan="off", ws="none", log_level="warning"
     )
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, args=([listening],), daemon=True)

@@ -163,7 +163,7 @@ def write_run(folder: Path, rows: int = 40) -> Path:
     require("PIL.Image", "explore")
     bunch, model = _fitted()
     X, y = bunch.data / 16, bunch.target
-    pictures = np.uint8(255 - bunch.images * (255 / 16))
+    pictures = (255 - bunch.images * (255 / 16)).astype(np.uint8)
     influence, on = explain(model, X[:_TRAIN], y[:_TRAIN]), (X[_TRAIN:], y[_TRAIN:])
     found = items.write_run(
         influence, folder, *on, card=lambda row: pictures[row], query_card=lambda query: pictures[_TRAIN + query]

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from upweight.errors import InvalidInput
 from upweight.explore import index
-from upweight.explore.comparing import compared
 from upweight.explore.desk import Desk
 from upweight.explore.tables import unpack
 from upweight.explore.wanted import PAGE, Wanted
@@ -82,14 +81,10 @@ class Explorer:
         self._local = threading.local()
 
     @classmethod
-    def open(cls, path: Path, other: Path | None = None, *, progress: bool | None = None) -> Explorer:
-        """The explorer of a run folder, whose index is made if there is none."""
-        beside = None if other is None else cls.open(other, progress=progress)
+    def open(cls, path: Path, other: Explorer | None = None, *, progress: bool | None = None) -> Explorer:
+        """The explorer of a run folder, whose index is made if there is none; `comparing.together` opens two."""
         run = Run.open(path)
-        found = cls(run, index.ensure(run, progress=progress), beside)
-        if beside is not None:
-            compared(found, beside, progress=progress)
-        return found
+        return cls(run, index.ensure(run, progress=progress), other)
 
     # ---- what the run tells ------------------------------------------------------------------------------------------
 

@@ -75,9 +75,8 @@ class Wanted:
             down = " desc" if self.descending else ""
             text = f"{side}_text"
             return f"select rowid from {text} where {text} match ? order by rowid{down}", values
-        walked = (
-            f" indexed by {side}_{_WALKED[self.sort]}" if self.search and total > _MANY and self.sort != "id" else ""
-        )
+        many = self.search and total > _MANY and self.sort != "id"
+        walked = f" indexed by {side}_{_WALKED[self.sort]}" if many else ""
         return f"select id from {side}{walked} where {condition} order by {self.order()}", values
 
     def condition(self) -> tuple[str, list[Any]]:

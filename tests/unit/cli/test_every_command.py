@@ -58,7 +58,7 @@ def reviewed(example):
     assert example("reviews", "run", "--add", "said.csv")[0] == 0
 
 
-@pytest.mark.parametrize("command", NAMES)
+@pytest.mark.parametrize("command", [name for name in NAMES if name != "explore"])  # it serves until it is ended
 def test_a_command_runs_on_the_example(example, command):
     if command == "merge":
         assert example("score", STUDY, "--store", "parts", "--shard", "0/1")[0] == 0
