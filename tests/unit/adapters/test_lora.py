@@ -178,6 +178,23 @@ def test_norms_that_are_held():
     torch.testing.assert_close(gradients(influence)[0].float(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("part", "whole"), [("lora_magnitude", True), ("lora_A", False), ("lora_B", False)])
+def test_only_the_magnitudes_of_a_dora_have_the_gradient_of_its_loss(part, whole):
+    model, row = adapted("gpt2", use_dora=True).double(), rows("gpt2")[0]
+    parameters = [p for name, p in model.named_parameters() if part in name]
+    torch.manual_seed(0)
+    way = [torch.randn_like(p) for p in parameters]
+    slope = sum((g * w).sum() for g, w in zip(torch.autograd.grad(alone(model, row), parameters), way, strict=True))
+    at = []
+    with torch.no_grad():
+        for step in (1e-2, -2e-2):
+            for p, w in zip(parameters, way, strict=True):
+                p.add_(w, alpha=step)
+            at.append(alone(model, row))
+    found = (at[0] - at[1]) / 2e-2
+    assert bool(abs(found - slope) < 0.02 * abs(found)) is whole, (found, slope)
+
+
 class Quantised(nn.Module):
     """A frozen base of whole numbers, with an adapter beside it."""
 
