@@ -101,13 +101,13 @@ async function decide(action, number = null) {
   const remark = why.value;
   why.value = "";
   sending.add(row);
+  done.push(row);
   if (chosen === null) chosen = row;
   next();
   try {
     const found = await post(what);
     sending.delete(row);
     stands(article, found.verdict, found.kind);
-    done.push(row);
     progress(found.progress, found.entry.number);
     line(found.entry, found.kind, article.dataset.label);
     last = Math.max(last, found.entry.number);
@@ -115,6 +115,7 @@ async function decide(action, number = null) {
     if (!current()) next();
   } catch (error) {
     sending.delete(row);
+    done.splice(done.lastIndexOf(row), 1);
     why.value = remark;
     await look();
     chosen = row;
@@ -128,12 +129,12 @@ async function undo() {
   if (row === undefined) return say("Nothing was decided in this window yet.");
   const article = of(row);
   const seen = article ? article.dataset.seen : document.querySelector(`#recent [data-undoable][data-row="${row}"]`).dataset.seen;
-  if (sending.has(row)) return;
+  if (sending.has(row)) return setTimeout(undo, 30); // it is still on its way
   sending.add(row);
   try {
     const found = await post({ row: Number(row), action: "undo", seen: Number(seen), why: "" });
     sending.delete(row);
-    done.splice(done.lastIndexOf(row), 1);
+    if (done.includes(row)) done.splice(done.lastIndexOf(row), 1);
     progress(found.progress, found.entry.number);
     line(found.entry, found.kind, article?.dataset.label ?? "");
     last = Math.max(last, found.entry.number);
@@ -145,7 +146,7 @@ async function undo() {
     say(`Row ${row}: taken back. Saved.`);
   } catch (error) {
     sending.delete(row);
-    done.splice(done.lastIndexOf(row), 1);
+    if (done.includes(row)) done.splice(done.lastIndexOf(row), 1);
     await look();
     say(error.message, true);
   }
