@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -75,7 +74,7 @@ class Server:
         return int(re.search(r"VmHWM:\s+(\d+)", told)[1]) / 1e3  # type: ignore[index]
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
+        self.process.terminate()
         self.process.wait(20)
 
 
@@ -101,6 +100,10 @@ PAGES = {
     "top_k_of_one_label": [f"/queries/{query}?label=1" for query in range(0, Q, 8)],
 }
 TOOK = "(([t]) => t.responseEnd - t.requestStart)(performance.getEntriesByType('navigation'))"
+WHEN = """new Promise((done) => {
+  const look = () => (window.pressed === null ? requestAnimationFrame(look) : done(window.pressed));
+  look();
+})"""
 PRESSED = """window.pressed = null;
 addEventListener("keydown", () => {
   const start = performance.now();
@@ -124,8 +127,7 @@ def keys(page: Any, address: str) -> list[float]:
     for _ in range(20):
         page.evaluate(PRESSED)
         page.keyboard.press("j")
-        page.wait_for_function("window.pressed !== null")
-        found.append(page.evaluate("window.pressed"))
+        found.append(page.evaluate(WHEN))
     return found
 
 

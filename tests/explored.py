@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from starlette.testclient import TestClient
 
 import upweight as uw
-from upweight.explore.explorer import Explorer
+from upweight.explore.comparing import together
 from upweight.explore.guard import Keys
 from upweight.explore.server import application
 
@@ -53,7 +53,7 @@ def write(path, **settings):
 def browser(path, other=None):
     """A client that has opened the link."""
     keys = Keys(8123)
-    client = TestClient(application(Explorer.open(path, other), [HOST], keys), base_url=f"http://{HOST}")
+    client = TestClient(application(together(path, other), [HOST], keys), base_url=f"http://{HOST}")
     assert client.get(f"/?token={keys.token}").status_code == 200
     return client
 

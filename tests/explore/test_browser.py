@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 from upweight.explore import server
-from upweight.explore.explorer import Explorer
+from upweight.explore.comparing import together
 from upweight.explore.guard import Keys
 
 CHROMIUM = os.environ.get("UPWEIGHT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -32,7 +32,7 @@ def served(path, other=None):
     keys = Keys(listening.getsockname()[1])
     hosts = server.names_of(listening)
     config = uvicorn.Config(
-        server.application(Explorer.open(path, other), hosts, keys), lifespan="off", ws="none", log_level="warning"
+        server.application(together(path, other), hosts, keys), lifespan="off", ws="none", log_level="warning"
     )
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, args=([listening],), daemon=True)
@@ -91,7 +91,8 @@ def test_from_the_link_to_the_rows_behind_a_wrong_query(page, address):
     values = [float(text) for text in helpful.locator(".value").all_inner_texts()]
     assert values == sorted(values, reverse=True)
     assert values[-1] > 0
-    page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    page.wait_for_load_state("load")
+    assert all(page.evaluate("[...document.images].map(image => image.naturalWidth > 0)"))
     page.get_by_role("region", name="Most harmful").get_by_role("link").first.click()
     page.get_by_role("heading", name="Training row").wait_for()
 

@@ -8,6 +8,7 @@ import socket
 import upweight as uw
 from explored import browser, influence, queries, write
 from refusals import refused
+from upweight.explore.comparing import together
 from upweight.explore.explorer import Explorer
 from upweight.explore.server import bound
 from upweight.runs.files import read_tensors, write_tensors
@@ -57,7 +58,7 @@ def test_runs_of_other_queries_are_not_compared(tmp_path):
     Xq, yq = queries()
     uw.write_run(influence(), other, Xq[:5], yq[:5])
     with refused(" is not of the same rows and queries as ", "runs that write_run made of the same data and queries"):
-        Explorer.open(one, other)
+        together(one, other)
     uw.write_run(influence(curvature=uw.operators.EmpiricalFisher(), damping=0.1), same, Xq, yq)
     assert browser(one, same).get("/compare").status_code == 200
 

@@ -119,9 +119,8 @@ def test_evidence_is_of_the_runs_queries(tmp_path):
         uw.keep_evidence(run, run.scores)
     with refused("The run's queries have a ", "Pass the queries that write_run was given"):
         uw.keep_evidence(run, uw.leave_one_out(influence, (XQ, ZQ + 1), [0, 1]))
-    margins = uw.leave_one_out(
-        influence, (XQ, ZQ), [0, 1], measure=lambda params, _: sum(one.sum() for one in params.values())
-    )
+    sums = {"measure": lambda params, _: sum(one.sum() for one in params.values())}
+    margins = uw.leave_one_out(influence, (XQ, ZQ), [0, 1], **sums)
     with refused("The run holds the ", "Pass what was asked of the same influence"):
         uw.keep_evidence(run, margins)
     uw.keep_evidence(run, uw.leave_one_out(influence, (XQ, ZQ), [0, 1]))

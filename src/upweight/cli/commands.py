@@ -326,11 +326,11 @@ def opened(
     for module in ("starlette", "uvicorn", "jinja2", "PIL"):
         require(module, "explore")
     from upweight.explore import server
-    from upweight.explore.explorer import Explorer
+    from upweight.explore.comparing import together
 
     listening = server.bound(host, port, beyond=beyond)
     server.serve(
-        Explorer.open(run, compare),
+        together(run, compare),
         listening,
         lambda link: print(f"The explorer of {run}, until Ctrl-C:\n\n  {link}\n", flush=True),
     )

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from upweight.errors import InvalidInput
+from upweight.explore.explorer import Explorer
 from upweight.explore.leading import largest
 from upweight.runs.files import write_file
 
-if TYPE_CHECKING:
-    from upweight.explore.explorer import Explorer
-
 _FEW = 20  # rows of either kind whose overlap is told
+
+
+def together(path: Path, other: Path | None = None, *, progress: bool | None = None) -> Explorer:
+    """The explorer of a run, with another run beside it if one is named.
+
+    Raises:
+        InvalidInput: if they are not of the same rows and queries.
+    """
+    beside = None if other is None else Explorer.open(other, progress=progress)
+    found = Explorer.open(path, beside, progress=progress)
+    if beside is not None:
+        compared(found, beside, progress=progress)
+    return found
 
 
 def compared(explorer: Explorer, other: Explorer, *, progress: bool | None = None) -> list[dict[str, Any]]:

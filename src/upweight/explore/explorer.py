@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from upweight.errors import InvalidInput
 from upweight.explore import index
-from upweight.explore.comparing import compared
 from upweight.explore.desk import Desk
 from upweight.explore.tables import unpack
 from upweight.explore.wanted import PAGE, Wanted
@@ -82,14 +81,10 @@ class Explorer:
         self._local = threading.local()
 
     @classmethod
-    def open(cls, path: Path, other: Path | None = None, *, progress: bool | None = None) -> Explorer:
-        """The explorer of a run folder, whose index is made if there is none."""
-        beside = None if other is None else cls.open(other, progress=progress)
+    def open(cls, path: Path, other: Explorer | None = None, *, progress: bool | None = None) -> Explorer:
+        """The explorer of a run folder, whose index is made if there is none; `comparing.together` opens two."""
         run = Run.open(path)
-        found = cls(run, index.ensure(run, progress=progress), beside)
-        if beside is not None:
-            compared(found, beside, progress=progress)
-        return found
+        return cls(run, index.ensure(run, progress=progress), other)
 
     # ---- what the run tells ------------------------------------------------------------------------------------------
 
@@ -121,15 +116,15 @@ class Explorer:
         side = wanted.side
         if wanted.everything:
             total = int(self.facts[side]["count"])
+        elif wanted.by_words_alone:
+            total = int(self.ask(f"select count(*) from {side}_text where {side}_text match ?", values)[0][0])
         else:
             total = int(self.ask(f"select count(*) from {side} where {condition}", values)[0][0])
         pages = max(1, -(-total // PAGE))
         page = min(wanted.page, pages - 1)
-        chosen = f"select id from {side} where {condition} order by {wanted.order()} limit {PAGE} offset {page * PAGE}"
-        found = self.ask(
-            f"select {', '.join(FIELDS)} from {side} where id in ({chosen}) order by {wanted.order()}", values
-        )
-        return Listing(total, [dict(zip(FIELDS, line, strict=True)) for line in found], page, pages)
+        source, values = wanted.source(total)
+        ids = [number for (number,) in self.ask(f"{source} limit {PAGE} offset {page * PAGE}", values)]
+        return Listing(total, self.some(side, ids), page, pages)
 
     def item(self, side: Side, number: int) -> dict[str, Any] | None:
         """One row or query as a dict of FIELDS; None if there is none."""

@@ -21,6 +21,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from upweight.runs.files import check_room, write_file
 from upweight.runs.store import work_of
 from upweight.show.run import Items, Run
 
-FORMAT = 1
+FORMAT = 2
 FOLDER, FACTS, ITEMS_FILE = "explorer", "index.json", "items.sqlite"
 VALUES, CODES, SUMS = "values.f64", "codes.i32", "sums.f64"
 CLASSES = 1_000  # at most; more different labels are names or numbers, and no classes
@@ -152,7 +153,7 @@ def _sketch(run: Run, queries: Items, steps: tqdm) -> Sketch:
     """One look through all items."""
     classes: set[Any] | None = set()
     seen = tabled.Seen()
-    for items in [queries, *_counted(run.items(), steps)]:
+    for items in chain([queries], _counted(run.items(), steps)):
         seen.add(items.cards)
         if classes is not None:
             classes = _more(classes, items)
@@ -182,7 +183,7 @@ def _keep_items(run: Run, folder: Path, queries: Items, sketch: Sketch, steps: t
         connection.execute("begin")
         with (folder / CODES).open("wb") as file:
             start, n = 0, len(outline.rows)
-            for side, items in [("queries", queries), *(("rows", one) for one in _counted(run.items(), steps))]:
+            for side, items in chain([("queries", queries)], (("rows", one) for one in _counted(run.items(), steps))):
                 first, ids = (0, outline.query_ids) if side == "queries" else (start, outline.ids)
                 codes = sketch.codes(items)
                 named = None if ids is None else [text_of(name) for name in ids[first : first + len(items)]]

@@ -38,13 +38,14 @@ create table {side}_card(
   id integer primary key, kind integer, h integer, w integer, d integer, size integer, card blob);
 create virtual table {side}_text using fts5(words, content='', detail='none', columnsize=0);
 """
+_SORTED = "loss, self_influence, margin"  # so that a filter and an order read an index alone
 INDEXES = """
 create index {side}_loss on {side}(loss);
 create index {side}_self on {side}(self_influence);
-create index {side}_margin on {side}(margin);
-create index {side}_class on {side}(class, said, loss);
-create index {side}_said on {side}(said, loss);
-create index {side}_wrong on {side}(wrong, loss);
+create index {side}_margin on {side}(margin, class, wrong, said, loss, self_influence);
+create index {side}_class on {side}(class, wrong, said, loss, self_influence, margin);
+create index {side}_said on {side}(said, wrong, class, loss, self_influence, margin);
+create index {side}_wrong on {side}(wrong, class, said, loss, self_influence, margin);
 create index {side}_twin on {side}(twin) where twin is not null;
 """
 
@@ -61,7 +62,7 @@ def make_indexes(connection: sqlite3.Connection, columns: int) -> None:
     for side in SIDES:
         connection.executescript(INDEXES.format(side=side))
         for place in range(columns):
-            connection.execute(f"create index {side}_c{place} on {side}(c{place}, loss)")
+            connection.execute(f"create index {side}_c{place} on {side}(c{place}, wrong, class, said, {_SORTED})")
         connection.execute(f"insert into {side}_text({side}_text) values('optimize')")
     connection.execute("analyze")
 

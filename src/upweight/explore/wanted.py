@@ -16,6 +16,8 @@ SORTS = {
     "margin": "margin",
 }
 SortName = str
+_WALKED = {"loss": "loss", "self-influence": "self", "margin": "margin"}  # indexes of the orders
+_MANY = 20_000  # found by a search
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Wanted:
         uncertain: margins nearer to 0 than this.
         search: words that all stand in name, label or card; the last may be a beginning.
         sort: one of SORTS.
-        descending: the largest first; items without the number come last either way.
+        descending: the largest first; items without the number are the smallest.
         page: from 0.
     """
 
@@ -55,6 +57,27 @@ class Wanted:
     def first(self) -> Wanted:
         """All of a side."""
         return Wanted(self.side)
+
+    @property
+    def by_words_alone(self) -> bool:
+        """Whether a search is all that is asked, so that the full text alone knows how many there are."""
+        return match_of(self.search) is not None and replace(self, search="").everything
+
+    def source(self, total: int) -> tuple[str, list[Any]]:
+        """Numbers of items in their order, as a select without its limit, and its parameters.
+
+        Args:
+            total: how many there are; where a search finds many, the index of the order is walked, and words are
+                looked up, instead of all that were found being sorted.
+        """
+        side, (condition, values) = self.side, self.condition()
+        if self.by_words_alone and self.sort == "id":
+            down = " desc" if self.descending else ""
+            text = f"{side}_text"
+            return f"select rowid from {text} where {text} match ? order by rowid{down}", values
+        many = self.search and total > _MANY and self.sort != "id"
+        walked = f" indexed by {side}_{_WALKED[self.sort]}" if many else ""
+        return f"select id from {side}{walked} where {condition} order by {self.order()}", values
 
     def condition(self) -> tuple[str, list[Any]]:
         """What stands behind `where`, and its parameters."""
@@ -88,7 +111,7 @@ class Wanted:
         column = SORTS[self.sort]
         if column == "id":
             return "id desc" if self.descending else "id"
-        return f"{column} {'desc' if self.descending else 'asc'} nulls last"
+        return f"{column} {'desc' if self.descending else 'asc'}"
 
 
 def assert_column(column: int) -> None:
