@@ -83,7 +83,15 @@ async function more() {
   }
 }
 
-async function post(what) {
+let sent = Promise.resolve();
+
+function post(what) { // one after the other, so that the log has them in their order
+  const answer = sent.then(() => send(what));
+  sent = answer.catch(() => {});
+  return answer;
+}
+
+async function send(what) {
   const body = JSON.stringify(what);
   const answer = await fetch(`/review/decide?${queue}`, { method: "POST", headers: { "Content-Type": "application/json" }, body });
   const found = await answer.json().catch(() => ({ error: `The explorer answers ${answer.status}.` }));
