@@ -246,6 +246,10 @@ async function look() {
   }
 }
 
+addEventListener("beforeunload", (event) => {
+  if (sending.size) event.preventDefault(); // what is on its way would be lost
+});
+
 setInterval(() => {
   if (document.visibilityState === "visible" && !sending.size) look();
 }, 2500);
