@@ -6,6 +6,11 @@ knows the true digit, and presses a key: keep, or the true digit. It knows neith
 stand in the queue by chance. After the budget it reads what the page says of itself; then `upweight prove` trains on
 the corrections, and the Proof page says what that did to 2,000 digits of the test set.
 
+Measured: of 587 suspicious rows 367 were wrong (the page says so, 58.5 to 66.5 %), 73 % of all flips in 7 % of the
+rows. Of 120 random rows 3 were wrong, so the page says 367 to 710 in all; 500 are. The mean loss of the test digits
+falls from 0.555 to 0.497, and their accuracy rises from 87.0 to 87.4 %, which may be chance on 2,000 digits: the
+proof says so.
+
     UPWEIGHT_DATA=… python benchmarks/explorer_repairs_labels.py    # writes results/explorer_repairs_labels.json
 """
 
@@ -126,6 +131,7 @@ def main() -> None:
         "mcnemar_p": proof["p"],
         "mean_loss_before": proof["losses"]["control"],
         "mean_loss_after": proof["losses"]["after"],
+        "mean_loss_change_interval": [proof["loss_low"], proof["loss_high"]],
         "proof_says": proof["says"],
         "key_to_next_row_ms": {"median": median(times), "95th": quantiles(times, n=20)[-1]},
         "seconds": {"run": writing, "review": took, "proof": proving},

@@ -128,8 +128,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from made import log
-reviews = log(Path({folder!r}), 1000)
-for row in range(1000):
+reviews = log(Path({folder!r}), 100_000)
+for row in range(100_000):
     print(reviews.decide(row, "relabel" if row % 2 else "keep", new=3 if row % 2 else None).number, flush=True)
 """
 
@@ -144,11 +144,11 @@ def test_what_was_acknowledged_survives_being_killed(tmp_path):
             time.sleep(draw.random() / 4)
             writer.kill()
             told = [int(line) for line in [first, *writer.stdout] if line.endswith("\n")]
-        entries = log(tmp_path, 1000).entries()
+        entries = log(tmp_path, 100_000).entries()
         assert told == list(range(1, len(told) + 1))
         assert len(told) <= len(entries) <= len(told) + 1
         assert [(one.number, one.row) for one in entries] == [(k + 1, k) for k in range(len(entries))]
-        log(tmp_path, 1000).decide(len(entries), "skip")
+        log(tmp_path, 100_000).decide(len(entries), "skip")
 
 
 def test_a_log_of_another_run_is_refused_by_name(tmp_path):

@@ -121,6 +121,26 @@ def test_shares_cover_the_truth():
         assert sum(binom.pmf(hits, 60, p) for hits, (low, high) in enumerate(ends) if low <= p <= high) >= 0.95
 
 
+def test_intervals_are_scipys():
+    from scipy.stats import binomtest
+
+    for hits, of in [(0, 1), (1, 1), (0, 30), (3, 30), (30, 30), (499, 1000), (1, 20_000)]:
+        found = binomtest(hits, of).proportion_ci(0.95, "exact")
+        assert intervals.share(hits, of) == pytest.approx((found.low, found.high), abs=1e-9)
+    assert intervals.share(0, 0) == (0, 1)
+    for gained, lost in [(0, 0), (1, 0), (5, 0), (7, 5), (5, 7), (40, 12), (900, 1000)]:
+        expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+        assert intervals.mcnemar(gained, lost) == pytest.approx(expected, rel=1e-8)
+
+
+def test_totals_of_a_million_rows_are_scipys():
+    from scipy.stats import hypergeom
+
+    low, high = intervals.total(7, 300, 1_000_000)
+    assert hypergeom.sf(6, 1_000_000, low, 300) > 0.025 >= hypergeom.sf(6, 1_000_000, low - 1, 300)
+    assert hypergeom.cdf(7, 1_000_000, high, 300) > 0.025 >= hypergeom.cdf(7, 1_000_000, high + 1, 300)
+
+
 def test_totals_are_those_of_a_list_of_all_numbers():
     """By the definition: every number of hits is asked whether it would be rejected."""
     from scipy.stats import hypergeom

@@ -228,7 +228,7 @@ def _seen(verdicts: Mapping[int, Verdict], row: int) -> bool:
 
 
 def _percent(share: Share) -> str:
-    return f"{share.share:.0%}, with 95 % confidence {share.low:.1%} to {share.high:.1%}"
+    return f"{share.share:.1%}, with 95 % confidence {share.low:.1%} to {share.high:.1%}"
 
 
 def _compared(queue: Share, controls: Share) -> str:

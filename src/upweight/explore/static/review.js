@@ -83,7 +83,15 @@ async function more() {
   }
 }
 
-async function post(what) {
+let sent = Promise.resolve();
+
+function post(what) { // one after the other, so that the log has them in their order
+  const answer = sent.then(() => send(what));
+  sent = answer.catch(() => {});
+  return answer;
+}
+
+async function send(what) {
   const body = JSON.stringify(what);
   const answer = await fetch(`/review/decide?${queue}`, { method: "POST", headers: { "Content-Type": "application/json" }, body });
   const found = await answer.json().catch(() => ({ error: `The explorer answers ${answer.status}.` }));
@@ -101,13 +109,13 @@ async function decide(action, number = null) {
   const remark = why.value;
   why.value = "";
   sending.add(row);
+  done.push(row);
   if (chosen === null) chosen = row;
   next();
   try {
     const found = await post(what);
     sending.delete(row);
     stands(article, found.verdict, found.kind);
-    done.push(row);
     progress(found.progress, found.entry.number);
     line(found.entry, found.kind, article.dataset.label);
     last = Math.max(last, found.entry.number);
@@ -115,6 +123,7 @@ async function decide(action, number = null) {
     if (!current()) next();
   } catch (error) {
     sending.delete(row);
+    done.splice(done.lastIndexOf(row), 1);
     why.value = remark;
     await look();
     chosen = row;
@@ -128,12 +137,12 @@ async function undo() {
   if (row === undefined) return say("Nothing was decided in this window yet.");
   const article = of(row);
   const seen = article ? article.dataset.seen : document.querySelector(`#recent [data-undoable][data-row="${row}"]`).dataset.seen;
-  if (sending.has(row)) return;
+  if (sending.has(row)) return setTimeout(undo, 30); // it is still on its way
   sending.add(row);
   try {
     const found = await post({ row: Number(row), action: "undo", seen: Number(seen), why: "" });
     sending.delete(row);
-    done.splice(done.lastIndexOf(row), 1);
+    if (done.includes(row)) done.splice(done.lastIndexOf(row), 1);
     progress(found.progress, found.entry.number);
     line(found.entry, found.kind, article?.dataset.label ?? "");
     last = Math.max(last, found.entry.number);
@@ -145,7 +154,7 @@ async function undo() {
     say(`Row ${row}: taken back. Saved.`);
   } catch (error) {
     sending.delete(row);
-    done.splice(done.lastIndexOf(row), 1);
+    if (done.includes(row)) done.splice(done.lastIndexOf(row), 1);
     await look();
     say(error.message, true);
   }
@@ -236,6 +245,10 @@ async function look() {
     // the next look tells more
   }
 }
+
+addEventListener("beforeunload", (event) => {
+  if (sending.size) event.preventDefault(); // what is on its way would be lost
+});
 
 setInterval(() => {
   if (document.visibilityState === "visible" && !sending.size) look();
