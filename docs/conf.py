@@ -71,13 +71,28 @@ copybutton_prompt_is_regexp = True
 
 # The order of the pages. It stands here, so that the front page stays plain Markdown where no Sphinx reads it.
 NAVIGATION = {
-    "Five minutes": "start/scikit-learn start/torch start/language-model "
-    "start/statistician start/data-quality start/security",
-    "Reading the answer": "read-a-score trust how-to-choose costs limits coming-from",
-    "Recipes": "recipes/*",
-    "Reference": "api cli errors math store-format",
-    "The paper": "gallery /paper/README /benchmarks/results/mnist_lds",
-    "The house": "/ARCHITECTURE where-to-put /CONTRIBUTING /SECURITY /findings/README /CHANGELOG /README adr/*",
+    "Five minutes": (
+        "scikit-learn <start/scikit-learn>",
+        "torch <start/torch>",
+        "language models <start/language-model>",
+        "statistics <start/statistician>",
+        "data quality <start/data-quality>",
+        "security <start/security>",
+    ),
+    "Reading the answer": ("read-a-score", "trust", "how-to-choose", "costs", "limits", "coming-from"),
+    "Recipes": ("recipes/*",),
+    "Reference": ("api", "cli", "errors", "math", "store-format"),
+    "The paper": ("gallery", "paper and measurement, side by side </paper/README>", "/benchmarks/results/mnist_lds"),
+    "The house": (
+        "/ARCHITECTURE",
+        "where-to-put",
+        "/CONTRIBUTING",
+        "/SECURITY",
+        "/findings/README",
+        "/CHANGELOG",
+        "README </README>",
+        "adr/*",
+    ),
 }
 
 
@@ -86,7 +101,7 @@ def _read(_app: Sphinx, name: str, source: list[str]) -> None:
     if name == "docs/api":
         source[0] = reference.with_links(source[0])
     if name == root_doc:
-        trees = [f":caption: {caption}\n\n" + pages.replace(" ", "\n") for caption, pages in NAVIGATION.items()]
+        trees = [f":caption: {caption}\n\n" + "\n".join(pages) for caption, pages in NAVIGATION.items()]
         source[0] += "".join(f"\n```{{toctree}}\n:hidden:\n:glob:\n{tree}\n```\n" for tree in trees)
 
 
