@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 
 import messages
-
-import upweight as uw
-from upweight.model.losses import Loss
+from reference import FOLDER, MODULES, home, names_of, what_it_is
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
@@ -35,17 +33,6 @@ COMMANDS = (
     "contrast",
 )
 BEGIN, END = "<!-- upweight demo -->", "<!-- end -->"
-MODULES = (
-    "upweight",
-    "upweight.operators",
-    "upweight.solvers",
-    "upweight.losses",
-    "upweight.apps",
-    "upweight.baselines",
-    "upweight.minibatch",
-    "upweight.errors",
-    "upweight.datasets",
-)
 
 
 def run(*arguments: str) -> str:
@@ -58,6 +45,12 @@ def run(*arguments: str) -> str:
     return "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines())
 
 
+def markdown_pages() -> list[Path]:
+    """The Markdown that is kept: docs and what lies at the root, but not what the site's build writes."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "paper/README.md", ROOT / "findings/README.md"]
+    return sorted(page for page in pages if not page.is_relative_to(ROOT / FOLDER))
+
+
 def cli_page() -> str:
     """docs/cli.md: every help text."""
     parts = ["# The command line", "", "Written by `scripts/docs` from `--help`.", "", "```", run("--help"), "```"]
@@ -66,26 +59,13 @@ def cli_page() -> str:
     return "\n".join(parts) + "\n"
 
 
-def home(name: str) -> object:
-    """What a public name such as `upweight.losses` stands for: the package itself, or an attribute of it."""
-    return uw if name == "upweight" else getattr(uw, name.removeprefix("upweight."))
-
-
-def what_it_is(value: object) -> str:
-    """The first sentence of a docstring, or the formula of a loss."""
-    if isinstance(value, Loss):
-        return value.formula
-    text = " ".join((value.__doc__ or "").strip().split("\n\n")[0].split())
-    return re.split(r"(?<=\.)\s", text)[0].replace("|", "\\|")
-
-
 def api_page() -> str:
     """docs/api.md: every public name with the first sentence of its docstring."""
     lines = ["# Every public name", "", "Written by `scripts/docs` from the docstrings; `help(name)` shows the whole."]
     for name in MODULES:
         module = home(name)
         lines += ["", f"## {name}", "", "| name | what it is |", "|---|---|"]
-        lines += [f"| `{public}` | {what_it_is(getattr(module, public))} |" for public in module.__all__]
+        lines += [f"| `{public}` | {what_it_is(getattr(module, public))} |" for public in names_of(module)]
     return "\n".join(lines) + "\n"
 
 

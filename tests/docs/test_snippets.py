@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import runpy
 import warnings
+from pathlib import Path
 
 import pytest
-from generated import ROOT
+from generated import ROOT, markdown_pages
 
-PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")] if "```python" in path.read_text())
+PAGES = [path for path in markdown_pages() if "```python" in path.read_text()]
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 
 
@@ -41,12 +42,23 @@ def test_the_example_study_is_a_study():
 
 
 def test_every_page_is_linked_from_the_readme_or_another_page():
-    texts = {path: path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]}
-    for page in ROOT.glob("docs/**/*.md"):
-        assert any(page.name in text for path, text in texts.items() if path != page), page
+    texts = {path: path.read_text() for path in markdown_pages()}
+    for page in texts:
+        if page.is_relative_to(ROOT / "docs"):
+            assert any(page.name in text for path, text in texts.items() if path != page), page
 
 
-def test_links_lead_somewhere():
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
-            assert target.startswith("http") or (path.parent / target).exists(), (path.name, target)
+def anchors(page: Path) -> set[str]:
+    """What a link to a part of a page may name: its headings, as GitHub and MyST write them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    headings = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", one) for one in re.findall(r"^#+ (.+)$", text, re.M)]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", markdown_pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+        place = page.parent / target if target else page
+        assert target.startswith("http") or place.exists(), target
+        if anchor and place.suffix == ".md":
+            assert anchor in anchors(place), (target, anchor)

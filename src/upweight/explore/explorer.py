@@ -21,6 +21,7 @@ from upweight.explore.desk import Desk
 from upweight.explore.tables import unpack
 from upweight.explore.wanted import PAGE, Wanted
 from upweight.influence.certificate import Certificate
+from upweight.show.health import health
 from upweight.show.run import Card, Run
 
 Side = Literal["rows", "queries"]
@@ -92,6 +93,12 @@ class Explorer:
     def certificate(self) -> Certificate:
         """Of all queries."""
         return self.run.outline.certificate
+
+    @cached_property
+    def health(self) -> dict[str, Any]:
+        """`good`, and `sentence`: what stands against the numbers, or that nothing does."""
+        good, sentence = health(self.certificate, self.run.outline.query_values, self.measure)
+        return {"good": good, "sentence": sentence}
 
     @property
     def measure(self) -> str:

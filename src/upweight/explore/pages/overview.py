@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from upweight.explore.explorer import Explorer
-from upweight.explore.health import health
 from upweight.explore.page import Asked, Page
 
 
@@ -14,7 +13,7 @@ def overview(explorer: Explorer, asked: Asked) -> dict[str, Any]:
     work = explorer.run.manifest["fingerprint"]
     outline, certificate = explorer.run.outline, explorer.certificate
     return {
-        "health": health(explorer),
+        "health": explorer.health,
         "certificate": str(certificate),
         "run": {
             "folder": str(explorer.run.path),

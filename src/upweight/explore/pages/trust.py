@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.explore.explorer import Explorer
-from upweight.explore.health import health
 from upweight.explore.leading import spread
 from upweight.explore.page import Asked, Page
 from upweight.show.evidence import Dampings, Removals, SubsetSums, evidence
@@ -20,7 +19,7 @@ def trust(explorer: Explorer, asked: Asked) -> dict[str, Any]:
     """What speaks for the numbers, and against them."""
     certificate, known = explorer.certificate, evidence(explorer.run)
     return {
-        "health": health(explorer),
+        "health": explorer.health,
         "measure": explorer.measure,
         "folder": str(explorer.run.path),
         "n": explorer.n,

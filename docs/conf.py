@@ -1,0 +1,111 @@
+"""The site: the Markdown of the repository where it lies, and the reference written from docstrings.
+
+The source folder is the root of the repository, so that one link works on GitHub and in the site alike:
+`python -m sphinx -c docs . build/site`, or `scripts/docs site`. Nothing is fetched, while building or while reading.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "docs")]
+
+import reference  # noqa: E402
+from sphinx.application import Sphinx  # noqa: E402
+
+import upweight  # noqa: E402
+
+project = "upweight"
+author = "the authors of upweight"
+copyright = "the authors of upweight, Apache-2.0"
+version = release = upweight.__version__
+
+extensions = ["myst_parser", "sphinx_copybutton"]
+root_doc = "docs/index"
+include_patterns = [
+    "docs/**",
+    "README.md",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "paper/README.md",
+    "findings/README.md",
+    "benchmarks/results/*.md",
+]
+exclude_patterns = [
+    ".*",
+    "build",
+    "dist",
+    "src",
+    "tests",
+    "examples",
+    "docs/site",
+    "**/__pycache__",
+    "**/.ipynb_checkpoints",
+]
+nitpicky = True
+nitpick_ignore: list[tuple[str, str]] = []
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 4
+python_maximum_signature_line_length = 88
+toc_object_entries = False
+add_module_names = True
+
+html_theme = "furo"
+html_title = "upweight"
+html_static_path = ["site/static"]
+html_css_files = ["upweight.css"]
+html_extra_path = ["site/root"]
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
+pygments_style = "a11y-high-contrast-light"
+pygments_dark_style = "a11y-high-contrast-dark"
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+
+# The order of the pages. It stands here, so that the front page stays plain Markdown where no Sphinx reads it.
+NAVIGATION = {
+    "Five minutes": (
+        "scikit-learn <start/scikit-learn>",
+        "torch <start/torch>",
+        "language models <start/language-model>",
+        "statistics <start/statistician>",
+        "data quality <start/data-quality>",
+        "security <start/security>",
+    ),
+    "Reading the answer": ("read-a-score", "trust", "how-to-choose", "costs", "limits", "coming-from"),
+    "Recipes": ("recipes/*",),
+    "Reference": ("api", "cli", "errors", "math", "store-format"),
+    "The paper": ("gallery", "paper and measurement, side by side </paper/README>", "/benchmarks/results/mnist_lds"),
+    "The house": (
+        "/ARCHITECTURE",
+        "where-to-put",
+        "/CONTRIBUTING",
+        "/SECURITY",
+        "/findings/README",
+        "/CHANGELOG",
+        "README </README>",
+        "adr/*",
+    ),
+}
+
+
+def _read(_app: Sphinx, name: str, source: list[str]) -> None:
+    """The list of names leads to the reference, and the front page to every other one."""
+    if name == "docs/api":
+        source[0] = reference.with_links(source[0])
+    if name == root_doc:
+        trees = [f":caption: {caption}\n\n" + "\n".join(pages) for caption, pages in NAVIGATION.items()]
+        source[0] += "".join(f"\n```{{toctree}}\n:hidden:\n:glob:\n{tree}\n```\n" for tree in trees)
+
+
+def setup(app: Sphinx) -> None:
+    """The reference is written before anything is read."""
+    reference.write(ROOT)
+    app.connect("source-read", _read)
