@@ -27,7 +27,6 @@ from upweight.errors import Damaged, InvalidInput, PathNotFound, first_line
 from upweight.influence.scores import Scores
 from upweight.runs.store import EVENTS, MANIFEST, SCORES, SOLUTIONS, SUFFIX, read_part, work_of
 from upweight.show.cards import Card
-from upweight.show.look import look
 
 ITEMS = 1024  # rows in a file
 QUERIES = "queries"
@@ -104,6 +103,8 @@ class Run:
 
     def _repr_html_(self) -> str:
         """Its first queries with the rows that help and harm them, as they look; its name while it is not finished."""
+        from upweight.show.look import look  # the server reads runs without SciPy, which scores in Python need
+
         if not self.finished:
             return markup.frame(f"<p>{markup.text(repr(self))}</p>")
         rows, queries = self.rows, self.queries

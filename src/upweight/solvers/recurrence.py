@@ -84,10 +84,11 @@ def descend(
                 x, R, P, step + 1, smallest, stopped=int(active[int(quotient.nan_to_num(-torch.inf).argmin())])
             )
         length = ((rho[active] if precondition is None else dots(p, r)) / curvature)[:, None]
+        before = None if precondition is None else r.clone()
         y.addcmul_(length, p)
         r.addcmul_(length, image, value=-1)
         z, along = (r, dots(r, r)) if precondition is None else positive(precondition(r), r)
-        gained = along if precondition is None else -length[:, 0] * dots(image, z)  # r moved by −length · image
+        gained = along if before is None else dots(r - before, z)
         p.mul_((gained / rho[active].clamp(min=1e-300))[:, None]).add_(z)
         rho[active] = along
         if not every:

@@ -39,7 +39,7 @@ from upweight.training.recording import Recording, Step, flat
 
 REPLAYED = 1e-2  # of the way between two states that were kept: by how much steps made again may miss the second
 SIZES = (1e-3, 1e-2, 1e-1)  # by how much weights are moved in the check
-_AGREES, _SLOPES = 0.9, (0.75, 1.33)  # what the smallest of them must show
+_AGREES, _SLOPES = 0.9, (0.5, 2.0)  # what the smallest of them must show
 
 
 @dataclass(frozen=True)

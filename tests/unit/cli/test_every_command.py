@@ -30,11 +30,12 @@ LINES = {
     "repair": [STUDY, "--inspect", "5%", "--out", "review.csv"],
     "attack": [STUDY, "--rows", "2", "--iterations", "2"],
     "reviews": ["run", "--add", "said.csv"],
+    "report": ["run", "--out", "new/page.html"],
     "export": ["run", "--as", "cleanlab", "--out", "new/issues.csv"],
     "apply": ["run", "--to", "data.csv", "--label", "kind", "--out", "new/data.csv"],
     "prove": [STUDY, "--run", "run"],
 }
-REVIEWING = ("reviews", "export", "apply", "prove")
+REVIEWING = ("reviews", "report", "export", "apply", "prove")
 
 
 @pytest.fixture
