@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "docs")]
@@ -105,7 +106,19 @@ def _read(_app: Sphinx, name: str, source: list[str]) -> None:
         source[0] += "".join(f"\n```{{toctree}}\n:hidden:\n:glob:\n{tree}\n```\n" for tree in trees)
 
 
+def _for_keyboards(_app: Sphinx, _name: str, _template: str, context: dict[str, Any], _doctree: object) -> None:
+    """What scrolls sideways can be reached by the keyboard, and captions say what level of heading they are."""
+    body = context.get("body") or ""
+    body = body.replace("<pre>", '<pre tabindex="0">').replace(
+        '<div class="table-wrapper', '<div tabindex="0" class="table-wrapper'
+    )
+    context["body"] = body
+    if tree := context.get("furo_navigation_tree"):
+        context["furo_navigation_tree"] = tree.replace('role="heading"', 'role="heading" aria-level="2"')
+
+
 def setup(app: Sphinx) -> None:
     """The reference is written before anything is read."""
     reference.write(ROOT)
     app.connect("source-read", _read)
+    app.connect("html-page-context", _for_keyboards, priority=900)
