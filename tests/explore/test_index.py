@@ -10,7 +10,7 @@ import pytest
 
 import upweight as uw
 from explored import browser, influence, queries
-from upweight.errors import InvalidInput
+from upweight.errors import Damaged, InvalidInput
 from upweight.explore import index
 from upweight.explore.explorer import Explorer
 from upweight.explore.tables import match_of, pack, twin_of, unpack
@@ -43,6 +43,40 @@ def test_it_is_made_again_when_a_file_of_it_is_cut_or_missing(folder, name):
     file.unlink()
     Explorer.open(folder)
     assert file.stat().st_size == len(content)
+
+
+@pytest.mark.parametrize("name", ["items.sqlite", "sums.f64", "marks.u32", "index.json"])
+def test_a_flipped_bit_of_a_file_that_is_read_whole_makes_the_index_again(folder, name):
+    Explorer.open(folder)
+    file = folder / "explorer" / name
+    right = file.read_bytes()
+    for place in (len(right) // 3, len(right) - 2):
+        file.write_bytes(flipped(right, place))
+        Explorer.open(folder)
+        assert file.read_bytes() == right or name == "items.sqlite"
+        assert Explorer.open(folder).line(0).shape == (500,)
+
+
+def flipped(content, place):
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def test_a_flipped_bit_of_a_line_is_an_error_and_never_a_number(folder):
+    explorer = Explorer.open(folder)
+    values, codes = folder / "explorer" / "values.f64", folder / "explorer" / "codes.i32"
+    right = values.read_bytes()
+    values.write_bytes(flipped(right, 8 * (explorer.n + 7)))  # query 1, row 7
+    assert explorer.line(0).shape == (500,)
+    for ask in (lambda: explorer.line(1), lambda: explorer.column(7)):
+        with pytest.raises(Damaged, match="is not what was written: some of its bits"):
+            ask()
+    assert "bits are others" in browser(folder).get("/queries/1").text
+    assert browser(folder).get("/queries/1.json").status_code == 500
+    values.write_bytes(right)
+    assert explorer.column(7)[1] == explorer.line(1)[7]
+    codes.write_bytes(flipped(codes.read_bytes(), 4 * 3))
+    with pytest.raises(Damaged, match="codes"):
+        explorer.codes(0)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"format": 1}'])

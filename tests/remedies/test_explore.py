@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import socket
 
+import numpy as np
+
 import upweight as uw
 from explored import browser, influence, queries, write
 from refusals import refused
@@ -84,6 +86,18 @@ def test_a_port_that_is_taken_is_left_out():
         with refused(" cannot be listened at (", "Leave out --port"):
             bound("127.0.0.1", taken.getsockname()[1], beyond=False)
         bound("127.0.0.1", 0, beyond=False).close()
+
+
+def test_an_index_that_is_damaged_while_it_is_read_is_deleted(tmp_path):
+    write(tmp_path / "run")
+    explorer = Explorer.open(tmp_path / "run")
+    file = tmp_path / "run" / "explorer" / "values.f64"
+    right = explorer.line(0)
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    with refused(" is not what was written: some of its bits are others", "delete "):
+        explorer.line(0)
+    shutil.rmtree(tmp_path / "run" / "explorer")
+    assert np.array_equal(Explorer.open(tmp_path / "run").line(0), right)
 
 
 def test_the_index_can_be_deleted_at_any_time(tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.errors import InvalidInput
-from upweight.explore import index
+from upweight.explore import index, marks
 from upweight.explore.desk import Desk
 from upweight.explore.tables import unpack
 from upweight.explore.wanted import PAGE, Wanted
@@ -74,7 +74,7 @@ class Explorer:
     def __init__(self, run: Run, folder: Path, other: Explorer | None = None) -> None:
         self.run, self.other = run, other
         self.folder = inside(run.path, folder)
-        for name in (index.FACTS, index.ITEMS_FILE, index.VALUES, index.CODES, index.SUMS):
+        for name in (index.FACTS, index.ITEMS_FILE, index.VALUES, index.CODES, index.SUMS, index.MARKS):
             inside(run.path, folder / name)
         self.facts: Mapping[str, Any] = index.facts_in(folder)
         self.q, self.n = int(self.facts["q"]), int(self.facts["n"])
@@ -187,19 +187,44 @@ class Explorer:
     # ---- values ------------------------------------------------------------------------------------------------------
 
     def line(self, query: int) -> NDArray[np.float64]:
-        """(n,) the values of all rows for one query."""
-        with (self.folder / index.VALUES).open("rb") as file:
-            return np.fromfile(file, np.float64, self.n, offset=8 * self.n * query)
+        """(n,) the values of all rows for one query.
+
+        Raises:
+            Damaged: if they are not what was written.
+        """
+        return self._line(index.VALUES, np.dtype(np.float64), query, query)
 
     def column(self, row: int) -> NDArray[np.float64]:
-        """(q,) the values of one row for all queries."""
-        values = np.memmap(self.folder / index.VALUES, dtype=np.float64, mode="r", shape=(self.q, self.n))
+        """(q,) the values of one row for all queries.
+
+        Raises:
+            Damaged: if those of the rows around it are not what was written.
+        """
+        place, file = row // marks.NUMBERS, self.folder / index.VALUES
+        values = np.memmap(file, dtype=np.float64, mode="r", shape=(self.q, self.n))
+        around = values[:, place * marks.NUMBERS : (place + 1) * marks.NUMBERS]
+        marks.check(file, self._marks[: self.q, place], (int(marks.of_line(one)[0]) for one in around))
         return np.array(values[:, row])
 
     def codes(self, line: int) -> NDArray[np.int32]:
-        """(n,) of every row: 0 its class, 1 what the model says, 2 … the levels of the columns with levels."""
-        with (self.folder / index.CODES).open("rb") as file:
-            return np.fromfile(file, np.int32, self.n, offset=4 * self.n * line)
+        """(n,) of every row: 0 its class, 1 what the model says, 2 … the levels of the columns with levels.
+
+        Raises:
+            Damaged: if they are not what was written.
+        """
+        return self._line(index.CODES, np.dtype(np.int32), line, self.q + line)
+
+    def _line(self, name: str, dtype: np.dtype[Any], line: int, mark: int) -> NDArray[Any]:
+        file = self.folder / name
+        with file.open("rb") as content:
+            found = np.fromfile(content, dtype, self.n, offset=dtype.itemsize * self.n * line)
+        marks.check(file, self._marks[mark], marks.of_line(found))
+        return found
+
+    @cached_property
+    def _marks(self) -> NDArray[np.uint32]:
+        """(q + lines of codes, blocks) as they were when the index was made."""
+        return np.fromfile(self.folder / index.MARKS, np.uint32).reshape(-1, marks.blocks(self.n))
 
     def sums(self) -> NDArray[np.float64]:
         """(q, Σ levels) sums of a query's values over the rows of each class, and of each level of the columns."""

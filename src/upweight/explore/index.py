@@ -5,7 +5,8 @@
     ├── items.sqlite    what rows and queries are (`tables`)
     ├── values.f64      the scores laid out again, (q, n): one line after the other, query by query
     ├── codes.i32       (2 + columns, n): class, predicted class, and levels of columns of every row; -1 for none
-    └── sums.f64        (q, Σ levels): sums of a query's values over the rows of a class or level
+    ├── sums.f64        (q, Σ levels): sums of a query's values over the rows of a class or level
+    └── marks.u32       crc32 of blocks of values and codes (`marks`)
 
 It is made in a folder of another name and renamed when it is whole. It says which files it was made of, by their
 sha256; when the run's are others, it is made again. Nothing in it is anybody's work: it can be deleted at any time.
@@ -19,7 +20,8 @@ import os
 import shutil
 import sqlite3
 import sys
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -31,15 +33,15 @@ from tqdm import tqdm
 
 from upweight.data.ids import text_of
 from upweight.errors import InvalidInput
-from upweight.explore import columns as tabled
+from upweight.explore import columns as tabled, marks
 from upweight.explore.tables import SIDES, insert, make_indexes, make_tables, plain
 from upweight.runs.files import check_room, write_file
 from upweight.runs.store import work_of
 from upweight.show.run import Items, Run
 
-FORMAT = 2
+FORMAT = 3
 FOLDER, FACTS, ITEMS_FILE = "explorer", "index.json", "items.sqlite"
-VALUES, CODES, SUMS = "values.f64", "codes.i32", "sums.f64"
+VALUES, CODES, SUMS, MARKS = "values.f64", "codes.i32", "sums.f64", "marks.u32"
 CLASSES = 1_000  # at most; more different labels are names or numbers, and no classes
 _BUFFER = 2**26  # bytes of values that are written at once
 _BINS = 60
@@ -67,7 +69,18 @@ def is_of(folder: Path, made_of: str) -> bool:
         sizes = {name: (folder / name).stat().st_size for name in facts["sizes"]}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return (facts.get("format"), facts.get("made_of"), facts["sizes"]) == (FORMAT, made_of, sizes)
+    told = (facts.get("format"), facts.get("made_of"), facts["sizes"], facts.pop("mark", None))
+    return told == (FORMAT, made_of, sizes, _mark(facts)) and facts["marks"] == _marks(folder, facts["marks"])
+
+
+def _mark(facts: Mapping[str, Any]) -> int:
+    """The crc32 of what an index tells, but for itself."""
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
+
+
+def _marks(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """Those of whole files, which are looked at when the index is opened; lines when they are read."""
+    return {name: marks.of_file(folder / name) for name in names}
 
 
 def sources(run: Run) -> str:
@@ -115,9 +128,14 @@ def make(run: Run, folder: Path, made_of: str, progress: bool | None) -> None:
             sketch = _sketch(run, queries, steps)
             facts = _keep_items(run, temporary, queries, sketch, steps)
             _keep_values(run, temporary, (q, n), sketch, steps)
+        lines = [(VALUES, np.float64, q), (CODES, np.int32, len(sketch.levels))]
+        each = [marks.of_lines(temporary / name, dtype, count, n) for name, dtype, count in lines]
+        write_file(temporary / MARKS, np.concatenate(each).tobytes())
         sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
         facts |= {"format": FORMAT, "made_of": made_of, "sizes": sizes, "q": q, "n": n}
-        write_file(temporary / FACTS, json.dumps(facts).encode())
+        facts["marks"] = _marks(temporary, (ITEMS_FILE, SUMS, MARKS))
+        facts = json.loads(json.dumps(facts))
+        write_file(temporary / FACTS, json.dumps({**facts, "mark": _mark(facts)}).encode())
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except BaseException:

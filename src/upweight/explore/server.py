@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from upweight.errors import InvalidInput
+from upweight.errors import Damaged, InvalidInput
 from upweight.explore import pages, showing
 from upweight.explore.explorer import SLOWEST, Explorer
 from upweight.explore.guard import App, Keys, guarded
@@ -50,7 +50,7 @@ def application(explorer: Explorer, hosts: Iterable[str], keys: Keys) -> App:
         Route("/queries/{number:int}/picture.png", view.picture("queries"), methods=["GET"]),
         Route("/static/{name}", view.static, methods=["GET"]),
     ]
-    handlers: Any = {HTTPException: view.refused, TimeoutError: view.too_slow}
+    handlers: Any = {HTTPException: view.refused, TimeoutError: view.too_slow, Damaged: view.damaged}
     return guarded(Starlette(routes=routes, exception_handlers=handlers), hosts, keys)
 
 
@@ -157,6 +157,10 @@ class _View:
         told = {"page": {"status": error.status_code, "why": error.detail}, "here": "", "twin": "", "address": ""}
         text = self.templates.get_template("refused.html").render(told)
         return Response(text, error.status_code, media_type="text/html")
+
+    async def damaged(self, request: Request, error: Exception) -> Response:
+        """What is said of numbers that are not what was written."""
+        return await self.refused(request, HTTPException(500, str(error)))
 
     async def too_slow(self, request: Request, _: Exception) -> Response:
         """What is said of a question that took too long."""
