@@ -31,6 +31,7 @@ from upweight.operators.linear import LinearHessian
 VALUES_KEPT = 0.05  # a change of the values that is as good as none
 _ANOTHER = 100.0  # times as much, and a Newton step leads nowhere near
 _ROWS, _QUERIES = 16, 8  # that stand for all of them
+_FEW_ROWS, _FEW_QUERIES, _WIDE = 4, 2, 100_000  # where there are so many parameters that systems are what costs
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,14 @@ def _weighing(system: System, count: int) -> NDArray[np.int64]:
 def distance(system: System, queries: Examples | None = None) -> Distance:
     """The distance, with the values of a few queries, or of rows in their place.
 
-    Cost: some 30 linear systems and a product with the curvature at another θ.
+    Cost: some 30 linear systems, 9 of more than 100,000 parameters, and a product with the curvature at another θ.
     """
-    chosen = _weighing(system, _ROWS + _QUERIES)
+    count, most = (_FEW_ROWS, _FEW_QUERIES) if system.objective.size > _WIDE else (_ROWS, _QUERIES)
+    chosen = _weighing(system, count + most)
     asked, rows = chosen[1::3], np.delete(chosen, np.s_[1::3])
     if not len(asked):
         asked = rows
-    targets = system.examples.subset(asked) if queries is None else queries.subset(np.arange(len(queries))[:_QUERIES])
+    targets = system.examples.subset(asked) if queries is None else queries.subset(np.arange(len(queries))[:most])
     sources = system.examples.subset(rows)
     weights = torch.from_numpy(sources.weights / system.n)[:, None]
     here = system.sweep
