@@ -310,3 +310,57 @@ def test_a_measure_of_ones_own_has_the_sign_of_the_loss():
     np.testing.assert_allclose(
         through.on_measure(loss, XQ, YQ, check=False).values, through.on_loss(XQ, YQ, check=False).values, rtol=1e-9
     )
+
+
+CRITERIA = {
+    "class weights": (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.5], dtype=torch.float64)), 0.3),
+    "sum": (nn.CrossEntropyLoss(reduction="sum"), 0.01),
+    "ignored": (nn.CrossEntropyLoss(ignore_index=1), 0.3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:CrossEntropyLoss does not count")
+@pytest.mark.parametrize("name", CRITERIA)
+def test_what_a_criterion_divides_by_is_that_of_the_batch(name):
+    """Rows that come twice in a batch, weights of classes, labels that do not count, and sums."""
+    criterion, rate = CRITERIA[name]
+    batches = [torch.tensor([0, 1, 2, 3, 3, 4]), torch.tensor([5, 6, 7]), torch.arange(8, N), torch.tensor([3, 1, 0])]
+
+    def loop(weights=None, recording=None, model=None, optimizer=None):
+        model = built("MLP") if model is None else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.5) if optimizer is None else optimizer
+        for rows in batches:
+            optimizer.zero_grad()
+            if weights is None:
+                criterion(model(X[rows]), Y[rows]).backward()
+                recording.batch(rows)
+            else:
+                each = nn.CrossEntropyLoss(criterion.weight, ignore_index=criterion.ignore_index, reduction="none")
+                counted = (Y[rows] != criterion.ignore_index).double()
+                share = counted if criterion.weight is None else criterion.weight[Y[rows]] * counted
+                total = 1.0 if criterion.reduction == "sum" else share.sum()
+                ((weights[rows] * each(model(X[rows]), Y[rows])).sum() / total).backward()
+            optimizer.step()
+        return model
+
+    model = built("MLP")
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.5)
+    recording = uw.Recording(model, optimizer, X, Y, loss=criterion)
+    with recording:
+        loop(None, recording, model, optimizer)
+
+    def first(params, example):
+        h = torch.tanh(example[0] @ params["0.weight"].T + params["0.bias"])
+        return (h @ params["2.weight"].T + params["2.bias"])[0]
+
+    values = uw.through(recording).on_measure(first, XQ, YQ, check=False).values
+    expected = []
+    for row in ROWS:
+        sides = []
+        for move in (-1e-6, 1e-6):
+            weights = torch.ones(N, dtype=torch.float64)
+            weights[row] += move
+            sides.append(loop(weights)(XQ)[:, 0].detach())
+        expected.append(((sides[0] - sides[1]) / 2e-6).numpy())
+    expected = np.stack(expected, 1)
+    np.testing.assert_allclose(values[:, ROWS], expected, rtol=1e-5, atol=1e-7 * np.abs(expected).max())

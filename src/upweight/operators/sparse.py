@@ -71,6 +71,7 @@ def squares(X: Any, spread: Float[Tensor, "b K"]) -> Float[Tensor, "K d"]:
     """Σ_b a_b x_b², the diagonal of Σ_b a_b x_b x_bᵀ, for every output's a."""
     X = linear.wide(X)
     squared = X.copy()
+    squared.sum_duplicates()  # an entry in two parts squares as their sum
     squared.data **= 2
     return torch.from_numpy((squared.T @ spread.numpy()).T.copy())
 

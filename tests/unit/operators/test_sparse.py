@@ -133,3 +133,12 @@ def test_queries_share_a_space_and_have_the_exact_answer(classes, preconditioner
     np.testing.assert_allclose(scores.values, expected.values, rtol=1e-6, atol=1e-9 * np.abs(expected.values).max())
     alone = [near.on_loss(on[0][i], on[1][i : i + 1]).certificate.sweeps for i in range(6)]
     assert scores.certificate.sweeps < max(alone)
+
+
+def test_an_entry_in_two_parts_is_their_sum():
+    X = scipy.sparse.random(N, D, density=0.4, random_state=1, format="csr")
+    parts = (np.repeat(X.data / 2, 2), np.repeat(X.indices, 2), 2 * X.indptr)
+    twice, spread = scipy.sparse.csr_matrix(parts, shape=X.shape), torch.linspace(0, 1, 2 * N).reshape(N, 2).double()
+    assert twice.nnz == 2 * X.nnz
+    torch.testing.assert_close(sparse.squares(twice, spread), sparse.squares(X, spread), rtol=1e-12, atol=0)
+    assert twice.nnz == 2 * X.nnz  # the user's matrix stays as it is
