@@ -126,7 +126,7 @@ def test_rows_are_found_by_their_names(tmp_path):
     shuffled.to_parquet(file, index=False)
     known = labels(ids=whole["id"].to_numpy())
     with pytest.raises(InvalidInput, match=r"Was the file changed|has 33 rows"):
-        corrected.apply(file, "label", known, {}, out)
+        corrected.apply(file, "label", labels(), {}, out)  # rows without names go by their order
     made = corrected.apply(file, "label", known, verdicts(tmp_path, known, "perhaps"), out, "id")
     found = pd.read_parquet(out).set_index("id")["label"]
     assert (made.rows, len(found)) == (33, 32)
@@ -181,3 +181,18 @@ def test_a_label_that_the_column_cannot_hold_is_refused(tmp_path):
     pq.write_table(pa.table({"label": pa.array([3, 7], pa.int8())}), file)
     with pytest.raises(InvalidInput, match="holds int8, and 'x' does not fit"):
         rewritten.rewrite(file, "label", {0: "x"}, (), tmp_path / "b.parquet")
+
+
+def test_a_file_in_another_order_is_read_by_the_names_of_the_rows(tmp_path):
+    """Nobody says which column holds them; rows of one class that changed places are not noticed by their labels."""
+    whole = frame()
+    order = np.where(np.arange(n) % 2 == 0, n - 2 - np.arange(n), np.arange(n))  # labels stay in place
+    moved = whole.iloc[order]
+    assert moved["label"].tolist() == whole["label"].tolist()
+    moved.to_csv(tmp_path / "moved.csv", index=False)
+    known = labels(ids=np.array(whole["id"]))
+    corrected.apply(tmp_path / "moved.csv", "label", known, verdicts(tmp_path, known, "perhaps"), tmp_path / "out.csv")
+    out = pd.read_csv(tmp_path / "out.csv").set_index("id")["label"]
+    assert (out["p004"], out["p006"], "p009" in out.index) == ("yes", "perhaps", False)
+    unchanged = [name for name in out.index if name not in {"p004", "p006"}]
+    assert out[unchanged].tolist() == whole.set_index("id")["label"][unchanged].tolist()

@@ -233,9 +233,10 @@ def test_the_table_that_rows_came_from(known, tmp_path):
     with refused("There is no file ", "Name the table that the run's rows came from"):
         corrected.apply(table, "kind", known, {}, out)
     assert written(whole) == N
+    assert written(whole[::-1]) == written(whole[::-1], "id") == N
+    table.write_text("\n".join(["kind", *given[::-1]]) + "\n")
     with refused(" of the run has the label ", "Was the file changed, or sorted? Name the file of this run"):
-        written(whole[::-1])
-    assert written(whole[::-1], "id") == N
+        corrected.apply(table, "kind", known, {}, out)
     with refused(
         " of them with a label of the run, and the run has ", "Name the file that its rows came from, or with"
     ):
@@ -268,3 +269,27 @@ def test_a_proof_that_is_none_is_deleted_and_made_again(tmp_path):
     file.unlink()
     proof.write(found, tmp_path)
     assert len(proof.read(tmp_path, "w")) == 1
+
+
+def test_a_log_that_was_moved_away_takes_nothing(tmp_path):
+    reviews = log(tmp_path)
+    reviews.decide(0, "keep")
+    away = reviews.file.with_name("away.sqlite")
+    reviews.file.rename(away)
+    with refused(" was moved, deleted or replaced while it was open", "decide again: that begins a new log"):
+        reviews.decide(1, "keep")
+    reviews.decide(1, "keep")
+    assert [entry.row for entry in log(tmp_path).entries()] == [1]
+
+
+def test_an_action_and_a_label_that_disagree(known, tmp_path):
+    other = next(name for name in known.classes if name != known.given(0))
+    file = tmp_path / "said.csv"
+    file.write_text(f"row,action,new\n0,keep,{other}\n")
+    with refused(" beside another label, ", "Write relabel for the action, or leave `new` empty"):
+        imports.read(file, known)
+    for right in (f"0,relabel,{other}", "0,keep,"):
+        file.write_text(f"row,action,new\n{right}\n")
+        assert len(imports.read(file, known)[0]) == 1
+    file.write_text(f"row,label,new\n0,{known.given(0)},\n1,{known.given(1)},{known.given(1)}\n")
+    assert [one.row for one in imports.read(file, known)[0]] == [1]  # nothing filled in is nothing said

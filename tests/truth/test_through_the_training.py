@@ -319,7 +319,7 @@ CRITERIA = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:CrossEntropyLoss does not count")
+@pytest.mark.filterwarnings("ignore::upweight.errors.TheoryWarning")
 @pytest.mark.parametrize("name", CRITERIA)
 def test_what_a_criterion_divides_by_is_that_of_the_batch(name):
     """Rows that come twice in a batch, weights of classes, labels that do not count, and sums."""

@@ -42,6 +42,20 @@ def labels_in(file: Path, column: str) -> list[Any]:
         return [cells[place] if place < len(cells) else "" for _, cells in records]
 
 
+def columns_in(file: Path) -> list[str]:
+    """The names of a file's columns that stand once.
+
+    Raises:
+        InvalidInput: if it cannot be read.
+    """
+    if is_parquet(file):
+        names = _names(file)
+    else:
+        with _long_cells(), _text(file) as stream:
+            names = next(_records(stream, separator(file)), ("", []))[1]
+    return [name for name in names if names.count(name) == 1]
+
+
 def rewrite(file: Path, column: str, changed: Mapping[int, Any], dropped: Collection[int], out: Path) -> Path:
     """Write the copy, under another name first.
 

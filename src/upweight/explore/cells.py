@@ -46,11 +46,15 @@ def read(text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """The names of the columns of a CSV text, and its lines by their numbers, as they were before `harmless`.
 
     Raises:
-        ValueError: if a line has another number of cells than the first, with its number.
+        ValueError: if a line has another number of cells than the first, with its number; two columns have one name;
+            or it is no CSV.
     """
     first = text.partition("\n")[0]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=";" if first.count(";") > first.count(",") else ",")
     names = [bare(name).strip() for name in next(reader, [])]
+    if len(set(names)) < len(names):
+        reason = f"two columns are called {next(name for name in names if names.count(name) > 1)!r}"
+        raise ValueError(reason)
     lines: list[tuple[int, dict[str, str]]] = []
     for cells in _filled(reader):
         if len(cells) != len(names):
@@ -61,4 +65,7 @@ def read(text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
 
 
 def _filled(lines: Iterable[list[str]]) -> Iterable[list[str]]:
-    return (line for line in lines if line)
+    try:
+        yield from (line for line in lines if line)
+    except csv.Error as error:  # such as a cell of more than 131,072 characters
+        raise ValueError(str(error)) from error

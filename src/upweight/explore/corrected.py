@@ -51,7 +51,8 @@ def apply(
         labels: of the run that was reviewed.
         verdicts: what stands about its rows.
         out: the copy.
-        names: the column of the rows' names, where the file has other rows, or in another order, than the run.
+        names: the column of the rows' names, where the file has other rows, or in another order, than the run; None
+            takes the column that holds the names of all rows of the run, where they have some, else the order.
 
     Raises:
         PathNotFound: if there is no such file.
@@ -89,6 +90,12 @@ def _places(file: Path, cells: list[Any], labels: Labels, names: str | None) -> 
     """
     if names is not None:
         return _by_name(file, labels, names)
+    if labels.ids is not None:
+        named = {str(labels.name(row)).strip() for row in range(labels.n)}
+        for column in rewritten.columns_in(file):
+            found = [str(cell).strip() for cell in rewritten.labels_in(file, column)]
+            if len(set(found)) == len(found) and named <= set(found):  # the rows' names, whatever their order
+                return _by_name(file, labels, column)
     if len(cells) == labels.n:
         return {row: row for row in range(labels.n)}
     known = _known(labels, cells)

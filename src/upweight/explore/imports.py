@@ -159,7 +159,7 @@ def _proposed(labels: Labels, place: str, line: _Line) -> Proposed | None:
     new = None if new is None or new == "" else labels.called(str(new), f"{place}: ")
     if "action" not in line:
         action = "" if new is None else KEEP if new == labels.given(row) else RELABEL
-        if "correction" not in line and new is None:
+        if "old" in line and "label" not in line and new is None:  # a patch, as `upweight repair` writes it
             action = DROP
     if not action:
         return None
@@ -168,6 +168,12 @@ def _proposed(labels: Labels, place: str, line: _Line) -> Proposed | None:
         raise InvalidInput(message)
     if action == RELABEL and (new is None or new == labels.given(row)):
         message = f"{place}: relabel of row {row} without another label than {labels.given(row)!r}. Fill in `new`."
+        raise InvalidInput(message)
+    if action != RELABEL and new is not None and new != labels.given(row):
+        message = (
+            f"{place}: action '{action}' beside another label, {new!r}, of row {row}. Write relabel for the action, or "
+            "leave `new` empty."
+        )
         raise InvalidInput(message)
     who, why = (str(line.get(name) or "") for name in ("who", "why"))
     return Proposed(place, row, action, new if action == RELABEL else None, who[:LONGEST_WHO], why[:LONGEST_WHY])

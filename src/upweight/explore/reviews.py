@@ -130,6 +130,7 @@ class Reviews:
         self.file, self.labels = Path(folder) / FILE, labels
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
+        self._place: tuple[int, int] | None = None
         self._known: list[Entry] = []
         self._folded: dict[int, list[Entry]] = {}
         if self.file.is_symlink() or self.file.exists():
@@ -287,6 +288,7 @@ class Reviews:
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is not None:
+            self._refuse_elsewhere()
             return self._connection
         if self.file.is_symlink() or (self.file.exists() and not self.file.is_file()):
             message = f"{self.file} is a link or a folder, and reviews stay inside the run. Move it away."
@@ -298,8 +300,24 @@ class Reviews:
             except BaseException:
                 connection.close()
                 raise
-            self._connection = connection
+            self._connection, self._place = connection, _place_of(self.file)
         return connection
+
+    def _refuse_elsewhere(self) -> None:
+        """Raises where the log that is open no longer lies in the run: what went there would be lost.
+
+        Raises:
+            StorageFailed: then; the next call opens what lies there.
+        """
+        if _place_of(self.file) == self._place:
+            return
+        self.close()
+        self._known, self._folded = [], {}
+        message = (
+            f"{self.file} was moved, deleted or replaced while it was open, so nothing was kept of this decision. Put "
+            "it back, or decide again: that begins a new log, or goes on in the one that lies there now."
+        )
+        raise StorageFailed(message)
 
     def _connected(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.file, timeout=_WAIT, isolation_level=None, check_same_thread=False)
@@ -430,6 +448,15 @@ def _standing(entries: Iterable[Entry]) -> Entry | None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _place_of(file: Path) -> tuple[int, int] | None:
+    """What tells a file from another one that has its name; None where there is none."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _text(label: Label | None) -> str | None:
