@@ -353,7 +353,7 @@ def test_what_a_criterion_divides_by_is_that_of_the_batch(name):
         h = torch.tanh(example[0] @ params["0.weight"].T + params["0.bias"])
         return (h @ params["2.weight"].T + params["2.bias"])[0]
 
-    values = uw.through(recording).on_measure(first, XQ, YQ, check=False).values
+    values = uw.through(recording).on_measure(first, XQ, torch.zeros(3, dtype=torch.long), check=False).values
     expected = []
     for row in ROWS:
         sides = []
