@@ -364,3 +364,30 @@ def test_what_a_criterion_divides_by_is_that_of_the_batch(name):
         expected.append(((sides[0] - sides[1]) / 2e-6).numpy())
     expected = np.stack(expected, 1)
     np.testing.assert_allclose(values[:, ROWS], expected, rtol=1e-5, atol=1e-7 * np.abs(expected).max())
+
+
+def test_frozen_parameters_stay_and_groups_differ_in_how_they_step():
+    def loop(model, optimizer, weights=None, recording=None):
+        for rows in torch.arange(N).split(BATCH):
+            optimizer.zero_grad()
+            each = cross_entropy(model(X[rows]), Y[rows], reduction="none")
+            (each if weights is None else weights[rows] * each).mean().backward()
+            if recording is not None:
+                recording.batch(rows)
+            optimizer.step()
+        return cross_entropy(model(XQ), YQ, reduction="none").detach().numpy()
+
+    def fresh():
+        model = built("MLP")
+        model[0].bias.requires_grad_(False)
+        groups = [{"params": model[0].parameters(), "nesterov": True}, {"params": model[2].parameters()}]
+        return model, torch.optim.SGD(groups, lr=0.1, momentum=0.8, weight_decay=0.1)
+
+    model, optimizer = fresh()
+    with uw.Recording(model, optimizer, X, Y, loss=cross_entropy) as recording:
+        loop(model, optimizer, recording=recording)
+    values = uw.through(recording).on_loss(XQ, YQ, check=False).values[:, ROWS]
+    moves = [np.eye(N)[row] * 1e-6 for row in ROWS]
+    sides = [[loop(*fresh(), torch.from_numpy(1 + sign * move)) for sign in (-1, 1)] for move in moves]
+    expected = np.stack([(below - above) / 2e-6 for below, above in sides], 1)
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-7 * np.abs(expected).max())

@@ -105,8 +105,9 @@ class Recording:
                 "the module whose parameters() were given to it."
             )
             raise InvalidInput(message)
-        self.group_of = {named[id(one)]: number for number, group in enumerate(groups) for one in group["params"]}
-        self._trained = {named[id(one)]: one for group in groups for one in group["params"]}
+        moving = [(number, one) for number, group in enumerate(groups) for one in group["params"] if one.requires_grad]
+        self.group_of = {named[id(one)]: number for number, one in moving}  # a frozen one is in no step
+        self._trained = {named[id(one)]: one for _, one in moving}
         self._parts: list[Part] = []
         self._every = 1
         self._hook: Any = None
