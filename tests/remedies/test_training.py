@@ -992,3 +992,36 @@ def test_a_training_whose_derivative_is_no_prediction():
     assert uw.through(recording, since=60).on_loss(XQ, YQ, check=False).values.shape == (len(XQ), N)
     assert uw.explain(recording.model, XT, YT, loss=cross_entropy).on_loss(XQ, YQ).values.shape == (len(XQ), N)
     assert "slope" in str(uw.through(wild(0.05)).on_loss(XQ, YQ).certificate)
+
+
+def test_a_parameter_that_has_a_gradient_now_and_then():
+    def train(recording, model, optimizer, parts):
+        with recording:
+            for part in parts:
+                optimizer.zero_grad()
+                cross_entropy(model(XT, part), YT).backward()
+                recording.batch(np.arange(N))
+                optimizer.step()
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+
+        def forward(self, x, part="one"):
+            return self.one(x) if part == "one" else self.one(x) + self.other(x)
+
+    def made():
+        torch.manual_seed(0)
+        model = Two()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=0.1)
+        return uw.Recording(model, optimizer, XT, YT, loss=cross_entropy), model, optimizer
+
+    with refused(" gradient in step ", "Let every step's loss use the same parameters"):
+        train(*made(), ["one", "both"])
+    with refused(" gradient in step ", "requires_grad_(False)"):
+        train(*made(), ["both", "one"])
+    recording, model, optimizer = made()
+    train(recording, model, optimizer, ["one", "one"])  # `other` is never reached, and stays
+    through_values(recording, since=0)
+    assert recording.moving == ["one.weight", "one.bias"]

@@ -391,3 +391,49 @@ def test_frozen_parameters_stay_and_groups_differ_in_how_they_step():
     sides = [[loop(*fresh(), torch.from_numpy(1 + sign * move)) for sign in (-1, 1)] for move in moves]
     expected = np.stack([(below - above) / 2e-6 for below, above in sides], 1)
     np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-7 * np.abs(expected).max())
+
+
+def test_one_query_is_checked_by_several_draws():
+    through = uw.through(recorded("linear", "SGD"))
+    scores = through.on_loss(XQ[:1], YQ[:1])
+    assert "slope = 1.0" in str(scores.certificate)
+    np.testing.assert_allclose(scores.values, through.on_loss(XQ, YQ).values[:1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_last_step_that_is_lost_in_rounding_is_no_other_training(name):
+    """The rate of a cosine ends at almost 0, where a float32 parameter moves by its rounding or not at all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, 2))
+    kinds = {"SGD": lambda p: torch.optim.SGD(p, lr=0.1), "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3)}
+    optimizer = kinds[name](model.parameters())
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 129)
+    recording = uw.Recording(model, optimizer, X.float(), Y, loss=cross_entropy)
+    with recording:
+        for step in range(130):
+            rows = torch.arange(step, step + 6) % N
+            optimizer.zero_grad()
+            cross_entropy(model(X[rows].float()), Y[rows]).backward()
+            recording.batch(rows)
+            optimizer.step()
+            scheduler.step()
+    assert np.isfinite(uw.through(recording).on_loss(XQ, YQ, check=False).values).all()
+
+
+def test_dampening_without_momentum_is_none():
+    def loop(weights=None):
+        model = built("linear")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2, dampening=0.5)
+        recording = uw.Recording(model, optimizer, X, Y, loss=cross_entropy)
+        with recording:
+            for rows in torch.arange(N).split(BATCH):
+                optimizer.zero_grad()
+                each = cross_entropy(model(X[rows]), Y[rows], reduction="none")
+                (each if weights is None else weights[rows] * each).mean().backward()
+                recording.batch(rows)
+                optimizer.step()
+        return recording, cross_entropy(model(XQ), YQ, reduction="none").detach().numpy()
+
+    values = uw.through(loop()[0]).on_loss(XQ, YQ, check=False).values[:, 5]
+    above, below = (loop(torch.from_numpy(1 + sign * 1e-6 * np.eye(N)[5]))[1] for sign in (1, -1))
+    np.testing.assert_allclose(values, (below - above) / 2e-6, rtol=1e-6)

@@ -40,7 +40,8 @@ class Rule:
 
 def _sgd(theta: Tensor, memory: Memory, g: Tensor, s: Settings, step: int, fixed: bool) -> tuple[Tensor, Memory]:  # noqa: ARG001
     g = g + s["weight_decay"] * theta
-    buffer = g if step == 1 else s["momentum"] * memory[0] + (1 - s["dampening"]) * g
+    damped = s["dampening"] * (s["momentum"] != 0)  # without momentum torch dampens nothing
+    buffer = g if step == 1 else s["momentum"] * memory[0] + (1 - damped) * g
     ahead = s["nesterov"] * (g + s["momentum"] * buffer) + (1 - s["nesterov"]) * buffer  # 0 or 1, of every group
     return theta - s["lr"] * ahead, (buffer,)
 

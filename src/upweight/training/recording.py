@@ -95,6 +95,7 @@ class Recording:
     states: dict[int, State] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._idle: set[str] | None = None  # parameters that the steps' gradients do not reach
         self.optimiser_name, self.rule = rule_of(self.optimizer)
         named = {id(parameter): name for name, parameter in self.model.named_parameters()}
         groups = self.optimizer.param_groups
@@ -113,6 +114,7 @@ class Recording:
         self._hook: Any = None
 
     def __enter__(self) -> Self:
+        self._parts = []
         if self.steps:
             message = (
                 f"This recording holds a training of {len(self.steps)} steps. Make another uw.Recording for another "
@@ -161,10 +163,40 @@ class Recording:
             )
             raise InvalidInput(message)
         refuse_training_mode(self.model)
+        self._refuse_sometimes()
         self._keep(len(self.steps))
         told = tuple(settings_of(group, self.rule) for group in optimizer.param_groups)
         self.steps.append(Step(tuple(self._parts), told))
         self._parts = []
+
+    def _refuse_sometimes(self) -> None:
+        """Raises where a parameter has a gradient in some steps only: torch leaves it out of the others.
+
+        Raises:
+            InvalidInput: then.
+        """
+        idle = {name for name, one in self._trained.items() if one.grad is None}
+        known = idle if self._idle is None else self._idle
+        if idle != known:
+            name = min(idle ^ known)
+            message = (
+                f"'{name}' has {'no' if name in idle else 'a'} gradient in step {len(self.steps) + 1}, and was "
+                f"otherwise before, so the optimizer {'leaves it out' if name in idle else 'begins with it'} now. Let "
+                "every step's loss use the same parameters, optimizer.zero_grad(set_to_none=False) included, or freeze "
+                "it: requires_grad_(False)."
+            )
+            raise InvalidInput(message)
+        self._idle = known
+
+    @property
+    def moving(self) -> list[str]:
+        """The parameters that the steps move: in the optimizer, not frozen, and reached by the gradients."""
+        return [name for name in self.group_of if name not in (self._idle or ())]
+
+    @property
+    def rounding(self) -> float:
+        """How coarse the numbers of the training were, as a share of them."""
+        return max(torch.finfo(one.dtype).eps for one in self._trained.values())
 
     def _keep(self, step: int) -> None:
         """The state before a step, if its turn has come."""

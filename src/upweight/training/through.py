@@ -39,6 +39,8 @@ from upweight.training.recording import Recording, Step, flat
 
 REPLAYED = 1e-2  # of the way between two states that were kept: by how much steps made again may miss the second
 SIZES = (1e-3, 1e-2, 1e-1)  # by how much weights are moved in the check
+_ROUNDINGS = 4  # of every parameter, that a step may take
+_PAIRS = 6  # of predicted and actual changes at least, for a correlation that says something
 _AGREES, _SLOPES = 0.9, (0.5, 2.0)  # what the smallest of them must show
 
 
@@ -91,8 +93,8 @@ class Through:
     def on_loss(self, Xq: Any, yq: Any = None, *, check: bool = True) -> Scores:
         """The change of each query's loss had a row had no weight in this training.
 
-        Cost: the steps once more, and for each step and query one double backward pass of its batch; the check three
-        to six trainings from `since` on.
+        Cost: the steps once more, and for each step and query one double backward pass of its batch; the check six
+        trainings from `since` on, of fewer than six queries more: six pairs of changes are compared at least.
 
         Args:
             Xq: the queries' inputs.
@@ -134,7 +136,8 @@ class Through:
         told = f"derivative through steps {self.since} to {self.length} of {self.recording.optimiser_name}"
         told += ", second moment fixed" if self.second_moment == "fixed" and self._adaptive else ""
         if check:
-            found = self._checked(measured, queries, values, growth, 1, 0)
+            draws = -(-_PAIRS // len(queries))
+            found = self._checked(measured, queries, values, growth, draws, 0)
             if not found.holds:
                 message = (
                     f"The derivative through this training is not what small changes of the weights do: {found}. The "
@@ -261,14 +264,15 @@ class Through:
             path.append(place)
             place = self._ahead(step, *place)
         (begun, _), (ended, _) = self._begun(start), self._begun(stop)
-        missed = float((place[0] - ended).norm() / (ended - begun).norm().clamp(min=1e-300))
-        if not missed <= REPLAYED:
+        missed, way = float((place[0] - ended).norm()), float((ended - begun).norm())
+        rounded = _ROUNDINGS * (stop - start) * self.recording.rounding * float(ended.norm())
+        if not missed <= REPLAYED * way + rounded:
             message = (
                 f"Steps {start} to {stop}, made again from the rows and settings that were recorded, end {missed:.2g} "
-                "of their way off. Usual reasons: recording.batch() named other rows than the loss was of, or another "
-                "scale; gradients were clipped or changed before the step, which clip= does not tell; a penalty in the "
-                "loss that penalty= does not tell; another criterion than loss=; random layers. Correct what "
-                "uw.Recording was told, and train once more."
+                f"off, and went {way:.2g}. Usual reasons: recording.batch() named other rows than the loss was of, or "
+                "another scale; gradients were clipped or changed before the step, which clip= does not tell; a "
+                "penalty in the loss that penalty= does not tell; another criterion than loss=; random layers. "
+                "Correct what uw.Recording was told, and train once more."
             )
             raise InvalidInput(message)
         return path
@@ -375,7 +379,7 @@ def through(
         recording.y,
         loss=recording.loss,
         penalty=recording.penalty,
-        parameters=list(recording.group_of),
+        parameters=recording.moving,
         **{**recording.settings, **settings},
     )
     return Through(recording, influence, since, second_moment)
