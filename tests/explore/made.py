@@ -48,7 +48,7 @@ def made(folder: Path) -> uw.Run:
 def labels(n: int = 20, work: str = "0123456789abcdef") -> Labels:
     """Labels of no run: rows are called 3, or 7, in turn; the model says 7 of all."""
     codes = (np.arange(n) % 2).astype(np.int32)
-    return Labels(work, (3, 7), codes, np.ones(n, np.int32), np.full(n, -1, np.int32), {"loss": np.arange(n) / n})
+    return Labels(work, (3, 7), codes, np.ones(n, np.int32), {"loss": np.arange(n) / n})
 
 
 def log(folder: Path, n: int = 20) -> Reviews:

@@ -24,7 +24,7 @@ NAMES = ("no", "yes", "perhaps")
 def labels(values=NAMES, ids=None):
     codes = (np.arange(n) % 2).astype(np.int32)
     none = np.full(n, -1, np.int32)
-    return Labels("w", tuple(values), codes, none, none, {"loss": np.zeros(n)}, ids)
+    return Labels("w", tuple(values), codes, none, {"loss": np.zeros(n)}, ids)
 
 
 def verdicts(folder, known, new):

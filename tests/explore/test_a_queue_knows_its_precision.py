@@ -10,9 +10,9 @@ from scipy.stats import chi2
 
 from upweight.errors import InvalidInput
 from upweight.explore import intervals
+from upweight.explore.entries import Verdict
 from upweight.explore.labels import Labels
 from upweight.explore.queue import ORDERS, Planned, Queue, planned, progress
-from upweight.explore.reviews import Verdict
 
 n = 400
 
@@ -20,7 +20,7 @@ n = 400
 def rows_with_scores(seed: int = 0) -> Labels:
     draw = np.random.default_rng(seed)
     scores = {name: draw.random(n) for name in ("self-influence", "loss", "margin")}
-    return Labels("w", (0, 1), np.zeros(n, np.int32), np.ones(n, np.int32), np.full(n, -1, np.int32), scores)
+    return Labels("w", (0, 1), np.zeros(n, np.int32), np.ones(n, np.int32), scores)
 
 
 def said(rows, wrong, skipped=()):
@@ -101,7 +101,7 @@ def test_the_controls_cover_the_truth(rate, strength):
         wrong = draw.random(n) < rate
         score = draw.normal(size=n) + strength * wrong
         zeros = np.zeros(n, np.int32)
-        known = Labels("w", (0, 1), zeros, zeros, zeros, {"self-influence": score})
+        known = Labels("w", (0, 1), zeros, zeros, {"self-influence": score})
         plan = planned(Queue(budget=120, controls=0.3, seed=seed), known)
         told = progress(plan, said(plan.rows.tolist(), wrong), known)
         low, high = intervals.total(told.controls.wrong, told.controls.decided, n)

@@ -16,7 +16,7 @@ def test_labels_of_the_index_are_those_of_the_run(tmp_path):
     there, here = Explorer.open(run.path).desk.labels, labels_of(run)
     assert (there.work, there.classes) == (here.work, here.classes)
     assert there.ids.tolist() == here.ids.tolist()
-    for name in ("codes", "said", "unseen"):
+    for name in ("codes", "said"):
         assert getattr(there, name).tolist() == getattr(here, name).tolist()
     assert there.scores.keys() == here.scores.keys()
     for name, values in here.scores.items():
@@ -36,7 +36,6 @@ def test_a_row_is_not_told_apart_before_it_is_decided(folder):
             "label",
             "label_class",
             "says",
-            "unseen",
             "suggested",
             "verdict",
             "kind",

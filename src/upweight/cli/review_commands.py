@@ -167,7 +167,7 @@ def _proved(study: Study, folder: Path, labels: Labels, changes: dict[int, Any],
 
     import upweight as uw
     from upweight.explore import proof
-    from upweight.explore.reviews import RELABEL
+    from upweight.explore.entries import RELABEL
     from upweight.influence import kept
 
     influence = study.influence

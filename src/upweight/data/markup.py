@@ -76,11 +76,6 @@ def remark(words: str) -> str:
     return f'<p class="uw-note">{text(words, 2000)}</p>' if words else ""
 
 
-def columns(words: str) -> str:
-    """Text in columns, as it stands on a terminal."""
-    return frame(f"<pre>{text(words, 20_000)}</pre>")
-
-
 def signed(value: float) -> str:
     """A number with its sign, blue where it helps and red where it harms: the sign says it without the colour."""
     kind = "uw-help" if value > 0 else "uw-harm"

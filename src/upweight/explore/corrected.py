@@ -9,8 +9,8 @@ from typing import Any
 
 from upweight.data import rewritten
 from upweight.errors import InvalidInput, PathNotFound
+from upweight.explore.entries import RELABEL, Verdict
 from upweight.explore.labels import Label, Labels
-from upweight.explore.reviews import RELABEL, Verdict
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.errors import InvalidInput
+from upweight.explore.entries import Entry
 from upweight.explore.labels import Labels, labels_of
 from upweight.explore.queue import Planned, Progress, Queue, planned, progress
-from upweight.explore.reviews import Entry, Reviews
+from upweight.explore.reviews import Reviews
 from upweight.runs.store import work_of
 from upweight.show.run import Run
 
@@ -122,10 +123,9 @@ def _indexed(opened: Indexed) -> Labels:
     numbers[2] *= -1
     scores: Mapping[str, NDArray[np.float64]] = dict(zip(("self-influence", "loss", "margin"), numbers, strict=True))
     known = {name: values for name, values in scores.items() if not np.isnan(values).all()}
-    none = np.full(opened.n, -1, dtype=np.int32)
     placed = np.where(said < 0, -1, np.searchsorted(used, said)).astype(np.int32)
     work, ids = work_of(opened.run.manifest), opened.run.outline.ids
-    return Labels(work, classes, np.searchsorted(used, codes).astype(np.int32), placed, none, known, ids)
+    return Labels(work, classes, np.searchsorted(used, codes).astype(np.int32), placed, known, ids)
 
 
 def _class(opened: Indexed, code: int) -> Any:

@@ -15,8 +15,8 @@ import numpy as np
 
 from upweight.errors import InvalidInput, require
 from upweight.explore import cells
+from upweight.explore.entries import DROP, RELABEL, Verdict
 from upweight.explore.labels import Labels
-from upweight.explore.reviews import DROP, RELABEL, Verdict
 from upweight.show.run import Card
 
 CSV, JSONL, PARQUET = "csv", "jsonl", "parquet"
@@ -173,7 +173,7 @@ def _tasks(labels: Labels, rows: Sequence[int], cards: Mapping[int, Card]) -> Ex
     tasks = []
     for row in rows:
         kind, value = _shown(cards.get(row), row)
-        said = labels.suggested(row)
+        said = labels.predicted(row)
         task: dict[str, Any] = {
             "data": {kind: value, "row": row, "given": labels.given(row), "run": labels.work},
         }

@@ -13,8 +13,9 @@ from typing import Any
 
 from upweight.errors import InvalidInput, PathNotFound, first_line, require
 from upweight.explore import cells
+from upweight.explore.entries import DROP, KEEP, RELABEL, SKIP
 from upweight.explore.labels import Label, Labels
-from upweight.explore.reviews import DROP, KEEP, LONGEST_WHO, LONGEST_WHY, RELABEL, SKIP, Reviews
+from upweight.explore.reviews import LONGEST_WHO, LONGEST_WHY, Reviews
 
 LARGEST = 500 * 2**20  # bytes of a file
 _ACTIONS = (KEEP, RELABEL, DROP, SKIP)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +25,6 @@ class Labels:
         classes: every label that a training row or a query has, or the model gave one.
         codes: (n,) the class of each row.
         said: (n,) the class that the model gives it, −1 where it gives none.
-        unseen: (n,) the class that a model gives it that did not see the row, −1 where there is none.
         scores: (n,) numbers by "self-influence", "loss", "margin"; larger is more suspicious.
         ids: (n,) names, None where rows have none.
     """
@@ -35,7 +33,6 @@ class Labels:
     classes: tuple[Label, ...]
     codes: NDArray[np.int32] = field(repr=False)
     said: NDArray[np.int32] = field(repr=False)
-    unseen: NDArray[np.int32] = field(repr=False)
     scores: dict[str, NDArray[np.float64]] = field(repr=False)
     ids: NDArray[Any] | None = field(default=None, repr=False)
 
@@ -58,11 +55,6 @@ class Labels:
     def predicted(self, row: int) -> Label | None:
         """The label that the model gives a row."""
         return self._class(self.said[row])
-
-    def suggested(self, row: int) -> Label | None:
-        """The label of a model that did not see the row where there is one, else the model's own."""
-        code = self.unseen[row]
-        return self.predicted(row) if code < 0 else self._class(code)
 
     def meant(self, label: Any) -> Label:
         """The class that a label is.
@@ -130,7 +122,7 @@ def labels_of(run: Run) -> Labels:
             f"{run.path} holds {found}, and a review is of labels. Make a run that has them: uw.write_run(influence, "
         )
         raise InvalidInput(message + "folder, Xq, yq).")
-    parts = [rows.labels, *_of_one_kind(rows)]
+    parts = [rows.labels, _predictions(rows)]
     values = np.unique(np.concatenate([part for part in parts if part is not None]))
     if not _are_classes(values):
         message = (
@@ -146,16 +138,15 @@ def labels_of(run: Run) -> Labels:
     known = {name: np.asarray(one, dtype=np.float64) for name, one in scores.items() if one is not None}
     ids = run.outline.ids if run.finished else None
     classes = tuple(values.tolist())
-    own, said, unseen = codes
-    return Labels(work_of(run.manifest), classes, own, said, unseen, known, ids)
+    own, said = codes
+    return Labels(work_of(run.manifest), classes, own, said, known, ids)
 
 
-def _of_one_kind(rows: Items) -> list[NDArray[Any] | None]:
-    """Predictions, and those of models that did not see the row, where they are labels like the given ones."""
+def _predictions(rows: Items) -> NDArray[Any] | None:
+    """What the model says, where that are labels like the given ones."""
     assert rows.labels is not None  # `labels_of` has looked
-    text = rows.labels.dtype.kind in "US"
-    parts: Sequence[NDArray[Any] | None] = (rows.predictions, getattr(rows, "out_of_fold", None))
-    return [part if part is not None and (part.dtype.kind in "US") == text else None for part in parts]
+    found, text = rows.predictions, rows.labels.dtype.kind in "US"
+    return found if found is not None and (found.dtype.kind in "US") == text else None
 
 
 def _are_classes(values: NDArray[Any]) -> bool:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from upweight.errors import InvalidInput
 from upweight.explore import intervals
+from upweight.explore.entries import SKIP, Verdict
 from upweight.explore.labels import Labels
-from upweight.explore.reviews import SKIP, Verdict
 
 RANDOM = "random"
 ORDERS = ("self-influence", "loss", "margin", RANDOM)

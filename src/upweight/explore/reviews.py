@@ -11,12 +11,10 @@ another by now. What stands is a fold of the log.
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,11 +22,24 @@ from typing import Any, NoReturn
 from filelock import FileLock
 
 from upweight.errors import Damaged, InvalidInput, Outdated, StorageFailed, StoreMismatch, first_line
+from upweight.explore.entries import (
+    ACTIONS,
+    DROP,
+    KEEP,
+    RELABEL,
+    SKIP,
+    UNDO,
+    Entry,
+    Verdict,
+    as_label,
+    as_text,
+    in_words,
+    left_of,
+    standing,
+)
 from upweight.explore.labels import Label, Labels
 
 FILE = "reviews.sqlite"
-KEEP, RELABEL, DROP, SKIP, UNDO = "keep", "relabel", "drop", "skip", "undo"
-ACTIONS = (KEEP, RELABEL, DROP, SKIP, UNDO)
 LONGEST_WHO, LONGEST_WHY = 200, 2_000  # characters
 _FORMAT = 1
 _WAIT = 15.0  # seconds for another writer
@@ -53,64 +64,6 @@ _SCHEMA = (
     "SELECT RAISE(ABORT, 'a log of reviews is added to, never changed'); END",
 )
 _COLUMNS = "number, row, action, old, new, who, at, why, undoes, seen"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of the log.
-
-    Args:
-        number: of the entry, in the order in which they were made.
-        row: the training row.
-        action: keep, relabel, drop, skip (it cannot be told), or undo.
-        old: the label before, None where the row had been dropped.
-        new: the label after, None where the row is dropped.
-        who: said it.
-        at: when, in UTC.
-        why: a remark.
-        undoes: the entry that an undo takes back.
-        seen: the last entry about the row at the time, 0 for none.
-    """
-
-    number: int
-    row: int
-    action: str
-    old: Label | None
-    new: Label | None
-    who: str
-    at: str
-    why: str
-    undoes: int | None
-    seen: int
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What stands about a row.
-
-    Args:
-        row: the training row.
-        action: keep, relabel, drop or skip; None where everything was taken back.
-        label: what its label is to be, None for a row to be dropped.
-        entry: that says so, None where everything was taken back.
-        seen: the last entry about the row.
-    """
-
-    row: int
-    action: str | None
-    label: Label | None
-    entry: Entry | None
-    seen: int
-
-    @property
-    def wrong(self) -> bool:
-        """Whether the given label was found to be wrong."""
-        return self.action in {RELABEL, DROP}
-
-    @property
-    def decided(self) -> bool:
-        """Whether it was found to be right or wrong."""
-        return self.action in {KEEP, RELABEL, DROP}
 
 
 class Reviews:
@@ -222,7 +175,7 @@ class Reviews:
                 if action == UNDO:
                     undoes, after = self._undone(row, before)
                 told = (
-                    row, action, _text(before.label), _text(after), who, _now(), why, undoes, seen
+                    row, action, as_text(before.label), as_text(after), who, _now(), why, undoes, seen
                 )  # fmt: skip
                 names = _COLUMNS.removeprefix("number, ")
                 cursor = connection.execute(f"insert into entries({names}) values(?, ?, ?, ?, ?, ?, ?, ?, ?)", told)
@@ -238,11 +191,11 @@ class Reviews:
 
     def _verdict(self, row: int) -> Verdict:
         entries = self._folded.get(row, [])
-        standing = _standing(entries)
+        last = standing(entries)
         seen = entries[-1].number if entries else 0
-        if standing is None:
+        if last is None:
             return Verdict(row, None, self.labels.given(row), None, seen)
-        return Verdict(row, standing.action, standing.new, standing, seen)
+        return Verdict(row, last.action, last.new, last, seen)
 
     def _undone(self, row: int, before: Verdict) -> tuple[int, Label | None]:
         """The entry that stands, and the label of the row without it.
@@ -253,7 +206,7 @@ class Reviews:
         if before.entry is None:
             message = f"Nothing stands about row {row}, so there is nothing to undo. Decide first: keep, relabel, drop "
             raise InvalidInput(message + "or skip.")
-        left = [one for one in _stack(self._folded[row]) if one.number != before.entry.number]
+        left = [one for one in left_of(self._folded[row]) if one.number != before.entry.number]
         return before.entry.number, left[-1].new if left else self.labels.given(row)
 
     def _take(self, line: tuple[Any, ...]) -> None:
@@ -264,7 +217,7 @@ class Reviews:
         """
         try:
             number, row, action, old, new, who, at, why, undoes, seen = line
-            entry = Entry(number, row, action, _label(old), _label(new), who, at, why, undoes, seen)
+            entry = Entry(number, row, action, as_label(old), as_label(new), who, at, why, undoes, seen)
             before, given = self._verdict(row), self.labels.given(row)
             texts = isinstance(who, str) and isinstance(at, str) and isinstance(why, str)
             after = {KEEP: given, SKIP: given, DROP: None, RELABEL: entry.new}.get(action, given)
@@ -421,29 +374,9 @@ class Reviews:
             Outdated: always.
         """
         last = self._folded[row][-1] if row in self._folded else None
-        what = "there is no entry about it" if last is None else _in_words(last)
+        what = "there is no entry about it" if last is None else in_words(last)
         message = f"Row {row} was not written: {what}. Look at the row again, and decide with seen={now.seen}."
         raise Outdated(message, last)
-
-
-def _in_words(entry: Entry) -> str:
-    to = f" to {entry.new!r}" if entry.action == RELABEL else ""
-    return f"meanwhile {entry.who or 'somebody'} said {entry.action}{to} at {entry.at} (entry {entry.number})"
-
-
-def _stack(entries: Iterable[Entry]) -> list[Entry]:
-    """The entries about one row that were not taken back."""
-    left: list[Entry] = []
-    for entry in entries:
-        if entry.action == UNDO:
-            left.pop()
-        else:
-            left.append(entry)
-    return left
-
-
-def _standing(entries: Iterable[Entry]) -> Entry | None:
-    return next(reversed(_stack(entries)), None)
 
 
 def _now() -> str:
@@ -457,24 +390,6 @@ def _place_of(file: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
-
-
-def _text(label: Label | None) -> str | None:
-    return None if label is None else json.dumps(label)
-
-
-def _label(text: Any) -> Label | None:
-    """A label from its JSON text.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    if text is None:
-        return None
-    found = json.loads(text)
-    if isinstance(found, bool) or not isinstance(found, str | int | float):
-        _say("a label is a text or a number")
-    return found
 
 
 def _say(reason: str) -> NoReturn:

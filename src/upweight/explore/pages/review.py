@@ -11,10 +11,11 @@ from starlette.exceptions import HTTPException
 from upweight.errors import Damaged, InvalidInput, Outdated, StorageFailed, StoreMismatch, UpweightError
 from upweight.explore.cards import shown
 from upweight.explore.desk import Desk, told
+from upweight.explore.entries import ACTIONS, RELABEL, UNDO, Entry, Verdict
 from upweight.explore.explorer import Explorer
 from upweight.explore.page import Action, Asked, Page
 from upweight.explore.queue import BUDGET, CONTROLS, MOST, ORDERS, Planned, Queue
-from upweight.explore.reviews import ACTIONS, LONGEST_WHY, RELABEL, UNDO, Entry, Verdict
+from upweight.explore.reviews import LONGEST_WHY
 
 AHEAD = 24  # rows that a page holds, so that the next one is there when a key is pressed
 BUTTONS = 12  # classes that get a button each
@@ -147,7 +148,7 @@ def _items(
     labels, found = desk.labels, []
     for place, row, item in zip(places, rows, cards, strict=True):
         verdict = verdicts.get(row, Verdict(row, None, labels.given(row), None, 0))
-        suggested = labels.suggested(row)
+        suggested = labels.predicted(row)
         found.append(
             {
                 "id": row,
@@ -158,7 +159,6 @@ def _items(
                 "label": labels.given(row),
                 "label_class": int(labels.codes[row]),
                 "says": labels.predicted(row),
-                "unseen": None if labels.unseen[row] < 0 else labels.classes[labels.unseen[row]],
                 "suggested": None if suggested is None else labels.classes.index(suggested),
                 "verdict": _verdict(verdict),
                 "kind": kind_of(plan, row) if verdict.action else None,
