@@ -349,7 +349,7 @@ def opened(
     """Serve the explorer of a run until Ctrl-C."""
     from upweight.errors import require
 
-    for module in ("starlette", "uvicorn", "jinja2", "PIL"):
+    for module in ("starlette", "uvicorn", "jinja2"):
         require(module, "explore")
     from upweight.explore import server
     from upweight.explore.comparing import together

@@ -160,7 +160,6 @@ def write_run(folder: Path, rows: int = 40) -> Path:
 
     A run that is there already is gone on with.
     """
-    require("PIL.Image", "explore")
     bunch, model = _fitted()
     X, y = bunch.data / 16, bunch.target
     pictures = (255 - bunch.images * (255 / 16)).astype(np.uint8)

@@ -313,7 +313,7 @@ def _photographs(
     tar: tarfile.TarFile, found: dict[str, re.Match[str]], split: str, count: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """The first `count` photographs of each class of a split, in RGB, and their labels."""
-    image = require("PIL.Image", "explore")
+    image = require("PIL.Image", "plot")
     chosen = []
     for kind in (_DOG, _FISH):
         chosen += sorted(name for name, match in found.items() if match.groups() == (split, kind))[:count]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
@@ -17,6 +16,7 @@ from upweight.errors import InvalidInput, require
 from upweight.explore import cells
 from upweight.explore.entries import DROP, RELABEL, Verdict
 from upweight.explore.labels import Labels
+from upweight.show.png import address
 from upweight.show.run import Card
 
 CSV, JSONL, PARQUET = "csv", "jsonl", "parquet"
@@ -207,9 +207,7 @@ def _setup(labels: Labels, cards: Mapping[int, Card]) -> Exported:
 def _shown(card: Card, row: int) -> tuple[str, Any]:
     """A card as the data of a task: its kind and value."""
     if isinstance(card, np.ndarray):
-        buffer = io.BytesIO()
-        require("PIL.Image", "explore").fromarray(card).save(buffer, format="PNG")
-        return "image", "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return "image", address(card)
     if isinstance(card, Mapping):
         return "columns", {str(name): str(value) for name, value in card.items()}
     return "text", f"row {row}" if card is None else card

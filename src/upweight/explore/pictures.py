@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-from typing import Any
-
 import numpy as np
 
-from upweight.errors import require
 from upweight.explore.explorer import Explorer, Side
+from upweight.show.png import png
 
 MOST_PIXELS = 2**20  # of a picture that is shown
 
@@ -18,11 +15,4 @@ def png_of(explorer: Explorer, side: Side, number: int) -> bytes | None:
     card = explorer.cards(side, [number]).get(number)
     if not isinstance(card, np.ndarray) or card.shape[0] * card.shape[1] > MOST_PIXELS:
         return None
-    return encoded(card)
-
-
-def encoded(pixels: Any) -> bytes:
-    """Pixels (H, W) or (H, W, 3) as PNG."""
-    buffer = io.BytesIO()
-    require("PIL.Image", "explore").fromarray(pixels).save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
+    return png(card, 1)

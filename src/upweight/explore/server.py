@@ -27,6 +27,7 @@ from upweight.explore.explorer import SLOWEST, Explorer
 from upweight.explore.guard import App, Keys, guarded
 from upweight.explore.page import Action, Asked, Download, Page
 from upweight.explore.pictures import png_of
+from upweight.show import svg
 
 HERE = Path(__file__).parent
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -61,6 +62,7 @@ class _View:
         self.explorer = explorer
         files = sorted(path for path in (HERE / "static").iterdir() if path.suffix in KINDS)
         self.files = {path.name: (path.read_bytes(), KINDS[path.suffix]) for path in files}
+        self.files["charts.css"] = (svg.STYLE.encode(), KINDS[".css"])
         self.version = hashlib.sha256(b"".join(content for content, _ in self.files.values())).hexdigest()[:12]
         self.templates = jinja2.Environment(
             loader=jinja2.FileSystemLoader(HERE / "templates"),

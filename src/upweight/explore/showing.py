@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
-from upweight.explore import drawing
+from markupsafe import Markup
+
+from upweight.show import svg
 
 NOTHING = "–"
 
@@ -71,6 +74,22 @@ def shade(value: float | None, largest: float) -> str:
     return f"{direction(value)}-{step}"
 
 
+def bars(found: Mapping[str, Any], title: str, x: str, *, y: str = "rows", signs: bool = False) -> Markup:
+    """A histogram, as `index.histogram` gives it; where signs count, on a scale that shows single rows far out."""
+    counts, edges = found["counts"], found["edges"]
+    zero = [(0.0, "")] if counts and edges[0] < 0 < edges[-1] else []
+    return Markup(svg.histogram(counts, edges, title=title, x=x, y=y, marks=zero, log=signs, signs=signs))
+
+
+def dots(points: Sequence[Mapping[str, Any]], x: str, y: str, title: str, *, diagonal: bool = False) -> Markup:
+    """Points {x, y, kind, title}, what helps before what harms; the line where both are equal, if it is asked for."""
+    told = sorted(points, key=lambda one: one["kind"] != "helps")
+    across, up = ([one[axis] for one in told] for axis in "xy")
+    kinds, names = [one["kind"] for one in told], [one["title"] for one in told]
+    drawn = svg.scatter(across, up, title=title, x_name=x, y_name=y, kinds=kinds, names=names, diagonal=diagonal)
+    return Markup(drawn)
+
+
 FILTERS: dict[str, Any] = {
     "signed": signed,
     "number": number,
@@ -81,4 +100,4 @@ FILTERS: dict[str, Any] = {
     "direction": direction,
     "shortened": shortened,
 }
-GLOBALS: dict[str, Any] = {"with_query": with_query, "bars": drawing.bars, "dots": drawing.dots}
+GLOBALS: dict[str, Any] = {"with_query": with_query, "bars": bars, "dots": dots}

@@ -47,6 +47,7 @@ def histogram(
     y: str = "rows",
     marks: Sequence[tuple[float, str]] = (),
     log: bool = False,
+    signs: bool = False,
 ) -> str:
     """Counts between edges as bars, as `numpy.histogram` returns them.
 
@@ -58,6 +59,7 @@ def histogram(
         y: what is counted is how many of these.
         marks: values with a name, as dashed lines.
         log: whether heights are logarithms, so that single rows far out are seen.
+        signs: whether bars below 0 are of another colour than those above.
     """
     many, ends = _numbers(counts), _numbers(edges)
     if many.size == 0 or not many.sum():
@@ -71,7 +73,8 @@ def histogram(
             low, high = chart.x(left), chart.x(right)
             top = min(chart.y(height), chart.y(0) - 1.5)
             name = f"{_told(count)} {y} from {_told(left)} to {_told(right)}"
-            chart.add(_rect(low, top, max(high - low - 0.5, 0.75), chart.y(0) - top, "uw-bar uw-k0", name))
+            kind = "uw-bar uw-k1" if signs and left + right < 0 else "uw-bar uw-k0"
+            chart.add(_rect(low, top, max(high - low - 0.5, 0.75), chart.y(0) - top, kind, name))
     for value, name in marks:
         chart.vertical(value, name)
     most = int(many.argmax())
@@ -90,6 +93,7 @@ def scatter(
     x_name: str,
     y_name: str,
     kinds: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
     diagonal: bool = False,
     log_x: bool = False,
 ) -> str:
@@ -102,6 +106,7 @@ def scatter(
         x_name: what x is, with its unit.
         y_name: what y is, with its unit.
         kinds: (k,) of up to four kinds each dot is; they differ in shape, and a legend names them.
+        names: (k,) what each dot is, shown on hover.
         diagonal: whether both have the same scale and the line of equality is drawn.
         log_x: whether x is on a logarithmic scale; dots at or below 0 are left out.
     """
@@ -117,14 +122,14 @@ def scatter(
     wide, high = _span(shown, 0.05), _span(up[places], 0.05)
     if diagonal:
         wide = high = (min(wide[0], high[0]), max(wide[1], high[1]))
-    names: list[str] = list(dict.fromkeys(kinds[int(place)] for place in places)) if kinds is not None else []
-    chart = _Chart(wide, high, legend=names)
+    legend: list[str] = list(dict.fromkeys(kinds[int(place)] for place in places)) if kinds is not None else []
+    chart = _Chart(wide, high, legend=legend)
     chart.axes(x_name, y_name, across=_powers if log_x else None)
     if diagonal:
         chart.add(_line(*chart.at(wide[0], wide[0]), *chart.at(wide[1], wide[1]), "uw-mark"))
     for left, top, place in zip(shown, up[places], places, strict=True):
-        kind = names.index(kinds[int(place)]) if kinds is not None else 0
-        chart.add(_dot(*chart.at(left, top), kind))
+        kind = legend.index(kinds[int(place)]) if kinds is not None else 0
+        chart.add(_dot(*chart.at(left, top), kind, "" if names is None else names[int(place)]))
     thinned = "" if len(places) == total else f" of {total:,}, evenly chosen"
     line = " The dashed diagonal is where both are equal." if diagonal else ""
     description = (
@@ -358,13 +363,15 @@ def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "", 
     return f'<text{classes} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>{escape(text)}</text>'
 
 
-def _dot(x: float, y: float, kind: int) -> str:
+def _dot(x: float, y: float, kind: int, name: str = "") -> str:
     """A circle, a triangle, a square or a diamond."""
     kind %= KINDS
     shapes = {1: "M0-3.6L3.4 2.8H-3.4Z", 2: "M-2.7-2.7H2.7V2.7H-2.7Z", 3: "M0-3.8L3.8 0L0 3.8L-3.8 0Z"}
+    inside = f"<title>{escape(name)}</title>" if name else ""
     if kind == 0:
-        return f'<circle class="uw-dot uw-k0" cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>'
-    return f'<path class="uw-dot uw-k{kind}" d="{shapes[kind]}" transform="translate({x:.1f} {y:.1f})"/>'
+        return f'<circle class="uw-dot uw-k0" cx="{x:.1f}" cy="{y:.1f}" r="2.6">{inside}</circle>'
+    where = f'd="{shapes[kind]}" transform="translate({x:.1f} {y:.1f})"'
+    return f'<path class="uw-dot uw-k{kind}" {where}>{inside}</path>'
 
 
 def _numbers(values: ArrayLike) -> NDArray[np.float64]:
