@@ -196,3 +196,24 @@ def test_a_file_in_another_order_is_read_by_the_names_of_the_rows(tmp_path):
     assert (out["p004"], out["p006"], "p009" in out.index) == ("yes", "perhaps", False)
     unchanged = [name for name in out.index if name not in {"p004", "p006"}]
     assert out[unchanged].tolist() == whole.set_index("id")["label"][unchanged].tolist()
+
+
+def test_a_class_without_rows_is_written_as_the_others_are(tmp_path):
+    """Labels that a run keeps as 0.0 and 1.0 are whole numbers in the file, and so is a class that is new there."""
+    for cells, expected in ((("0", "1"), "2"), (("0.0", "1.0"), "2.0")):
+        file = tmp_path / "a.csv"
+        file.write_text("x,label\n" + "".join(f"{row},{cells[row % 2]}\n" for row in range(n)))
+        known = labels((0.0, 1.0, 2.0))
+        folder = tmp_path / expected
+        folder.mkdir()
+        corrected.apply(file, "label", known, verdicts(folder, known, 2.0), tmp_path / "b.csv")
+        assert (tmp_path / "b.csv").read_text().splitlines()[7] == f"6,{expected}"
+
+
+def test_a_copy_is_of_the_kind_that_its_name_says(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("x,label\n1,no\n")
+    for name in ("b.tsv", "b.tsv.gz", "b.parquet"):
+        with pytest.raises(InvalidInput, match=r"of different kinds.* Name it b\.csv\."):
+            rewritten.rewrite(file, "label", {0: "yes"}, (), tmp_path / name)
+    assert rewritten.labels_in(rewritten.rewrite(file, "label", {0: "yes"}, (), tmp_path / "b.csv"), "label") == ["yes"]

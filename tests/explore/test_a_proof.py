@@ -165,3 +165,15 @@ def test_the_other_commands(upweight, run, tmp_path):
     assert (tmp_path / "new.csv").read_text().splitlines()[1:11] == [
         f"row {k},{name}" for k, name in enumerate(truth()[:10])
     ]
+
+
+def test_a_loss_without_end_loses_no_proof(tmp_path):
+    truth = np.array([0, 1, 1])
+    losses = np.array([0.1, np.inf, 0.3])
+    answers = [proof.Answers(np.array(said), losses) for said in ([0, 0, 1], [0, 0, 1], [0, 1, 1])]
+    told = {"work": "w", "entry": 3, "at": "now", "relabelled": 1, "dropped": 0}
+    found = proof.proof(truth, *answers, **told)
+    assert found.losses["after"] is None
+    assert "–" in str(found)
+    proof.write(found, tmp_path)
+    assert proof.read(tmp_path, "w")[0].gained == 1

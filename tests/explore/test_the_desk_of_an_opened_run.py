@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from made import labels_of, made
 
+import upweight as uw
 from explored import browser, post
 from upweight.explore.explorer import Explorer
 from upweight.show.run import Run
@@ -94,3 +96,14 @@ def test_every_export_is_downloaded(folder):
         assert answer.status_code == 200, kind
         assert answer.headers["content-disposition"].startswith("attachment; filename=")
     assert client.get("/export/99").status_code == 404
+
+
+def test_a_row_may_have_the_label_of_a_query_alone(tmp_path):
+    """No training row has class 2, and the model says it of none; a query has it."""
+    module = torch.nn.Linear(2, 3).double()
+    torch.nn.init.zeros_(module.weight)
+    module.bias.data = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    X, y = torch.arange(12, dtype=torch.float64).reshape(6, 2), torch.tensor([0, 1] * 3)
+    influence = uw.explain(module, X, y, loss=torch.nn.functional.cross_entropy, penalty=0.1)
+    run = uw.write_run(influence, tmp_path / "run", X[:2], torch.tensor([0, 2]))
+    assert labels_of(run).classes == Explorer.open(run.path).desk.labels.classes == (0, 1, 2)

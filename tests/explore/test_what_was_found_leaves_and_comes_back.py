@@ -6,11 +6,12 @@ import csv
 import io
 import json
 import xml.etree.ElementTree as tree
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from made import CLASSES, N, labels_of, made, study, truth
+from made import CLASSES, N, labels as labels_of_no_run, labels_of, made, study, truth
 
 import upweight as uw
 from upweight.errors import InvalidInput
@@ -291,3 +292,14 @@ def test_a_file_that_does_not_fit_is_refused_whole(labels, tmp_path, name, conte
 def test_an_unknown_kind_is_refused(labels):
     with pytest.raises(InvalidInput, match="'xlsx' is no kind of export; there are csv, jsonl"):
         exports.exported("xlsx", labels, {})
+
+
+def test_a_row_without_a_loss_has_no_score():
+    known = labels_of_no_run(4)
+    losses = np.array([0.5, np.nan, 0.2, 0.1])
+    for scores in ({"loss": losses}, {}):
+        without = replace(known, scores=scores)
+        (tasks,) = [json.loads(exports._tasks(without, [0, 1], {}).content)]
+        told = [task["predictions"][0].get("score") for task in tasks]
+        assert told == ([pytest.approx(1 - np.exp(-0.5)), None] if scores else [None, None])
+        assert exports._cleanlab(without, {})["label_quality"][1] is None

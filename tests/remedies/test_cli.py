@@ -232,6 +232,13 @@ def test_a_job_goes_on_with_the_study_that_it_was(told, kept):
     assert Path("once more").read_bytes() == kept
 
 
+def test_a_job_goes_on_with_the_function_that_it_was(told, kept):
+    with refused(" names another function than ", "Name the same one; for another study"):
+        typed("resume", "kept", "--study", "cli_studies.py:other", "--out", "again")
+    told("resume", "kept", "--study", "cli_studies.py:good", "--out", "again")
+    assert Path("again").read_bytes() == kept
+
+
 def test_a_job_is_a_command_that_keeps_a_folder(told, kept):
     file = Path("kept", "job.toml")
     file.write_text(file.read_text().replace('"score"', '"demo"'))

@@ -126,6 +126,12 @@ def words(folder: Path, study: str, places: Mapping[str, Path]) -> list[str]:
             "the numbers are the same."
         )
         raise InvalidInput(message)
+    if _asked_of(study, digest) != _asked_of(found.study, digest):
+        message = (
+            f"{study} names another function than {found.study}, of which the job of {folder} is. Name the same one; "
+            f"for another study type its own command, with another --store than {folder}."
+        )
+        raise InvalidInput(message)
     settings = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, value in found.settings.items()
@@ -138,3 +144,9 @@ def words(folder: Path, study: str, places: Mapping[str, Path]) -> list[str]:
         f"--store={folder}",
         *(f"--{name}={path}" for name, path in places.items()),
     ]
+
+
+def _asked_of(study: str, digest: str) -> str:
+    """What is asked of a study's file: the function behind the colon; of what has no file, the whole name."""
+    function = study.rpartition(":")[2]
+    return study if not digest else function if ":" in study and function.isidentifier() else ""

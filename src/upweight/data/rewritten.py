@@ -73,9 +73,9 @@ def rewrite(file: Path, column: str, changed: Mapping[int, Any], dropped: Collec
         message = f"{out} is the file itself, which is never edited. Name another one, such as corrected-{out.name}."
         raise InvalidInput(message)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if is_parquet(file) != is_parquet(out):
+    if _kind(file) != _kind(out):
         message = (
-            f"{file} and {out} are of different kinds, and the copy has the file's. Name it {out.stem}{file.suffix}."
+            f"{file} and {out} are of different kinds, and the copy has the file's. Name it {_bare(out)}{_kind(file)}."
         )
         raise InvalidInput(message)
     unfinished = out.with_name(f".{out.name}{_UNFINISHED}")
@@ -83,6 +83,17 @@ def rewrite(file: Path, column: str, changed: Mapping[int, Any], dropped: Collec
     with unfinished.open("rb") as stream:
         os.fsync(stream.fileno())
     return unfinished.replace(out)
+
+
+def _kind(file: Path) -> str:
+    """The ending by which a reader knows what separates cells: .parquet, .tsv, or .csv of all others, zipped or not."""
+    name = file.name.lower().removesuffix(".gz")
+    return ".parquet" if is_parquet(file) else ".tsv" if name.endswith(".tsv") else ".csv"
+
+
+def _bare(file: Path) -> str:
+    """A name without such an ending."""
+    return file.name.split(".")[0] or "corrected"
 
 
 def separator(file: Path) -> str:

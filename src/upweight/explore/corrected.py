@@ -76,10 +76,20 @@ def apply(
         label: cells[places[row]] for row, label in ((row, labels.given(row)) for row in places)
     }
     wrong = {row: one for row, one in verdicts.items() if one.wrong}
-    changed = {places[row]: written.get(one.label, one.label) for row, one in wrong.items() if one.action == RELABEL}
+    whole = not any("." in str(cell) for cell in cells)  # a class without a row yet is written as the others are
+    changed = {
+        places[row]: written.get(one.label, _written(one.label, whole))
+        for row, one in wrong.items()
+        if one.action == RELABEL
+    }
     dropped = {places[row] for row, one in wrong.items() if one.action != RELABEL}
     rewritten.rewrite(file, column, changed, dropped, out)
     return Corrections(out, len(changed), len(dropped), len(cells))
+
+
+def _written(label: Label | None, whole: bool) -> Label | None:
+    """A label that stands nowhere in the file, as a whole number where all others are."""
+    return int(label) if whole and isinstance(label, float) and label.is_integer() else label
 
 
 def _places(file: Path, cells: list[Any], labels: Labels, names: str | None) -> dict[int, int]:

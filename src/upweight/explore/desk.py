@@ -112,7 +112,8 @@ def _indexed(opened: Indexed) -> Labels:
     codes, said = opened.codes(0), opened.codes(1)
     if (codes < 0).any():
         return labels_of(opened.run)  # which says what is missing
-    used = np.unique(np.concatenate([codes, said[said >= 0]]))
+    asked = [code for (code,) in opened.ask("select distinct class from queries where class is not null", [])]
+    used = np.unique(np.concatenate([codes, said[said >= 0], np.array(asked, dtype=np.int32)]))
     classes = tuple(_class(opened, code) for code in used.tolist())
     columns = ("self_influence", "loss", "margin")
     numbers = np.full((3, opened.n), np.nan)
@@ -130,8 +131,10 @@ def _indexed(opened: Indexed) -> Labels:
 
 def _class(opened: Indexed, code: int) -> Any:
     """The label that a number of a class stands for, of its own type."""
-    found = opened.ask("select label from rows where class = ? limit 1", [code])
-    return (found or opened.ask("select prediction from rows where said = ? limit 1", [code]))[0][0]
+    for side, column, by in (("rows", "label", "class"), ("rows", "prediction", "said"), ("queries", "label", "class")):
+        if found := opened.ask(f"select {column} from {side} where {by} = ? limit 1", [code]):
+            return found[0][0]
+    raise LookupError(code)  # the code was read from one of these
 
 
 def _user() -> str:

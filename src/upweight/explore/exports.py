@@ -130,7 +130,7 @@ def _cleanlab(labels: Labels, verdicts: Verdicts) -> dict[str, list[Any]]:
     issue[[row for row, one in verdicts.items() if one.wrong]] = True
     return {
         "is_label_issue": issue.tolist(),
-        "label_quality": np.exp(-np.maximum(labels.scores["loss"], 0)).tolist(),
+        "label_quality": [None if math.isnan(loss) else math.exp(-max(loss, 0.0)) for loss in _losses(labels).tolist()],
         "given_label": given.tolist(),
         "predicted_label": np.where(np.isin(labels.said, known), said, given).tolist(),
     }
@@ -148,6 +148,11 @@ def _parquet(columns: Mapping[str, list[Any]]) -> bytes:
     buffer = io.BytesIO()
     parquet.write_table(arrow.table(plain), buffer)
     return buffer.getvalue()
+
+
+def _losses(labels: Labels) -> np.ndarray:
+    """(n,) NaN where a row has none."""
+    return labels.scores.get("loss", np.full(labels.n, np.nan))
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +175,7 @@ def _guarded(count: int) -> tuple[str, ...]:
 
 def _tasks(labels: Labels, rows: Sequence[int], cards: Mapping[int, Card]) -> Exported:
     """Label Studio's tasks: what a row looks like, and the suggested label as a prediction with a score."""
-    tasks = []
+    tasks, losses = [], _losses(labels)
     for row in rows:
         kind, value = _shown(cards.get(row), row)
         said = labels.predicted(row)
@@ -181,8 +186,8 @@ def _tasks(labels: Labels, rows: Sequence[int], cards: Mapping[int, Card]) -> Ex
             task["data"]["id"] = labels.name(row)
         if said is not None:
             choice = {"from_name": "label", "to_name": "item", "type": "choices", "value": {"choices": [str(said)]}}
-            doubt = 1 - math.exp(-max(float(labels.scores["loss"][row]), 0.0))
-            task["predictions"] = [{"model_version": "upweight", "score": doubt, "result": [choice]}]
+            score = {} if math.isnan(losses[row]) else {"score": 1 - math.exp(-max(float(losses[row]), 0.0))}
+            task["predictions"] = [{"model_version": "upweight", **score, "result": [choice]}]
         tasks.append(task)
     note = (
         f"{len(tasks)} tasks of rows that are not decided yet. Set the project up with the export "

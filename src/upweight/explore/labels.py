@@ -123,7 +123,8 @@ def labels_of(run: Run) -> Labels:
         )
         raise InvalidInput(message + "folder, Xq, yq).")
     parts = [rows.labels, _predictions(rows)]
-    values = np.unique(np.concatenate([part for part in parts if part is not None]))
+    asked = _of_queries(run, rows.labels)
+    values = np.unique(np.concatenate([part for part in [*parts, asked] if part is not None]))
     if not _are_classes(values):
         message = (
             f"The rows of {run.path} have {len(values):,} different labels such as {values[0]}, which are measurements "
@@ -147,6 +148,12 @@ def _predictions(rows: Items) -> NDArray[Any] | None:
     assert rows.labels is not None  # `labels_of` has looked
     found, text = rows.predictions, rows.labels.dtype.kind in "US"
     return found if found is not None and (found.dtype.kind in "US") == text else None
+
+
+def _of_queries(run: Run, given: NDArray[Any]) -> NDArray[Any] | None:
+    """The labels of the queries, where they are of the rows' kind: a row may have the label of a query alone."""
+    found = None if run.queries is None else run.queries.labels
+    return found if found is not None and (found.dtype.kind in "US") == (given.dtype.kind in "US") else None
 
 
 def _are_classes(values: NDArray[Any]) -> bool:

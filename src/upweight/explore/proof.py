@@ -67,7 +67,7 @@ class Proof:
         gained, lost: how many were wrong in the control and are right now, and the other way round.
         low, high: 95 % interval of the difference of the accuracies, for other queries of the same kind (Tango).
         p: of McNemar's exact test.
-        losses: mean loss by the three models.
+        losses: mean loss by the three models, None where one query's is not finite.
         loss_low, loss_high: 95 % interval of the change of the mean loss (paired t).
         flips: the queries whose answers changed.
     """
@@ -84,7 +84,7 @@ class Proof:
     low: float
     high: float
     p: float
-    losses: Mapping[str, float]
+    losses: Mapping[str, float | None]
     loss_low: float | None
     loss_high: float | None
     flips: Sequence[Flip] = field(repr=False)
@@ -121,7 +121,8 @@ class Proof:
         models = {"before": "the run's model", "control": "trained again, nothing changed", "after": "corrected"}
         lines = [f"{self.relabelled} labels corrected, {self.dropped} rows dropped", ""]
         lines += [f"{'':<32} {'accuracy':>9} {'mean loss':>10}"]
-        lines += [f"{told:<32} {self.accuracy(key):>9.2%} {self.losses[key]:>10.4f}" for key, told in models.items()]
+        means = {key: "–" if loss is None else f"{loss:.4f}" for key, loss in self.losses.items()}
+        lines += [f"{told:<32} {self.accuracy(key):>9.2%} {means[key]:>10}" for key, told in models.items()]
         return "\n".join([*lines, "", self.says(), f"McNemar's exact p = {self.p:.3g}"])
 
 
@@ -155,7 +156,8 @@ def proof(
     gained = int((right["after"] & ~right["control"]).sum())
     lost = int((right["control"] & ~right["after"]).sum())
     low, high = intervals.difference(gained, lost, len(truth))
-    loss_low, loss_high = _change(after.losses - control.losses)
+    with np.errstate(invalid="ignore"):  # two losses without end differ by no number
+        loss_low, loss_high = _change(after.losses - control.losses)
     flipped = np.flatnonzero(control.labels != after.labels)[:MOST_FLIPS].tolist()
     flips = [
         Flip(
@@ -176,7 +178,7 @@ def proof(
         low=low,
         high=high,
         p=intervals.mcnemar(gained, lost),
-        losses={name: float(one.losses.mean()) for name, one in models.items()},
+        losses={name: _finite(one.losses.mean()) for name, one in models.items()},
         loss_low=loss_low,
         loss_high=loss_high,
         flips=flips,

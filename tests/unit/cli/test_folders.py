@@ -128,7 +128,8 @@ def strangers(upweight, tmp_path):
 
     def made(**told):
         job.write(
-            folder, job.Job(**{"command": "score", "study": "theirs/evil.py:f", "sha256": mine, "folder": ".", **told})
+            folder,
+            job.Job(**{"command": "score", "study": "theirs/evil.py:good", "sha256": mine, "folder": ".", **told}),
         )
         return folder
 
@@ -139,7 +140,7 @@ def test_the_study_of_a_folder_is_not_run(upweight, strangers):
     """Its name is shown at most; what is run is what the user names, if it is the same file."""
     folder = strangers()
     assert upweight("resume", folder)[0] == 2  # --study is required
-    code, _, err = upweight("resume", folder, "--study", "theirs/evil.py:f")
+    code, _, err = upweight("resume", folder, "--study", "theirs/evil.py:good")
     assert code == 3
     assert "is not the study of" in err
     assert "evil" not in sys.modules
