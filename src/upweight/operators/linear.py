@@ -171,7 +171,7 @@ class LinearHessian:
         """
         if not self.sparse or ranks.several() or self.sweep.batch_size is not None:
             return None
-        needed = self._chunk * (1 + vectors) * sparse.row_bytes(self._x, self._structure.n_outputs)
+        needed = min(self._chunk, self.sweep.n) * (1 + vectors) * sparse.row_bytes(self._x, self._structure.n_outputs)
         if needed > self.sweep.at_most(self.sweep.memory, 4):
             return None
         sums = Sums()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -171,8 +171,9 @@ def _classes(desk: Desk) -> list[dict[str, Any]]:
     """Classes by their numbers, with the key that chooses each."""
     names = [str(name) for name in desk.labels.classes]
     digits = all(len(name) == 1 and name in "0123456789" for name in names)
-    keys: Callable[[int], str] = lambda place: names[place] if digits else str((place + 1) % 10) if place < 10 else ""  # noqa: E731
-    return [{"class": place, "name": name, "key": keys(place)} for place, name in enumerate(desk.labels.classes)]
+    keys = names if digits else [*"1234567890"[: len(names)], *[""] * (len(names) - 10)]
+    pairs = zip(desk.labels.classes, keys, strict=True)
+    return [{"class": place, "name": name, "key": key} for place, (name, key) in enumerate(pairs)]
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
