@@ -144,6 +144,8 @@ def test_the_other_commands(upweight, run, tmp_path):
     assert (code, out.splitlines()[0]) == (0, "0 entries. What stands: 0 keep, 0 relabel, 0 drop, 0 skip.")
     reviewed(run)
     assert upweight("export", run.path, "--out", "r.csv")[0] == 0
+    assert upweight("export", run.path, "--out", "r.csv")[0] == 3  # somebody may have worked in it
+    assert upweight("export", run.path, "--out", "r.csv", "--overwrite")[0] == 0
     for kind in ("jsonl", "parquet", "cleanlab", "label-studio", "label-studio-setup", "patch"):
         code, out, _ = upweight("export", run.path, "--as", kind)
         assert code == 0, kind

@@ -289,6 +289,18 @@ def test_a_file_is_wanted(told, command, option):
     assert Path(name).stat().st_size > 100
 
 
+def test_a_file_that_is_there_is_not_replaced_unasked(told):
+    told("run", "cli_studies.py:good", "--store", "kept run")
+    told("export", "kept run", "--out", "said.csv")
+    Path("said.csv").write_text("mine")
+    with refused(" is there already, and somebody may have worked in it", "Name another place, or add "):
+        typed("export", "kept run", "--out", "said.csv")
+    assert Path("said.csv").read_text() == "mine"
+    told("export", "kept run", "--out", "other.csv")
+    told("export", "kept run", "--out", "said.csv", "--overwrite")
+    assert Path("said.csv").read_bytes() == Path("other.csv").read_bytes()
+
+
 def test_a_folder_is_wanted(told):
     Path("taken").touch()
     with refused(" needs the folder ", "Name another place"):

@@ -8,19 +8,26 @@ from pathlib import Path
 from upweight.errors import InvalidInput, require
 
 
-def check_file(file: Path, option: str, example: str = "results") -> None:
+def check_file(file: Path, option: str, example: str = "results", *, overwrite: bool = True) -> None:
     """Raises for a file that could not be written.
 
     Args:
         file: where; folders that are missing will be made.
         option: the option that named it.
         example: a name that would do.
+        overwrite: whether it may take the place of a file that is there.
 
     Raises:
-        InvalidInput: if it is a folder, or its folder is a file, or may not be written to.
+        InvalidInput: if it is a folder, or its folder is a file, or may not be written to; or if it is there already.
     """
     if file.is_dir():
         message = f"{option} {file} is a folder, and a file is wanted. Name one, such as {file / example}."
+        raise InvalidInput(message)
+    if file.exists() and not overwrite:
+        message = (
+            f"{option} {file} is there already, and somebody may have worked in it. Name another place, or add "
+            "--overwrite."
+        )
         raise InvalidInput(message)
     check_folder(file.parent, option)
 

@@ -6,7 +6,7 @@ import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upweight.cli.console import As, Json, RunFolder, StudyName, command, load, show
+from upweight.cli.console import As, Json, RunFolder, StudyName, Switch, command, load, show
 from upweight.cli.outputs import check_file
 
 if TYPE_CHECKING:  # nothing here may import torch before a command runs
@@ -70,6 +70,7 @@ def export(
     budget: int = 100,
     controls: float = 0.2,
     seed: int = 0,
+    overwrite: Switch = False,
     json: Json = False,
 ) -> int:
     """Reviews as a file: csv, jsonl, parquet, cleanlab, label-studio, label-studio-setup or patch.
@@ -86,19 +87,19 @@ def export(
         budget: how many rows are in the queue.
         controls: the share of them that is drawn at random.
         seed: of the draws.
+        overwrite: replace a file that is there.
         json: print as JSON.
     """
     from upweight.explore import exports, queue
     from upweight.runs.files import write_file
 
-    if out is not None:
-        check_file(out, "--out", "reviews.csv")
     labels, log = _opened(run)
     rows: list[int] = []
     if kind in {exports.LABEL_STUDIO, exports.LABEL_STUDIO_SETUP}:
         rows = queue.planned(queue.Queue(by, budget, controls, seed), labels).rows.tolist()
     made = exports.exported(kind, labels, log.verdicts(), queue=rows, cards=_cards(_run(run)))
     file = Path(made.name) if out is None else out
+    check_file(file, "--out", "reviews.csv", overwrite=overwrite)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, made.content)
     text = "\n".join([f"{kind} written to {file}: {len(made.content):,} bytes", *made.notes])
@@ -108,8 +109,14 @@ def export(
 
 @command
 def apply(
-    run: RunFolder, to: Path, label: str, out: Path, ids: str | None = None, json: Json = False
-) -> int:  # fmt: skip
+    run: RunFolder,
+    to: Path,
+    label: str,
+    out: Path,
+    ids: str | None = None,
+    overwrite: Switch = False,
+    json: Json = False,
+) -> int:
     """Write a corrected copy of the table that a run's rows came from; the table itself is never edited.
 
     Labels become those that were found right, rows that were dropped leave, and everything else stays: types,
@@ -121,11 +128,12 @@ def apply(
         label: the column of the labels.
         out: the copy.
         ids: the column of the rows' names, where the table has other rows than the run, or in another order.
+        overwrite: replace a copy that is there.
         json: print as JSON.
     """
     from upweight.explore import corrected
 
-    check_file(out, "--out", f"corrected-{to.name}")
+    check_file(out, "--out", f"corrected-{to.name}", overwrite=overwrite)
     labels, log = _opened(run)
     made = corrected.apply(to, label, labels, log.verdicts(), out, ids)
     show(made.to_dict(), str(made), json)
