@@ -1360,3 +1360,36 @@ def test_rows_of_which_no_label_is_counted_are_left_out():
     rows = [row for row in rows if any(label != -100 for label in row["labels"][1:])]
     expected = next_of_twelve(sequences()).on_loss(sequences()[:1]).values
     np.testing.assert_allclose(next_of_twelve(rows).on_loss(sequences()[:1]).values, expected)
+
+
+class Pooled(nn.Module):
+    """A mean over positions, padded ones too."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(8, 2)
+
+    def forward(self, x, padded):
+        return self.head(self.encoder(x, src_key_padding_mask=padded).mean(1))
+
+
+def test_a_model_that_predicts_otherwise_without_gradients():
+    torch.manual_seed(0)
+    model, x = Pooled().eval(), torch.randn(8, 5, 8)
+    padded = torch.arange(5)[None] >= torch.tensor([5, 3, 3, 4, 5, 3, 4, 3])[:, None]
+    y = torch.arange(8) % 2
+    with warned("gives other outputs under torch.no_grad() in eval()", "Predict after torch.backends.mha."):
+        influence = uw.explain(model, {"x": x, "padded": padded}, y, loss=F.cross_entropy, damping=0.1)
+    given = influence.on_loss({"x": x, "padded": padded}, y).query_values
+    trained = F.cross_entropy(model(x, padded), y, reduction="none").detach().numpy()
+    same(given, trained, 1e-6)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            same(F.cross_entropy(model(x, padded), y, reduction="none").numpy(), given, 1e-6)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    pooled = {"x": x, "padded": torch.zeros(8, 5, dtype=torch.bool)}
+    uw.explain(model, pooled, y, loss=F.cross_entropy, damping=0.1)  # says nothing

@@ -14,9 +14,10 @@ from upweight.adapters.criteria import Criterion, Reduction
 from upweight.data.trees import batch_length, leaves, take, tree_map
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, first_line
 from upweight.model import calculus
-from upweight.model.modules import forward
+from upweight.model.modules import forward, plainly
 from upweight.model.objective import Objective
 
+_PREDICTED = 1e-3  # of the largest output: other kernels round otherwise
 _COMPARED, _FEWEST = 8, 3  # rows on which it is tried whether a criterion compares them
 
 
@@ -75,6 +76,7 @@ def refuse_batch_effects(
             )
             raise InvalidInput(message) from error
     _compare_outputs(model, together, one_by_one)
+    _name_other_predictions(model, state, cast[0], together)
     shapes = (tuple(together.shape), [tuple(leaf.shape) for leaf in leaves(cast[1])])
     how = comparison(criterion, together, cast[1])
     _compare_losses(reduction, singles, reduction.counted(cast[1]), batch, shapes, how)
@@ -92,6 +94,30 @@ def _compare_outputs(model: torch.nn.Module, together: Tensor, one_by_one: Tenso
             "model.eval(), which ends batch statistics, or take the mean over axes of one example."
         )
         raise UnsupportedModel(message)
+
+
+def _name_other_predictions(model: torch.nn.Module, state: dict[str, Tensor], x: Any, trained: Tensor) -> None:
+    """A TheoryWarning about a model that predicts otherwise where nothing is differentiated, as it is asked later."""
+    attention = torch.nn.TransformerEncoder | torch.nn.TransformerEncoderLayer | torch.nn.MultiheadAttention
+    if not any(isinstance(module, attention) for module in model.modules()):
+        return
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            predicted = plainly(model, state, x)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return  # the way without gradients does not take what the other takes
+    off = (predicted - trained).abs().reshape(-1) if predicted.shape == trained.shape else torch.tensor([torch.inf])
+    if not bool((off > _PREDICTED * (1 + float(trained.abs().max()))).any()):
+        return
+    message = (
+        f"{type(model).__name__} gives other outputs under torch.no_grad() in eval() than where it is differentiated; "
+        f"the largest difference is {float(off.max()):.3g}. Usual reason: there torch.nn.TransformerEncoder sets the "
+        "outputs of padded positions to 0, and the model reads them, such as in a mean over positions. Values are of "
+        "the outputs that were trained. Predict after torch.backends.mha.set_fastpath_enabled(False), which gives the "
+        "same, or read no padded positions."
+    )
+    warnings.warn(message, TheoryWarning, stacklevel=5)
 
 
 def compares(model: torch.nn.Module, reduction: Reduction, probe: Any) -> str:
