@@ -101,3 +101,30 @@ def test_stacked_training_of_a_factory_s_model(kind):
     for column, row in enumerate((1, 4)):
         expected = np.subtract(trained_by_hand(kind, [row], lr=0.1, epochs=3), base)
         np.testing.assert_allclose(found.actual[:, column], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["causal", "classifier"])
+@pytest.mark.parametrize("way", [uw.minibatch.Placed, uw.minibatch.Shuffled])
+def test_stacked_training_in_small_batches_whose_padding_differs(kind, way):
+    """Every batch is padded to its own longest row by whoever trains by hand, and to the longest of all in here."""
+    without, seed, size = [1], 5, 2
+    influence = uw.explain(built(kind), rows(kind), damping=1.0)
+    spec = uw.StackedTraining(uw.minibatch.SGD(lr=0.1), way(size), epochs=2, factory=lambda: built(kind, 3))
+    left = np.ones(len(ROWS))
+    left[without] = 0
+    (found,) = spec.bind(influence).many(left[None], [seed])
+    model, own, draw = built(kind, 3), weights(kind) * left, np.random.default_rng([seed, 1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        order = draw.permutation(len(ROWS))
+        if way is uw.minibatch.Shuffled:
+            order = order[left[order] != 0]
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            optimizer.zero_grad()
+            total = sum(own[k] * loss(model, rows(kind)[k])[0] for k in batch)
+            (total / len(batch)).backward()
+            optimizer.step()
+    expected = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    moved = expected - torch.cat([p.detach().reshape(-1) for p in built(kind, 3).parameters()])
+    assert float((found - expected).abs().max()) < 1e-4 * float(moved.abs().max())
