@@ -83,7 +83,8 @@ PAGES = {
     "page_of_queries": [f"/queries?page={page}" for page in range(3)],
     "page_of_rows": [f"/rows?page={page}" for page in (0, 7, 20_000, 39_999)],
     "page_of_rows_sorted": [f"/rows?sort=self-influence&down=1&page={page}" for page in range(5)],
-    "page_of_a_row": [f"/rows/{row}" for row in (3, 500_000, 999_999)],
+    "page_of_a_row": [f"/rows/{row}" for row in (3, 77_777, 222_222, 500_000, 999_999)],
+    "page_of_review": ["/review", "/review?at=40", "/review?by=loss&budget=1000", "/review?by=margin&at=90"],
     "page_of_slices": ["/slices", "/slices?rows=1&queries=0"],
     "filter": [
         "/rows?truth=wrong",

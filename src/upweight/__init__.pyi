@@ -3,7 +3,7 @@
 from . import adapters as adapters, apps as apps, errors as errors, operators as operators, solvers as solvers
 from .adapters import explain as explain
 from .cli.study import Study as Study
-from .data import datasets as datasets
+from .data import datasets as datasets, markup as markup
 from .data.examples import Examples as Examples
 from .evaluation.curves import (
     MislabelCurve as MislabelCurve,

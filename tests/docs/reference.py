@@ -32,6 +32,7 @@ MODULES = (
     "upweight.penalties",
     "upweight.defaults",
     "upweight.diagnostics",
+    "upweight.markup",
 )
 FOLDER = Path("docs/reference")
 _LISTS = ("Args", "Raises", "Attributes")

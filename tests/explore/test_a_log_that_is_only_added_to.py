@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import sqlite3
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,59 @@ from made import labels, log
 
 from upweight.errors import Damaged, InvalidInput, Outdated, RowOutOfRange, StorageFailed, StoreMismatch
 from upweight.explore.reviews import Reviews
+
+
+@contextmanager
+def read_only(folder):
+    """A folder that may be read and not written, not by root either, who is somebody else meanwhile."""
+    root = os.geteuid() == 0
+    above = folder.parents[:-2] if root else []
+    modes = {one: one.stat().st_mode for one in (*above, folder, *folder.iterdir())}
+    for one in above:
+        one.chmod(one.stat().st_mode | 0o055)
+    for file in folder.iterdir():
+        file.chmod(0o444)
+    folder.chmod(0o555)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for one, mode in modes.items():
+            one.chmod(mode)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_log_in_a_folder_that_may_not_be_written_is_read(tmp_path, killed):
+    reviews = log(tmp_path)
+    reviews.decide(4, "relabel", new=7, who="ann")
+    if not killed:
+        reviews.close()  # what stood beside the file is in it
+    assert (tmp_path / "reviews.sqlite-wal").exists() == killed
+    with read_only(tmp_path):
+        seen = Reviews(tmp_path, labels())
+        assert [(one.row, one.new, one.who) for one in seen.entries()] == [(4, 7, "ann")]
+        with pytest.raises(StorageFailed, match="Nothing was kept of this decision"):
+            seen.decide(5, "keep")
+        assert [one.row for one in seen.entries()] == [4]
+    seen.decide(5, "keep")  # the folder was made writable
+    reviews.decide(6, "drop")
+    assert [one.row for one in seen.entries()] == [4, 5, 6]
+    assert [one.row for one in Reviews(tmp_path, labels()).entries()] == [4, 5, 6]
+
+
+def test_what_was_added_meanwhile_is_seen_by_who_only_reads(tmp_path):
+    first = log(tmp_path)
+    first.decide(4, "keep")
+    first.close()
+    with read_only(tmp_path):
+        seen = Reviews(tmp_path, labels())
+    other = Reviews(tmp_path, labels())
+    other.decide(5, "keep")
+    other.close()
+    assert [one.row for one in seen.entries()] == [4, 5]
 
 
 def test_what_stands_is_a_fold_of_the_log(tmp_path):

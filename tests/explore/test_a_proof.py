@@ -64,13 +64,14 @@ def test_the_proof_is_what_scikit_learn_finds(upweight, run):
     loss = -own.predict_log_proba(Xq)[np.arange(len(yq)), np.searchsorted(own.classes_, yq)]
     assert told["losses"]["after"] == pytest.approx(loss.mean(), rel=1e-4)
     assert (told["relabelled"], told["dropped"], told["entry"]) == (10, 2, 12)
-    (read,) = proof.read(run.path, told["work"])
+    (read,), refused = proof.read(run.path, told["work"])
+    assert refused == []
     assert json.loads(json.dumps(read.to_dict())) == {name: value for name, value in told.items() if name != "file"}
     again = upweight("prove", "cli_studies.py:study", "--run", run.path, "--store", "kept")
     assert again[0] == 0
     assert "McNemar's exact p" in again[1]
     with pytest.raises(Damaged, match="belongs to another run"):
-        proof.read(run.path, "0" * 16)
+        proof.opened(next(run.path.glob("proof-*.json")), "0" * 16)
 
 
 def test_another_study_proves_nothing(upweight, run):
@@ -133,10 +134,18 @@ def test_counts_by_hand():
 def test_a_proof_that_cannot_have_been_written_is_damaged(tmp_path, change):
     told = {"work": "w", "entry": 3, "at": "2026-01-01T00:00:00Z", "relabelled": 2, "dropped": 0}
     file = proof.write(proof.proof(np.zeros(4), answers([0] * 4), answers([1] * 4), answers([0] * 4), **told), tmp_path)
-    assert len(proof.read(tmp_path, "w")) == 1
+    assert proof.opened(file, "w").entry == 3
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(Damaged, match="is no proof of this run"):
-        proof.read(tmp_path, "w")
+        proof.opened(file, "w")
+    other = proof.write(
+        proof.proof(np.zeros(4), answers([0] * 4), answers([1] * 4), answers([0] * 4), **{**told, "entry": 4}), tmp_path
+    )
+    found, refused = proof.read(tmp_path, "w")  # the others are shown
+    assert [one.entry for one in found] == [4]
+    assert other.name != file.name
+    assert len(refused) == 1
+    assert file.name in refused[0]
 
 
 def test_the_other_commands(upweight, run, tmp_path):
@@ -178,4 +187,4 @@ def test_a_loss_without_end_loses_no_proof(tmp_path):
     assert found.losses["after"] is None
     assert "–" in str(found)
     proof.write(found, tmp_path)
-    assert proof.read(tmp_path, "w")[0].gained == 1
+    assert proof.read(tmp_path, "w")[0][0].gained == 1

@@ -13,6 +13,7 @@ from explored import browser, influence, queries
 from upweight.errors import Damaged, InvalidInput
 from upweight.explore import index
 from upweight.explore.explorer import Explorer
+from upweight.explore.pages.row import rank
 from upweight.explore.tables import match_of, pack, twin_of, unpack
 from upweight.runs.files import read_tensors, write_tensors
 
@@ -132,3 +133,27 @@ def test_words_are_quoted():
     assert match_of("cheap watch") == '"cheap" "watch"*'
     assert match_of('a" OR b*') == '"a" "OR" "b"*'
     assert match_of("!?*") is None
+
+
+def test_ranks_are_counted_from_some_of_the_values_also_where_many_are_equal(folder, monkeypatch):
+    monkeypatch.setattr(index, "_RANKED", 7)
+    values = uw.Run.open(folder).rows.self_influence.round(4)
+    assert len(np.unique(values)) < len(values)
+    known = index.ranks(values)
+    assert known == [(value, int((values > value).sum())) for value in np.sort(values)[::-1][6::7].tolist()]
+    file = folder / "items-000000.safetensors"
+    arrays, card = read_tensors(file)
+    write_tensors(file, {**arrays, "self_influence": values}, card)
+    explorer = Explorer.open(folder)
+    for row in range(0, 500, 3):
+        assert rank(explorer, explorer.item("rows", row)) == 1 + (values > values[row]).sum()
+
+
+def test_the_last_events_are_those_of_all(folder):
+    run = uw.Run.open(folder)
+    assert run.last_events(3) == run.events[-3:]
+    assert run.last_events(10**6) == run.events
+    (folder / "events.jsonl").write_text("\n".join(json.dumps({"event": "é" * 900, "name": k}) for k in range(50)))
+    assert run.last_events(5) == run.events[-5:]
+    (folder / "events.jsonl").unlink()
+    assert run.last_events(5) == []

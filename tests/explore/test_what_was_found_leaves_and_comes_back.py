@@ -269,6 +269,8 @@ def test_what_label_studio_exports_comes_back(run, labels, log, tmp_path):
         ("a.csv", "row,label,action\n0,wolf,keep\n", "names no classes"),
         ("a.csv", "row,old,new\n0,nothing,dog\n", "names no classes"),
         ("a.csv", "a,b\n1,2\n", "it has the columns a, b"),
+        ("a.csv", 'row,action,why\n0,keep,"a\nb"\n\n900,keep,"c\nd"\n', "line 5: row '900' does not exist"),
+        ("a.csv", 'row,action,why\n0,keep,"a\nb"\n1,"x\ny"\n', "line 4 has 2 cells and the first 3"),
         ("a.csv", "row,action\n0\n", "line 2 has 1 cells and the first 2"),
         ("a.csv", "", "it has the columns"),
         ("a.jsonl", "{", "cannot be read as reviews"),

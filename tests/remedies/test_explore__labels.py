@@ -265,10 +265,10 @@ def test_a_proof_that_is_none_is_deleted_and_made_again(tmp_path):
     file = proof.write(found, tmp_path)
     file.write_text(json.dumps({"format": 1}))
     with refused(" is no proof of this run (", "Delete it, and make it again: upweight prove STUDY --run RUN"):
-        proof.read(tmp_path, "w")
+        proof.opened(file, "w")
     file.unlink()
     proof.write(found, tmp_path)
-    assert len(proof.read(tmp_path, "w")) == 1
+    assert [len(part) for part in proof.read(tmp_path, "w")] == [1, 0]
 
 
 def test_a_log_that_was_moved_away_takes_nothing(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from numpy.typing import NDArray
 
+from upweight.apps import notebook
 from upweight.apps.names import listed, names_in_json, plain, short
 
 _SHOWN = 20  # answers in a text
@@ -149,6 +150,18 @@ class Contrast:
         }
 
     def __str__(self) -> str:
+        more = [f"  … and {len(self.answers) - _SHOWN} more"] if len(self.answers) > _SHOWN else []
+        return "\n".join([self._told, *(_said(answer) for answer in self.answers[:_SHOWN]), *more])
+
+    def _repr_html_(self) -> str:
+        head = ["query", "says", "rows", "margin now", "nothing changed", "predicted", "really", "outcome"]
+        return notebook.shown(
+            notebook.table(f"Contrast: {self.change}", head, map(_cells, self.answers)), said=[self._told]
+        )
+
+    @property
+    def _told(self) -> str:
+        """How many there are and what became of them, in a sentence."""
         left = len(self.answers) - self.corrected_alone
         rate = f" ({self.corrected_rate:.0%})" if left else ""
         failed = any(answer.alone is None for answer in self.answers)
@@ -157,13 +170,31 @@ class Contrast:
             if failed
             else f"control: training again with nothing changed corrects {self.corrected_alone} of {len(self.answers)}"
         )
-        head = (
+        return (
             f"{len(self.answers)} wrong predictions, {self.change}: {self.corrected} of {left}{rate} are really "
             f"corrected after training again ({control}); median set {self.median_set_size:g} rows; actual over "
             f"predicted change of the margin {self.calibration:.2f}"
         )
-        more = [f"  … and {len(self.answers) - _SHOWN} more"] if len(self.answers) > _SHOWN else []
-        return "\n".join([head, *(_said(answer) for answer in self.answers[:_SHOWN]), *more])
+
+
+def _cells(answer: Answer) -> list[str]:
+    """One query's answer as a line of a table."""
+    query = answer.query if answer.query_id is None else short(answer.query_id)
+    if answer.corrected_alone:
+        outcome = "corrected with nothing changed"
+    elif not len(answer.rows):
+        outcome = "no set is predicted to be enough"
+    else:
+        outcome = "corrected" if answer.corrected else f"NOT confirmed: {answer.refused or answer.after}"
+    grown = "" if answer.grown is None else f"; {len(answer.grown)} rows do"
+    margins = (answer.margin, answer.control, answer.predicted, answer.actual)
+    return [
+        notebook.plain(query),
+        notebook.plain(f"{answer.label} instead of {answer.wanted}"),
+        notebook.plain(f"{len(answer.rows)}: {listed(answer.ids, answer.rows, 6)}" if len(answer.rows) else "none"),
+        *(notebook.plain(margin, "+.3g") for margin in margins),
+        notebook.plain(outcome + grown),
+    ]
 
 
 def _said(answer: Answer) -> str:

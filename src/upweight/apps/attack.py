@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import upweight as uw
+from upweight.apps import notebook
 from upweight.apps.mean_loss import MeanLoss, losses_of
 from upweight.apps.names import listed, names_in_json
 from upweight.apps.outcome import (
@@ -150,6 +151,25 @@ class Attack:
         if self.targets is not None:
             lines.insert(1, flips_in_words(self.flipped, self.flipped_by_control))
         return "\n".join([*lines, *outcome_in_words(self.accuracy, self.accuracy_control, self.newly_wrong, self.ids)])
+
+    def _repr_html_(self) -> str:
+        first, *rest = str(self).split("\n")
+        head = ["mean loss of the queries", "nats"]
+        losses = {
+            "the model as given": self.loss_given,
+            "training again with nothing changed": self.loss[0],
+            "training on the changed rows": self.loss[1],
+            "a random change of that size": self.random_loss,
+        }
+        lines = [[notebook.plain(name), notebook.plain(value, ".4g")] for name, value in losses.items()]
+        moved = zip(self.rows, self.lengths, self.feature_change, self.feature_scale, strict=True)
+        rows = [
+            [notebook.row(row, self.ids), *(notebook.plain(value, ".3g") for value in values)] for row, *values in moved
+        ]
+        columns = ["row", "‖change‖ of the input", "features moved by", "distance to the mean of the class"]
+        parts = notebook.table("Attack on training inputs", head, lines), notebook.table("", columns, rows)
+        said = [line for line in rest if not line.startswith(("Mean loss", "Features moved"))]
+        return notebook.shown(*parts, said=[first, *said])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the inputs, as plain numbers and lists."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import upweight as uw
+from upweight.apps import notebook
 from upweight.apps.names import names_in_json
 from upweight.apps.repair import RANDOM, Repair
 from upweight.errors import InvalidInput, PathNotFound, UnsupportedModel
@@ -72,10 +73,28 @@ class Corrected:
             **{name: dict(values) for name, values in measured.items()},
         }
 
+    @property
+    def _done(self) -> str:
+        return f"{len(self.patch)} labels corrected" + (
+            f", {len(self.dropped)} rows dropped" if len(self.dropped) else ""
+        )
+
+    def _repr_html_(self) -> str:
+        lines = [
+            [
+                notebook.plain(name),
+                *(notebook.plain(values[name], ".4f") for values in (self.before, self.control, self.after)),
+                notebook.plain(self.effect[name], "+.4f"),
+            ]
+            for name in self.before
+        ]
+        table = notebook.table(self._done, ["", "before", "control", "corrected", "effect"], lines)
+        said = "control: trained again with nothing changed; effect: the corrected model less the control"
+        return notebook.shown(table, said=[said])
+
     def __str__(self) -> str:
         lines = [
-            f"{len(self.patch)} labels corrected"
-            + (f", {len(self.dropped)} rows dropped" if len(self.dropped) else ""),
+            self._done,
             f"{'':<16} {'before':>10} {'control':>10} {'corrected':>10}",
         ]
         lines += [

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 
+from upweight.apps import notebook
 from upweight.apps.names import listed, names_in_json
 from upweight.errors import InvalidInput, checked_count
 
@@ -135,6 +136,9 @@ class FeatureEffects:
         order = np.argsort(-keys, kind="stable")[: checked_count(k, "k")]
         return order[~np.isnan(keys[order])].tolist()
 
+    def _repr_html_(self) -> str:
+        return notebook.shown(feature_table(self), said=_without(self))
+
     def to_dict(self) -> dict[str, Any]:
         """One entry per feature, in the order of `top`; last those that are `undetermined`."""
         held, coefficient = self.held, self.coefficient
@@ -181,6 +185,9 @@ class GroupEffects:
     def __str__(self) -> str:
         return "\n".join(group_lines(self))
 
+    def _repr_html_(self) -> str:
+        return notebook.shown(group_table(self), said=_no_steps(self))
+
     def to_dict(self) -> dict[str, Any]:
         """One entry per source."""
         steps = [float("nan")] * len(self.names) if self.newton is None else self.newton.tolist()
@@ -205,14 +212,37 @@ def feature_lines(effects: FeatureEffects) -> list[str]:
         places = effects.places(effects.names[j])
         naive = "" if coefficient is None else f"; |θ| {coefficient[j]:.3g}, place {places.coefficient}"
         lines.append(f"  {effects.names[j]}: {own}{signed}absolute {effects.absolute[j]:.3g}{naive}")
+    return [*lines, *(f"  {line}" for line in _without(effects))]
+
+
+def feature_table(effects: FeatureEffects) -> str:
+    """The features that matter most, as a table in HTML."""
+    held, coefficient = effects.held, effects.coefficient
+    rows = effects.rows if effects.ids is None else np.arange(len(effects.rows))
+    lines = [
+        [
+            notebook.plain(effects.names[j]),
+            notebook.NOTHING if held is None else notebook.plain(held[j], ".3g"),
+            notebook.plain(effects.signed[j], "+.3g") if len(effects.columns[j]) == 1 else notebook.NOTHING,
+            notebook.plain(effects.absolute[j], ".3g"),
+            notebook.NOTHING if coefficient is None else notebook.plain(coefficient[j], ".3g"),
+            notebook.plain(effects.places(effects.names[j]).coefficient or notebook.NOTHING),
+        ]
+        for j in effects.top(notebook.LINES)
+    ]
+    head = ["feature", "of what the rows hold", "signed", "absolute", "|θ|", "place by |θ|"]
+    return notebook.table(f"Features of rows {listed(effects.ids, rows, 8)}, by equation 5", head, lines)
+
+
+def _without(effects: FeatureEffects) -> list[str]:
+    """Which features have no derivative, in a sentence; none if all have one."""
     without = [effects.names[j] for j in effects.undetermined]
-    if without:
-        more = f" and {len(without) - _NAMED} more" if len(without) > _NAMED else ""
-        lines.append(
-            f"  left out: {', '.join(without[:_NAMED])}{more}. The columns repeat or add up to others in every "
-            "training row, so nothing says what moving one alone would do. Drop one and fit again."
-        )
-    return lines
+    more = f" and {len(without) - _NAMED} more" if len(without) > _NAMED else ""
+    said = (
+        f"left out: {', '.join(without[:_NAMED])}{more}. The columns repeat or add up to others in every training row, "
+        "so nothing says what moving one alone would do. Drop one and fit again."
+    )
+    return [said] if without else []
 
 
 def group_lines(groups: GroupEffects, k: int = 3) -> list[str]:
@@ -222,5 +252,26 @@ def group_lines(groups: GroupEffects, k: int = 3) -> list[str]:
     for g in shown:
         step = "" if groups.newton is None or np.isnan(groups.newton[g]) else f", Newton step {groups.newton[g]:+.3g}"
         lines.append(f"  {groups.names[g]} ({groups.sizes[g]} rows): first order {groups.first_order[g]:+.3g}{step}")
-    lines += [f"  no Newton step of {name}: {why}" for name, why in groups.without.items()]
-    return lines + ([f"  no Newton steps: {groups.refused}"] if groups.refused else [])
+    return [*lines, *(f"  {line}" for line in _no_steps(groups))]
+
+
+def group_table(groups: GroupEffects) -> str:
+    """The most harmful sources, as a table in HTML."""
+    steps = np.full(len(groups.names), np.nan) if groups.newton is None else groups.newton
+    lines = [
+        [
+            notebook.plain(groups.names[g]),
+            notebook.plain(groups.sizes[g], ","),
+            notebook.signed(groups.first_order[g]),
+            notebook.signed(steps[g]),
+        ]
+        for g in range(len(groups.names))
+    ]
+    head = ["source", "rows", "first order", "Newton step"]
+    return notebook.table("Change of the loss without all rows of a source", head, lines)
+
+
+def _no_steps(groups: GroupEffects) -> list[str]:
+    """Which sources have no Newton step, and why."""
+    lines = [f"no Newton step of {name}: {why}" for name, why in groups.without.items()]
+    return [*lines, f"no Newton steps: {groups.refused}"] if groups.refused else lines

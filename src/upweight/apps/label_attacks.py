@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import upweight as uw
+from upweight.apps import notebook
 from upweight.apps.mean_loss import MeanLoss, losses_of
 from upweight.apps.names import name_in_text, names_in_json
 from upweight.apps.outcome import (
@@ -98,9 +99,7 @@ class Edits:
     def __str__(self) -> str:
         lines = [
             f"{len(self.rows)} times {self.what}, each followed by training again.",
-            flips_in_words(self.flipped, self.flipped_by_control),
-            f"Mean loss of {len(self.targets)} queries {self.loss_given:.4g}; {self.losses[0]:.4g} after training "
-            f"again with nothing changed; {self.losses[-1]:.4g} after the changes.",
+            *self._told,
         ]
         if len(self.rows):
             lines.append("row     from      to        predicted   really")
@@ -115,6 +114,31 @@ class Edits:
             )
         ]
         return "\n".join([*lines, *outcome_in_words(self.accuracy, self.accuracy_control, self.newly_wrong, self.ids)])
+
+    def _repr_html_(self) -> str:
+        changes = zip(self.rows, self.old, self.new, self.predicted, np.diff(self.losses), strict=True)
+        lines = [
+            [
+                notebook.row(row, self.ids),
+                notebook.plain(old),
+                notebook.plain(new),
+                *(notebook.plain(value, "+.3g") for value in values),
+            ]
+            for row, old, new, *values in changes
+        ]
+        head = ["row", "from", "to", "predicted rise of the mean loss", "really"]
+        caption = f"{len(self.rows)} times {self.what}, each followed by training again"
+        said = outcome_in_words(self.accuracy, self.accuracy_control, self.newly_wrong, self.ids)
+        return notebook.shown(notebook.table(caption, head, lines), said=[*self._told, *said])
+
+    @property
+    def _told(self) -> list[str]:
+        """What became of the queries, in sentences."""
+        return [
+            flips_in_words(self.flipped, self.flipped_by_control),
+            f"Mean loss of {len(self.targets)} queries {self.loss_given:.4g}; {self.losses[0]:.4g} after training "
+            f"again with nothing changed; {self.losses[-1]:.4g} after the changes.",
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, lists and text."""

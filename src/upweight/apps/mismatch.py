@@ -18,8 +18,9 @@ from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 
 import upweight as uw
+from upweight.apps import notebook
 from upweight.apps.columns import grouped_columns, one_hot_groups, unique
-from upweight.apps.effects import FeatureEffects, GroupEffects, feature_lines, group_lines
+from upweight.apps.effects import FeatureEffects, GroupEffects, feature_lines, feature_table, group_lines, group_table
 from upweight.apps.names import name_in_text, names_in_json
 from upweight.apps.undetermined import left_out_line, undetermined
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, UpweightError, checked_count, first_line
@@ -116,11 +117,31 @@ class Mismatch:
             "groups": None if self.groups is None else self.groups.to_dict(),
         }
 
-    def __str__(self) -> str:
+    @property
+    def _asked(self) -> list[str]:
+        """The queries and their loss, and which of them are left out, in sentences."""
         q = len(self.scores.values) - len(self.left_out)
         without = left_out_line(self.scores.values, self.scores.query_ids)
-        lines = [f"{'1 query' if q == 1 else f'{q} queries'}, mean {self.scores.measure} {self.loss:.4g}"]
-        lines += [without] if without else []
+        head = f"{'1 query' if q == 1 else f'{q} queries'}, mean {self.scores.measure} {self.loss:.4g}"
+        return [head, without] if without else [head]
+
+    def _repr_html_(self) -> str:
+        first, *said = self._asked
+        parts = []
+        for name, verb, side in (("harmful", "fall", self.harmful), ("helpful", "rise", self.helpful)):
+            if side.stand_out:
+                said.append(f"most {name}: {_said(side, verb)}")
+                parts.append(_table(f"Most {name} rows", side))
+        if self.features is not None:
+            parts.append(feature_table(self.features))
+        elif self.no_features:
+            said.append(f"no features: {self.no_features}")
+        if self.groups is not None:
+            parts.append(group_table(self.groups))
+        return notebook.shown(uw.markup.remark(first), *parts, said=said)
+
+    def __str__(self) -> str:
+        lines = self._asked
         for name, verb, side in (("harmful", "fall", self.harmful), ("helpful", "rise", self.helpful)):
             if side.stand_out:
                 lines += ["", f"most {name}: {_said(side, verb)}"]
@@ -136,6 +157,15 @@ class Mismatch:
         if self.groups is not None:
             lines += ["", *group_lines(self.groups)]
         return "\n".join(lines)
+
+
+def _table(caption: str, side: Side) -> str:
+    """Rows of one kind, as a table in HTML; those that stand out say so."""
+    lines = [
+        [notebook.row(row, side.ids, place), notebook.signed(value), "stands out" if place < side.stand_out else ""]
+        for place, (row, value) in enumerate(zip(side.rows, side.values, strict=True))
+    ]
+    return notebook.table(caption, ["row", "value", ""], lines)
 
 
 def mismatch(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 import upweight as uw
+from upweight.apps import notebook
 from upweight.apps.outcome import asked
 from upweight.errors import InvalidInput, UnsupportedModel
 
@@ -69,6 +70,9 @@ class Planted:
         difference = self.hits[self.best].astype(float) - self.hits[order]
         return float(difference.mean()), float(_Z * difference.std() / len(difference) ** 0.5)
 
+    def _repr_html_(self) -> str:
+        return notebook.shown(planted_table(self))
+
     def to_dict(self) -> dict[str, Any]:
         """The comparison as plain numbers."""
         orders = {}
@@ -84,6 +88,18 @@ class Planted:
             less = "" if name == self.best else f"{behind:.1%} ± {half:.1%}"
             lines.append(f"  {name:<22} {share:>6.1%} {f'{low:.1%} – {high:.1%}':>15}  {less}".rstrip())
         return "\n".join(lines)
+
+
+def planted_table(found: Planted) -> str:
+    """What each order found, as a table in HTML."""
+    lines = []
+    for name in found.hits:
+        (share, low, high), (behind, half) = found.share(name), found.behind(name)
+        less = "" if name == found.best else f"{behind:.1%} ± {half:.1%}"
+        cells = (name, f"{share:.1%}", f"{low:.1%} – {high:.1%}", less)
+        lines.append([notebook.plain(cell) for cell in cells])
+    head = ["order", "planted flips found", "95 % interval", f"behind {found.best}"]
+    return notebook.table(f"{found.flips:,} flips made on purpose, {found.inspected:,} rows inspected", head, lines)
 
 
 def planted(

@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 import upweight as uw
+from upweight.apps import notebook
 from upweight.apps.mean_loss import losses_of
 from upweight.apps.names import name_in_text, names_in_json
-from upweight.apps.planted import Orders, Planted, planted
+from upweight.apps.planted import Orders, Planted, planted, planted_table
 from upweight.apps.suggestions import suggested
 from upweight.errors import (
     InvalidInput,
@@ -38,6 +39,10 @@ from upweight.errors import (
 )
 
 SELF, LOSS, MARGIN, MEAN_RANK, RANDOM = "self-influence", "loss", "margin", "mean-rank", "random"
+_ALL_CHANGE = (
+    "Every one is told to change. That says that the model would call each otherwise without it,",
+    "not that its label is wrong: look at each, first at those that gain most, or inspect more.",
+)
 
 
 @dataclass(frozen=True)
@@ -150,10 +155,9 @@ class Repair:
 
     def text(self, numbers: Sequence[int] | NDArray[np.int64] | None = None) -> str:
         """The report, in which rows are called by these (n,) numbers; None calls them 0 to n − 1."""
-        told = len(self.suggestions())
-        orders = {name: self.ranks(name) for name in self.scores if name != RANDOM}
+        orders = self._ranked
         lines = [
-            f"{len(self.rows)} of {len(self.labels)} rows to inspect, {told} with another label suggested",
+            self._counts,
             f"Order: {self.chosen}. {self.why}",
             *([] if self.planted is None else [str(self.planted)]),
             "",
@@ -168,10 +172,38 @@ class Repair:
             lines.append(f"{called:>8}          {ranks} {self.gain[place]:>8.3g}  {self.labels[row]} {arrow}{named}")
         if len(self.rows) > 20:
             lines.append(f"… and {len(self.rows) - 20} more")
-        if told == len(self.rows):
-            lines.append("Every one is told to change. That says that the model would call each otherwise without it,")
-            lines.append("not that its label is wrong: look at each, first at those that gain most, or inspect more.")
+        if len(self.suggestions()) == len(self.rows):
+            lines += _ALL_CHANGE
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        orders = self._ranked
+        lines = [
+            [
+                notebook.row(row, self.ids),
+                notebook.change(self.labels[row], self.suggested[place]),
+                notebook.plain(self.gain[place], ".3g"),
+                *(notebook.plain(ranks[place], ",") for ranks in orders.values()),
+            ]
+            for place, row in enumerate(self.rows[: notebook.LINES + 1].tolist())
+        ]
+        head = ["row", "label → suggested", "gain", *(f"rank by {name}" for name in orders)]
+        more = f"… and {len(self.rows) - notebook.LINES:,} more" if len(self.rows) > notebook.LINES else ""
+        said = [f"Order: {self.chosen}. {self.why}"]
+        said += [" ".join(_ALL_CHANGE)] if len(self.suggestions()) == len(self.rows) else []
+        table = uw.markup.table(self._counts, head, lines[: notebook.LINES]) + uw.markup.remark(more)
+        return notebook.shown(table, *([] if self.planted is None else [planted_table(self.planted)]), said=said)
+
+    @property
+    def _counts(self) -> str:
+        """How many rows there are, and how many are told to change."""
+        told = len(self.suggestions())
+        return f"{len(self.rows)} of {len(self.labels)} rows to inspect, {told} with another label suggested"
+
+    @property
+    def _ranked(self) -> dict[str, NDArray[np.int64]]:
+        """The ranks of the rows by every score but chance."""
+        return {name: self.ranks(name) for name in self.scores if name != RANDOM}
 
     def __str__(self) -> str:
         return self.text()
@@ -227,16 +259,35 @@ class Found:
             "order": self.chosen,
         }
 
+    def _repr_html_(self) -> str:
+        lines = [
+            [
+                notebook.plain(name),
+                notebook.plain(f"{count} ({count / self.wrong:.0%})"),
+                notebook.plain(self.needed[name], ","),
+            ]
+            for name, count in self.by.items()
+        ]
+        head = ["order", "found", f"rows to find as many as {self.chosen}"]
+        caption = f"{self.wrong} wrong labels, {self.inspected} rows inspected by {self.chosen}"
+        return notebook.shown(notebook.table(caption, head, lines), said=self._told)
+
+    @property
+    def _told(self) -> list[str]:
+        """What the suggestions are worth, in sentences."""
+        right = self.inspected - self.by[self.chosen]
+        return [
+            f"the suggested label is the true one for {self.suggested_right:.0%} of those found",
+            f"{self.right_told} right labels of the {right} inspected are told to change too",
+        ]
+
     def __str__(self) -> str:
         lines = [f"{self.wrong} wrong labels, {self.inspected} rows inspected"]
         for name, count in self.by.items():
             more = f"; as many as {self.chosen} after {self.needed[name]} rows"
             taken = "; its order was taken" if name == self.chosen else more
             lines.append(f"  {name:<18} finds {count} ({count / self.wrong:.0%}){taken}")
-        lines.append(f"  the suggested label is the true one for {self.suggested_right:.0%} of those found")
-        right = self.inspected - self.by[self.chosen]
-        lines.append(f"  {self.right_told} right labels of the {right} inspected are told to change too")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {line}" for line in self._told)])
 
 
 def repair(

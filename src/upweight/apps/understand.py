@@ -19,10 +19,13 @@ from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 
 import upweight as uw
+from upweight.apps import notebook
 from upweight.apps.distances import distances
 from upweight.apps.names import called, name_in_text, names_in_json, plain
 from upweight.apps.undetermined import left_out_line, undetermined
 from upweight.errors import InvalidInput, RowOutOfRange, checked_count
+
+_QUERIES = 3  # that are shown
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,33 @@ class Understanding:
 
     def __str__(self) -> str:
         known = self._known.tolist()
-        more = [f"… and {len(known) - 3} more queries"] if len(known) > 3 else []
+        more = [f"… and {len(known) - _QUERIES} more queries"] if len(known) > _QUERIES else []
         unknown = left_out_line(self.scores.values, self.scores.query_ids)
         without = [line for line in (unknown, self._distances_missing) if line]
-        return "\n\n".join([*map(self._text, known[:3]), *more, *without])
+        return "\n\n".join([*map(self._text, known[:_QUERIES]), *more, *without])
+
+    def _repr_html_(self) -> str:
+        known = self._known.tolist()
+        more = f"… and {len(known) - _QUERIES} more queries" if len(known) > _QUERIES else ""
+        unknown = left_out_line(self.scores.values, self.scores.query_ids)
+        return notebook.shown(*map(self._table, known[:_QUERIES]), said=[more, unknown, self._distances_missing])
+
+    def _table(self, query: int) -> str:
+        """The rows of either kind behind one query, as a table in HTML."""
+        lines = [
+            [
+                notebook.row(row, self.scores.ids),
+                notebook.signed(ranked.values[place]),
+                notebook.NOTHING if ranked.labels is None else notebook.plain(ranked.labels[place]),
+                *(notebook.plain(_far(far[place])) for far in (ranked.distances, ranked.feature_distances)),
+                *([] if self.describe is None else [notebook.plain(self.describe(row))]),
+            ]
+            for ranked in (self.helpful(query), self.harmful(query))
+            for place, row in enumerate(ranked.rows.tolist())
+        ]
+        head = ["row", "value", "label", "distance", "in features", *([] if self.describe is None else [""])]
+        title, carried = self._heads(query)
+        return uw.markup.table(title, head, lines) + uw.markup.remark(carried)
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers of every query that has a value, ready for JSON, and which have none."""
@@ -186,7 +212,8 @@ class Understanding:
             "harmful": listed(self.harmful(query)),
         }
 
-    def _text(self, query: int) -> str:
+    def _heads(self, query: int) -> list[str]:
+        """What is said of a query above its rows."""
         says = ""
         if self.predicted is not None and self.targets is not None:
             right = "rightly" if self.predicted[query] == self.targets[query] else "wrongly"
@@ -198,10 +225,13 @@ class Understanding:
             else f"; rank correlation of |value| and distance {self.locality[query]:+.3f} in inputs, "
             f"{self.feature_locality[query]:+.3f} in features"
         )
-        lines = [
+        return [
             f"Query {called(self.scores.query_ids, query)}{says}",
             f"half of the influence is in {self.half[query]} of {n} rows{fading}",
         ]
+
+    def _text(self, query: int) -> str:
+        lines = self._heads(query)
         for kind, ranked in (("helpful", self.helpful(query)), ("harmful", self.harmful(query))):
             if not len(ranked.rows):
                 lines.append(f"  most {kind}: no row has a value {'> 0' if kind == 'helpful' else '< 0'}")
@@ -348,26 +378,43 @@ class SideBySide:
                 shares[query] = len(np.intersect1d(a, b)) / max(len(a), len(b))
         return shares
 
-    def __str__(self) -> str:
-        width = max(len(name) for name in self.names)
+    def _repr_html_(self) -> str:
+        known = self._known
+        lines = [
+            [
+                notebook.plain(name),
+                *(notebook.plain(_mean(fading), "+.3f") for fading in (found.locality, found.feature_locality)),
+                notebook.plain(np.median(found.half[known]) if len(known) else np.nan, ".0f"),
+            ]
+            for name, found in zip(self.names, (self.first, self.second), strict=True)
+        ]
+        head = ["model", "locality in inputs", "in features", "rows with half of the influence"]
+        return notebook.shown(notebook.table(self._asked, head, lines), said=[self._common])
+
+    @property
+    def _asked(self) -> str:
+        """How many queries, and what is told of them."""
+        known, asked = self._known, len(self.agreement)
+        without = f" (of {asked}: the others have no value with one of the models)" if len(known) < asked else ""
+        return f"{len(known)} queries{without}; means over them, of the number of rows the median"
+
+    @property
+    def _common(self) -> str:
+        """What both models have in common, in a sentence."""
         k = min(20, self.first.scores.values.shape[1])
-        shared, known = self.shared(k), self._known
+        shared = self.shared(k)
         common = "nothing helps" if np.isnan(shared).all() else f"{_mean(shared):.0%} are the same"
+        return f"rank correlation of their values {_mean(self.agreement):+.3f}; of the {k} most helpful rows {common}"
+
+    def __str__(self) -> str:
+        width, known = max(len(name) for name in self.names), self._known
         lines = [
             f"{name:<{width}}  locality {_mean(found.locality):+.3f} in inputs, "
             f"{_mean(found.feature_locality):+.3f} in features; half of the influence in "
             f"{np.median(found.half[known]) if len(known) else float('nan'):.0f} rows"
             for name, found in zip(self.names, (self.first, self.second), strict=True)
         ]
-        asked = len(self.agreement)
-        without = f" (of {asked}: the others have no value with one of the models)" if len(known) < asked else ""
-        return "\n".join(
-            [
-                f"{len(known)} queries{without}; means over them, of the number of rows the median",
-                *lines,
-                f"rank correlation of their values {_mean(self.agreement):+.3f}; of the {k} most helpful rows {common}",
-            ]
-        )
+        return "\n".join([self._asked, *lines, self._common])
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers, ready for JSON."""

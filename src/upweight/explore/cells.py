@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
@@ -43,7 +43,8 @@ def written(columns: Mapping[str, Sequence[Any]]) -> tuple[str, int]:
 
 
 def read(text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The names of the columns of a CSV text, and its lines by their numbers, as they were before `harmless`.
+    """The names of the columns of a CSV text, and its records by the number of their first line, as they were before
+    `harmless`.
 
     Raises:
         ValueError: if a line has another number of cells than the first, with its number; two columns have one name;
@@ -56,16 +57,27 @@ def read(text: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
         reason = f"two columns are called {next(name for name in names if names.count(name) > 1)!r}"
         raise ValueError(reason)
     lines: list[tuple[int, dict[str, str]]] = []
-    for cells in _filled(reader):
+    for number, cells in _numbered(reader):
         if len(cells) != len(names):
-            reason = f"line {reader.line_num} has {len(cells)} cells and the first {len(names)}"
+            reason = f"line {number} has {len(cells)} cells and the first {len(names)}"
             raise ValueError(reason)
-        lines.append((reader.line_num, dict(zip(names, map(bare, cells), strict=True))))
+        lines.append((number, dict(zip(names, map(bare, cells), strict=True))))
     return names, lines
 
 
-def _filled(lines: Iterable[list[str]]) -> Iterable[list[str]]:
+def _numbered(reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """The records that are not empty, by the line that each begins in: a cell may hold several lines.
+
+    Raises:
+        ValueError: if it is no CSV.
+    """
     try:
-        yield from (line for line in lines if line)
+        while True:
+            number = reader.line_num + 1
+            cells = next(reader, None)
+            if cells is None:
+                return
+            if cells:
+                yield number, cells
     except csv.Error as error:  # such as a cell of more than 131,072 characters
         raise ValueError(str(error)) from error

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.errors import InvalidInput
+from upweight.explore import log_file
 from upweight.explore.entries import Entry
 from upweight.explore.labels import Labels, labels_of
 from upweight.explore.queue import Planned, Progress, Queue, planned, progress
@@ -94,7 +95,9 @@ class Desk:
         return progress(self.planned(queue), self.reviews.verdicts(), self.labels)
 
     def history(self, row: int) -> list[dict[str, Any]]:
-        """What was said about a row, oldest first; nothing where labels are no classes."""
+        """What was said about a row, oldest first; nothing where labels are no classes, or nobody said anything."""
+        if not log_file.exists_in(self.opened.run.path):
+            return []  # so that a row can be looked at before the labels of all have been read
         try:
             entries = self.reviews.of_row(row)
         except InvalidInput:

@@ -87,6 +87,11 @@ class Explorer:
         run = Run.open(path)
         return cls(run, index.ensure(run, progress=progress), other)
 
+    def prepare(self) -> None:
+        """Read what is read once, so that no page waits for it."""
+        _ = self.health, self._marks
+        _ = self.desk.reviews  # with the labels of all rows
+
     # ---- what the run tells ------------------------------------------------------------------------------------------
 
     @cached_property

@@ -39,12 +39,13 @@ from upweight.runs.files import check_room, write_file
 from upweight.runs.store import work_of
 from upweight.show.run import Items, Run
 
-FORMAT = 3
+FORMAT = 4
 FOLDER, FACTS, ITEMS_FILE = "explorer", "index.json", "items.sqlite"
 VALUES, CODES, SUMS, MARKS = "values.f64", "codes.i32", "sums.f64", "marks.u32"
 CLASSES = 1_000  # at most; more different labels are names or numbers, and no classes
 _BUFFER = 2**26  # bytes of values that are written at once
 _BINS = 60
+_RANKED = 1_000  # rows between two of the values from which ranks are counted
 
 
 def ensure(run: Run, *, progress: bool | None = None) -> Path:
@@ -278,8 +279,16 @@ class _Numbers:
             "confusion": [[*pair, count] for pair, count in sorted(both.items())],
             "histograms": {name: histogram(values) for name, values in whole.items()},
             "uncertain": float(np.quantile(np.abs(whole["margin"]), 0.1)) if "margin" in whole else None,
+            "ranks": ranks(whole["self_influence"]) if "self_influence" in whole else [],
             "means": {name: float(np.mean(values)) for name, values in whole.items()},
         }
+
+
+def ranks(values: NDArray[np.float64]) -> list[tuple[float, int]]:
+    """Every 1,000th of the values from the largest on, and how many are larger: what a rank is counted from."""
+    known = np.sort(values[np.isfinite(values)])
+    some = known[::-1][_RANKED - 1 :: _RANKED]
+    return list(zip(some.tolist(), (len(known) - np.searchsorted(known, some, side="right")).tolist(), strict=True))
 
 
 def histogram(values: NDArray[np.float64], bins: int = _BINS) -> dict[str, Any]:

@@ -194,16 +194,23 @@ def write(found: Proof, folder: Path) -> Path:
     return file
 
 
-def read(folder: Path, work: str) -> list[Proof]:
-    """The proofs of a run, the newest last.
+def read(folder: Path, work: str) -> tuple[list[Proof], list[str]]:
+    """The proofs of a run, the newest last; and of each file that is none of this run's why it is left out."""
+    found, refused = [], []
+    for file in sorted(folder.glob("proof-*.json")):
+        try:
+            found.append(opened(file, work))
+        except Damaged as error:
+            refused.append(str(error))
+    return found, refused
+
+
+def opened(file: Path, work: str) -> Proof:
+    """The proof in a file.
 
     Raises:
-        Damaged: if a file is none, or another run's.
+        Damaged: if it is none, or another run's.
     """
-    return [_read(file, work) for file in sorted(folder.glob("proof-*.json"))]
-
-
-def _read(file: Path, work: str) -> Proof:
     try:
         if file.is_symlink() or file.stat().st_size > LARGEST:
             _say("it is a link, or too large")

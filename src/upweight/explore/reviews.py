@@ -19,9 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from filelock import FileLock
-
-from upweight.errors import Damaged, InvalidInput, Outdated, StorageFailed, StoreMismatch, first_line
+from upweight.errors import Damaged, InvalidInput, Outdated, StorageFailed, first_line
+from upweight.explore import log_file
 from upweight.explore.entries import (
     ACTIONS,
     DROP,
@@ -39,30 +38,7 @@ from upweight.explore.entries import (
 )
 from upweight.explore.labels import Label, Labels
 
-FILE = "reviews.sqlite"
 LONGEST_WHO, LONGEST_WHY = 200, 2_000  # characters
-_FORMAT = 1
-_WAIT = 15.0  # seconds for another writer
-_NUMBERED = "new.number > 0 and exists (select 1 from entries where number >= new.number)"  # by itself, not by SQLite
-_SCHEMA = (
-    "CREATE TABLE log(format integer not null, work text not null)",
-    "CREATE TABLE entries(number integer primary key autoincrement check (number > 0), "
-    "row integer not null check (row >= 0), "
-    "action text not null check (action in ('keep', 'relabel', 'drop', 'skip', 'undo')), old text, new text, "
-    "who text not null, at text not null, why text not null, undoes integer references entries(number), "
-    "seen integer not null, check ((action = 'undo') = (undoes is not null)))",
-    "CREATE INDEX entries_of_a_row ON entries(row, number)",
-    *(
-        f"CREATE TRIGGER {table}_{what}_refused BEFORE {what} ON {table} BEGIN "
-        "SELECT RAISE(ABORT, 'a log of reviews is added to, never changed'); END"
-        for table in ("log", "entries")
-        for what in ("UPDATE", "DELETE")
-    ),
-    f"CREATE TRIGGER entries_replace_refused BEFORE INSERT ON entries WHEN {_NUMBERED} BEGIN "
-    "SELECT RAISE(ABORT, 'a log of reviews is added to, never changed'); END",
-    "CREATE TRIGGER log_second_refused BEFORE INSERT ON log WHEN exists (select 1 from log) BEGIN "
-    "SELECT RAISE(ABORT, 'a log of reviews is added to, never changed'); END",
-)
 _COLUMNS = "number, row, action, old, new, who, at, why, undoes, seen"
 
 
@@ -80,13 +56,14 @@ class Reviews:
     """
 
     def __init__(self, folder: Path, labels: Labels) -> None:
-        self.file, self.labels = Path(folder) / FILE, labels
+        self.file, self.labels = Path(folder) / log_file.FILE, labels
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._place: tuple[int, int] | None = None
+        self._frozen: tuple[int, int] | None = None  # when it was written and how long it is, where it is only read
         self._known: list[Entry] = []
         self._folded: dict[int, list[Entry]] = {}
-        if self.file.is_symlink() or self.file.exists():
+        if log_file.exists_in(Path(folder)):
             with self._lock:
                 self._open()
                 self.entries()
@@ -109,6 +86,7 @@ class Reviews:
         with self._lock:
             if self._connection is None and not self.file.exists():
                 return []
+            self._thaw()
             last = self._known[-1].number if self._known else 0
             with self._said():
                 connection = self._open()
@@ -164,6 +142,7 @@ class Reviews:
         given = self.labels.given(row)
         new = self._checked(row, action, new, who, why)
         with self._lock, self._said():
+            self._thaw(always=True)
             connection = self._open()
             connection.execute("begin immediate")
             try:
@@ -247,14 +226,20 @@ class Reviews:
             message = f"{self.file} is a link or a folder, and reviews stay inside the run. Move it away."
             raise InvalidInput(message)
         with self._said():
-            connection = self._connected()
-            try:
-                self._compare(connection)
-            except BaseException:
-                connection.close()
+            self._connection = self._connected()
+            self._place = log_file.place_of(self.file)
+        return self._connection
+
+    def _connected(self) -> sqlite3.Connection:
+        """The log, to be added to; only to be read where its folder may not be written."""
+        self._frozen = None
+        try:
+            return log_file.writable(self.file, self.labels.work)
+        except (sqlite3.OperationalError, OSError):
+            if not self.file.exists():
                 raise
-            self._connection, self._place = connection, _place_of(self.file)
-        return connection
+            self._frozen = log_file.written_at(self.file)
+            return log_file.readable(self.file, self.labels.work)
 
     def _refuse_elsewhere(self) -> None:
         """Raises where the log that is open no longer lies in the run: what went there would be lost.
@@ -262,7 +247,7 @@ class Reviews:
         Raises:
             StorageFailed: then; the next call opens what lies there.
         """
-        if _place_of(self.file) == self._place:
+        if log_file.place_of(self.file) == self._place:
             return
         self.close()
         self._known, self._folded = [], {}
@@ -272,47 +257,10 @@ class Reviews:
         )
         raise StorageFailed(message)
 
-    def _connected(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.file, timeout=_WAIT, isolation_level=None, check_same_thread=False)
-        try:
-            for setting in ("trusted_schema = off", "cell_size_check = on", "foreign_keys = on"):
-                connection.execute(f"pragma {setting}")
-            with FileLock(self.file.with_name(".lock-reviews"), timeout=_WAIT):
-                if not connection.execute("select 1 from sqlite_master").fetchone():
-                    connection.execute("pragma journal_mode = wal")
-                    connection.execute("begin immediate")
-                    for line in _SCHEMA:
-                        connection.execute(line)
-                    connection.execute("insert into log values(?, ?)", [_FORMAT, self.labels.work])
-                    connection.execute("commit")
-            connection.execute("pragma synchronous = full")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _compare(self, connection: sqlite3.Connection) -> None:
-        """Raises unless the file is a log of this run, and whole.
-
-        Raises:
-            Damaged: if it is no log.
-            StoreMismatch: if it is another run's.
-        """
-        found = {sql for name, sql in connection.execute("select name, sql from sqlite_master") if sql is not None}
-        found -= {"CREATE TABLE sqlite_sequence(name,seq)"}
-        whole = [line for (line,) in connection.execute("pragma quick_check(1)")] == ["ok"]
-        if found != set(_SCHEMA) or not whole:
-            reason = "its pages are broken" if found == set(_SCHEMA) else "it has other tables than a log of reviews"
-            message = f"{self.file} is damaged: {reason}. Move the file away, and the reviews begin anew."
-            raise Damaged(message)
-        logs = connection.execute("select format, work from log").fetchall()
-        if logs != [(_FORMAT, self.labels.work)]:
-            of = f"of format {logs[0][0]}, of run {logs[0][1]}" if logs else "of no run"
-            message = (
-                f"{self.file} is a log {of}, and this is run {self.labels.work}: the folder was made again, or the "
-                "file was copied. Export it where it belongs, and bring it here: upweight reviews RUN --add FILE."
-            )
-            raise StoreMismatch(message)
+    def _thaw(self, *, always: bool = False) -> None:
+        """Give back a file that is only read and has changed since, or that somebody now wants to write."""
+        if self._connection is not None and self._frozen and (always or log_file.written_at(self.file) != self._frozen):
+            self.close()
 
     @contextmanager
     def _said(self) -> Iterator[None]:
@@ -381,15 +329,6 @@ class Reviews:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _place_of(file: Path) -> tuple[int, int] | None:
-    """What tells a file from another one that has its name; None where there is none."""
-    try:
-        found = file.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _say(reason: str) -> NoReturn:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from ipaddress import ip_address
@@ -21,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from upweight.errors import Damaged, InvalidInput
+from upweight.errors import Damaged, InvalidInput, UpweightError
 from upweight.explore import pages, showing
 from upweight.explore.explorer import SLOWEST, Explorer
 from upweight.explore.guard import App, Keys, guarded
@@ -42,7 +43,10 @@ def application(explorer: Explorer, hosts: Iterable[str], keys: Keys) -> App:
         hosts: Host headers that are ours, such as "127.0.0.1:8123".
         keys: what opens it.
     """
-    view = _View(explorer)
+    return _application(_View(explorer), hosts, keys)
+
+
+def _application(view: _View, hosts: Iterable[str], keys: Keys) -> App:
     routes = [route for page in pages.PAGES for route in view.routes(page)]
     routes += [Route(action.path, view.action(action), methods=["POST"]) for action in pages.ACTIONS]
     routes += [Route(one.path, view.download(one), methods=["GET"]) for one in pages.DOWNLOADS]
@@ -68,6 +72,7 @@ class _View:
             loader=jinja2.FileSystemLoader(HERE / "templates"),
             autoescape=True,
             undefined=jinja2.StrictUndefined,
+            auto_reload=False,
             trim_blocks=True,
             lstrip_blocks=True,
         )
@@ -79,6 +84,16 @@ class _View:
             **showing.GLOBALS,
         }
         self.templates.filters |= showing.FILTERS
+
+    def prepare(self) -> None:
+        """What the first page of its kind would wait for: templates, what is told of the run, the labels of its rows.
+
+        Raises nothing: whoever asks for what cannot be had is told then.
+        """
+        for page in pages.PAGES:
+            self.templates.get_template(f"{page.name}.html")
+        with suppress(UpweightError, OSError):
+            self.explorer.prepare()
 
     def routes(self, page: Page) -> list[Route]:
         """The page and its twin."""
@@ -246,8 +261,9 @@ def serve(explorer: Explorer, listening: socket.socket, told: Callable[[str], No
     """
     keys = Keys(listening.getsockname()[1])
     hosts = names_of(listening)
+    view = _View(explorer)
     config = uvicorn.Config(
-        application(explorer, hosts, keys),
+        _application(view, hosts, keys),
         interface="asgi3",
         lifespan="off",
         ws="none",
@@ -260,5 +276,6 @@ def serve(explorer: Explorer, listening: socket.socket, told: Callable[[str], No
     )
     listening.listen(128)
     told(f"http://{hosts[0]}/?token={keys.token}")
+    threading.Thread(target=view.prepare, daemon=True).start()
     with suppress(KeyboardInterrupt):  # uvicorn has closed what was open, and passes it on
         uvicorn.Server(config).run([listening])

@@ -30,6 +30,7 @@ from upweight.show.cards import Card
 
 ITEMS = 1024  # rows in a file
 QUERIES = "queries"
+_LINE = 300  # bytes that an event mostly has
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,20 @@ class Run:
         except FileNotFoundError:
             return []
         return list(_objects(lines))
+
+    def last_events(self, count: int) -> list[dict[str, Any]]:
+        """The last of the events, in order, without reading those before."""
+        try:
+            with (self.path / EVENTS).open("rb") as content:
+                end = content.seek(0, os.SEEK_END)
+                size, lines = _LINE * count, []
+                while len(lines) <= count and (not lines or size < 2 * end):
+                    content.seek(max(0, end - size))
+                    lines = content.read().decode("utf-8", "replace").splitlines() or [""]
+                    size *= 2
+        except FileNotFoundError:
+            return []
+        return list(_objects(lines))[-count:]
 
     @cached_property
     def scores(self) -> Scores:

@@ -30,7 +30,7 @@ def overview(explorer: Explorer, asked: Asked) -> dict[str, Any]:
         "rows": dict(explorer.facts["rows"]),
         "queries": dict(explorer.facts["queries"]),
         "classes": explorer.classes,
-        "events": explorer.run.events[-8:],
+        "events": explorer.run.last_events(8),
     }
 
 

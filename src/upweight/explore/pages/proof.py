@@ -17,7 +17,7 @@ FLIPS = 60  # on a page
 def proof(explorer: Explorer, asked: Asked) -> dict[str, Any]:
     """The newest proof, or another one by its number."""
     with said():
-        found = proofs.read(explorer.run.path, work_of(explorer.run.manifest))
+        found, refused = proofs.read(explorer.run.path, work_of(explorer.run.manifest))
         desk = explorer.desk
         verdicts = desk.reviews.verdicts()
         wrong = sum(one.wrong for one in verdicts.values())
@@ -30,6 +30,7 @@ def proof(explorer: Explorer, asked: Asked) -> dict[str, Any]:
         "proof": None,
         "number": number,
         "all": [{"number": place, "at": one.at, "says": one.says()} for place, one in enumerate(found)],
+        "refused": refused,
         "flips": {},
     }
     if not found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,16 @@ def row(explorer: Explorer, asked: Asked) -> dict[str, Any]:
 
 def rank(explorer: Explorer, found: dict[str, Any]) -> int | None:
     """The row's place by self-influence, from 1; None where it was not asked for."""
-    if found["self_influence"] is None:
+    value = found["self_influence"]
+    if value is None:
         return None
-    return 1 + int(explorer.ask("select count(*) from rows where self_influence > ?", [found["self_influence"]])[0][0])
+    known = explorer.facts["rows"]["ranks"]  # from the largest on
+    place = bisect_right(known, -value, key=lambda one: -one[0])  # as many of these are at least as large
+    if not place:
+        return 1 + int(explorer.ask("select count(*) from rows where self_influence > ?", [value])[0][0])
+    edge, larger = known[place - 1]
+    between = "select count(*) from rows where self_influence > ? and self_influence <= ?"
+    return 1 + larger + int(explorer.ask(between, [value, edge])[0][0])
 
 
 def twins(explorer: Explorer, found: dict[str, Any], card: Any) -> list[dict[str, Any]]:
