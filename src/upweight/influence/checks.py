@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,17 @@ from torch import Tensor
 from upweight.data import markup
 from upweight.data.trees import batch_length, take, tree_map
 from upweight.errors import SolverError, TheoryWarning, UpweightError
-from upweight.influence import defaults, scoring
-from upweight.influence.minimum import Distance, distance
+from upweight.influence import defaults
+from upweight.influence.minimum import Distance, look
 from upweight.influence.system import System
 from upweight.model import calculus, layers, penalties, per_row
-from upweight.operators import Arnoldi, EmpiricalFisher, Hessian, Identity, Nystroem
-from upweight.solvers import Cholesky
+from upweight.operators import Arnoldi, EmpiricalFisher, GaussNewton, Hessian, Identity, Nystroem
+from upweight.solvers.cg import Iteration
 from upweight.solvers.lanczos import smallest_eigenvalue, suggest_damping
 
 _NEARLY = 0.3  # of a row's effect
+_ROWS, _QUERIES, _WIDE = 8, 64, 100_000  # rows that are asked by default, queries at most, and where they are few
+_LANCZOS, _FEWEST = 100, 20  # products for the smallest eigenvalue where nothing else costs any
 _COMPARED = 2  # directions of either kind along which C is compared with the Hessian
 _HELD = 0.1  # of a query's form: what damping may hold back without a word
 _SHOWN = 8  # names in a line of the report
@@ -40,12 +42,14 @@ class Report:
             the miss is smaller than the effect that is being estimated.
         value_drift: by how much the probed values would change if training went on to the minimum, as a fraction of
             them (`influence.minimum`); NaN if unsolved. Below 0.05 they are right, however many rows away it is.
-        sum_of_influences: largest |Σᵢ wᵢ I(zᵢ, query)|/n over the probed queries, penalty folded; 0 at a minimum. It
-            equals the drift.
+        sum_of_influences: largest |Σᵢ wᵢ I(zᵢ, query)|/n over the queries that were solved for, penalty folded, which
+            is |xᵀ∇R|; 0 at a minimum. The drift is the same of all queries, by the system of ∇R.
         drift: largest predicted change of a probed query's loss if training went on to the minimum (appendix B); NaN
             if unsolved.
-        min_curvature: smallest eigenvalue of C; must exceed −damping.
-        residual: largest relative residual of the probed linear systems; NaN if unsolved.
+        min_curvature: smallest eigenvalue of C, of an iteration an upper bound that its products met; must exceed
+            −damping.
+        residual: largest relative residual of the probed linear systems: an iteration solves for one of the queries, a
+            direct solver for all; NaN if unsolved.
         damping: the λ that acts.
         suggested_damping: a damping that makes C + λI positive, if the present one does not; else None.
         beside_hessian: Σ vᵀCv / Σ vᵀHv with the exact Hessian H, along random v and along gradients of probed queries:
@@ -192,42 +196,41 @@ class Report:
 
 
 def examine(system: System, on: Any = None) -> Report:
-    """The report on a system, with the drift measured on a few queries: `Influence.check`."""
-    asked = system.examples.subset(np.arange(min(system.n, 8))) if on is None else system.queries(on)
-    queries = asked.batch(slice(0, 64))
+    """The report on a system, with the drift measured on a few queries: `Influence.check`.
+
+    Cost: no more than the scores of three queries.
+    """
+    asked = system.examples.subset(np.arange(min(system.n, _ROWS))) if on is None else system.queries(on)
     objective, gradient = system.objective, system.risk_gradient
-    V = calculus.gradients(objective, queries).double().cpu()
+    asked = asked.subset(np.arange(min(len(asked), _QUERIES if objective.size <= _WIDE else _ROWS)))
+    V = per_row.gradients(system.sweep.over(objective, asked))
     problem, residual, drift, total, suggested = "", float("nan"), float("nan"), float("nan"), None
-    lowest, damping, held, flat = float("nan"), float("nan"), float("nan"), ""
-    missed = Distance(per_row.rows_from_minimum(system.sweep, gradient))
+    lowest, damping, held, flat, missed, sweeps = float("nan"), float("nan"), float("nan"), "", None, _LANCZOS
     try:
         damping = system.damping
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TheoryWarning)  # the report says it with more numbers
-            solution = system.prepared.solve(V)
+            seen = look(system, asked, V)
             flat = system.undetermined.why
-            missed = distance(system, asked)
-        residual = float(solution.residual.max())
+        missed, solution = seen.missed, seen.solution
+        residual, lowest, sweeps = float(solution.residual.max()), solution.min_curvature, solution.sweeps
+        if bool(seen.drift.isnan().any()):
+            problem = f"{int(seen.drift.isnan().sum())} of {len(V)} queries ask for what the rows do not determine"
         solved = ~solution.x.isnan().any(1)
-        if not bool(solved.all()):
-            problem = f"{int((~solved).sum())} of {len(V)} queries ask for what the rows do not determine"
-        x, V = solution.x[solved], V[solved]
-        lowest = solution.min_curvature
+        x, own = solution.x[solved], seen.sides[solved]
         if len(x):
-            drift = float((x @ gradient).abs().max())
-            held = float((damping * x.square().sum(1) / (x * V).sum(1).clamp(min=1e-300)).clamp(0, 1).max())
-            share = penalties.gradient(objective) * (system.n / float(system.examples.weights.sum()))
-            every = scoring.with_rows(system, replace(solution, x=x, replicas=None), share)
-            total = float(np.abs(every.mean @ system.examples.weights).max()) / system.n
+            drift, total = float(seen.drift.nan_to_num(0).max()), float((x @ gradient).abs().max())
+            held = float((damping * x.square().sum(1) / (x * own).sum(1).clamp(min=1e-300)).clamp(0, 1).max())
         if not solution.converged:
             problem = f"{system.solver} did not converge: residual {residual:.2g}"
     except SolverError as error:
         problem = str(error)
-    if not np.isfinite(lowest) or (not flat and (problem or not isinstance(system.solver, Cholesky))):
-        lowest = _lowest(system, bool(flat))
+    if not np.isfinite(lowest) or (not flat and (problem or not _known(system))):
+        lowest = _lowest(system, bool(flat), max(_FEWEST, sweeps))
     acting = damping if np.isfinite(damping) else 0.0  # none could be chosen
     if lowest + acting <= 0 and not flat:
         suggested, lowest = suggest_damping(system.operator, acting)
+    missed = missed or Distance(per_row.rows_from_minimum(system.sweep, gradient))
     return Report(
         n=system.n,
         p=objective.size,
@@ -251,7 +254,7 @@ def examine(system: System, on: Any = None) -> Report:
         problem=problem,
         costs="; ".join(map(str, defaults.costs(objective, system.examples, system.curvature))),
         rules=layers.rules(objective),
-        written_out=layers.written_out(objective, queries),
+        written_out=layers.written_out(objective, asked.batch(slice(0, _QUERIES))),
     )
 
 
@@ -300,7 +303,19 @@ def _batch_drift(system: System) -> float:
     return float((together - alone).abs().max())
 
 
-def _lowest(system: System, flat: bool) -> float:
+def _known(system: System) -> bool:
+    """Whether the solver tells C's smallest eigenvalue, or that C + λI is positive is a matter of its form."""
+    if not isinstance(system.prepared, Iteration):
+        return True
+    objective = system.objective
+    if objective.linear is not None and isinstance(system.exact_curvature, Hessian | GaussNewton):
+        return objective.linear.loss.convex
+    held = system.damping > 0 or float(penalties.diagonal(objective).min()) > 0
+    return held and isinstance(system.exact_curvature, GaussNewton | EmpiricalFisher)
+
+
+def _lowest(system: System, flat: bool, steps: int) -> float:
     """The smallest eigenvalue of C, beside the flat directions if the solver has met any."""
     known = system.flat if flat else None  # asked otherwise, the solver might refuse once more
-    return smallest_eigenvalue(system.operator if known is None else known.beside(system.operator))[0]
+    operator = system.operator if known is None else known.beside(system.operator)
+    return smallest_eigenvalue(operator, steps=min(_LANCZOS, steps))[0]
