@@ -111,7 +111,7 @@ def cnn() -> Problem:
 
 
 def transformer() -> Problem:
-    X, y = torch.randint(0, 1000, (500, 24)), torch.randint(0, 4, (500,))
+    X, y = torch.randint(0, 1000, (200, 24)), torch.randint(0, 4, (200,))
     return trained(Texts(), X, y, 20), X, y, {"damping": 0.01}
 
 

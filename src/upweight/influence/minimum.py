@@ -9,12 +9,12 @@ what gradients and curvature change along δ. So values are computed at θ̂ and
 f and g the gradients of a few queries and rows, x = (C + λI)⁻¹f, and compared.
 
 Where systems are solved by iteration each of them costs sweeps, so that three stand for all (`by_iteration`): with
-random signs εᵢ = ±1 the group γ = Σᵢ εᵢ wᵢgᵢ/n of many rows has
+random signs εᵢ = ±1 a group of many rows, γ = Σᵢ εᵢ wᵢgᵢ/n, has
 
     E[γᵀ(C + λI)⁻¹γ] = Σᵢ wᵢ²gᵢᵀ(C + λI)⁻¹gᵢ/n²        E[(fᵀ(C + λI)⁻¹γ)²] = Σᵢ (value of row i)²
 
-and the values of all queries come from the one y = (C + λI)⁻¹γ, as fᵀy. C′y = Cy + (C′ − C)y, of which a few thousand
-rows know the last part, which alone is a difference.
+and values come from two solutions: those of every query with the group, fᵀ(C + λI)⁻¹γ, and those of a group of queries
+with every row. C′x = Cx + (C′ − C)x, of which a few hundred rows know the last part, which alone is a difference.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from torch import Tensor
 from upweight.data.examples import Examples
 from upweight.errors import TheoryWarning, UpweightError
 from upweight.influence.system import System
-from upweight.model import per_row
+from upweight.model import calculus, layers, per_row
 from upweight.model.sweep import Sweep
 from upweight.operators import GaussNewton, Hessian
+from upweight.operators.implicit import Implicit
+from upweight.operators.layered import LayeredGaussNewton
 from upweight.operators.linear import LinearHessian
 from upweight.solvers import Solution
 from upweight.solvers.cg import Iteration
@@ -45,9 +47,9 @@ VALUES_KEPT = 0.05  # a change of the values that is as good as none
 _ANOTHER = 100.0  # times as much, and a Newton step leads nowhere near
 _ROWS, _QUERIES = 16, 8  # that stand for all of them
 _GROUP = 64  # rows in a group with random signs
-_BENT_ROWS = 2048  # that know how the curvature changes on the way
+FEW = 512  # rows that know how the curvature changes on the way, and from one kind to another
 _STOCHASTIC = 3  # queries of a solver whose cost grows with them
-_LOOSE = 1e-2  # the residual of a system that is asked for a change of 5 %
+_LOOSE = 0.1  # the residual of a system that is asked for a change of 5 %
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Looked:
     Args:
         missed: how far it is from a minimum.
         drift: (q,) predicted change of every query's loss if training went on there; NaN where it has no solution.
-        sides: the gradients of the queries that were solved for.
+        sides: the right-hand sides that were solved for: queries, or a sum of them.
         solution: of these.
     """
 
@@ -117,7 +119,7 @@ class Looked:
 def distance(system: System, queries: Examples | None = None) -> Distance:
     """The distance, with the values of a few queries, or of rows in their place.
 
-    Cost: of a direct solver products with the curvature of 2,048 rows at another θ; else as for `by_iteration`.
+    Cost: of a direct solver products with the curvature of 512 rows at another θ; else as for `by_iteration`.
     """
     if isinstance(system.prepared, Recursion):  # what is stochastic tells no difference of a few per cent
         return _plain(system)
@@ -149,10 +151,10 @@ def look(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
 
 
 def by_iteration(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
-    """The same where every system costs sweeps: a query's solution, and what is known of the others by symmetry.
+    """The same where every system costs sweeps: one of all queries with random signs, and the rest by symmetry.
 
-    Cost: a solution of three systems, a loose one of one, gradients of some 80 rows, and up to four products with the
-    curvature of 2,048 rows.
+    Cost: a solution of three systems, a loose one of two, gradients of some 140 rows, and up to four products with the
+    curvature of 512 rows.
 
     Raises:
         NotConverged: if the systems were not solved.
@@ -160,53 +162,90 @@ def by_iteration(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Lo
     """
     prepared, here, gradient = system.prepared, system.sweep, system.risk_gradient
     assert isinstance(prepared, Iteration)
-    rows = _weighing(system, _GROUP)
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=len(rows)) * system.examples.weights[rows] / system.n
+    draw, rows = np.random.default_rng(0), _weighing(system, _GROUP)
+    signs = draw.choice([-1.0, 1.0], size=len(rows)) * system.examples.weights[rows] / system.n
     group = _group(system, here, rows, signs)
     leaning = torch.zeros(len(V)) if prepared.flat is None else prepared.flat.leaning(V)
-    leans, query = leaning > LEANS, int(leaning.argmin())
+    able = np.flatnonzero((leaning <= LEANS).numpy())
+    asks = torch.from_numpy(draw.choice([-1.0, 1.0], size=len(able)))
+    sides = system.project(torch.stack([gradient, group, asks @ V[able]]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TheoryWarning)
-        found = prepared.solve(torch.stack([gradient, group, V[query]]))
-    step, y = found.x[0], found.x[1]
-    drift = torch.where(leans, torch.nan, (V @ step).abs())
-    own = replace(found, x=found.x[2:])
-    effect, typical = (max(0.0, float(a @ b)) ** 0.5 for a, b in ((gradient, step), (group, y)))
+        found = prepared.solve(sides)
+    step, forms = found.x[0], (found.x * sides).sum(1)
+    drift = torch.full((len(V),), torch.nan, dtype=torch.float64)
+    drift[able] = (V[able] @ step).abs()
+    own = _summed_up(system, found, forms)
+    effect, typical = (max(0.0, float(form)) ** 0.5 for form in forms[:2])
     missed = Distance(effect * len(rows) ** 0.5 / typical if typical else math.inf)
-    if bool(leans.all()):
-        return Looked(missed, drift, V[query : query + 1], own)
+    looked = Looked(missed, drift, sides[2:], own)
+    if not len(able):
+        return looked
     try:
-        few = asked.subset(np.arange(len(asked))[~leans.numpy()][:_QUERIES])
-        there = replace(here, objective=here.objective.at(here.objective.theta - step))
-        F, F_there = (per_row.gradients(one.over(one.objective, few)) for one in (here, there))
-        wrong = _group(system, there, rows, signs) - system.project(group[None])[0] - _bent(system, there, y[None])[0]
+        there, some = replace(here, objective=here.objective.at(here.objective.theta - step)), asked.subset(able)
+        V_there = per_row.gradients(there.over(there.objective, some))
+        sides_there = torch.stack([_group(system, there, rows, signs), asks @ V_there])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TheoryWarning)
-            y_there = y + prepared.loosely(_LOOSE).solve(system.project(wrong[None])).x[0]
-        before, after = F @ y, F_there @ y_there
-        missed = replace(
-            missed, values=float((after - before).norm() / before.norm()) if bool(before.any()) else math.nan
-        )
+            wrong = system.project(sides_there - sides[1:] - _bent(system, there, found.x[1:]))
+            x_there = found.x[1:] + prepared.loosely(_LOOSE).solve(wrong).x
+        before = torch.cat([V[able] @ found.x[1], _along(system, here, rows, found.x[2])])
+        after = torch.cat([V_there @ x_there[0], _along(system, there, rows, x_there[1])])
     except UpweightError:  # the loss is not defined where the step leads, or its curvature is not
-        pass
-    return Looked(missed, drift, V[query : query + 1], own)
+        return looked
+    change = float((after - before).norm() / before.norm()) if bool(before.any()) else math.nan
+    return replace(looked, missed=replace(missed, values=change))
+
+
+def _summed_up(system: System, found: Solution, forms: Float[Tensor, " k"]) -> Solution:
+    """The last of three solutions with what is known of all: their residuals, and vᵀ(C + λI)v/vᵀv for v = x."""
+    met = torch.where(forms > 0, forms / found.x.square().sum(1), torch.inf) - system.damping
+    lowest = min(float(met.min()), math.inf if math.isnan(found.min_curvature) else found.min_curvature)
+    return Solution(found.x[2:], found.residual.max()[None], found.converged, found.sweeps, min_curvature=lowest)
 
 
 def _group(system: System, at: Sweep, rows: NDArray[np.int64], signs: NDArray[np.float64]) -> Float[Tensor, " p"]:
     """Σᵢ sᵢ(∇Lᵢ + share) over some rows, at some θ."""
-    return torch.from_numpy(signs) @ per_row.gradients(at, rows) + float(signs.sum()) * system.penalty_share
+    objective, few = at.objective, at.over(at.objective, system.examples.subset(rows))
+    numbered = few.fold(
+        lambda batch, _, numbers: calculus.pull(objective, batch, torch.from_numpy(signs[numbers])[None]),
+        label="group",
+        numbered=True,
+    )
+    return numbered[0] + float(signs.sum()) * system.penalty_share
+
+
+def _along(system: System, at: Sweep, rows: NDArray[np.int64], x: Float[Tensor, " p"]) -> Float[Tensor, " r"]:
+    """wᵢ xᵀ(∇Lᵢ + share) of some rows, at some θ."""
+    objective = at.objective
+    found = at.emit(lambda batch, _: layers.dots(objective, batch, x[None].to(objective.reference)), rows=rows)[:, 0]
+    return torch.from_numpy((found + float(x @ system.penalty_share)) * system.examples.weights[rows])
 
 
 def _bent(system: System, there: Sweep, S: Tensor) -> Tensor:
     """(C′ − C) S by some of the rows; 0 where making another curvature costs much."""
-    spec = system.exact_curvature
-    if not isinstance(spec, Hessian | GaussNewton):
+    if not isinstance(system.exact_curvature, Hessian | GaussNewton):
         return torch.zeros_like(S)
-    rows = system.examples.spread(_BENT_ROWS)
-    if len(rows) == system.n:
-        return spec.bind(there).apply(S) - system.operator.apply(S)
-    few, other = (one.over(one.objective, system.examples.subset(rows)) for one in (system.sweep, there))
-    return spec.bind(other).apply(S) - spec.bind(few).apply(S)
+    operator = system.operator
+    if not isinstance(operator, LinearHessian | Implicit | LayeredGaussNewton):
+        operator = system.exact_curvature.bind(system.sweep)
+    here = of_few_rows(operator)
+    if isinstance(here, LinearHessian):
+        return LinearHessian(here.sweep.over(there.objective, here.sweep.examples)).apply(S) - here.apply(S)
+    moved = here.sweep.objective.at(there.objective.theta)  # which may be cut elsewhere than the one that is asked
+    return replace(here, sweep=here.sweep.over(moved, here.sweep.examples)).apply(S) - here.apply(S)
+
+
+def of_few_rows(
+    operator: LinearHessian | Implicit | LayeredGaussNewton,
+) -> LinearHessian | Implicit | LayeredGaussNewton:
+    """The same curvature of 512 rows spread through the data; itself if there are no more."""
+    examples, rows = operator.sweep.examples, operator.sweep.examples.spread(FEW)
+    if len(rows) == len(examples):
+        return operator
+    if isinstance(operator, LinearHessian):
+        return operator.of_rows(rows)
+    return replace(operator, sweep=operator.sweep.over(operator.sweep.objective, examples.subset(rows)))
 
 
 def _plain(system: System) -> Distance:
