@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,21 @@ from torch import Tensor
 from upweight.data import markup
 from upweight.data.trees import batch_length, take, tree_map
 from upweight.errors import SolverError, TheoryWarning, UpweightError
-from upweight.influence import defaults, scoring
-from upweight.influence.minimum import Distance, distance
+from upweight.influence import defaults
+from upweight.influence.minimum import Distance, look, of_few_rows
 from upweight.influence.system import System
 from upweight.model import calculus, layers, penalties, per_row
-from upweight.operators import Arnoldi, EmpiricalFisher, Hessian, Identity, Nystroem
-from upweight.solvers import Cholesky
+from upweight.operators import Arnoldi, EmpiricalFisher, GaussNewton, Hessian, Identity, Nystroem
+from upweight.operators.implicit import Implicit
+from upweight.operators.layered import LayeredGaussNewton
+from upweight.operators.linear import LinearHessian
+from upweight.solvers.cg import Iteration
 from upweight.solvers.lanczos import smallest_eigenvalue, suggest_damping
 
 _NEARLY = 0.3  # of a row's effect
-_COMPARED = 2  # directions of either kind along which C is compared with the Hessian
+_ROWS, _QUERIES, _WIDE = 8, 64, 100_000  # rows that are asked by default, queries at most, and where they are few
+_LANCZOS, _FEWEST = 100, 20  # products for the smallest eigenvalue where nothing else costs any
+_COMPARED = 1  # directions of either kind, along which C is compared with the Hessian
 _HELD = 0.1  # of a query's form: what damping may hold back without a word
 _SHOWN = 8  # names in a line of the report
 
@@ -40,12 +45,14 @@ class Report:
             the miss is smaller than the effect that is being estimated.
         value_drift: by how much the probed values would change if training went on to the minimum, as a fraction of
             them (`influence.minimum`); NaN if unsolved. Below 0.05 they are right, however many rows away it is.
-        sum_of_influences: largest |Σᵢ wᵢ I(zᵢ, query)|/n over the probed queries, penalty folded; 0 at a minimum. It
-            equals the drift.
+        sum_of_influences: largest |Σᵢ wᵢ I(zᵢ, query)|/n = |xᵀ∇R| over what was solved for, penalty folded; 0 at a
+            minimum. The drift is the same of every query, by the system of ∇R.
         drift: largest predicted change of a probed query's loss if training went on to the minimum (appendix B); NaN
             if unsolved.
-        min_curvature: smallest eigenvalue of C; must exceed −damping.
-        residual: largest relative residual of the probed linear systems; NaN if unsolved.
+        min_curvature: smallest eigenvalue of C, of an iteration an upper bound that its products met; must exceed
+            −damping.
+        residual: largest relative residual of the probed linear systems: an iteration solves for the sum of the queries
+            with random signs, a direct solver for each; NaN if unsolved.
         damping: the λ that acts.
         suggested_damping: a damping that makes C + λI positive, if the present one does not; else None.
         beside_hessian: Σ vᵀCv / Σ vᵀHv with the exact Hessian H, along random v and along gradients of probed queries:
@@ -55,6 +62,7 @@ class Report:
         flat: which columns the data do not tell apart, if any: answers are then those of minimum norm.
         held_back: by how much damping alone makes the probed values smaller: the largest λ‖x‖²/xᵀ(C + λI)x with
             (C + λI)x = ∇f_q, between 0 and 1; NaN if unsolved.
+        bound_only: whether min_curvature is an upper bound only.
         coverage: fraction of the model's parameters that are differentiated.
         batch_drift: largest change of an example's loss when it is computed alone instead of in a batch.
         curvature: in words.
@@ -85,6 +93,7 @@ class Report:
     autograd: str
     beside_hessian: tuple[float, float] | None = None
     held_back: float = float("nan")
+    bound_only: bool = False
     flat: str = ""
     problem: str = ""
     costs: str = ""
@@ -155,7 +164,8 @@ class Report:
             ),
             (
                 "curvature",
-                f"{self.curvature} + {self.damping:.3g}·I, smallest eigenvalue of C {self.min_curvature:.3g}: "
+                f"{self.curvature} + {self.damping:.3g}·I, smallest eigenvalue of C "
+                f"{'at most ' if self.bound_only else ''}{self.min_curvature:.3g}: "
                 f"{'positive' if positive else 'NOT positive'}",
             ),
             ("solver", f"{self.solver}, residual {self.residual:.2g}"),
@@ -192,42 +202,43 @@ class Report:
 
 
 def examine(system: System, on: Any = None) -> Report:
-    """The report on a system, with the drift measured on a few queries: `Influence.check`."""
-    asked = system.examples.subset(np.arange(min(system.n, 8))) if on is None else system.queries(on)
-    queries = asked.batch(slice(0, 64))
+    """The report on a system, with the drift measured on a few queries: `Influence.check`.
+
+    Cost: no more than the scores of three queries.
+    """
+    asked = system.examples.subset(np.arange(min(system.n, _ROWS))) if on is None else system.queries(on)
     objective, gradient = system.objective, system.risk_gradient
-    V = calculus.gradients(objective, queries).double().cpu()
+    asked = asked.subset(np.arange(min(len(asked), _QUERIES if objective.size <= _WIDE else _ROWS)))
+    V = per_row.gradients(system.sweep.over(objective, asked))
     problem, residual, drift, total, suggested = "", float("nan"), float("nan"), float("nan"), None
-    lowest, damping, held, flat = float("nan"), float("nan"), float("nan"), ""
-    missed = Distance(per_row.rows_from_minimum(system.sweep, gradient))
+    lowest, damping, held, flat, missed, sweeps = float("nan"), float("nan"), float("nan"), "", None, _LANCZOS
     try:
         damping = system.damping
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TheoryWarning)  # the report says it with more numbers
-            solution = system.prepared.solve(V)
+            seen = look(system, asked, V)
             flat = system.undetermined.why
-            missed = distance(system, asked)
-        residual = float(solution.residual.max())
+        missed, solution = seen.missed, seen.solution
+        residual, lowest, sweeps = float(solution.residual.max()), solution.min_curvature, solution.sweeps
+        if bool(seen.drift.isnan().any()):
+            problem = f"{int(seen.drift.isnan().sum())} of {len(V)} queries ask for what the rows do not determine"
         solved = ~solution.x.isnan().any(1)
-        if not bool(solved.all()):
-            problem = f"{int((~solved).sum())} of {len(V)} queries ask for what the rows do not determine"
-        x, V = solution.x[solved], V[solved]
-        lowest = solution.min_curvature
+        x, own = solution.x[solved], seen.sides[solved]
         if len(x):
-            drift = float((x @ gradient).abs().max())
-            held = float((damping * x.square().sum(1) / (x * V).sum(1).clamp(min=1e-300)).clamp(0, 1).max())
-            share = penalties.gradient(objective) * (system.n / float(system.examples.weights.sum()))
-            every = scoring.with_rows(system, replace(solution, x=x, replicas=None), share)
-            total = float(np.abs(every.mean @ system.examples.weights).max()) / system.n
+            drift, total = float(seen.drift.nan_to_num(0).max()), float((x @ gradient).abs().max())
+            held = float((damping * x.square().sum(1) / (x * own).sum(1).clamp(min=1e-300)).clamp(0, 1).max())
         if not solution.converged:
             problem = f"{system.solver} did not converge: residual {residual:.2g}"
     except SolverError as error:
         problem = str(error)
-    if not np.isfinite(lowest) or (not flat and (problem or not isinstance(system.solver, Cholesky))):
-        lowest = _lowest(system, bool(flat))
+    bound = np.isfinite(lowest) and bool(flat or (not problem and _known(system)))
+    if not bound:
+        lowest = _lowest(system, bool(flat), max(_FEWEST, sweeps))
+    bound = bound and isinstance(system.prepared, Iteration)
     acting = damping if np.isfinite(damping) else 0.0  # none could be chosen
     if lowest + acting <= 0 and not flat:
         suggested, lowest = suggest_damping(system.operator, acting)
+    missed = missed or Distance(per_row.rows_from_minimum(system.sweep, gradient))
     return Report(
         n=system.n,
         p=objective.size,
@@ -247,16 +258,17 @@ def examine(system: System, on: Any = None) -> Report:
         autograd=objective.autograd,
         beside_hessian=_beside_the_hessian(system, V),
         held_back=held,
+        bound_only=bound,
         flat=flat,
         problem=problem,
         costs="; ".join(map(str, defaults.costs(objective, system.examples, system.curvature))),
         rules=layers.rules(objective),
-        written_out=layers.written_out(objective, queries),
+        written_out=layers.written_out(objective, asked.batch(slice(0, _QUERIES))),
     )
 
 
 def _beside_the_hessian(system: System, V: Tensor) -> tuple[float, float] | None:
-    """Σ vᵀCv / Σ vᵀHv along random vectors and along some of V.  Cost: one sweep of 4 Hessian products."""
+    """Σ vᵀCv / Σ vᵀHv along random vectors and along some of V.  Cost: 2 Hessian products with up to 512 rows."""
     stands_for: Any = system.curvature
     while hasattr(stands_for, "of"):
         stands_for = stands_for.of
@@ -268,11 +280,13 @@ def _beside_the_hessian(system: System, V: Tensor) -> tuple[float, float] | None
     signs = 2.0 * torch.randint(0, 2, (_COMPARED, system.objective.size), generator=draw, dtype=torch.float64) - 1
     both = torch.cat([signs, V[torch.arange(_COMPARED) % len(V)]])
     try:
-        exact = Hessian().bind(system.sweep).apply(both)
-        ours = system.operator.apply(both)
+        exact = of_few_rows(Hessian().bind(system.sweep)).apply(both)
+        ours = system.operator
+        ours = of_few_rows(ours) if isinstance(ours, Implicit | LayeredGaussNewton | LinearHessian) else ours
+        images = ours.apply(both)
     except UpweightError:
         return None
-    curved, truly = ((both * images).sum(1).reshape(2, -1).sum(1) for images in (ours, exact))
+    curved, truly = ((both * image).sum(1).reshape(2, -1).sum(1) for image in (images, exact))
     quotients = (curved / truly).tolist()
     return (quotients[0], quotients[1]) if np.isfinite(quotients).all() else None
 
@@ -300,7 +314,19 @@ def _batch_drift(system: System) -> float:
     return float((together - alone).abs().max())
 
 
-def _lowest(system: System, flat: bool) -> float:
+def _known(system: System) -> bool:
+    """Whether the solver tells C's smallest eigenvalue, or that C + λI is positive is a matter of its form."""
+    if not isinstance(system.prepared, Iteration):
+        return True
+    objective = system.objective
+    if objective.linear is not None and isinstance(system.exact_curvature, Hessian | GaussNewton):
+        return objective.linear.loss.convex
+    held = system.damping > 0 or float(penalties.diagonal(objective).min()) > 0
+    return held and isinstance(system.exact_curvature, GaussNewton | EmpiricalFisher)
+
+
+def _lowest(system: System, flat: bool, steps: int) -> float:
     """The smallest eigenvalue of C, beside the flat directions if the solver has met any."""
     known = system.flat if flat else None  # asked otherwise, the solver might refuse once more
-    return smallest_eigenvalue(system.operator if known is None else known.beside(system.operator))[0]
+    operator = system.operator if known is None else known.beside(system.operator)
+    return smallest_eigenvalue(operator, steps=min(_LANCZOS, steps))[0]

@@ -7,6 +7,14 @@ what gradients and curvature change along δ. So values are computed at θ̂ and
     v = fᵀ(C + λI)⁻¹g        v′ = f′ᵀ(C′ + λI)⁻¹g′        with (C′ + λI)⁻¹f′ ≈ x + (C + λI)⁻¹(f′ − (C′ + λI)x)
 
 f and g the gradients of a few queries and rows, x = (C + λI)⁻¹f, and compared.
+
+Where systems are solved by iteration each of them costs sweeps, so that three stand for all (`by_iteration`): with
+random signs εᵢ = ±1 a group of many rows, γ = Σᵢ εᵢ wᵢgᵢ/n, has
+
+    E[γᵀ(C + λI)⁻¹γ] = Σᵢ wᵢ²gᵢᵀ(C + λI)⁻¹gᵢ/n²        E[(fᵀ(C + λI)⁻¹γ)²] = Σᵢ (value of row i)²
+
+and values come from two solutions: those of every query with the group, fᵀ(C + λI)⁻¹γ, and those of a group of queries
+with every row. C′x = Cx + (C′ − C)x, of which a few hundred rows know the last part, which alone is a difference.
 """
 
 from __future__ import annotations
@@ -17,21 +25,31 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.examples import Examples
 from upweight.errors import TheoryWarning, UpweightError
 from upweight.influence.system import System
-from upweight.model import per_row
+from upweight.model import calculus, layers, per_row
 from upweight.model.sweep import Sweep
 from upweight.operators import GaussNewton, Hessian
+from upweight.operators.implicit import Implicit
+from upweight.operators.layered import LayeredGaussNewton
 from upweight.operators.linear import LinearHessian
+from upweight.solvers import Solution
+from upweight.solvers.cg import Iteration
+from upweight.solvers.flat import LEANS
+from upweight.solvers.lissa import Recursion
 
 VALUES_KEPT = 0.05  # a change of the values that is as good as none
 _ANOTHER = 100.0  # times as much, and a Newton step leads nowhere near
 _ROWS, _QUERIES = 16, 8  # that stand for all of them
-_FEW_ROWS, _FEW_QUERIES, _WIDE = 4, 2, 100_000  # where there are so many parameters that systems are what costs
+_GROUP = 64  # rows in a group with random signs
+FEW = 512  # rows that know how the curvature changes on the way, and from one kind to another
+_STOCHASTIC = 3  # queries of a solver whose cost grows with them
+_LOOSE = 0.1  # the residual of a system that is asked for a change of 5 %
 
 
 @dataclass(frozen=True)
@@ -81,45 +99,186 @@ def _weighing(system: System, count: int) -> NDArray[np.int64]:
     return rows[np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))]
 
 
+@dataclass(frozen=True)
+class Looked:
+    """What a few systems tell of a fitted model.
+
+    Args:
+        missed: how far it is from a minimum.
+        drift: (q,) predicted change of every query's loss if training went on there; NaN where it has no solution.
+        sides: the right-hand sides that were solved for: queries, or a sum of them.
+        solution: of these.
+    """
+
+    missed: Distance
+    drift: Float[Tensor, " q"]
+    sides: Float[Tensor, "k p"]
+    solution: Solution
+
+
 def distance(system: System, queries: Examples | None = None) -> Distance:
     """The distance, with the values of a few queries, or of rows in their place.
 
-    Cost: some 30 linear systems, 9 of more than 100,000 parameters, and a product with the curvature at another θ.
+    Cost: of a direct solver products with the curvature of 512 rows at another θ; else as for `by_iteration`.
     """
-    count, most = (_FEW_ROWS, _FEW_QUERIES) if system.objective.size > _WIDE else (_ROWS, _QUERIES)
-    chosen = _weighing(system, count + most)
+    if isinstance(system.prepared, Recursion):  # what is stochastic tells no difference of a few per cent
+        return _plain(system)
+    if isinstance(system.prepared, Iteration):
+        asked = system.examples.subset(_weighing(system, _QUERIES)) if queries is None else queries
+        try:
+            return by_iteration(system, asked, per_row.gradients(system.sweep.over(system.objective, asked))).missed
+        except UpweightError:
+            return _plain(system)
+    return _directly(system, queries)
+
+
+def look(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
+    """The distance, with the solutions of as many queries as cost no more than three do.
+
+    Args:
+        system: the model and its rows.
+        asked: the queries.
+        V: their gradients.
+
+    Raises:
+        SolverError: if their systems could not be solved.
+    """
+    if isinstance(system.prepared, Iteration):
+        return by_iteration(system, asked, V)
+    sides = V[:_STOCHASTIC] if isinstance(system.prepared, Recursion) else V
+    solution = system.prepared.solve(sides)
+    return Looked(distance(system, asked), (solution.x @ system.risk_gradient).abs(), sides, solution)
+
+
+def by_iteration(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
+    """The same where every system costs sweeps: one of all queries with random signs, and the rest by symmetry.
+
+    Cost: a solution of three systems, a loose one of two, gradients of some 140 rows, and up to four products with the
+    curvature of 512 rows.
+
+    Raises:
+        NotConverged: if the systems were not solved.
+        NotPositiveDefinite: if C + λI is not positive.
+    """
+    prepared, here, gradient = system.prepared, system.sweep, system.risk_gradient
+    assert isinstance(prepared, Iteration)
+    draw, rows = np.random.default_rng(0), _weighing(system, _GROUP)
+    signs = draw.choice([-1.0, 1.0], size=len(rows)) * system.examples.weights[rows] / system.n
+    group = _group(system, here, rows, signs)
+    leaning = torch.zeros(len(V)) if prepared.flat is None else prepared.flat.leaning(V)
+    able = np.flatnonzero((leaning <= LEANS).numpy())
+    asks = torch.from_numpy(draw.choice([-1.0, 1.0], size=len(able)))
+    sides = system.project(torch.stack([gradient, group, asks @ V[able]]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TheoryWarning)
+        found = prepared.solve(sides)
+    step, forms = found.x[0], (found.x * sides).sum(1)
+    drift = torch.full((len(V),), torch.nan, dtype=torch.float64)
+    drift[able] = (V[able] @ step).abs()
+    own = _summed_up(system, found, forms)
+    effect, typical = (max(0.0, float(form)) ** 0.5 for form in forms[:2])
+    missed = Distance(effect * len(rows) ** 0.5 / typical if typical else math.inf)
+    looked = Looked(missed, drift, sides[2:], own)
+    if not len(able):
+        return looked
+    try:
+        there, some = replace(here, objective=here.objective.at(here.objective.theta - step)), asked.subset(able)
+        V_there = per_row.gradients(there.over(there.objective, some))
+        sides_there = torch.stack([_group(system, there, rows, signs), asks @ V_there])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TheoryWarning)
+            wrong = system.project(sides_there - sides[1:] - _bent(system, there, found.x[1:]))
+            x_there = found.x[1:] + prepared.loosely(_LOOSE).solve(wrong).x
+        before = torch.cat([V[able] @ found.x[1], _along(system, here, rows, found.x[2])])
+        after = torch.cat([V_there @ x_there[0], _along(system, there, rows, x_there[1])])
+    except UpweightError:  # the loss is not defined where the step leads, or its curvature is not
+        return looked
+    change = float((after - before).norm() / before.norm()) if bool(before.any()) else math.nan
+    return replace(looked, missed=replace(missed, values=change))
+
+
+def _summed_up(system: System, found: Solution, forms: Float[Tensor, " k"]) -> Solution:
+    """The last of three solutions with what is known of all: their residuals, and vᵀ(C + λI)v/vᵀv for v = x."""
+    met = torch.where(forms > 0, forms / found.x.square().sum(1), torch.inf) - system.damping
+    lowest = min(float(met.min()), math.inf if math.isnan(found.min_curvature) else found.min_curvature)
+    return Solution(found.x[2:], found.residual.max()[None], found.converged, found.sweeps, min_curvature=lowest)
+
+
+def _group(system: System, at: Sweep, rows: NDArray[np.int64], signs: NDArray[np.float64]) -> Float[Tensor, " p"]:
+    """Σᵢ sᵢ(∇Lᵢ + share) over some rows, at some θ."""
+    objective, few = at.objective, at.over(at.objective, system.examples.subset(rows))
+    numbered = few.fold(
+        lambda batch, _, numbers: calculus.pull(objective, batch, torch.from_numpy(signs[numbers])[None]),
+        label="group",
+        numbered=True,
+    )
+    return numbered[0] + float(signs.sum()) * system.penalty_share
+
+
+def _along(system: System, at: Sweep, rows: NDArray[np.int64], x: Float[Tensor, " p"]) -> Float[Tensor, " r"]:
+    """wᵢ xᵀ(∇Lᵢ + share) of some rows, at some θ."""
+    objective = at.objective
+    found = at.emit(lambda batch, _: layers.dots(objective, batch, x[None].to(objective.reference)), rows=rows)[:, 0]
+    return torch.from_numpy((found + float(x @ system.penalty_share)) * system.examples.weights[rows])
+
+
+def _bent(system: System, there: Sweep, S: Tensor) -> Tensor:
+    """(C′ − C) S by some of the rows; 0 where making another curvature costs much."""
+    if not isinstance(system.exact_curvature, Hessian | GaussNewton):
+        return torch.zeros_like(S)
+    operator = system.operator
+    if not isinstance(operator, LinearHessian | Implicit | LayeredGaussNewton):
+        operator = system.exact_curvature.bind(system.sweep)
+    here = of_few_rows(operator)
+    if isinstance(here, LinearHessian):
+        return LinearHessian(here.sweep.over(there.objective, here.sweep.examples)).apply(S) - here.apply(S)
+    moved = here.sweep.objective.at(there.objective.theta)  # which may be cut elsewhere than the one that is asked
+    return replace(here, sweep=here.sweep.over(moved, here.sweep.examples)).apply(S) - here.apply(S)
+
+
+def of_few_rows(
+    operator: LinearHessian | Implicit | LayeredGaussNewton,
+) -> LinearHessian | Implicit | LayeredGaussNewton:
+    """The same curvature of 512 rows spread through the data; itself if there are no more."""
+    examples, rows = operator.sweep.examples, operator.sweep.examples.spread(FEW)
+    if len(rows) == len(examples):
+        return operator
+    if isinstance(operator, LinearHessian):
+        return operator.of_rows(rows)
+    return replace(operator, sweep=operator.sweep.over(operator.sweep.objective, examples.subset(rows)))
+
+
+def _plain(system: System) -> Distance:
+    return Distance(per_row.rows_from_minimum(system.sweep, system.risk_gradient))
+
+
+def _directly(system: System, queries: Examples | None) -> Distance:
+    """The same by some 30 systems, of a solver that has them for nothing."""
+    chosen = _weighing(system, _ROWS + _QUERIES)
     asked, rows = chosen[1::3], np.delete(chosen, np.s_[1::3])
     if not len(asked):
         asked = rows
-    targets = system.examples.subset(asked) if queries is None else queries.subset(np.arange(len(queries))[:most])
+    targets = system.examples.subset(asked) if queries is None else queries.subset(np.arange(len(queries))[:_QUERIES])
     sources = system.examples.subset(rows)
     weights = torch.from_numpy(sources.weights / system.n)[:, None]
     here = system.sweep
     F, G = (per_row.gradients(here.over(here.objective, some)) for some in (targets, sources))
-    plain = Distance(float(system.risk_gradient.norm()) / per_row.typical_row(here))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TheoryWarning)
             first = system.prepared.solve(system.project(torch.cat([system.risk_gradient[None], G * weights, F])))
             if first.replicas is not None or not first.converged:
-                return plain
+                return _plain(system)
             R, S = first.x[0], first.x[1 + len(G) :]
             forms = (first.x[: 1 + len(G)] * torch.cat([system.risk_gradient[None], G * weights])).sum(1).clamp(min=0)
             missed = float(forms[0].sqrt() / forms[1:].mean().sqrt()) if bool(forms[1:].any()) else math.inf
             there = replace(here, objective=here.objective.at(here.objective.theta - R))
             F_there, G_there = (per_row.gradients(there.over(there.objective, some)) for some in (targets, sources))
-            wrong = system.project(F_there - _curved(system, there, S))
+            wrong = system.project(F_there - F - _bent(system, there, S))
             S_there = S + system.prepared.solve(wrong).x
     except UpweightError:  # no Newton step leads to a minimum, or the loss is not defined where it does
-        return plain
+        return _plain(system)
     share = system.penalty_share
     before, after = S @ ((G + share) * weights).T, S_there @ ((G_there + share) * weights).T
     change = float((after - before).norm() / before.norm()) if bool(before.any()) else math.nan
     return Distance(missed, change)
-
-
-def _curved(system: System, there: Sweep, S: Tensor) -> Tensor:
-    """(C′ + λI) S with the curvature where the step leads; that of θ̂ where making another costs much."""
-    spec = system.exact_curvature
-    operator = spec.bind(there) if isinstance(spec, Hessian | GaussNewton) else system.operator
-    return operator.apply(S) + system.damping * S

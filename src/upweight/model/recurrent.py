@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from upweight.model.transforms import transformed
+
 _VF: Any = torch._VF
 
 State = tuple[Tensor, ...]
@@ -47,6 +49,8 @@ def _layer(fused: Callable[..., Any], cell: Cell) -> Callable[..., Any]:
 
     def run(x: Tensor, hx: Any, weights: Any, *settings: Any) -> tuple[Tensor, ...]:
         if not isinstance(weights, Sequence) or (isinstance(hx, Tensor) and hx.ndim == 1):  # packed: data, sizes, state
+            return fused(x, hx, weights, *settings)
+        if not (torch.is_grad_enabled() or transformed()):
             return fused(x, hx, weights, *settings)
         biased, layers, dropout, train, both, batch_first = settings
         states: State = (hx,) if isinstance(hx, Tensor) else tuple(hx)
@@ -89,17 +93,19 @@ def _gates(state: State, parts: Sequence[Tensor | None]) -> Tensor:
 
 
 def _lstm(inputs: Tensor, state: State, parts: Sequence[Tensor | None]) -> State:
-    i, f, g, o = (inputs + _gates(state, parts)).chunk(4, -1)
-    inner = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-    h = o.sigmoid() * inner.tanh()
+    gates = inputs + _gates(state, parts)
+    i, f, _, o = gates.sigmoid().chunk(4, -1)  # of g too, for one call costs less than three
+    inner = f * state[1] + i * gates.chunk(4, -1)[2].tanh()
+    h = o * inner.tanh()
     projection = parts[4] if len(parts) > 4 else None
     return (h if projection is None else F.linear(h, projection), inner)
 
 
 def _gru(inputs: Tensor, state: State, parts: Sequence[Tensor | None]) -> State:
-    (xr, xz, xn), (hr, hz, hn) = inputs.chunk(3, -1), _gates(state, parts).chunk(3, -1)
-    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
-    return ((1 - z) * (xn + r * hn).tanh() + z * state[0],)
+    width, gates = state[0].shape[-1], _gates(state, parts)
+    r, z = (inputs[..., : 2 * width] + gates[..., : 2 * width]).sigmoid().chunk(2, -1)
+    n = torch.addcmul(inputs[..., 2 * width :], r, gates[..., 2 * width :]).tanh()
+    return (torch.lerp(n, state[0], z),)
 
 
 def _tanh(inputs: Tensor, state: State, parts: Sequence[Tensor | None]) -> State:

@@ -44,7 +44,6 @@ def probe(objective: Objective, batch: Any) -> Objective:
     with _chance_put_back():
         plainly = _sound(objective, batch)
         truth = _answers(plainly, batch)
-        _refuse_half_derivatives(plainly, batch)
         reason = ""
         for over_examples, over_vectors in _ROUTES:
             candidate = replace(objective, route=Route(over_examples, over_vectors, reason))
@@ -58,6 +57,7 @@ def probe(objective: Objective, batch: Any) -> Objective:
                 reason = reason or f"vmap or batched backward refused: {first_line(error)}"
                 continue
             if same:
+                _refuse_half_derivatives(candidate, batch)
                 found = replace(candidate.route, plan=layers.plan(candidate, batch), slow=tuple(sorted(slow)))
                 return replace(candidate, route=found)
             reason = reason or "vmapped values differ from one-by-one values"

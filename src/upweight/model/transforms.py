@@ -102,3 +102,10 @@ def pushed(function: Callable[[Tensor], Tensor], at: Tensor, along: Tensor, *, a
         return torch.func.jvp(function, (at,), (direction,))[1]
 
     return quietly()(torch.func.vmap(one, chunk_size=at_once))(along)
+
+
+def transformed() -> bool:
+    """Whether vmap or a derivative of torch.func runs; True where this version of torch does not tell."""
+    inner = getattr(torch._C, "_functorch", None)
+    peek = getattr(inner, "peek_interpreter_stack", None)
+    return peek is None or peek() is not None

@@ -221,6 +221,12 @@ class Iteration:
             return self.spec.prepare(self.operator, damping)
         return replace(self, damping=checked_damping(damping), inverse=self.inverse.at(damping))
 
+    def loosely(self, rtol: float) -> Iteration:
+        """The same with a larger residual."""
+        found = replace(self, spec=replace(self.spec, rtol=max(rtol, self.spec.rtol)))
+        found.__dict__["flat"] = self.flat  # a frozen dataclass's cache
+        return found
+
     def together(self, V: Tensor) -> bool:
         """Whether these right-hand sides are solved in one Krylov space.
 

@@ -63,9 +63,9 @@ def test_the_quotients_are_those_of_dense_matrices(curvature):
     report = influence.check((X[:5], Y[:5]))
     H, C = dense_hessian(model, F.cross_entropy), influence.operator.matrix()
     draw = torch.Generator().manual_seed(0)
-    signs = 2.0 * torch.randint(0, 2, (2, len(H)), generator=draw).double() - 1
+    signs = 2.0 * torch.randint(0, 2, (1, len(H)), generator=draw).double() - 1
     G = []
-    for row in range(2):
+    for row in range(1):
         model.zero_grad()
         F.cross_entropy(model(X[row : row + 1]), Y[row : row + 1]).backward()
         G.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
