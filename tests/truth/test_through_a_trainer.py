@@ -12,7 +12,7 @@ import upweight as uw
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-SIZES = {"Llama": 1e-3}  # whose norms compute in float32, whatever its weights are
+ROUGH = {"Llama": (1e-3, 5e-4)}  # its norms compute in float32, whatever its weights are
 
 
 def made(seed, count):
@@ -188,7 +188,7 @@ def test_it_is_the_derivative_of_real_trainers(name, settings, tmp_path):
     queries = rows_for(name, seed=5, count=2)
     through = uw.through(recording, since=0, second_moment="through")
     values = through.on_loss(queries, check=False).values
-    rows, size = [0, 4, 11], SIZES.get(name, 1e-4)
+    rows, (size, error) = [0, 4, 11], ROUGH.get(name, (1e-4, 1e-4))
     sides = [[losses_after(name, tmp_path, queries, row, move, settings) for move in (-size, size)] for row in rows]
     expected = np.stack([(below - above) / (2 * size) for below, above in sides], 1)
-    np.testing.assert_allclose(values[:, rows], expected, atol=1e-4 * np.abs(expected).max(), rtol=1e-3)
+    np.testing.assert_allclose(values[:, rows], expected, atol=error * np.abs(expected).max(), rtol=1e-3)

@@ -217,7 +217,7 @@ class _Scale:
         if not self.known:
             self.shift = None if items is None else self._read(model, inputs)
             self.known = True
-        if self.shift is not None:
+        if self.shift is not None and items is not None:
             return float(_counted(inputs["labels"], self.shift) / float(items))
         told = self.trainer.loss_is_scaled_for_ga
         whole = (self.trainer.model_accepts_loss_kwargs and items is not None) if told is None else told
