@@ -8,6 +8,7 @@ tied; 1,000 sequences of 64 to 80 tokens and 20 queries. AdamW 1e-3 without deca
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+import upweight as uw
 
 EPOCHS, BATCH, LR = 3, 16, 1e-3
 
@@ -53,9 +56,31 @@ def _padded(part: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def tuned(keep: NDArray[np.int64], seed: int) -> torch.nn.Module:
     """The model fine-tuned on some of the rows; the seed shuffles."""
-    ids, mask, labels = _padded("train")
-    model, draw = fresh().train(), torch.Generator().manual_seed(seed)
+    model = fresh()
+    _fit(model, torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0), keep, seed, lambda _: None)
+    return model
+
+
+def recorded(seed: int) -> uw.Recording:
+    """The fine-tuning on all rows, as `tuned` does it, recorded."""
+    model = fresh()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    train = rows("train")
+    with uw.Recording(model, optimizer, train, clip=1.0) as recording:
+        _fit(model, optimizer, np.arange(len(train)), seed, recording.batch)
+    return recording
+
+
+def _fit(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    keep: NDArray[np.int64],
+    seed: int,
+    tell: Callable[[Tensor], None],
+) -> None:
+    ids, mask, labels = _padded("train")
+    draw = torch.Generator().manual_seed(seed)
+    model.train()
     steps = EPOCHS * -(-len(keep) // BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(EPOCHS):
@@ -63,10 +88,11 @@ def tuned(keep: NDArray[np.int64], seed: int) -> torch.nn.Module:
         for some in order.split(BATCH):
             optimizer.zero_grad()
             model(input_ids=ids[some], attention_mask=mask[some], labels=labels[some]).loss.backward()
+            tell(some)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-    return model.eval()
+    model.eval()
 
 
 def query_losses(model: torch.nn.Module) -> NDArray[np.float64]:

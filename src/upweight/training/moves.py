@@ -134,6 +134,28 @@ def joined(groups: Sequence[Mapping[str, float]], of_block: Sequence[int], sizes
     return found
 
 
-def clipped(g: Tensor, most: float | None) -> Tensor:
-    """The gradient as torch.nn.utils.clip_grad_norm_ leaves it."""
-    return g if most is None else g * (most / (g.norm() + _CLIP_EPS)).clamp(max=1.0)
+def shrunk(g: Tensor, most: float | None) -> Tensor:
+    """By how much torch.nn.utils.clip_grad_norm_ shortens a gradient: a number up to 1."""
+    return g.new_ones(()) if most is None else (most / (g.norm() + _CLIP_EPS)).clamp(max=1.0)
+
+
+def slopes(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[list[Tensor | None]]:
+    """∂output/∂input of a step that treats every coordinate alone: a vector for each pair, None where it is 0."""
+    return [
+        list(torch.autograd.grad(one.sum(), inputs, retain_graph=True, allow_unused=True))
+        if one.requires_grad
+        else [None] * len(inputs)
+        for one in outputs
+    ]
+
+
+def back_through(slopes: Sequence[Sequence[Tensor | None]], adjoints: Sequence[Tensor]) -> list[Tensor]:
+    """The adjoints of the inputs of a step, (q, p) each, from those of its outputs."""
+    found = []
+    for column in zip(*slopes, strict=True):
+        total = torch.zeros_like(adjoints[0])
+        for slope, adjoint in zip(column, adjoints, strict=True):
+            if slope is not None:
+                total.addcmul_(slope, adjoint)
+        found.append(total)
+    return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from upweight.errors import InvalidInput
 from upweight.model.modules import refuse_training_mode
 from upweight.training.moves import rule_of, settings_of
+from upweight.training.trainers import arguments_of, watched
 
 _MOST = 64  # states that are kept; every other one is dropped when there are more
 
@@ -78,6 +81,7 @@ class Recording:
         penalty: what else was added to a batch's loss, as for `explain`; the optimiser's weight decay is read off it.
         clip: max_norm of `torch.nn.utils.clip_grad_norm_` over all parameters before each step; None clips nothing.
         settings: more arguments of `explain`, such as collate_fn.
+        watching: from this recording to a context in which somebody calls `batch`; see `of_trainer`.
 
     Raises:
         UnsupportedModel: if the optimiser is another one, or it trains what is no parameter of the model.
@@ -91,6 +95,7 @@ class Recording:
     penalty: Any = None
     clip: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    watching: Callable[[Recording], AbstractContextManager[None]] | None = None
     steps: list[Step] = field(default_factory=list, init=False)
     states: dict[int, State] = field(default_factory=dict, init=False, repr=False)
 
@@ -111,7 +116,24 @@ class Recording:
         self._trained = {named[id(one)]: one for _, one in moving}
         self._parts: list[Part] = []
         self._every = 1
-        self._hook: Any = None
+        self._open = ExitStack()
+
+    @classmethod
+    def of_trainer(cls, trainer: Any) -> Self:
+        """The recording of what a Trainer of transformers is about to do, adapters of peft included.
+
+            recording = uw.Recording.of_trainer(trainer)
+            with recording:
+                trainer.train()
+
+        Batches, accumulation, clipping and schedule are the Trainer's own, and nothing of it changes. Rows are numbered
+        as in its train_dataset.
+
+        Raises:
+            InvalidInput: if it is no Trainer, or its rows are no mappings that are known by number.
+            UnsupportedModel: if its steps could not be made again, as with dropout or mixed precision.
+        """
+        return cls(**arguments_of(trainer), watching=partial(watched, trainer))
 
     def __enter__(self) -> Self:
         self._parts = []
@@ -127,13 +149,17 @@ class Recording:
                 "its first step on."
             )
             raise InvalidInput(message)
-        self._hook = self.optimizer.register_step_pre_hook(self._before_step)
+        with ExitStack() as stack:
+            if self.watching is not None:
+                stack.enter_context(self.watching(self))
+            stack.callback(self.optimizer.register_step_pre_hook(self._before_step).remove)
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hook.remove()
+        self._open.close()
         self.states[len(self.steps)] = self._state()
 
     def batch(self, rows: Any, scale: float = 1.0) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -34,7 +34,7 @@ from upweight.model import calculus, per_row
 from upweight.model.objective import Objective
 from upweight.model.transforms import undisturbed
 from upweight.runs.progress import bar
-from upweight.training.moves import Memory, clipped, joined
+from upweight.training.moves import Memory, back_through, joined, shrunk, slopes
 from upweight.training.recording import Recording, Step, flat
 
 REPLAYED = 1e-2  # of the way between two states that were kept: by how much steps made again may miss the second
@@ -72,6 +72,39 @@ class Locality:
             for size, r, slope in zip(self.sizes, self.correlation, self.slope, strict=True)
         )
         return f"weights moved at random, really trained: {told}; the adjoint grew {self.growth:.3g}-fold"
+
+
+@dataclass(frozen=True)
+class Going:
+    """How far the way back is.
+
+    Args:
+        step: the adjoints are those before this step.
+        a: (q, p) adjoints of the parameters.
+        b: (q, p) adjoints of each thing that the optimiser remembers.
+        values: (q, n) the scores of the steps from here on.
+        first: (q,) the norm of a at the end.
+        largest: its largest growth so far, and
+        smallest: its smallest.
+    """
+
+    step: int
+    a: Tensor
+    b: list[Tensor]
+    values: NDArray[np.float64]
+    first: Tensor
+    largest: float
+    smallest: float
+
+    def back(self, step: int, a: Tensor, b: list[Tensor]) -> Going:
+        """One step earlier."""
+        grown = float((a.norm(dim=1) / self.first.clamp(min=1e-300)).max())
+        return replace(self, step=step, a=a, b=b, largest=max(self.largest, grown), smallest=min(self.smallest, grown))
+
+    @property
+    def growth(self) -> float:
+        """By which factor the norm of a changed, largest over smallest."""
+        return self.largest / max(self.smallest, 1e-300) if math.isfinite(self.largest) else math.inf
 
 
 @dataclass(frozen=True)
@@ -211,17 +244,17 @@ class Through:
         return joined(step.groups, [self.recording.group_of[name] for name in self._names], sizes)
 
     def _moved(self, step: int, theta: Tensor, memory: Memory, g: Tensor) -> tuple[Tensor, Memory]:
-        """The optimiser's step."""
+        """The optimiser's step by a gradient that has been clipped."""
         settings = self._settings(self.recording.steps[step])
         fixed = self.second_moment == "fixed"
-        return self.recording.rule.move(theta, memory, clipped(g, self.recording.clip), settings, step + 1, fixed)
+        return self.recording.rule.move(theta, memory, g, settings, step + 1, fixed)
 
     def _ahead(self, step: int, theta: Tensor, memory: Memory, moved: Tensor | None = None) -> tuple[Tensor, Memory]:
         """θ and the memory after a step, without a graph."""
         leaf = theta.detach().clone().requires_grad_()
         g, _ = self._gradient(self.recording.steps[step], leaf, moved)
         with torch.no_grad():
-            return self._moved(step, theta, memory, g.detach())
+            return self._moved(step, theta, memory, g.detach() * shrunk(g.detach(), self.recording.clip))
 
     def _segments(self) -> Iterator[tuple[int, int]]:
         """From state to state, the last first, as far back as `since`."""
@@ -230,28 +263,37 @@ class Through:
             if stop > self.since:
                 yield start, stop
 
-    @undisturbed()
     def _values(self, measured: Objective, queries: Any) -> tuple[NDArray[np.float64], float]:
         """The scores, and how much the adjoint grew."""
-        objective, n = self.influence.objective, self.influence.n
-        final, _ = self._begun(self.length)
-        at_end = measured.at(final)
-        a = per_row.gradients(self.influence.sweep.over(at_end, queries)).clone()
-        b = [torch.zeros(len(a), objective.size, dtype=torch.float64) for _ in self.recording.rule.state]
-        values = np.zeros((len(a), n))
-        first = a.norm(dim=1)
-        largest = smallest = 1.0
+        state = self.at_the_end(measured, queries)
         with bar(
             self.length - self.since, "back through the training", self.influence.sweep.progress, unit="step"
         ) as done:
-            for start, stop in self._segments():
-                path = self._path(start, stop)
-                for step in reversed(range(max(start, self.since), stop)):
-                    a, b = self._back(step, *path[step - start], a, b, values)
-                    grown = float((a.norm(dim=1) / first.clamp(min=1e-300)).max())
-                    largest, smallest = max(largest, grown), min(smallest, grown)
-                    done(1)
-        return values, largest / max(smallest, 1e-300) if math.isfinite(largest) else math.inf
+            for at in self.backwards(state):
+                done(state.step - at.step)
+                state = at
+        return state.values, state.growth
+
+    @undisturbed()
+    def at_the_end(self, measured: Objective, queries: Any) -> Going:
+        """The adjoints of the last parameters: the gradients of the queries."""
+        final, _ = self._begun(self.length)
+        a = per_row.gradients(self.influence.sweep.over(measured.at(final), queries)).clone()
+        b = [torch.zeros_like(a) for _ in self.recording.rule.state]
+        return Going(self.length, a, b, np.zeros((len(a), self.influence.n)), a.norm(dim=1), 1.0, 1.0)
+
+    def backwards(self, state: Going) -> Iterator[Going]:
+        """What is known before every step, from where it is back to `since`; values are of the steps from there on."""
+        for start, stop in self._segments():
+            if start >= state.step:
+                continue
+            with undisturbed():
+                path = self._path(start, stop)[: state.step - start]
+            for step in reversed(range(max(start, self.since), min(stop, state.step))):
+                with undisturbed():
+                    a, b = self._back(step, *path.pop(), state.a, state.b, state.values)
+                state = state.back(step, a, b)
+                yield state
 
     def _path(self, start: int, stop: int) -> list[tuple[Tensor, Memory]]:
         """θ and the memory before every step from one kept state to the next.
@@ -283,21 +325,24 @@ class Through:
         """The adjoints before a step from those after it; what the step adds to the scores goes to `values`."""
         leaf = theta.detach().clone().requires_grad_()
         g, weights = self._gradient(self.recording.steps[step], leaf)
-        inputs = [one.detach().clone().requires_grad_() for one in (theta, *memory, g)]
+        at = g.detach().clone().requires_grad_()
+        shrinking = shrunk(at, self.recording.clip)
+        (bent,) = (
+            calculus.pulled([shrinking], [at], [torch.ones_like(shrinking)]) if shrinking.requires_grad else (None,)
+        )
+        share = shrinking.detach()
+        inputs = [one.detach().clone().requires_grad_() for one in (theta, *memory, share * at)]
         with torch.enable_grad():
             after, remembered = self._moved(step, inputs[0], tuple(inputs[1:-1]), inputs[-1])
-        outputs = [after, *remembered]
-        used = [place for place, one in enumerate(outputs) if one.requires_grad]
-        sent = [outputs[k] for k in used]
-        before = [calculus.pulled(sent, inputs, [[ak, *bk][k] for k in used]) for ak, *bk in zip(a, *b, strict=True)]
-        own, *slots, onto = (torch.stack(parts) for parts in zip(*before, strict=True))
+        own, *slots, onto = back_through(slopes([after, *remembered], inputs), [a, *b])
+        onto = share * onto if bent is None else share * onto + (onto @ at.detach())[:, None] * bent
         rows = [u for _, u in weights]
         for query in range(len(a)):
             back, *by_row = calculus.pulled([g], [leaf, *rows], [onto[query]])
             own[query] += back
             for (numbers, _), part in zip(weights, by_row, strict=True):
                 np.subtract.at(values[query], numbers, part.numpy())
-        return own.detach(), [slot.detach() for slot in slots]
+        return own, slots
 
     @undisturbed()
     def _checked(
