@@ -23,7 +23,7 @@ author = "the authors of upweight"
 copyright = "the authors of upweight, Apache-2.0"
 version = release = upweight.__version__
 
-extensions = ["myst_parser", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx_copybutton"]
 root_doc = "docs/index"
 include_patterns = [
     "docs/**",
@@ -44,6 +44,7 @@ exclude_patterns = [
     "tests",
     "examples",
     "docs/site",
+    "**/jupyter_execute",
     "**/__pycache__",
     "**/.ipynb_checkpoints",
 ]
@@ -52,6 +53,12 @@ nitpick_ignore: list[tuple[str, str]] = []
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
+# Tutorials are notebooks without outputs: the build runs them, and keeps what they gave beside the pages.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "build" / "notebooks")
+nb_execution_timeout = 120
+nb_execution_raise_on_error = True
+nb_merge_streams = True
 python_maximum_signature_line_length = 88
 toc_object_entries = False
 add_module_names = True
@@ -89,6 +96,14 @@ NAVIGATION = {
         "three-derivatives",
         "explorer",
         "coming-from",
+        "peers",
+    ),
+    "Tutorials": (
+        "tutorials/wrong-labels",
+        "tutorials/why-this-prediction",
+        "tutorials/which-sentences",
+        "tutorials/a-poisoned-row",
+        "tutorials/which-hospital",
     ),
     "Recipes": ("recipes/*",),
     "Reference": ("api", "cli", "errors", "math", "store-format", "explorer-security"),

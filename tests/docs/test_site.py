@@ -133,8 +133,20 @@ def test_a_figure_of_the_costs_is_that_of_a_result(file, key, shown):
     assert re.search(rf"(?<![\d.]){re.escape(shown)}(?!\d)", (ROOT / "docs/costs.md").read_text())
 
 
-def test_the_citation_names_this_version():
-    assert f"\nversion: {uw.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+def test_the_citation_names_the_last_version_of_the_changelog():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    released = re.search(r"^## (\d+\.\d+\.\d+)$", changelog, re.M)
+    assert changelog.startswith("# Changelog\n\n## Unreleased\n")
+    assert f"\nversion: {released[1]}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_version_is_that_of_the_installed_package():
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        assert uw.__version__ == version("upweight")
+    except PackageNotFoundError:
+        assert uw.__version__ == "0+unknown"
 
 
 @pytest.fixture(scope="module")
