@@ -37,7 +37,8 @@ from upweight.runs.store import SCORES, Store
 from upweight.solvers import Solution
 
 _QUERIES = 1024  # whose values of one chunk of rows are held at once
-KEPT_EVERY = 5.0  # seconds between two states, or more
+KEPT_EVERY = 5.0  # seconds between two states, at least
+SELDOM = 50  # times as long as one takes to be kept, at least
 _PASSED, _CHUNKS = "passed", "chunks"
 
 
@@ -145,7 +146,7 @@ class Passed:
         self.folder.keep(self._name, running.state(), {_CHUNKS: chunks}, chunks=chunks)
         stop_here(f"chunk {chunks} of {of}")
         self._since = time.monotonic()
-        self._wait = max(KEPT_EVERY, 50 * (self._since - begun))
+        self._wait = max(KEPT_EVERY, SELDOM * (self._since - begun))
 
 
 def _refuse_estimates(system: System, known: Solution | Certificate) -> None:
