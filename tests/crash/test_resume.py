@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from sklearn.linear_model import Ridge
 
 import upweight as uw
 from upweight.errors import StoreMismatch, UpweightError
+from upweight.influence import kept, shards
 from upweight.model.chunks import CHUNK
 from upweight.runs.store import Store
 
@@ -50,16 +53,18 @@ def influence(loss=squared, row=None, theta=None, weight=1.0, **settings):
 
 def killed_after(chunks, folder):
     """What the subprocess runs: it dies by SIGKILL, in the middle of the next chunk's write."""
-    whole, written = Store.write, []
+    whole, written = Store.passing, []
 
-    def write(store, chunk, values):
-        if len(written) == chunks:
-            (store.path / f".tmp-chunk-{chunk:06d}.safetensors-{os.getpid()}").write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGKILL)
+    def passing(store, chunk, rows, parts):
+        for part in whole(store, chunk, rows, parts):
+            if len(written) == chunks:
+                while not [file for file in store.path.glob(".tmp-chunk-*") if file.stat().st_size > part.nbytes]:
+                    time.sleep(0.001)
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield part
         written.append(chunk)
-        whole(store, chunk, values)
 
-    Store.write = write
+    Store.passing = passing
     influence().on_loss(*data()[2:], store=folder)
 
 
@@ -89,6 +94,7 @@ def chunks(folder):
 
 
 def test_the_crash_left_whole_chunks_only(run):
+    assert [file.name[:21] for file in run.glob(".tmp-*")] == [".tmp-chunk-000002.saf"]
     assert [file.name for file in chunks(run)] == ["chunk-000000.safetensors", "chunk-000001.safetensors"]
     assert (run / "manifest.json").exists()
     assert (run / "solutions.safetensors").exists()
@@ -127,6 +133,41 @@ def test_an_estimators_run_resumes_too(tmp_path):
     again = uw.explain(model, X, y).on_loss(*queries, store=tmp_path / "run")
     assert again.values.tobytes() == first.values.tobytes()
     assert len(chunks(tmp_path / "run")) == 6
+
+
+@pytest.mark.parametrize("lost", [(), (1,), (0, 2)])
+def test_chunks_that_are_several_of_a_sweep(lost, tmp_path, monkeypatch):
+    """Six chunks of rows in three files of two: the bits are those of no store, and whole files are made again."""
+    X, y, *queries = data()
+    model = Ridge(alpha=1.0).fit(X, y)
+    plain = uw.explain(model, X, y).on_loss(*queries)
+    monkeypatch.setattr("upweight.influence.kept.span", lambda *_: 2)
+    uw.explain(model, X, y).on_loss(*queries, store=tmp_path / "run")
+    whole = {file.name: file.read_bytes() for file in chunks(tmp_path / "run")}
+    assert list(whole) == [f"chunk-{number:06d}.safetensors" for number in range(3)]
+    for number in lost:
+        chunks(tmp_path / "run")[number - 3].unlink()
+    again = uw.explain(model, X, y).on_loss(*queries, store=tmp_path / "run")
+    assert again.values.tobytes() == plain.values.tobytes() == uw.Run.open(tmp_path / "run").scores.values.tobytes()
+    assert {file.name: file.read_bytes() for file in chunks(tmp_path / "run")} == whole
+    shards.compute(uw.explain(model, X, y).system, queries, tmp_path / "part", (1, 2))
+    shards.compute(uw.explain(model, X, y).system, queries, tmp_path / "part", (0, 2))
+    assert shards.merge([tmp_path / "part"]).values.tobytes() == plain.values.tobytes()
+    assert {file.name: file.read_bytes()[-999:] for file in chunks(tmp_path / "part")} == {
+        name: content[-999:] for name, content in whole.items()
+    }
+    monkeypatch.undo()
+    with pytest.raises(StoreMismatch, match="rows_of_a_chunk: 2048 there, 1024 now"):
+        uw.explain(model, X, y).on_loss(*queries, store=tmp_path / "run")
+
+
+def test_chunks_are_large_where_a_linear_predictor_fills_them_fast():
+    X, y, *_ = data()
+    linear, other = uw.explain(Ridge(alpha=1.0).fit(X, y), X, y).system, influence().system
+    assert [kept.span(linear, queries) for queries in (1, 64, 10_000)] == [1, 1, 1]  # six chunks: none is missed
+    many = SimpleNamespace(objective=linear.objective, n=5_000_000)
+    assert [kept.span(many, queries) for queries in (1, 64, 10_000)] == [1220, 32, 1]
+    assert kept.span(SimpleNamespace(objective=other.objective, n=5_000_000), 64) == 1
 
 
 def other_query():

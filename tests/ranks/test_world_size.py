@@ -22,6 +22,12 @@ def chunks(folder):
     return {file.name: file.stat().st_mtime_ns for file in folder.glob("chunk-*.safetensors")}
 
 
+def index(folder):
+    """Its files; of sums over the rows only one process keeps any."""
+    files = (folder / "index").glob("*.safetensors")
+    return {file.name: file.read_bytes() for file in files if not file.name.startswith("sum-")}
+
+
 def one_by_one(X, z):
     """Σᵢ ∇(θᵀxᵢ − zᵢ)² at least squares' θ, written out: what no chunk may be left out of, or counted twice in."""
     theta = np.linalg.lstsq(X, z, rcond=None)[0]
@@ -36,6 +42,8 @@ def test_two_ranks_answer_in_the_bits_of_one_and_one_that_fails_ends_both(tmp_pa
     X, z = work.X[: CHUNK + 1], work.Z[: CHUNK + 1]
     np.testing.assert_allclose(together[1]["few rows"], X.T @ np.ones(len(z)), rtol=1e-9)
     assert len(chunks(tmp_path / "together" / "store")) == 5
+    assert len(index(tmp_path / "together")) == 8
+    assert index(tmp_path / "together") == index(tmp_path / "alone")
     assert ended.codes == [1, 1]
     assert "ZeroDivisionError: of rank 1 alone" in ended.said[1]
     assert "rank 1 failed at scores of 4,196 rows, sweep" in ended.said[0]
@@ -59,6 +67,7 @@ def test_a_rank_that_is_stopped_is_named_and_any_number_of_ranks_goes_on(tmp_pat
         assert np.load(tmp_path / f"again-{rank}.npy").tobytes() == alone["… into a store"].tobytes()
         found = np.load(tmp_path / f"rank-{rank}.npz")
         assert [name for name in alone if found[name].tobytes() != alone[name].tobytes()] == []
+    assert index(tmp_path / "together") == index(tmp_path / "alone")
 
 
 @pytest.mark.slow

@@ -61,6 +61,7 @@ def answers(folder: Path) -> dict[str, np.ndarray]:
     sampled = network(curvature=uw.operators.EKFAC(samples=1))
     by_rank = network(curvature=uw.operators.GaussNewton(keep=0), solver=uw.solvers.CG())
     checked = logistic().check((QUERIES, Y[n:]))
+    indexed = sampled.index(folder / "index")
     return {
         "a function by CG": function().on_loss(QUERIES, TARGETS).values,
         "… into a store": function().on_loss(QUERIES, TARGETS, store=folder / "store").values,
@@ -77,6 +78,7 @@ def answers(folder: Path) -> dict[str, np.ndarray]:
         "a sum of rows": sampled.risk_gradient.numpy(),
         "leverage": uw.diagnostics.summary_frame(ridge()).to_numpy(),
         "check": np.array([checked.gradient_norm]),
+        "an index": indexed.on_loss(indexed.coordinates(sampled, QUERIES, Y[n:])).values,
         "few rows": function().sweep.fold(lambda batch, w: batch[0].T @ w, rows=np.arange(CHUNK + 1)).numpy(),
     }
 

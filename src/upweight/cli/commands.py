@@ -190,12 +190,10 @@ def merge(stores: Stores, out: Path, json: Json = False) -> int:
 def _shard(study: Study, store: Path, part: tuple[int, int], json: bool) -> int:
     """A part of the scores into the store."""
     from upweight.influence import shards
-    from upweight.model.chunks import CHUNK
     from upweight.runs import ranks
 
-    system = study.influence.system
-    chunks = shards.compute(system, study.queries, store, part)
-    (i, n), rows = part, range(chunks.start * CHUNK, min(system.n, chunks.stop * CHUNK))
+    rows = shards.compute(study.influence.system, study.queries, store, part)
+    i, n = part
     if ranks.first():
         found = f"rows {rows[0]:,} to {rows[-1]:,} are" if rows else "no rows are left for it, and nothing is"
         done = f"upweight merge {store} --out FILE"

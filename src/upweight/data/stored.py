@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from upweight.errors import InvalidInput, UpweightError, first_line
 
-_BLOCK_BYTES = 2**24
-_WHOLE_CHUNKS = 4  # blocks that a chunk of a file may be as large as, so as to be unpacked once a pass
+_BLOCK_BYTES = 2**22
+_WHOLE_CHUNKS = 16  # blocks that a chunk of a file may be as large as, so as to be unpacked once a pass
 
 
 class Source(Protocol):
@@ -99,7 +99,7 @@ class Files:
 class Stored:
     """An array of n rows that is read in blocks; slices, lists of rows and lists of columns of it work as an array's.
 
-    Memory: three blocks of about 16 MB, or of a chunk of the file where that is at most four times as large.
+    Memory: three blocks of about 4 MB, or of a chunk of the file where that is at most 64 MB.
 
     Args:
         source: where the rows are read from.

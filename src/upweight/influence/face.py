@@ -340,7 +340,7 @@ class Influence:
 
         `index.coordinates(influence, Xq, yq)` reads queries with the model, `index.on_loss(…, damping=…)` and
         `index.extremes(…)` answer from the folder. Needs a network and Kronecker factors (`EKFAC()`); an interrupted
-        call goes on when it is made again.
+        call goes on when it is made again. Under torchrun the processes share the rows, and the bytes stay the same.
 
         Cost: the factors, then one sweep. On disk: bits/8 bytes and a sixteenth for each coordinate that is kept of a
         row; memory does not grow with the rows.
@@ -357,6 +357,30 @@ class Influence:
             StoreMismatch: if the folder holds other work.
         """
         return indexes.index(self.system, folder, error, bits)
+
+    def index_shard(
+        self, folder: str | os.PathLike[str], shard: int, of: int, *, error: float = 0.14, bits: int = 4
+    ) -> range:
+        """The rows of part `shard` (from 0) of `of` of an index, now in the folder: for jobs that cannot talk.
+
+        All parts lie in one folder. When they are there, `index(folder)` of the same error and bits makes them one
+        index, without a sweep; the bytes are those of one call.
+
+        Cost: each that begins before eigenvectors are in the folder makes the factors; its share of the sweep.
+
+        Args:
+            folder: that all parts share.
+            shard: which part.
+            of: how many parts there are.
+            error: as for index.
+            bits: as for index.
+
+        Raises:
+            InvalidInput: if there is no such part.
+            StorageFailed: if another process is at this part, or at the whole.
+            UnsupportedModel, NotPositiveDefinite, StoreMismatch: as for index.
+        """
+        return indexes.shard(self.system, folder, (shard, of), error, bits)
 
     def damping_path(self, Xq: Queries, yq: Any = None, *, dampings: Iterable[float] | None = None) -> DampingPath:
         """`on_loss` at many dampings, from one factorisation: how much do the values depend on λ?

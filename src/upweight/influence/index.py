@@ -27,7 +27,14 @@ from torch import Tensor
 
 from upweight.data import markup
 from upweight.data.ids import Ids, packed as packed_ids, unpacked as unpacked_ids
-from upweight.errors import InvalidInput, NotPositiveDefinite, PathNotFound, StoreMismatch, UnsupportedModel
+from upweight.errors import (
+    InvalidInput,
+    NotPositiveDefinite,
+    PathNotFound,
+    StoreMismatch,
+    UnsupportedModel,
+    checked_count,
+)
 from upweight.influence import kept
 from upweight.influence.certificate import Certificate
 from upweight.influence.running import Largest
@@ -37,6 +44,7 @@ from upweight.influence.top import TopK
 from upweight.model import per_row
 from upweight.operators.factors import Basis
 from upweight.operators.kronecker import EKFAC, KFAC, Kronecker
+from upweight.runs import ranks
 from upweight.runs.progress import bar
 from upweight.runs.quantised import BITS, packed, unpacked
 from upweight.runs.stopping import stop_here
@@ -278,6 +286,31 @@ class Index:
 
 def index(system: System, folder: str | os.PathLike[str], error: float, bits: int) -> Index:
     """`Influence.index`."""
+    store = _store(system, folder, error, bits)
+    with kept.taken(store):
+        chunks = _made(store, system, float(error), bits)
+        _fill(store, system, bits, range(len(chunks)))
+        if ranks.first():
+            _finish(store, system)
+    return Index(store.path)
+
+
+def shard(system: System, folder: str | os.PathLike[str], part: tuple[int, int], error: float, bits: int) -> range:
+    """`Influence.index_shard`."""
+    i, m = checked_count(part[0], "shard", least=0, hint="the first is 0"), checked_count(part[1], "of")
+    if i >= m:
+        message = f"shard={i}, of={m}. Shards are numbered from 0: pass shard=0 to shard={m - 1}."
+        raise InvalidInput(message)
+    store = _store(system, folder, error, bits, f"-{i}-of-{m}")
+    with kept.taken(store):
+        chunks = _made(store, system, float(error), bits)
+        mine = range(len(chunks) * i // m, len(chunks) * (i + 1) // m)
+        _fill(store, system, bits, mine)
+    return range(chunks[mine.start].start, chunks[mine.stop - 1].stop) if mine else range(0)
+
+
+def _store(system: System, folder: str | os.PathLike[str], error: float, bits: int, part: str = "") -> Store:
+    """The folder of the index, or of a part of it; of several ranks the first one leads."""
     if not isinstance(error, int | float) or not 0 < error < 1 or bits not in BITS:
         message = (
             f"The error is {error!r}, and bits are {bits!r}. Pass an error between 0 and 1, such as 0.1, and 4 or 8 "
@@ -296,39 +329,62 @@ def index(system: System, folder: str | os.PathLike[str], error: float, bits: in
             f"rows held out, for which {_FEWEST} are the fewest. Use on_loss, which needs no index."
         )
         raise InvalidInput(message)
-    store = Store(folder, {"index": 1, **kept.work(system), "error": float(error), "bits": bits})
-    with store:
-        _write(store, system, float(error), bits)
-    return Index(store.path)
+    system.refuse_other_ranks()
+    work = {"index": 1, **kept.work(system), "error": float(error), "bits": bits}
+    return ranks.after_first("opening the store", lambda: Store(folder, work, part=part, follows=not ranks.first()))
 
 
-def _write(store: Store, system: System, error: float, bits: int) -> None:
-    """Everything that is not yet in the folder."""
+def _made(store: Store, system: System, error: float, bits: int) -> list[range]:
+    """The eigenvectors are in the folder now; the rows of every chunk."""
     kept.compare_losses(system, store)
-    if not store.has(_BASIS):
+    if not ranks.first_finds("eigenvectors", lambda: store.has(_BASIS)):
         system.prepare_in(store)
-        _write_basis(store, system, *_choice(system, error, bits))
+        chosen, card = _choice(system, error, bits)
+        if ranks.first():
+            _write_basis(store, system, chosen, card)
+        ranks.after_first("writing eigenvectors", lambda: None)  # nobody reads what is not there yet
+    return _chunks(store, system.n)
+
+
+def _chunks(store: Store, n: int) -> list[range]:
+    """The rows of every chunk."""
+    rows = max(1, min(1024, _CHUNK_NUMBERS // len(store.kept(_BASIS)[0]["eigenvalues"])))
+    return [range(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def _fill(store: Store, system: System, bits: int, numbers: range) -> None:
+    """These chunks of the rows, but for those that are there; of several ranks each makes its share."""
     operator, chosen = _opened(store.path, system)
     arrays, card = store.kept(_BASIS)
-    k, size = sum(map(len, chosen)), system.sweep.n
-    rows = max(1, min(1024, _CHUNK_NUMBERS // k))
     whiten = torch.from_numpy(1 / np.sqrt(arrays["eigenvalues"] + card["damping"])).to(system.objective.reference)
-    quiet = replace(system.sweep, progress=False)
-    with bar(-(-size // rows), "index", system.sweep.progress, unit="chunk") as done:
-        for chunk, start in enumerate(range(0, size, rows)):
-            if chunk not in store:
-                some = np.arange(start, min(start + rows, size))
-                found = quiet.emit(
+    quiet, chunks = replace(system.sweep, progress=False), _chunks(store, system.n)
+    found = ranks.by_first("looking for finished chunks", lambda: {"": np.array([n in store for n in numbers])})
+    assert found is not None  # the function gave it
+    missing = [number for number, there in zip(numbers, found[""], strict=True) if not there]
+    with ranks.work(f"index of {system.n:,} rows", len(missing)) as work:
+        mine = work.shares(missing)[work.rank]
+        with bar(len(mine), "index", system.sweep.progress, unit="chunk") as done:
+            for number in mine:
+                work.at(number)
+                values = quiet.emit(
                     lambda batch, _: operator.coordinates(batch, chosen) * whiten,
                     vectors=per_row.width(quiet),
-                    rows=some,
+                    rows=np.array(chunks[number]),
                     label="index",
                 )
-                codes, scales = packed(found.astype(np.float32), bits)
-                store.keep(chunk_name(chunk), {"codes": codes, "scales": scales}, event="chunk", number=chunk)
-                stop_here(f"chunk {chunk + 1} of {-(-size // rows)}")
-            done(1)
-    card |= {"rows": rows, "coverage": system.objective.coverage}
+                codes, scales = packed(values.astype(np.float32), bits)
+                if len(missing) > 1 or ranks.first():
+                    store.keep(chunk_name(number), {"codes": codes, "scales": scales}, event="chunk", number=number)
+                    stop_here(f"chunk {number + 1} of {len(chunks)}")
+                done(1)
+        work.told(None)  # nobody goes on before all are there
+
+
+def _finish(store: Store, system: System) -> None:
+    """Written last: what belongs to all rows."""
+    arrays, card = store.kept(_BASIS)
+    chunks = _chunks(store, system.n)
+    card |= {"rows": len(chunks[0]), "coverage": system.objective.coverage}
     names = system.examples.names
     if names is not None:
         card |= {"names": packed_ids(names.values), "axis": names.name}
@@ -422,7 +478,7 @@ def _write_basis(store: Store, system: System, chosen: list[Tensor], card: dict[
     eigenvalues = torch.cat([basis.eigenvalues.flatten()[at] for basis, at in zip(operator.bases, chosen, strict=True)])
     arrays["eigenvalues"] = eigenvalues.numpy()
     arrays["constant"] = _rotated(operator, system.penalty_share[None], chosen)[0].numpy()
-    store.keep(_BASIS, arrays, card)
+    store.keep(_BASIS, arrays, card, once=True)
 
 
 def _part(folder: Path, name: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,29 +21,58 @@ from upweight.model import calculus, per_row
 from upweight.model.chunks import CHUNK
 from upweight.runs import ranks
 from upweight.runs.files import check_room
-from upweight.runs.store import SCORES, SOLUTIONS, Store
+from upweight.runs.store import SCORES, SOLUTIONS, Store, fingerprint
 from upweight.solvers import Solution
 
+_CHUNK_BYTES = 2**24
+_ROWS = "rows_of_a_chunk"  # in the manifest
 
-def folder(system: System, queries: Examples, measure: str, path: Any, part: str = "") -> Store:
+
+def folder(system: System, queries: Examples, measure: str, path: Any, part: str = "", values: bool = True) -> Store:
     """The store of the removal scores of these queries, or of a part of them; of several ranks the first one leads.
+
+    Args:
+        system: whose scores they are.
+        queries: on which.
+        measure: what is measured of them.
+        path: of the folder.
+        part: of the work.
+        values: whether the values of all rows will be written there.
 
     Raises:
         StoreMismatch: if the folder holds other work.
         StorageFailed: if the disk has no room for them.
     """
-    fingerprint, follows = _fingerprint(system, queries, measure), not ranks.first()
+    chunks = span(system, len(queries))
+    told = _fingerprint(system, queries, measure) | {_ROWS: chunks * CHUNK}
+    follows = not ranks.first()
 
     def made() -> Store:
-        store = Store(path, fingerprint, part=part, follows=follows)
+        store = Store(path, told, part=part, follows=follows, span=chunks)
         finished = len(list(store.path.glob("chunk-*")))
-        rows = max(0, system.n - finished * CHUNK)
+        rows = max(0, system.n - finished * chunks * CHUNK) if values else 0
         estimates = getattr(system.solver, "repeats", 0)
         solving = 0 if store.has(SOLUTIONS) else (3 + estimates) * system.objective.size
         check_room(store.path, 8 * len(queries) * (rows + solving))
         return store
 
     return ranks.after_first("opening the store", made)
+
+
+def span(system: System, queries: int) -> int:
+    """How many times 1,024 rows a chunk in a folder has.
+
+    Once, where a model has to be evaluated for each row. A linear predictor's values are computed as fast as a disk
+    takes them, and flushed every 16 MB; but at least four chunks are left, for processes that share them.
+    """
+    if system.objective.linear is None:
+        return 1
+    return max(1, min(_CHUNK_BYTES // (8 * CHUNK * queries), -(-system.n // CHUNK) // 4))
+
+
+def span_in(path: Path) -> int:
+    """The same of a folder that is there."""
+    return int(fingerprint(path)[_ROWS]) // CHUNK
 
 
 @contextmanager
@@ -55,12 +85,14 @@ def taken(store: Store) -> Iterator[None]:
 
 
 @contextmanager
-def opened(system: System, queries: Examples, measure: str, path: Any) -> Iterator[Store | None]:
+def opened(
+    system: System, queries: Examples, measure: str, path: Any, *, values: bool = True
+) -> Iterator[Store | None]:
     """The same store, taken for this process or job; None where no path is named."""
     if path is None:
         yield None
         return
-    store = folder(system, queries, measure, path)
+    store = folder(system, queries, measure, path, values=values)
     with taken(store):
         yield store
 

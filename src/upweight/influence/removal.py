@@ -61,20 +61,30 @@ def in_chunks(
 ) -> tuple[Iterator[tuple[int, Float[NDArray[np.float64], "c q"]]], Solution | Certificate]:
     """The values of every row, (rows, queries), a chunk of rows after the other, and what they come from.
 
-    Each chunk is computed when it is asked for, or read from the folder.
+    Each chunk is computed when it is asked for, and kept in the folder, or read from there.
     """
-    weights = _shares(system)
-    if folder is not None:
-        kept.compare_losses(system, folder)  # before any sum that was kept is taken up
-        system.prepare_in(folder)
     pairwise = pairs.comparing(measured, system.prepared) if folder is None else None
     if pairwise is not None:
-        return pairs.in_chunks(system, queries, pairwise, system.solve, weights)
-    solution = scoring.solutions(system, queries, measured, folder)
-    if folder is not None:
-        solution = kept.compared(system, folder, solution)
+        return pairs.in_chunks(system, queries, pairwise, system.solve, _shares(system))
+    solution = solved(system, measured, queries, folder)
+    return of_rows(system, solution, folder), solution
+
+
+def solved(system: System, measured: Objective, queries: Examples, folder: Store | None) -> Solution:
+    """The systems' solutions; those in the folder, if they are there."""
+    if folder is None:
+        return scoring.solutions(system, queries, measured)
+    kept.compare_losses(system, folder)  # before any sum that was kept is taken up
+    system.prepare_in(folder)
+    return kept.compared(system, folder, scoring.solutions(system, queries, measured, folder))
+
+
+def of_rows(
+    system: System, solution: Solution, store: Store | None, begun: int = 0
+) -> Iterator[tuple[int, Float[NDArray[np.float64], "c q"]]]:
+    """The values of every row but those of the first chunks; what a store has is read, the others are kept there."""
     share = system.penalty_share
-    return scoring.in_chunks(system, solution.x, share, store=folder, factors=weights), solution
+    return scoring.in_chunks(system, solution.x, share, store=store, factors=_shares(system), begun=begun)
 
 
 def _shares(system: System) -> Float[NDArray[np.float64], " n"]:

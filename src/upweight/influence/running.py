@@ -6,7 +6,8 @@ same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -18,6 +19,8 @@ _ROOM = 256  # candidates beside the k that lead and these rows, before they are
 _OCTAVES = (-64, 64)  # powers of two between which values are told apart
 _PARTS = 4  # bins between a power of two and the next: the first two binary digits behind the point
 _CODE_BITS = 14  # of a float64: sign, exponent, two digits
+
+_ADDED = ("total", "squares", "sums")
 
 Histogram = tuple[
     Int[NDArray[np.int64], "q b"], Float[NDArray[np.float64], " e"]
@@ -38,6 +41,17 @@ class Largest:
         self._rows = np.zeros(self._keys.shape, dtype=np.int64)
         self._filled = np.zeros(queries, dtype=np.int64)
         self._least = np.full(queries, -np.inf)  # what a later key has to exceed
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """All that is known, for `resume`."""
+        self._settle()
+        return {"keys": self._keys[:, : self.k], "rows": self._rows[:, : self.k], "filled": self._filled}
+
+    def resume(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from there."""
+        self._keys[:, : self.k], self._rows[:, : self.k] = state["keys"], state["rows"]
+        self._filled = state["filled"].astype(np.int64)
+        self._least = self._keys[:, self.k - 1].copy()
 
     def add(self, first: int, keys: Float[NDArray[np.float64], "c q"]) -> None:
         """Look at the keys of the rows that come next, starting at row `first`."""
@@ -96,6 +110,14 @@ class Spread:
         bins = _BIN_OF_CODE[codes.view(np.int64)] + self._offsets
         self._counts += np.bincount(bins.ravel(), minlength=self._counts.size).reshape(self._counts.shape)
 
+    def state(self) -> NDArray[np.int64]:
+        """All that is known, for `resume`."""
+        return self._counts
+
+    def resume(self, state: NDArray[Any]) -> None:
+        """Go on from there."""
+        self._counts = state.astype(np.int64)
+
     def found(self) -> Histogram:
         """The bins from the first to the last in which there is a value."""
         counts = self._counts[:, :-1]
@@ -142,6 +164,21 @@ class Running:
         self.squares += np.einsum("rq,rq->q", values, values)
         if len(self.sums):
             self.sums += self._belongs[first : first + len(values)].T @ values
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """All that is known after some chunks, for `resume`: then the others add up to the same bits."""
+        sides = {"largest": self.largest.state(), "smallest": self.smallest.state()}
+        arrays = {f"{side}.{name}": array for side, state in sides.items() for name, array in state.items()}
+        return {**arrays, "counts": self.spread.state(), **{name: getattr(self, name) for name in _ADDED}}
+
+    def resume(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from there."""
+        for side in ("largest", "smallest"):
+            own = {name.removeprefix(f"{side}."): array for name, array in state.items() if name.startswith(f"{side}.")}
+            getattr(self, side).resume(own)
+        self.spread.resume(state["counts"])
+        for name in _ADDED:
+            getattr(self, name)[:] = state[name]
 
 
 def _belonging(groups: list[NDArray[np.int64]], n: int) -> scipy.sparse.csr_matrix:

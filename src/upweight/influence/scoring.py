@@ -118,6 +118,7 @@ def in_chunks(
     rows: NDArray[np.int64] | None = None,
     store: Store | None = None,
     factors: Float[NDArray[np.float64], " r"] | None = None,
+    begun: int = 0,
 ) -> Iterator[tuple[int, Float[NDArray[np.float64], "c q"]]]:
     """S · (∇L(zᵢ) + constant) for training rows, by one sweep that never forms their gradients: chunk after chunk.
 
@@ -128,8 +129,9 @@ def in_chunks(
         rows: which rows; None means all.
         store: finished chunks are kept there, without their factors.
         factors: what each row's products are multiplied by; None for nothing.
+        begun: chunks that are left out, the first ones.
     """
-    every = _closed(system) is None and rows is None and store is None  # rows are visited, so that ∇R comes with them
+    every = _closed(system) is None and rows is None and store is None and not begun  # so that ∇R comes with them
     wanted = every and layers.structured(system.objective) and not system.knows_risk_gradient
     leaning = S.isnan().any(1)
     S, sums = torch.where(leaning[:, None], 0.0, S), Sums() if wanted else None
@@ -137,7 +139,8 @@ def in_chunks(
         sweep, products = system.sweep, _with_gradients_summed(system.objective, S, constant)
     else:
         sweep, products = by_rows(system, S, constant)
-    found = sweep.chunks(products, vectors=vectors(system, S), rows=rows, store=store, sums=sums, label="scores")
+    how: dict[str, Any] = {"rows": rows, "store": store, "sums": sums, "begun": begun}
+    found = sweep.chunks(products, vectors=vectors(system, S), label="scores", **how)
     for number, own in found:
         start = number * CHUNK
         values = own if factors is None else own * factors[start : start + len(own), None]

@@ -1,9 +1,9 @@
 """Removal scores in parts, by processes that need not know of each other; and the whole, when all parts are there.
 
-The c chunks of a store are divided: part i of m computes ⌊c·i/m⌋ to ⌊c·(i+1)/m⌋ − 1. Parts may keep them in one folder
-or each in its own. The first part in a folder solves the systems and writes a card beside the chunks: all that Scores
-have but their values. Later parts read the solutions and go straight to their rows. Parts hold locks of their own: two
-processes are not at the same part, nor is one at the whole while another is at a part.
+The c chunks of a store (`kept.span`) are divided: part i of m computes ⌊c·i/m⌋ to ⌊c·(i+1)/m⌋ − 1. Parts may keep them
+in one folder or each in its own. The first part in a folder solves the systems and writes a card beside the chunks: all
+that Scores have but their values. Later parts read the solutions and go straight to their rows. Parts hold locks of
+their own: two processes are not at the same part, nor is one at the whole while another is at a part.
 
 A direct solver gives the same solutions on machines that are alike, and so the same bytes as one run would. Where
 solutions differ by rounding (another processor, another number of threads, an iteration) in folders of their own, so do
@@ -36,14 +36,14 @@ _CARD = "card"
 _PARTS = "shards"
 
 
-def chunks_of(part: tuple[int, int], n: int) -> range:
-    """The chunks of part i of m, when there are n rows."""
-    (i, m), every = part, -(-n // CHUNK)
+def chunks_of(part: tuple[int, int], n: int, span: int = 1) -> range:
+    """The chunks of part i of m, when there are n rows, and `span` times 1,024 of them in a chunk."""
+    (i, m), every = part, -(-n // (span * CHUNK))
     return range(every * i // m, every * (i + 1) // m)
 
 
 def compute(system: System, on: tuple[Any, ...], folder: Path, part: tuple[int, int]) -> range:
-    """Computes what a folder lacks of one part of the removal scores; the chunks of that part.
+    """Computes what a folder lacks of one part of the removal scores; the rows of that part.
 
     Args:
         system: of the training rows.
@@ -59,14 +59,15 @@ def compute(system: System, on: tuple[Any, ...], folder: Path, part: tuple[int, 
     queries = system.encoded(*on)
     system.refuse_other_ranks()
     kept.refuse_other_queries(queries, system.objective.name)
-    chunks = chunks_of(part, system.n)
     store = kept.folder(system, queries, system.objective.name, folder, f"-{part[0]}-of-{part[1]}")
+    chunks = chunks_of(part, system.n, store.span)
     with kept.taken(store):
         S = _solved(system, queries, store, part[1])
         solved = torch.where(S.isnan().any(1)[:, None], 0.0, S)  # queries whose system has no solution
         sweep, products = scoring.by_rows(system, solved, system.penalty_share)
         sweep.fill(products, store, chunks, vectors=scoring.vectors(system, solved), label="scores")
-    return chunks
+    size = store.span * CHUNK
+    return range(min(system.n, chunks.start * size), min(system.n, chunks.stop * size))
 
 
 def merge(folders: Sequence[Path]) -> Scores:
@@ -80,12 +81,13 @@ def merge(folders: Sequence[Path]) -> Scores:
     first = stores[0]
     arrays, card = first.kept(_CARD)
     known, S = _without_values(arrays, card), first.solutions
+    span = kept.span_in(first.path)
     for other in stores[1:]:
         other.agree(SOLUTIONS, S, kept.rounding(known.certificate.residual))
-    places = [next((store for store in stores if k in store), None) for k in range(-(-known.n // CHUNK))]
+    places = [next((store for store in stores if k in store), None) for k in range(-(-known.n // (span * CHUNK)))]
     missing = [k for k, store in enumerate(places) if store is None]
     if missing:
-        raise _unfinished(missing, known.n, int(card[_PARTS]), first.path)
+        raise _unfinished(missing, known.n, span, int(card[_PARTS]), first.path)
     values = np.concatenate([store.read(k) for k, store in enumerate(places) if store is not None]).T
     values[np.isnan(S).any(1)] = np.nan
     assert known.scale is not None  # removal has a derivative
@@ -132,12 +134,13 @@ def _opened(folder: Path, first: Path) -> Store:
     return Store(folder, fingerprint(first))
 
 
-def _unfinished(missing: list[int], n: int, parts: int, folder: Path) -> InvalidInput:
+def _unfinished(missing: list[int], n: int, span: int, parts: int, folder: Path) -> InvalidInput:
     """The error that names the parts to run again."""
-    again = [f"{i}/{parts}" for i in range(parts) if set(missing) & set(chunks_of((i, parts), n))]
-    rows = f"{missing[0] * CHUNK:,} to {min(n, (missing[-1] + 1) * CHUNK) - 1:,}"
+    again = [f"{i}/{parts}" for i in range(parts) if set(missing) & set(chunks_of((i, parts), n, span))]
+    size = span * CHUNK
+    rows = f"{missing[0] * size:,} to {min(n, (missing[-1] + 1) * size) - 1:,}"
     message = (
-        f"{len(missing)} of {-(-n // CHUNK)} chunks are missing, the first and the last of them in rows {rows}: shard "
+        f"{len(missing)} of {-(-n // size)} chunks are missing, the first and the last of them in rows {rows}: shard "
         f"{', '.join(again[:8])}{' …' if len(again) > 8 else ''} has not ended. Run it again, as `upweight score STUDY "
         f"--store {folder} --shard {again[0]}`; it computes what is missing."
     )

@@ -6,7 +6,10 @@ rows: `running` holds it, `Leading` is the answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,9 +31,15 @@ from upweight.influence.top import TopK, checked_k
 from upweight.model import per_row
 from upweight.model.chunks import CHUNK
 from upweight.model.objective import Objective
+from upweight.runs import ranks
+from upweight.runs.stopping import asked, stop_here
+from upweight.runs.store import SCORES, Store
 from upweight.solvers import Solution
 
 _QUERIES = 1024  # whose values of one chunk of rows are held at once
+KEPT_EVERY = 5.0  # seconds between two states, at least
+SELDOM = 50  # times as long as one takes to be kept, at least
+_PASSED, _CHUNKS = "passed", "chunks"
 
 
 @dataclass(frozen=True)
@@ -66,24 +75,85 @@ def leading(
 def _of_block(
     system: System, measured: Objective, queries: Examples, k: int, added: Mapping[str, _Added], store: Any
 ) -> Leading:
-    with kept.opened(system, queries, measured.name, store) as folder:
-        found, known = removal.in_chunks(system, measured, queries, folder)
-        return _passed(system, measured, queries, k, added, found, known)
+    running = Running(len(queries), k, [group for one in added.values() for group in one.members], system.n)
+    with kept.opened(system, queries, measured.name, store, values=False) as folder:
+        if folder is None:
+            found, known = removal.in_chunks(system, measured, queries, None)
+            _refuse_estimates(system, known)
+            for number, values in found:
+                running.add(number * CHUNK, values)
+        else:
+            known = removal.solved(system, measured, queries, folder)
+            _refuse_estimates(system, known)
+            _passed(system, known, running, Passed(folder, k, added))
+    certificate = known if isinstance(known, Certificate) else scoring.certificate(system, known)
+    return _answer(system, measured, queries, running, added, certificate)
 
 
-def _passed(
-    system: System,
-    measured: Objective,
-    queries: Examples,
-    k: int,
-    added: Mapping[str, _Added],
-    found: Iterator[tuple[int, NDArray[np.float64]]],
-    known: Solution | Certificate,
-) -> Leading:
-    """What is kept of values that pass by.
+def _passed(system: System, solution: Solution, running: Running, passed: Passed) -> None:
+    """All rows pass by that have not yet; scores that the folder holds whole are read."""
+    begun, chunks = passed.resume(running), -(-system.n // CHUNK)
+    if begun == chunks:
+        return
+    whole = ranks.first_finds("finished scores", lambda: passed.folder.has(SCORES))
+    for number, values in removal.of_rows(system, solution, passed.folder if whole else None, begun):
+        running.add(number * CHUNK, values)
+        passed.after(running, number + 1, chunks)
+
+
+class Passed:
+    """What is kept in a folder of rows that have passed by: not their values, but what `Running` knows of them.
+
+    It is written when some seconds are over, a fiftieth of the time at most, and when all have passed.
+
+    Args:
+        folder: of the scores of the same queries.
+        k: rows that are kept.
+        added: groups whose sums are.
+    """
+
+    def __init__(self, folder: Store, k: int, added: Mapping[str, _Added]) -> None:
+        told = hashlib.sha256(json.dumps([k, {name: len(one.members) for name, one in added.items()}]).encode())
+        for one in added.values():
+            for group in one.members:
+                told.update(np.append(len(group), group).astype("<i8").tobytes())
+        self.folder, self._name = folder, f"{_PASSED}-{told.hexdigest()[:16]}"
+        self._since, self._wait = time.monotonic(), KEPT_EVERY
+
+    def resume(self, running: Running) -> int:
+        """How many chunks have passed already; `running` knows what they left."""
+
+        def kept_there() -> dict[str, NDArray[Any]] | None:
+            if not self.folder.has(self._name):
+                return None
+            arrays, card = self.folder.kept(self._name)
+            return {**arrays, _CHUNKS: np.array(card[_CHUNKS])}
+
+        state = ranks.by_first("looking for rows that have passed by", kept_there)
+        if state is None:
+            return 0
+        running.resume(state)
+        return int(state[_CHUNKS])
+
+    def after(self, running: Running, chunks: int, of: int) -> None:
+        """Keep it after so many chunks, if it is time, or a signal asks to stop here."""
+        begun = time.monotonic()
+        if not ranks.first():
+            stop_here(f"chunk {chunks} of {of}")
+            return
+        if chunks < of and not asked() and begun - self._since < self._wait:
+            return
+        self.folder.keep(self._name, running.state(), {_CHUNKS: chunks}, chunks=chunks)
+        stop_here(f"chunk {chunks} of {of}")
+        self._since = time.monotonic()
+        self._wait = max(KEPT_EVERY, SELDOM * (self._since - begun))
+
+
+def _refuse_estimates(system: System, known: Solution | Certificate) -> None:
+    """Raises where values are estimates, whose errors nobody keeps.
 
     Raises:
-        UnsupportedModel: if they are estimates.
+        UnsupportedModel: if they are.
     """
     if not isinstance(known, Certificate) and known.replicas is not None:
         message = (
@@ -91,11 +161,6 @@ def _passed(
             "CG(); or on_loss, whose standard_error says how far each value can be trusted."
         )
         raise UnsupportedModel(message)
-    running = Running(len(queries), k, [group for one in added.values() for group in one.members], system.n)
-    for number, values in found:
-        running.add(number * CHUNK, values)
-    known = known if isinstance(known, Certificate) else scoring.certificate(system, known)
-    return _answer(system, measured, queries, running, added, known)
 
 
 def _answer(

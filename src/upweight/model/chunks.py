@@ -44,24 +44,36 @@ def rows_of(numbers: Sequence[int], chunks: Sequence[Place]) -> NDArray[np.int64
     return np.concatenate([np.arange(0), *(np.arange(ends[number], ends[number + 1]) for number in numbers)])
 
 
-class OutputRows:
-    """The output rows of the chunks that this process has visited, at their places among all."""
+def files_of(chunks: int, span: int, begun: int = 0) -> list[range]:
+    """The chunks from number `begun` on, `span` of them together as they lie in the files of a store."""
+    return [range(max(first, begun), min(first + span, chunks)) for first in range(begun // span * span, chunks, span)]
 
-    def __init__(self, chunks: list[Place]) -> None:
-        self.chunks = chunks
+
+class OutputRows:
+    """The output rows of those of some consecutive chunks that this process has visited, at their places.
+
+    Args:
+        first: the number of the first of the chunks.
+        chunks: where they lie.
+    """
+
+    def __init__(self, first: int, chunks: Sequence[Place]) -> None:
+        self.first, self.chunks = first, chunks
         self.values: NDArray[np.float64] | None = None
 
     def put(self, number: int, values: NDArray[np.float64]) -> None:
         """The rows of a chunk."""
         if self.values is None:
             self.values = np.empty((count(self.chunks), *values.shape[1:]))
-        self.values[number * CHUNK : number * CHUNK + len(values)] = values
+        start = (number - self.first) * CHUNK
+        self.values[start : start + len(values)] = values
 
     def of_all(self, work: ranks.Alone | ranks.Shared, shares: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        """All rows, on every rank."""
+        """All rows, on every rank, each of which has visited its share of the numbers."""
         shape = work.shape(None if self.values is None else self.values.shape[1:])
         values = np.empty((count(self.chunks), *shape)) if self.values is None else self.values
-        work.rows(values, [rows_of(share, self.chunks) for share in shares])
+        places = [rows_of([number - self.first for number in share], self.chunks) for share in shares]
+        work.rows(values, places)
         return values
 
 

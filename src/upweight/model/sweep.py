@@ -19,7 +19,19 @@ from torch import Tensor
 
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput, UpweightError, checked_count, first_line
-from upweight.model.chunks import CHUNK, Keeping, OutputRows, Place, added, chunks_of, count, joined, length, rows_of
+from upweight.model.chunks import (
+    CHUNK,
+    Keeping,
+    OutputRows,
+    Place,
+    added,
+    chunks_of,
+    count,
+    files_of,
+    joined,
+    length,
+    rows_of,
+)
 from upweight.model.objective import Objective
 from upweight.model.transforms import refuse_inference_mode, undisturbed
 from upweight.runs import ranks
@@ -29,6 +41,8 @@ from upweight.runs.store import Store
 from upweight.runs.sums import Sums
 
 MEMORY = 2**30
+_WINDOW = (4, 64)  # chunks that each of several ranks visits, the first time and at most, before all rows are exchanged
+_WINDOW_BYTES = 2**27  # of the rows of such a window, which every rank has
 
 T = TypeVar("T")
 Numbers = range | NDArray[np.int64]
@@ -139,8 +153,6 @@ class Sweep:
             store: finished chunks are kept there and not computed again.
             label: what the progress bar says.
         """
-        if ranks.several():
-            return self._by_ranks(function, vectors, rows, store, label, None)
         found = self.chunks(function, vectors=vectors, rows=rows, store=store, label=label)
         return joined(found, self.n if rows is None else len(rows))
 
@@ -152,36 +164,28 @@ class Sweep:
         rows: NDArray[np.int64] | None = None,
         store: Store | None = None,
         sums: Sums | None = None,
+        begun: int = 0,
         label: str = "emit",
     ) -> Iterator[tuple[int, NDArray[np.float64]]]:
         """The same, a chunk of rows at a time, in order: its number, and its (c, …) output rows; none are kept.
 
-        Rows of chunk k start at k · CHUNK. Several ranks hold all rows, and give them chunk by chunk.
+        Rows of chunk k start at k · CHUNK. Several ranks visit some chunks each, and give all of them, then the next.
 
         Args:
             function: as for `emit`.
             vectors: how many vectors the function works on at once, for the batch size.
             rows: the rows to visit; None means all.
-            store: finished chunks are kept there and not computed again.
+            store: finished chunks are kept there, `store.span` of them in a file, and not computed again.
             sums: gets the sums of the chunks where the function gives, beside its rows, a sum over the batch.
+            begun: chunks that are left out, the first ones.
             label: what the progress bar says.
         """
         chunks = chunks_of(self.n, rows, CHUNK)
-        if ranks.several():
-            values = self._by_ranks(function, vectors, rows, store, label, sums)
-            for number in range(len(chunks)):
-                yield number, values[number * CHUNK : (number + 1) * CHUNK]
-            return
-        for number in self._visited(range(len(chunks)), chunks, ranks.Alone(), label):
-            if store is not None and number in store:
-                stop_here(f"chunk {number} of {len(chunks)}")
-                yield number, store.read(number)
-                continue
-            values = self._of_chunk(function, chunks[number], number, vectors, label, sums)
-            if store is not None:
-                store.write(number, values)
-                stop_here(f"chunk {number + 1} of {len(chunks)}")
-            yield number, values
+        found = self._together if ranks.several() else self._alone
+        with bar(count(chunks[begun:]), label, self.progress, unit="row") as done:
+            for number, values in found(function, chunks, vectors, store, sums, begun, label):
+                yield number, values
+                done(len(values))
 
     def fill(
         self,
@@ -197,19 +201,22 @@ class Sweep:
         Args:
             function: as for `emit`.
             store: where chunks are kept.
-            numbers: of the chunks.
+            numbers: of the store's chunks, which may each be several of a sweep.
             vectors: how many vectors the function works on at once, for the batch size.
             label: what the progress bar says.
         """
         chunks = chunks_of(self.n, None, CHUNK)
-        kept = _kept(store, len(chunks))
-        missing = [number for number in numbers if number not in kept]
+        files = files_of(len(chunks), store.span)
+        kept = _kept(store, len(files))
+        missing = [files[number] for number in numbers if number not in kept]
         with ranks.work(f"{label}, {len(missing)} chunks of {self.n:,} rows", len(missing)) as work:
-            for number in self._visited(work.shares(missing)[work.rank], chunks, work, label):
-                values = self._of_chunk(function, chunks[number], number, vectors, label, None)
-                if len(missing) > 1 or ranks.first():
-                    store.write(number, values)
-                    stop_here(f"chunk {number} of this part")
+            mine = work.shares(missing)[work.rank]
+            kept_by = store if len(missing) > 1 or ranks.first() else None
+            rows = sum(length(chunks[number]) for file in mine for number in file)
+            with bar(rows, label, self.progress, unit="row") as done:
+                for file in mine:
+                    for _, values in self._of_file(function, chunks, file, vectors, kept_by, None, label, work):
+                        done(len(values))
             work.told(None)  # nobody goes on before all are there
 
     def emit_with_sum(
@@ -223,8 +230,6 @@ class Sweep:
             label: what the progress bar says.
         """
         sums = Sums()
-        if ranks.several():
-            return self._by_ranks(function, vectors, None, None, label, sums), finite(sums.total(), label)
         values = joined(self.chunks(function, vectors=vectors, sums=sums, label=label), self.n)
         return values, finite(sums.total(), label)
 
@@ -273,34 +278,93 @@ class Sweep:
                 yield number
                 done(length(chunks[number]))
 
-    def _by_ranks(
+    def _alone(
         self,
         function: Callable[[Any, Tensor], Any],
+        chunks: list[Place],
         vectors: int,
-        rows: NDArray[np.int64] | None,
         store: Store | None,
-        label: str,
         sums: Sums | None,
-    ) -> NDArray[np.float64]:
-        """All output rows, on every rank, each of which has visited its share; `sums` gets the sum of all chunks."""
-        chunks = chunks_of(self.n, rows, CHUNK)
-        kept = _kept(store, len(chunks))
-        missing = [number for number in range(len(chunks)) if number not in kept]
-        with ranks.work(f"{label} of {count(chunks):,} rows", len(chunks)) as work:
-            shares = [[*new, *old] for new, old in zip(work.shares(missing), work.shares(kept), strict=True)]
-            rows_out, own = OutputRows(chunks), None if sums is None else Sums()
-            for number in self._visited(shares[work.rank], chunks, work, label):
-                if store is not None and number in kept:
-                    rows_out.put(number, store.read(number))
-                    continue
-                values = self._of_chunk(function, chunks[number], number, vectors, label, own)
-                if store is not None and (len(chunks) > 1 or ranks.first()):
-                    store.write(number, values)
-                    stop_here(f"chunk {number + 1} of {len(chunks)}")
-                rows_out.put(number, values)
-            if sums is not None and own is not None:
-                sums.add(0, work.total(own, len(chunks)))
-            return rows_out.of_all(work, shares)
+        begun: int,
+        label: str,
+    ) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """The output rows of chunks, one after the other."""
+        for file in files_of(len(chunks), 1 if store is None else store.span, begun):
+            yield from self._of_file(function, chunks, file, vectors, store, sums, label, ranks.Alone())
+
+    def _together(
+        self,
+        function: Callable[[Any, Tensor], Any],
+        chunks: list[Place],
+        vectors: int,
+        store: Store | None,
+        sums: Sums | None,
+        begun: int,
+        label: str,
+    ) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """The same on every rank: each visits its share of a window of chunks, and gets the others' rows of it."""
+        span = 1 if store is None else store.span
+        files = files_of(len(chunks), span, begun)
+        kept = set(_kept(store, len(files_of(len(chunks), span))))
+        width, at = _WINDOW[0] * ranks.size(), 0
+        while at < len(files):
+            window = files[at : at + width]
+            places = chunks[window[0].start : window[-1].stop]
+            missing = [file for file in window if file.start // span not in kept]
+            there = [file for file in window if file.start // span in kept]
+            with ranks.work(f"{label} of {count(chunks):,} rows", len(places)) as work:
+                shares = [[*new, *old] for new, old in zip(work.shares(missing), work.shares(there), strict=True)]
+                rows_out, own = OutputRows(window[0].start, places), None if sums is None else Sums()
+                writes = len(places) > 1 or ranks.first()
+                for file in shares[work.rank]:
+                    where = store if writes or file in there else None
+                    for number, values in self._of_file(function, chunks, file, vectors, where, own, label, work):
+                        rows_out.put(number, values)
+                numbers = [[number for file in share for number in file] for share in shares]
+                if sums is not None and own is not None:
+                    work.collect(sums, own, numbers)
+                values = rows_out.of_all(work, numbers)
+            for number in range(window[0].start, window[-1].stop):
+                start = (number - window[0].start) * CHUNK
+                yield number, values[start : start + length(chunks[number])]
+            at += len(window)
+            most = _WINDOW_BYTES // (values.itemsize * values[:1].size * CHUNK * span)
+            width = ranks.size() * min(_WINDOW[1], max(1, most // ranks.size()))
+
+    def _of_file(
+        self,
+        function: Callable[[Any, Tensor], Any],
+        chunks: list[Place],
+        file: range,
+        vectors: int,
+        store: Store | None,
+        sums: Sums | None,
+        label: str,
+        work: ranks.Alone | ranks.Shared,
+    ) -> Iterator[tuple[int, NDArray[np.float64]]]:
+        """The output rows of chunks that lie in one file of the store, if there is one."""
+
+        def computed() -> Iterator[NDArray[np.float64]]:
+            for number in file:
+                work.at(number)
+                yield self._of_chunk(function, chunks[number], number, vectors, label, sums)
+
+        which, skipped = (0, 0) if store is None else divmod(file.start, store.span)
+        if store is None or (skipped and which not in store):
+            yield from zip(file, computed(), strict=True)
+            return
+        if which in store:
+            values = store.read(which)
+            stop_here(f"chunk {which} of {-(-len(chunks) // store.span)}")
+            for number in file:
+                start = (number - file.start + skipped) * CHUNK
+                yield number, values[start : start + length(chunks[number])]
+            return
+        rows = sum(length(chunks[number]) for number in file)
+        numbers = iter(file)
+        for values in store.passing(which, rows, computed()):
+            yield next(numbers), values
+        stop_here(f"chunk {which + 1} of {-(-len(chunks) // store.span)}")
 
     def _of_chunk(
         self,

@@ -48,18 +48,18 @@ def write_file(path: Path, content: bytes, *, once: bool = False) -> bool:
     if not path.parent.is_dir():
         message = f"There is no folder {path.parent} to write {path.name} into. Create it first."
         raise PathNotFound(message)
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{socket.gethostname()}-{os.getpid()}")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         written = _named(temporary, path, once=once)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise _said(path, error, len(content)) from error
+        raise said(path, error, len(content)) from error
     return written
 
 
@@ -121,12 +121,21 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]],
 
 def digest(arrays: Mapping[str, NDArray[Any]], card: Mapping[str, Any]) -> str:
     """The sha256 of arrays and what is told of them: of a JSON text of both, and the arrays' bytes by their names."""
-    shapes = {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()}
-    text = json.dumps({"arrays": shapes, "card": card}, sort_keys=True)
-    found = hashlib.sha256(text.encode())
+    found = summary({name: (array.dtype.str, array.shape) for name, array in arrays.items()}, card)
     for name in sorted(arrays):
         found.update(arrays[name].reshape(-1).view(np.uint8).data)
     return found.hexdigest()
+
+
+def summary(shapes: Mapping[str, tuple[str, tuple[int, ...]]], card: Mapping[str, Any]) -> Any:
+    """The beginning of that sha256: of types and shapes, and what is told; the bytes of the arrays are missing yet."""
+    told = {name: [kind, list(shape)] for name, (kind, shape) in shapes.items()}
+    return hashlib.sha256(json.dumps({"arrays": told, "card": card}, sort_keys=True).encode())
+
+
+def temporary_name(path: Path) -> Path:
+    """What a file is called while it is written."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{socket.gethostname()}-{os.getpid()}")
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -173,7 +182,7 @@ def _named(temporary: Path, path: Path, *, once: bool) -> bool:
     return True
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk, where the system can."""
     if os.name != "posix":
         return
@@ -186,7 +195,7 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _said(path: Path, error: OSError, size: int) -> Exception:
+def said(path: Path, error: OSError, size: int) -> Exception:
     """What is said of a file that cannot be written."""
     if error.errno in _FULL:
         free = shutil.disk_usage(path.parent).free

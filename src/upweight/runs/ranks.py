@@ -66,6 +66,11 @@ class Alone:
         """The sum of all chunks."""
         return sums.total()
 
+    def collect(self, sums: Sums, own: Sums, shares: Sequence[Sequence[int]]) -> None:  # noqa: ARG002
+        """Adds to `sums` what this process has of some consecutive chunks."""
+        for level, place, value in own.nodes:
+            sums.add(place, value, level)
+
     def rows(self, values: NDArray[np.float64], places: Sequence[NDArray[np.int64]]) -> None:
         """Nothing: all rows are here."""
 
@@ -115,6 +120,18 @@ class Shared:
                 for (level, place), value in zip(nodes, found, strict=True):
                     sums.add(place, value, level)
         return world.do(distributed.broadcast, sums.total().contiguous(), 0)
+
+    def collect(self, sums: Sums, own: Sums, shares: Sequence[Sequence[int]]) -> None:
+        """Adds to `sums`, on every rank, what all ranks have of some consecutive chunks, of which each had a share."""
+        shape = self.shape(own.nodes[0][2].shape if own.nodes else None)
+        for rank, share in enumerate(shares):
+            places = subtrees(share)
+            if not places:
+                continue
+            mine = torch.stack([value for *_, value in own.nodes]) if rank == self.rank else None
+            found = torch.empty((len(places), *shape), dtype=torch.float64) if mine is None else mine
+            for (level, place), value in zip(places, self.world.do(distributed.broadcast, found, rank), strict=True):
+                sums.add(place, value.clone(), level)
 
     def rows(self, values: NDArray[np.float64], places: Sequence[NDArray[np.int64]]) -> None:
         """Fills the rows at other ranks' places with what they have there."""
@@ -270,6 +287,11 @@ class World:
 def several() -> bool:
     """Whether this is one of several processes of a job."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def size() -> int:
+    """How many processes share the work."""
+    return distributed.get_world_size() if several() else 1
 
 
 def first() -> bool:

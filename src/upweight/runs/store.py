@@ -25,7 +25,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from upweight.errors import Damaged, InvalidInput, StorageFailed, StoreMismatch, first_line
 from upweight.runs.files import TEMPORARY, read_tensors, write_file, write_tensors
+from upweight.runs.growing import Growing
 from upweight.runs.stopping import Stopped, finishing
 
 FORMAT = 2
@@ -58,6 +59,7 @@ class Store:
         fingerprint: what the work is; every value must survive JSON.
         part: the name of a part of the work that other processes do other parts of, in the same folder.
         follows: whether another process of the same job has taken the folder for all of them.
+        span: chunks of a sweep that lie in one file: such a file is a chunk of the store.
 
     Raises:
         StoreMismatch: if the folder holds other work.
@@ -65,12 +67,19 @@ class Store:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], fingerprint: Mapping[str, Any], *, part: str = "", follows: bool = False
+        self,
+        path: str | os.PathLike[str],
+        fingerprint: Mapping[str, Any],
+        *,
+        part: str = "",
+        follows: bool = False,
+        span: int = 1,
     ) -> None:
         self.path = _folder(path)
-        self.part, self.follows = part, follows
+        self.part, self.follows, self.span = part, follows, span
         self._inside: ExitStack | None = None
         self._depth = 0
+        self._last: Growing | None = None  # whose name may still be on its way to the disk
         self._since = time.monotonic()
         manifest = {"format": FORMAT, "fingerprint": json.loads(json.dumps(dict(fingerprint)))}
         file = self.path / MANIFEST
@@ -148,6 +157,8 @@ class Store:
         self._depth -= 1
         if self._depth:
             return
+        if self._last is not None:
+            self._last.settle()
         if error is None and not self.follows:
             self.note("finished")
         elif error is not None:
@@ -170,6 +181,25 @@ class Store:
     def write(self, chunk: int, values: NDArray[np.float64]) -> None:
         """Keep a finished chunk."""
         self.keep(chunk_name(chunk), {"values": values}, event="chunk", number=chunk)
+
+    def passing(self, chunk: int, rows: int, parts: Iterable[NDArray[np.float64]]) -> Iterator[NDArray[np.float64]]:
+        """The parts of a chunk of so many rows, which is kept when the last of them has passed by."""
+        name, file = chunk_name(chunk), None
+        try:
+            for part in parts:
+                if file is None:
+                    card = {WORK: self.work, NAME: name}
+                    file = Growing(self._named(name), "values", (rows, *part.shape[1:]), card)
+                file.add(part)
+                yield part
+            if file is not None:
+                file.finish()
+                self._last = file
+        except BaseException:
+            if file is not None:
+                file.drop()
+            raise
+        self.note("chunk", name=name, number=chunk)
 
     def read(self, chunk: int) -> NDArray[np.float64]:
         """A chunk that was kept."""

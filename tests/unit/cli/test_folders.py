@@ -100,7 +100,7 @@ def test_an_interrupted_command_goes_on(upweight, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr("upweight.runs.store.Store.write", killed)
+        patched.setattr("upweight.runs.store.Store.passing", killed)
         assert upweight("score", STUDY, "--store", "run", "--out", "told")[0] != 0
     assert not list(Path("run").glob("chunk-*"))
     first = answered(upweight, "resume", "run", "--study", STUDY, "--out", "told")

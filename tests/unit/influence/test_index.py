@@ -14,9 +14,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import upweight as uw
-from upweight.errors import InvalidInput, PathNotFound, StoreMismatch
+from upweight.errors import InvalidInput, PathNotFound, StorageFailed, StoreMismatch
 from upweight.model import calculus
 from upweight.operators import EKFAC
+from upweight.operators.kronecker import Kronecker
+from upweight.runs.store import Store, fingerprint
 
 N = 60
 
@@ -218,3 +220,29 @@ def test_other_work_in_the_folder_is_refused(tmp_path):
         moved.index(tmp_path / "index", error=0.3)
     with pytest.raises(StoreMismatch, match="bits"):
         influence.index(tmp_path / "index", error=0.3, bits=8)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_make_the_index_of_one_call(tmp_path, parts, monkeypatch):
+    """In any order, and to the byte; then nothing is left to be computed."""
+    monkeypatch.setattr("upweight.influence.index._CHUNK_NUMBERS", 2**14)  # some rows a chunk
+    whole = explained().index(tmp_path / "whole")
+    assert whole.chunks > 3
+    rows = [explained().index_shard(tmp_path / "parts", i, parts) for i in reversed(range(parts))]
+    assert [row for part in reversed(rows) for row in part] == list(range(N))
+    assert not (tmp_path / "parts" / "coordinates.safetensors").exists()
+    monkeypatch.setattr(Kronecker, "coordinates", None)
+    explained().index(tmp_path / "parts")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "whole").glob("*.safetensors")}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "parts").glob("*.safetensors")} == files
+
+
+def test_parts_exclude_themselves_and_the_whole(tmp_path):
+    influence = explained()
+    influence.index_shard(tmp_path / "run", 1, 2)
+    with Store(tmp_path / "run", fingerprint(tmp_path / "run"), part="-0-of-2"):
+        for call in (lambda: influence.index_shard(tmp_path / "run", 0, 2), lambda: influence.index(tmp_path / "run")):
+            with pytest.raises(StorageFailed, match="is being written by another process"):
+                call()
+    with pytest.raises(PathNotFound, match="holds no finished index"):
+        uw.Index.open(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tracemalloc
 from functools import cache, partial
 from itertools import pairwise
@@ -19,9 +20,10 @@ from torch.nn.functional import cross_entropy
 import upweight as uw
 from small import net
 from upweight.influence import streaming
-from upweight.influence.running import EDGES, Largest, Spread, _belonging
+from upweight.influence.running import EDGES, Largest, Running, Spread, _belonging
 from upweight.model.chunks import CHUNK
-from upweight.runs.store import Store
+from upweight.model.sweep import Sweep
+from upweight.runs.stopping import Stopped
 
 n, q, k = 3 * CHUNK + 200, 13, 40
 DRAW = np.random.default_rng(5)
@@ -263,31 +265,88 @@ def test_a_file_keeps_everything(tmp_path):
 def test_a_call_goes_on_at_the_chunk_where_it_was_interrupted(chunk, tmp_path, monkeypatch):
     influence, *on = logistic()
     influence.leading(*on, k=6, groups=GROUPS).save(tmp_path / "whole")
-    write, written = Store.write, []
+    monkeypatch.setattr(streaming, "KEPT_EVERY", 0.0)
+    monkeypatch.setattr(streaming, "SELDOM", 0)
+    add, seen = Running.add, []
 
-    def interrupted(store, number, values):
-        if number == chunk:
+    def interrupted(running, first, values):
+        if first == chunk * CHUNK:
             raise KeyboardInterrupt
-        write(store, number, values)
+        add(running, first, values)
 
-    def counted(store, number, values):
-        written.append(number)
-        write(store, number, values)
+    def counted(running, first, values):
+        seen.append(first // CHUNK)
+        add(running, first, values)
 
-    monkeypatch.setattr(Store, "write", interrupted)
+    monkeypatch.setattr(Running, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         influence.leading(*on, k=6, groups=GROUPS, store=tmp_path / "run")
-    monkeypatch.setattr(Store, "write", counted)
-    logistic()[0].leading(*on, k=6, groups=GROUPS, store=tmp_path / "run").save(tmp_path / "resumed")
-    assert written == list(range(chunk, 4))
-    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+    monkeypatch.setattr(Running, "add", counted)
+    monkeypatch.setattr(streaming, "KEPT_EVERY", 1e9)
+    for _ in range(2):  # the second has nothing left to see
+        logistic()[0].leading(*on, k=6, groups=GROUPS, store=tmp_path / "run").save(tmp_path / "resumed")
+        assert seen == list(range(chunk, 4))
+        assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not list((tmp_path / "run").glob("chunk-*"))
+
+
+def test_a_signal_keeps_what_has_passed_by(tmp_path, monkeypatch):
+    influence, *on = logistic()
+    influence.leading(*on, k=6).save(tmp_path / "whole")
+    add = Running.add
+
+    def signalled(running, first, values):
+        add(running, first, values)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Running, "add", signalled)
+        with pytest.raises(Stopped, match="after chunk 1 of 4"):
+            influence.leading(*on, k=6, store=tmp_path / "run")
+    again = influence.leading(*on, k=6, store=tmp_path / "run")
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_other_rows_to_keep_are_looked_for_anew(tmp_path):
+    """The folder of one question may hold several k and groups; none is taken for another."""
+    influence, *on = logistic()
+    asked = [
+        {"k": 6},
+        {"k": 7},
+        {"k": 6, "groups": GROUPS},
+        {"k": 6, "groups": {"0": np.arange(3), "1": np.arange(3, 9)}},
+    ]
+    for number, how in enumerate(asked):
+        influence.leading(*on, **how, store=tmp_path / "run").save(tmp_path / f"{number} kept")
+        influence.leading(*on, **how).save(tmp_path / f"{number} plain")
+        assert (tmp_path / f"{number} kept").read_bytes() == (tmp_path / f"{number} plain").read_bytes()
+    assert len(list((tmp_path / "run").glob("passed-*"))) == len(asked)
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+    influence, *on = logistic()
+    influence.leading(*on, k=6, store=tmp_path / "run")
+    (file,) = (tmp_path / "run").glob("passed-*")
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(uw.errors.Damaged, match=r"passed-.* is damaged"):
+        influence.leading(*on, k=6, store=tmp_path / "run")
 
 
 def test_scores_that_a_folder_holds_are_read_and_not_computed(tmp_path, monkeypatch):
     influence, *on = logistic()
     scores = influence.on_loss(*on, store=tmp_path / "run")
-    monkeypatch.setattr(Store, "write", None)
+    of_chunk = Sweep._of_chunk
+
+    def computed(sweep, function, place, number, vectors, label, sums):
+        assert label != "scores"
+        return of_chunk(sweep, function, place, number, vectors, label, sums)
+
+    monkeypatch.setattr(Sweep, "_of_chunk", computed)
     same(influence.leading(*on, store=tmp_path / "run").helpful(4), tuple(scores.helpful(4)))
+    monkeypatch.undo()
     with pytest.raises(uw.errors.StoreMismatch, match="other work"):
         influence.leading(on[0] + 1, on[1], store=tmp_path / "run")
 

@@ -109,17 +109,17 @@ def test_another_thread_is_left_alone():
 @pytest.mark.parametrize("number", SIGNALS)
 def test_scores_go_on_from_the_chunk_that_was_finished(tmp_path, number, monkeypatch):
     whole = ridge().on_loss(XQ, ZQ).values
-    write, written = Store.write, []
+    passing, written = Store.passing, []
 
-    def signalled(store, chunk, values):
+    def signalled(store, chunk, rows, parts):
         signal.raise_signal(number)
-        write(store, chunk, values)
+        yield from passing(store, chunk, rows, parts)
         written.append(chunk)
 
-    monkeypatch.setattr(Store, "write", signalled)
+    monkeypatch.setattr(Store, "passing", signalled)
     with pytest.raises(Stopped):
         ridge().on_loss(XQ, ZQ, store=tmp_path / "run")
     monkeypatch.undo()
-    monkeypatch.setattr(Store, "write", lambda *_: pytest.fail("a finished chunk was written again"))
+    monkeypatch.setattr(Store, "passing", lambda *_: pytest.fail("a finished chunk was written again"))
     assert written == [0]
     assert np.array_equal(ridge().on_loss(XQ, ZQ, store=tmp_path / "run").values, whole)
