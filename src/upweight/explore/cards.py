@@ -14,8 +14,10 @@ import numpy as np
 from upweight.explore.explorer import Explorer, Side
 from upweight.explore.tables import LONGEST
 from upweight.show.run import Card
+from upweight.show.token_cards import joined
 
 EXCERPT, WHOLE = 360, 20_000  # characters of a text
+FEW_TOKENS, WHOLE_TOKENS = 90, 5_000
 FEW, MANY = 6, 200  # columns
 _PIECES = re.compile(r"\w+|\W+")
 
@@ -39,7 +41,9 @@ def shown(
         told = {name: value for name, value in item.items() if name != "twin"}
         told["address"] = f"/{side}/{item['id']}"
         told["card"] = _card(cards.get(item["id"]), told["address"], beside, spreads, whole)
-        if told["card"].get("characters", 0) >= LONGEST:  # it was cut when the index was made
+        if (
+            told["card"]["kind"] == "text" and told["card"].get("characters", 0) >= LONGEST
+        ):  # it was cut when the index was made
             size = explorer.ask(f"select size from {side}_card where id = ?", [item["id"]])
             told["card"]["characters"] = int(size[0][0])
         found.append(told)
@@ -49,6 +53,8 @@ def shown(
 def _card(card: Card, address: str, beside: Card, spreads: Mapping[str, float | None], whole: bool) -> dict[str, Any]:
     if isinstance(card, str):
         return {"kind": "text", **_text(card, beside if isinstance(beside, str) else None, whole)}
+    if isinstance(card, list):
+        return {"kind": "tokens", **_tokens(card, beside if isinstance(beside, list) else None, whole)}
     if isinstance(card, np.ndarray):
         height, width = card.shape[:2]
         return {"kind": "picture", "address": f"{address}/picture.png", "height": height, "width": width}
@@ -77,6 +83,28 @@ def _text(text: str, beside: str | None, whole: bool) -> dict[str, Any]:
         else list(dict.fromkeys(w for w in re.findall(r"\w+", beside[:WHOLE]) if w.lower() not in own))
     )
     return {"parts": parts, "cut": len(text) > most, "characters": len(text), "only_in_query": missing[:12]}
+
+
+def _tokens(tokens: list[str], beside: list[str] | None, whole: bool) -> dict[str, Any]:
+    """Tokens in parts, of which those are marked that the query has too; and tokens that only the query has."""
+    most = WHOLE_TOKENS if whole else FEW_TOKENS
+    spaced = any(token[:1].isspace() for token in tokens)
+    known = set() if beside is None else {token.strip() for token in beside}
+    parts: list[dict[str, Any]] = []
+    for token in tokens[:most]:
+        both, text = token.strip() in known and _has_word(token), token if spaced else f"{token} "
+        if parts and not both and not parts[-1]["both"]:
+            parts[-1]["text"] += text
+        else:
+            parts.append({"text": text, "both": both})
+    own = {token.strip() for token in tokens}
+    missing = [] if beside is None else dict.fromkeys(one.strip() for one in beside if _has_word(one))
+    only = [token for token in missing if token not in own]
+    return {"parts": parts, "cut": len(tokens) > most, "characters": len(tokens), "only_in_query": only[:12]}
+
+
+def _has_word(token: str) -> bool:
+    return re.search(r"\w", token) is not None
 
 
 def _columns(
@@ -108,6 +136,8 @@ def distance(one: Card, other: Card, spreads: Mapping[str, float | None]) -> flo
     """
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray) and one.shape == other.shape:
         return float(np.sqrt(np.mean((one.astype(np.float64) - other.astype(np.float64)) ** 2)) / 255)
+    if isinstance(one, list) and isinstance(other, list):
+        one, other = joined(one), joined(other)
     if isinstance(one, str) and isinstance(other, str):
         a, b = ({word.lower() for word in re.findall(r"\w+", text[:WHOLE])} for text in (one, other))
         return 1 - len(a & b) / len(a | b) if a | b else 0.0
@@ -122,7 +152,7 @@ def distance_is(card: Card) -> str:
     """What `distance` measures for such a card, in words."""
     if isinstance(card, np.ndarray):
         return "root mean square difference of pixels"
-    return "share of words that not both have" if isinstance(card, str) else "standard deviations apart"
+    return "share of words that not both have" if isinstance(card, str | list) else "standard deviations apart"
 
 
 def _is_number(value: Any) -> bool:

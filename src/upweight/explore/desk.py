@@ -29,6 +29,7 @@ class Indexed(Protocol):
 
     run: Run
     n: int
+    facts: Mapping[str, Any]
 
     @property
     def classes(self) -> list[str] | None:
@@ -116,7 +117,8 @@ def _indexed(opened: Indexed) -> Labels:
     if (codes < 0).any():
         return labels_of(opened.run)  # which says what is missing
     asked = [code for (code,) in opened.ask("select distinct class from queries where class is not null", [])]
-    used = np.unique(np.concatenate([codes, said[said >= 0], np.array(asked, dtype=np.int32)]))
+    held_out = _held_out(opened)
+    used = np.unique(np.concatenate([codes, said[said >= 0], held_out[held_out >= 0], np.array(asked, dtype=np.int32)]))
     classes = tuple(_class(opened, code) for code in used.tolist())
     columns = ("self_influence", "loss", "margin")
     numbers = np.full((3, opened.n), np.nan)
@@ -127,9 +129,21 @@ def _indexed(opened: Indexed) -> Labels:
     numbers[2] *= -1
     scores: Mapping[str, NDArray[np.float64]] = dict(zip(("self-influence", "loss", "margin"), numbers, strict=True))
     known = {name: values for name, values in scores.items() if not np.isnan(values).all()}
-    placed = np.where(said < 0, -1, np.searchsorted(used, said)).astype(np.int32)
+    placed, outside = (np.where(one < 0, -1, np.searchsorted(used, one)).astype(np.int32) for one in (said, held_out))
     work, ids = work_of(opened.run.manifest), opened.run.outline.ids
-    return Labels(work, classes, np.searchsorted(used, codes).astype(np.int32), placed, known, ids)
+    own = np.searchsorted(used, codes).astype(np.int32)
+    return Labels(work, classes, own, placed, known, ids, outside if (outside >= 0).any() else None)
+
+
+def _held_out(opened: Indexed) -> NDArray[np.int32]:
+    """(n,) what was said of every row out of fold; −1 where nothing was."""
+    found = np.full(opened.n, -1, dtype=np.int32)
+    if opened.facts["out_of_fold"]:
+        for start in range(0, opened.n, _BLOCK):
+            sql = "select ifnull(fold, -1) from rows where id >= ? and id < ? order by id"
+            lines = opened.ask(sql, [start, start + _BLOCK])
+            found[start : start + len(lines)] = [code for (code,) in lines]
+    return found
 
 
 def _class(opened: Indexed, code: int) -> Any:

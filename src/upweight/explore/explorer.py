@@ -22,6 +22,7 @@ from upweight.explore.tables import unpack
 from upweight.explore.wanted import PAGE, Wanted
 from upweight.influence.certificate import Certificate
 from upweight.show.health import health
+from upweight.show.parts import Parts, unpacked
 from upweight.show.run import Card, Run
 
 Side = Literal["rows", "queries"]
@@ -37,6 +38,7 @@ FIELDS: tuple[str, ...] = (
     "loss",
     "margin",
     "self_influence",
+    "fold",
     "twin",
 )
 _STEPS = 20_000  # of SQLite's machine between two looks at the clock
@@ -155,6 +157,13 @@ class Explorer:
         marks = ", ".join("?" * len(numbers))
         found = self.ask(f"select id, kind, h, w, d, card from {side}_card where id in ({marks})", numbers)
         return {number: unpack(*packed) for number, *packed in found}
+
+    def parts(self, query: int, rows: list[int]) -> dict[int, Parts]:
+        """Which parts of rows matter to a query, by row, as far as the run keeps them."""
+        marks = ", ".join("?" * len(rows))
+        sql = f"select row, kind, h, w, scale, content from parts where query = ? and row in ({marks})"
+        found = self.ask(sql, [query, *rows])
+        return {row: unpacked(kind, (h, w), scale, content) for row, kind, h, w, scale, content in found}
 
     def ask(self, sql: str, values: list[Any]) -> list[tuple[Any, ...]]:
         """Lines of the index; `sql` is a text of ours, and what comes from outside is among the values.

@@ -178,7 +178,7 @@ def _tasks(labels: Labels, rows: Sequence[int], cards: Mapping[int, Card]) -> Ex
     tasks, losses = [], _losses(labels)
     for row in rows:
         kind, value = _shown(cards.get(row), row)
-        said = labels.predicted(row)
+        said, _ = labels.suggested(row)
         task: dict[str, Any] = {
             "data": {kind: value, "row": row, "given": labels.given(row), "run": labels.work},
         }

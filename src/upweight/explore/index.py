@@ -34,12 +34,13 @@ from tqdm import tqdm
 from upweight.data.ids import text_of
 from upweight.errors import InvalidInput
 from upweight.explore import columns as tabled, marks
-from upweight.explore.tables import SIDES, insert, make_indexes, make_tables, plain
+from upweight.explore.tables import SIDES, insert, insert_parts, make_indexes, make_tables, plain
 from upweight.runs.files import check_room, write_file
 from upweight.runs.store import work_of
+from upweight.show.parts import packed_in
 from upweight.show.run import Items, Run
 
-FORMAT = 4
+FORMAT = 5
 FOLDER, FACTS, ITEMS_FILE = "explorer", "index.json", "items.sqlite"
 VALUES, CODES, SUMS, MARKS = "values.f64", "codes.i32", "sums.f64", "marks.u32"
 CLASSES = 1_000  # at most; more different labels are names or numbers, and no classes
@@ -87,7 +88,7 @@ def _marks(folder: Path, names: Iterable[str]) -> dict[str, int]:
 def sources(run: Run) -> str:
     """A hash of the run's manifest, and of names and sha256 of the files that an index is made of."""
     found = hashlib.sha256(work_of(run.manifest).encode())
-    for pattern in ("chunk-*", "items-*", "queries", "scores", "solutions"):
+    for pattern in ("chunk-*", "items-*", "queries", "scores", "solutions", "parts"):
         for file in sorted(run.path.glob(f"{pattern}.safetensors")):
             found.update(f"{file.name} {_digest_in(file)}\n".encode())
     return found.hexdigest()
@@ -157,13 +158,14 @@ class Sketch:
         classes = len(self.classes or ())
         return [classes, classes, *(len(column.levels) for column in self.columns if column.levels)]
 
+    def classes_of(self, labels: NDArray[Any] | None, count: int) -> list[int]:
+        """Numbers of the classes that labels are; -1 for none."""
+        places = {name: place for place, name in enumerate(self.classes or ())}
+        return [-1] * count if labels is None else [places.get(value, -1) for value in labels.tolist()]
+
     def codes(self, items: Items) -> NDArray[np.int32]:
         """(2 + columns, items) numbers of class, predicted class and levels; -1 where there is none."""
-        places = {name: place for place, name in enumerate(self.classes or ())}
-        lines = [
-            [-1] * len(items) if values is None else [places.get(value, -1) for value in values.tolist()]
-            for values in (items.labels, items.predictions)
-        ]
+        lines = [self.classes_of(values, len(items)) for values in (items.labels, items.predictions)]
         lines += [[column.code(card) for card in items.cards] for column in self.columns if column.levels]
         return np.array(lines, dtype=np.int32).reshape(len(lines), len(items))
 
@@ -182,7 +184,7 @@ def _sketch(run: Run, queries: Items, steps: tqdm) -> Sketch:
 
 def _more(classes: set[Any], items: Items) -> set[Any] | None:
     """Classes and those of more items; None where labels are no classes."""
-    for values in (items.labels, items.predictions):
+    for values in (items.labels, items.predictions, *([] if items.out_of_fold is None else [items.out_of_fold])):
         if values is None or values.dtype.kind == "f":
             return None
         classes |= set(values.tolist())
@@ -201,14 +203,15 @@ def _keep_items(run: Run, folder: Path, queries: Items, sketch: Sketch, steps: t
         make_tables(connection)
         connection.execute("begin")
         with (folder / CODES).open("wb") as file:
-            start, n = 0, len(outline.rows)
+            start, n, folds = 0, len(outline.rows), False
             for side, items in chain([("queries", queries)], (("rows", one) for one in _counted(run.items(), steps))):
                 first, ids = (0, outline.query_ids) if side == "queries" else (start, outline.ids)
                 codes = sketch.codes(items)
                 named = None if ids is None else [text_of(name) for name in ids[first : first + len(items)]]
-                insert(connection, side, first, _values(items, codes, named), codes[2:], items.cards)
+                insert(connection, side, first, _values(items, codes, named, sketch), codes[2:], items.cards)
                 numbers[side].add(items, codes)
                 if side == "rows":
+                    folds = folds or items.out_of_fold is not None
                     for line, count in zip(lines, counts, strict=True):
                         for code, found in zip(*np.unique(codes[line], return_counts=True), strict=True):
                             if code >= 0:
@@ -223,6 +226,8 @@ def _keep_items(run: Run, folder: Path, queries: Items, sketch: Sketch, steps: t
                 "it fills the gap."
             )
             raise InvalidInput(message)
+        parts = packed_in(run)
+        insert_parts(connection, parts)
         connection.execute("commit")
         make_indexes(connection, len(sketch.levels) - 2)
     finally:
@@ -231,12 +236,14 @@ def _keep_items(run: Run, folder: Path, queries: Items, sketch: Sketch, steps: t
     return {
         "classes": classes,
         "columns": [column.told() for column in sketch.columns],
+        "taken_apart": len({query for query, _ in parts}),
+        "out_of_fold": folds,
         "counts": [count for line in counts for count in line],
         **{side: numbers[side].told() for side in SIDES},
     }
 
 
-def _values(items: Items, codes: NDArray[np.int32], named: list[str] | None) -> dict[str, list[Any]]:
+def _values(items: Items, codes: NDArray[np.int32], named: list[str] | None, sketch: Sketch) -> dict[str, list[Any]]:
     """The columns of the table of items."""
     count = len(items)
     coded = [[None if code < 0 else code for code in line] for line in codes[:2].tolist()]
@@ -251,6 +258,7 @@ def _values(items: Items, codes: NDArray[np.int32], named: list[str] | None) -> 
         "loss": plain(items.losses.tolist(), count),
         "margin": plain(None if items.margins is None else items.margins.tolist(), count),
         "self_influence": plain(None if items.self_influence is None else items.self_influence.tolist(), count),
+        "fold": [None if code < 0 else code for code in sketch.classes_of(items.out_of_fold, count)],
     }
 
 

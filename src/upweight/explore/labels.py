@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from upweight.errors import InvalidInput, RowOutOfRange
 from upweight.runs.store import work_of
-from upweight.show.run import Items, Run, joined
+from upweight.show.run import Run, joined
 
 Label = str | int | float
 MOST_CLASSES = 5_000
+OUT_OF_FOLD, THE_MODEL = "out of fold", "the model"  # whose suggestions are
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Labels:
         said: (n,) the class that the model gives it, −1 where it gives none.
         scores: (n,) numbers by "self-influence", "loss", "margin"; larger is more suspicious.
         ids: (n,) names, None where rows have none.
+        held_out: (n,) the class that models gave it which were trained without it, −1 where none did.
     """
 
     work: str
@@ -35,6 +37,7 @@ class Labels:
     said: NDArray[np.int32] = field(repr=False)
     scores: dict[str, NDArray[np.float64]] = field(repr=False)
     ids: NDArray[Any] | None = field(default=None, repr=False)
+    held_out: NDArray[np.int32] | None = field(default=None, repr=False)
 
     @property
     def n(self) -> int:
@@ -55,6 +58,12 @@ class Labels:
     def predicted(self, row: int) -> Label | None:
         """The label that the model gives a row."""
         return self._class(self.said[row])
+
+    def suggested(self, row: int) -> tuple[Label | None, str]:
+        """The label that is suggested for a row, and whose it is: OUT_OF_FOLD where it is known, or else THE_MODEL."""
+        if self.held_out is not None and self.held_out[row] >= 0:
+            return self._class(self.held_out[row]), OUT_OF_FOLD
+        return self.predicted(row), THE_MODEL
 
     def meant(self, label: Any) -> Label:
         """The class that a label is.
@@ -122,7 +131,7 @@ def labels_of(run: Run) -> Labels:
             f"{run.path} holds {found}, and a review is of labels. Make a run that has them: uw.write_run(influence, "
         )
         raise InvalidInput(message + "folder, Xq, yq).")
-    parts = [rows.labels, _predictions(rows)]
+    parts = [rows.labels, _like(rows.labels, rows.predictions), _like(rows.labels, rows.out_of_fold)]
     asked = _of_queries(run, rows.labels)
     values = np.unique(np.concatenate([part for part in [*parts, asked] if part is not None]))
     if not _are_classes(values):
@@ -139,15 +148,14 @@ def labels_of(run: Run) -> Labels:
     known = {name: np.asarray(one, dtype=np.float64) for name, one in scores.items() if one is not None}
     ids = run.outline.ids if run.finished else None
     classes = tuple(values.tolist())
-    own, said = codes
-    return Labels(work_of(run.manifest), classes, own, said, known, ids)
+    own, said, held_out = codes
+    outside = None if rows.out_of_fold is None else held_out
+    return Labels(work_of(run.manifest), classes, own, said, known, ids, outside)
 
 
-def _predictions(rows: Items) -> NDArray[Any] | None:
-    """What the model says, where that are labels like the given ones."""
-    assert rows.labels is not None  # `labels_of` has looked
-    found, text = rows.predictions, rows.labels.dtype.kind in "US"
-    return found if found is not None and (found.dtype.kind in "US") == text else None
+def _like(given: NDArray[Any], found: NDArray[Any] | None) -> NDArray[Any] | None:
+    """What a model says, where that are labels like the given ones."""
+    return found if found is not None and (found.dtype.kind in "US") == (given.dtype.kind in "US") else None
 
 
 def _of_queries(run: Run, given: NDArray[Any]) -> NDArray[Any] | None:

@@ -26,7 +26,8 @@ from upweight.errors import Damaged, InvalidInput, UpweightError
 from upweight.explore import pages, showing
 from upweight.explore.explorer import SLOWEST, Explorer
 from upweight.explore.guard import App, Keys, guarded
-from upweight.explore.page import Action, Asked, Download, Page
+from upweight.explore.page import LARGEST, Action, Asked, Download, Page
+from upweight.explore.parted import overlay
 from upweight.explore.pictures import png_of
 from upweight.show import svg
 
@@ -53,6 +54,7 @@ def _application(view: _View, hosts: Iterable[str], keys: Keys) -> App:
     routes += [
         Route("/rows/{number:int}/picture.png", view.picture("rows"), methods=["GET"]),
         Route("/queries/{number:int}/picture.png", view.picture("queries"), methods=["GET"]),
+        Route("/queries/{query:int}/rows/{row:int}/parts.png", view.parts, methods=["GET"]),
         Route("/static/{name}", view.static, methods=["GET"]),
     ]
     handlers: Any = {HTTPException: view.refused, TimeoutError: view.too_slow, Damaged: view.damaged}
@@ -158,6 +160,16 @@ class _View:
             return Response(content, media_type="image/png", headers={"cache-control": "private, max-age=3600"})
 
         return endpoint
+
+    async def parts(self, request: Request) -> Response:
+        """What answers with the pixels of a row that matter to a query."""
+        query, row = (request.path_params[name] for name in ("query", "row"))
+        if query > LARGEST or row > LARGEST:
+            raise HTTPException(404, f"There is no such picture of row {row}.")
+        content = await run_in_threadpool(overlay, self.explorer, query, row)
+        if content is None:
+            raise HTTPException(404, f"The run does not keep which pixels of row {row} matter to query {query}.")
+        return Response(content, media_type="image/png", headers={"cache-control": "private, max-age=3600"})
 
     async def static(self, request: Request) -> Response:
         """One of our own files, which were read when the server started."""

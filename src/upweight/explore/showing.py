@@ -90,6 +90,11 @@ def dots(points: Sequence[Mapping[str, Any]], x: str, y: str, title: str, *, dia
     return Markup(drawn)
 
 
+def size(value: float | None) -> float:
+    """How large a value is, whatever its sign; 0 where there is none."""
+    return 0.0 if value is None or math.isnan(value) else abs(value)
+
+
 FILTERS: dict[str, Any] = {
     "signed": signed,
     "number": number,
@@ -98,6 +103,7 @@ FILTERS: dict[str, Any] = {
     "plain": plain,
     "shade": shade,
     "direction": direction,
+    "size": size,
     "shortened": shortened,
 }
 GLOBALS: dict[str, Any] = {"with_query": with_query, "bars": bars, "dots": dots}

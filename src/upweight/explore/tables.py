@@ -1,10 +1,13 @@
 """The tables of the explorer's index: what training rows and queries are, in SQLite, searched and sorted.
 
-    rows, queries             id, name, label, prediction, class, said, wrong, loss, margin, self_influence, twin, c0 …
+    rows, queries             id, name, label, prediction, class, said, wrong, loss, margin, self_influence, fold,
+                              twin, c0 …
     rows_card, queries_card   what each looks like: kind, three sizes, bytes, and how long it was before it was cut
     rows_text, queries_text   full text: names, labels, texts of cards
+    parts                     which parts of a row matter to a query, as `show.parts` packs them
 
-`class` and `said` are numbers of classes, c0 … c7 of levels of the first columns; clients name numbers, never texts.
+`class`, `said` and `fold` (said out of fold) are numbers of classes, c0 … c7 of levels of the first columns; clients
+name numbers, never texts.
 """
 
 from __future__ import annotations
@@ -19,13 +22,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from upweight.show.run import COLUMNS, NOTHING, PICTURE, TEXT, Card
+from upweight.show.parts import Packed
+from upweight.show.run import COLUMNS, NOTHING, PICTURE, TEXT, TOKENS, Card
+from upweight.show.token_cards import joined
 
 SIDES = ("rows", "queries")
 LEVELS = 8  # columns whose levels are kept with every item
 LONGEST = 64 * 1024  # characters of a text that are kept
 LONGEST_VALUE = 2_000  # … of a text in a column
 WIDEST = 200  # columns that are kept
+MOST_TOKENS = 16 * 1024  # … and tokens
 _NAME = 200  # characters of a column's name
 _INDEXED = 4_000  # characters of a card that are searched
 _SAME = 8  # pixels of a picture's side when twins are looked for
@@ -33,10 +39,15 @@ _SAME = 8  # pixels of a picture's side when twins are looked for
 SCHEMA = """
 create table {side}(
   id integer primary key, name text, label, prediction, class integer, said integer, wrong integer,
-  loss real, margin real, self_influence real, twin integer{levels});
+  loss real, margin real, self_influence real, fold integer, twin integer{levels});
 create table {side}_card(
   id integer primary key, kind integer, h integer, w integer, d integer, size integer, card blob);
 create virtual table {side}_text using fts5(words, content='', detail='none', columnsize=0);
+"""
+PARTS = """
+create table parts(
+  query integer, row integer, kind integer, h integer, w integer, scale real, content blob,
+  primary key(query, row)) without rowid;
 """
 _SORTED = "loss, self_influence, margin"  # so that a filter and an order read an index alone
 INDEXES = """
@@ -55,6 +66,13 @@ def make_tables(connection: sqlite3.Connection) -> None:
     levels = "".join(f", c{place} integer" for place in range(LEVELS))
     for side in SIDES:
         connection.executescript(SCHEMA.format(side=side, levels=levels))
+    connection.executescript(PARTS)
+
+
+def insert_parts(connection: sqlite3.Connection, found: Mapping[tuple[int, int], Packed]) -> None:
+    """The parts of rows, by query and row."""
+    lines = ((*pair, one.kind, *one.shape, one.scale, one.content) for pair, one in found.items())
+    connection.executemany("insert into parts values(?, ?, ?, ?, ?, ?, ?)", lines)
 
 
 def make_indexes(connection: sqlite3.Connection, columns: int) -> None:
@@ -89,7 +107,7 @@ def insert(
     ids = range(start, start + len(cards))
     coded = [[None if code < 0 else code for code in line] for line in levels.tolist()]
     coded += [[None] * len(cards)] * (LEVELS - len(coded))
-    names = ("name", "label", "prediction", "class", "said", "wrong", "loss", "margin", "self_influence")
+    names = ("name", "label", "prediction", "class", "said", "wrong", "loss", "margin", "self_influence", "fold")
     lines = zip(ids, *(values[name] for name in names), [twin_of(card) for card in cards], *coded, strict=True)
     marks = ", ".join("?" * (2 + len(names) + LEVELS))
     connection.executemany(f"insert into {side} values({marks})", lines)
@@ -108,6 +126,8 @@ def pack(card: Card) -> tuple[int, int, int, int, int, bytes]:
     """A card as kind, three sizes of a picture, its size before it was cut, and its bytes."""
     if isinstance(card, str):
         return TEXT, 0, 0, 0, len(card), card[:LONGEST].encode("utf-8", "surrogatepass")
+    if isinstance(card, list):
+        return TOKENS, 0, 0, 0, len(card), json.dumps([clean(one, _NAME) for one in card[:MOST_TOKENS]]).encode()
     if isinstance(card, np.ndarray):
         height, width, depth = (*card.shape, 1)[:3]
         return PICTURE, height, width, depth, card.size, card.tobytes()
@@ -123,6 +143,8 @@ def unpack(kind: int, height: int, width: int, depth: int, content: bytes) -> Ca
         return content.decode("utf-8", "surrogatepass")
     if kind == COLUMNS:
         return dict(json.loads(content))
+    if kind == TOKENS:
+        return [str(token) for token in json.loads(content)]
     if kind == PICTURE:
         shape = (height, width) if depth == 1 else (height, width, depth)
         return np.frombuffer(content, dtype=np.uint8).reshape(shape)
@@ -131,8 +153,8 @@ def unpack(kind: int, height: int, width: int, depth: int, content: bytes) -> Ca
 
 def words_of(card: Card) -> str:
     """What is searched of a card: its text, or the texts in its columns."""
-    if isinstance(card, str):
-        return card[:_INDEXED]
+    if isinstance(card, str | list):
+        return joined(card)[:_INDEXED] if isinstance(card, list) else card[:_INDEXED]
     if isinstance(card, Mapping):
         return " ".join(value for value in card.values() if isinstance(value, str))
     return ""
@@ -146,8 +168,9 @@ def twin_of(card: Card) -> int | None:
     """
     if card is None:
         return None
-    if isinstance(card, str):
-        told = " ".join(re.findall(r"\w+", card.lower()))
+    if isinstance(card, str | list):
+        text = joined(card) if isinstance(card, list) else card
+        told = " ".join(re.findall(r"\w+", text.lower()))
     elif isinstance(card, np.ndarray):
         told = repr(_coarse(card))
     else:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from upweight.data import markup
 from upweight.show.png import address, small
+from upweight.show.token_cards import joined
 
-Card = str | Mapping[str, Any] | NDArray[np.uint8] | None
+Card = str | Mapping[str, Any] | NDArray[np.uint8] | list[str] | None
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def looks(card: Card, what: str, beside: Card = None, *, cut: Cut = _WHOLE) -> s
     """A card as markup, empty where there is none.
 
     Args:
-        card: a text, columns, or a picture.
+        card: a text, columns, a picture, or tokens.
         what: whose it is, in words, for those who do not see a picture.
         beside: the query's card, with which words in common are underlined and columns compared.
         cut: how much of it.
@@ -49,6 +50,8 @@ def looks(card: Card, what: str, beside: Card = None, *, cut: Cut = _WHOLE) -> s
         return ""
     if isinstance(card, np.ndarray):
         return f'<img src="{address(small(card, cut.pixels))}" alt="{markup.text(what)}">'
+    card = joined(card) if isinstance(card, list) else card
+    beside = joined(beside) if isinstance(beside, list) else beside
     if isinstance(card, str):
         return f'<p class="uw-text text">{_text(card, beside if isinstance(beside, str) else None, cut.letters)}</p>'
     return _columns(card, what, beside if isinstance(beside, Mapping) else None, cut.columns)

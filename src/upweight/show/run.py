@@ -42,8 +42,10 @@ class Items:
         predictions: (n,) the model's labels, or its output where that is one number; None where it has neither.
         losses: (n,) at θ̂.
         self_influence: (n,) as `Influence.of_self`; None of queries, or where it was not asked for.
-        cards: what each looks like: a text, columns by their names, a picture (H, W) or (H, W, 3), or None.
+        cards: what each looks like: a text, columns by their names, a picture (H, W) or (H, W, 3), tokens as a list
+            of texts, or None.
         margins: (n,) by how much the output of the own label is ahead of the strongest other; None without classes.
+        out_of_fold: (n,) labels that models gave which were trained without the row; None where nobody asked for them.
     """
 
     labels: NDArray[Any] | None
@@ -52,6 +54,7 @@ class Items:
     self_influence: NDArray[np.float64] | None
     cards: list[Card]
     margins: NDArray[np.float64] | None = None
+    out_of_fold: NDArray[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.losses)
@@ -241,7 +244,7 @@ class Run:
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-NOTHING, TEXT, COLUMNS, PICTURE = range(4)  # kinds of cards
+NOTHING, TEXT, COLUMNS, PICTURE, TOKENS = range(5)  # kinds of cards
 
 
 def joined(parts: list[Items]) -> Items:
@@ -251,9 +254,15 @@ def joined(parts: list[Items]) -> Items:
         arrays = [getattr(part, name) for part in parts]
         return None if any(array is None for array in arrays) else np.concatenate(arrays)
 
-    names = ("labels", "predictions", "losses", "self_influence", "margins")
-    labels, predictions, losses, self_influence, margins = map(whole, names)
-    return Items(labels, predictions, losses, self_influence, [card for part in parts for card in part.cards], margins)
+    return Items(
+        whole("labels"),
+        whole("predictions"),
+        whole("losses"),
+        whole("self_influence"),
+        [card for part in parts for card in part.cards],
+        whole("margins"),
+        whole("out_of_fold"),
+    )
 
 
 def _items(file: Path, arrays: Mapping[str, NDArray[Any]]) -> Items:
@@ -263,9 +272,11 @@ def _items(file: Path, arrays: Mapping[str, NDArray[Any]]) -> Items:
         Damaged: if it holds none.
     """
     try:
-        labels, predictions = (_values(arrays.get(name)) for name in ("labels", "predictions"))
+        labels, predictions, out_of_fold = (
+            _values(arrays.get(name)) for name in ("labels", "predictions", "out_of_fold")
+        )
         cards = [_card(*one) for one in _cut(arrays)]
-        others = (arrays.get("self_influence"), cards, arrays.get("margins"))
+        others = (arrays.get("self_influence"), cards, arrays.get("margins"), out_of_fold)
         found = Items(labels, predictions, arrays["losses"], *others)
         sizes = {len(part) for part in (labels, predictions, *others) if part is not None}
         if sizes == {len(found)}:
@@ -297,6 +308,8 @@ def _card(kind: int, content: bytes, shape: list[int]) -> Card:
         return content.decode("utf-8", "surrogatepass")
     if kind == COLUMNS:
         return dict(json.loads(content))
+    if kind == TOKENS:
+        return [str(token) for token in json.loads(content)]
     if kind == PICTURE:
         return np.frombuffer(content, dtype=np.uint8).reshape([size for size in shape if size])
     return None

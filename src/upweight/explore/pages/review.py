@@ -13,6 +13,7 @@ from upweight.explore.cards import shown
 from upweight.explore.desk import Desk, told
 from upweight.explore.entries import ACTIONS, RELABEL, UNDO, Entry, Verdict
 from upweight.explore.explorer import Explorer
+from upweight.explore.labels import OUT_OF_FOLD, THE_MODEL
 from upweight.explore.page import Action, Asked, Page
 from upweight.explore.queue import BUDGET, CONTROLS, MOST, ORDERS, Planned, Queue
 from upweight.explore.reviews import LONGEST_WHY
@@ -46,6 +47,7 @@ def review(explorer: Explorer, asked: Asked) -> dict[str, Any]:
             "last": entries[-1].number if entries else 0,
             "recent": _recent(desk, plan, verdicts, entries),
             "folder": str(explorer.run.path),
+            "source": THE_MODEL if desk.labels.held_out is None else OUT_OF_FOLD,
         }
 
 
@@ -148,7 +150,7 @@ def _items(
     labels, found = desk.labels, []
     for place, row, item in zip(places, rows, cards, strict=True):
         verdict = verdicts.get(row, Verdict(row, None, labels.given(row), None, 0))
-        suggested = labels.predicted(row)
+        suggested, source = labels.suggested(row)
         found.append(
             {
                 "id": row,
@@ -159,6 +161,8 @@ def _items(
                 "label": labels.given(row),
                 "label_class": int(labels.codes[row]),
                 "says": labels.predicted(row),
+                "suggestion": suggested,
+                "source": source,
                 "suggested": None if suggested is None else labels.classes.index(suggested),
                 "verdict": _verdict(verdict),
                 "kind": kind_of(plan, row) if verdict.action else None,

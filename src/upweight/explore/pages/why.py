@@ -11,6 +11,7 @@ from upweight.explore.cards import distance, distance_is, shown
 from upweight.explore.explorer import Explorer
 from upweight.explore.leading import largest, spread
 from upweight.explore.page import Asked, Page, existing
+from upweight.explore.parted import parted
 
 K, MOST = 8, 100
 _OTHERS = 150  # rows spread through the data that stand for all in the picture of distances
@@ -30,7 +31,8 @@ def why(explorer: Explorer, asked: Asked) -> dict[str, Any]:
     sides = {}
     for name, rows in (("helpful", helpful), ("harmful", harmful)):
         found = shown(explorer, "rows", explorer.some("rows", rows.tolist()), card)
-        sides[name] = [{**row, "value": float(line[row["id"]])} for row in found]
+        parts = taken_apart(explorer, number, rows.tolist())
+        sides[name] = [{**row, "value": float(line[row["id"]]), "parts": parts.get(row["id"])} for row in found]
     return {
         "query": shown(explorer, "queries", [query], whole=True)[0],
         "previous": number - 1 if number > 0 else None,
@@ -41,6 +43,7 @@ def why(explorer: Explorer, asked: Asked) -> dict[str, Any]:
         "measure": explorer.measure,
         "determined": not bool(np.isnan(line).all()),
         **sides,
+        "parts": next((row["parts"]["kind"] for rows in sides.values() for row in rows if row["parts"]), None),
         "total": float(line.sum()),
         "rows": explorer.n if chosen is None else len(chosen),
         "histogram": spread(line if chosen is None else line[chosen]),
@@ -49,6 +52,15 @@ def why(explorer: Explorer, asked: Asked) -> dict[str, Any]:
         "distances": distances(explorer, card, line, np.concatenate([helpful, harmful])),
         "distance": distance_is(card),
     }
+
+
+def taken_apart(explorer: Explorer, query: int, rows: list[int]) -> dict[int, dict[str, Any]]:
+    """Which parts of the rows matter, where the run keeps them."""
+    if not explorer.facts["taken_apart"]:
+        return {}
+    found = explorer.parts(query, rows)
+    cards = explorer.cards("rows", list(found))
+    return {row: parted(one, cards.get(row), f"/queries/{query}/rows/{row}/parts.png") for row, one in found.items()}
 
 
 def by_class(explorer: Explorer, query: int) -> list[dict[str, Any]]:
