@@ -280,7 +280,7 @@ class Influence:
 
         Cost: one linear system per query, then one sweep for each block of queries. Memory: at most 130,000 + 100·k
         bytes for each query of a block, whatever the number of rows, and 5 for each row in a class or group. A store
-        takes 8·q·n bytes on the disk.
+        takes about as much on the disk.
 
         Args:
             Xq: the queries' inputs (or Examples, or a Dataset).
@@ -288,9 +288,9 @@ class Influence:
             k: rows to keep on either side.
             groups: groups of rows to add up, as for of_groups; `frame.groupby("source").indices` is such a dict.
             measure: any scalar of a query in place of its loss, as for on_measure.
-            store: the folder of `on_loss(Xq, yq, store=…)`, computed there or here, so that the same call resumes at
-                the last finished chunk; of more queries than one block one folder `queries-…` for each. None
-                keeps nothing.
+            store: a folder where what is known of the rows that have passed by is kept every few seconds, so that the
+                same call goes on there; that of `on_loss(Xq, yq, store=…)`, whose finished scores are read. Of more
+                queries than one block one folder `queries-…` for each. None keeps nothing.
 
         Raises:
             InvalidInput: if k is larger than the number of rows, or the queries do not fit the model.

@@ -92,7 +92,7 @@ class Plan:
         solver: in words.
         batch_size: examples a batch, None where it is fitted to the memory.
         steps: what is done, in order; what was prepared by earlier questions is left out.
-        disk: bytes that `store=` keeps.
+        disk: bytes that `store=` keeps of scores; `leading` keeps less.
         products: how many times an iteration applies C, None where nothing iterates.
         forecast: whether that is extrapolated from fewer, made on a few rows.
         rehearsed: training rows that were tried.

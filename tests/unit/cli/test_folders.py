@@ -65,10 +65,10 @@ def test_a_command_goes_on_with_what_it_was_told(upweight, command):
     assert set(told["settings"]) <= set(SETTINGS[command])
     places = ["--out", "told"] if "--out" in COMMANDS[command] else []
     Path("told").unlink(missing_ok=True)
-    kept = {path: path.stat().st_mtime_ns for path in Path("run").rglob("chunk-*")}
+    kept = {path: path.stat().st_mtime_ns for kind in ("chunk", "passed") for path in Path("run").rglob(f"{kind}-*")}
     assert kept
     assert answered(upweight, "resume", "run", "--study", study, *places) == first
-    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("chunk-*")} == kept
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 @pytest.mark.parametrize("command", COMMANDS)
