@@ -4,8 +4,10 @@ curvature   Hessian for linear predictors and for losses given as one function; 
             because they are rarely at a minimum and it is positive there. EKFAC, which stands for it and is ready after
             two passes, for more than 100,000 parameters, and for more than 1,000 outputs an example, as language models
             have, where its expectation is over one random vector an example; unless an iterative solver is named.
-solver      of the ways that can be taken, the direct one that costs fewest flops (`costs`): Cholesky for p ≤ 4,000, and
-            for linear predictors Dual when rows are fewer than parameters. Else CG to a relative residual of 1e-6,
+solver      of the ways that can be taken, the direct one that costs fewest flops (`costs`): Cholesky for p ≤ 4,000,
+            and for linear predictors Dual when rows are fewer than parameters. A network's Gauss–Newton matrix is
+            factorised where that takes no more than 2e10 flops, or where CG did not converge. Else CG to a relative
+            residual of 1e-6,
             with the TwoLevel preconditioner for linear predictors, Approximate where their rows are sparse; a CG that
             is given without a preconditioner gets it too. For the self-influence of many rows a Cholesky factor of up
             to 12,000 parameters is worth its memory when it costs less than the systems would.
@@ -62,6 +64,7 @@ DUAL_UP_TO = 8000
 _ITERATED_UP_TO = 100_000
 SPECTRAL = (EKFAC, KFAC, Arnoldi, Identity, Nystroem)
 _FACTOR_UP_TO = 12_000
+_AT_ONCE = 2e10  # flops of a factorisation that nobody waits for
 _PASSES = {True: 12, False: 60}  # products that CG needs for 1e-6: with TwoLevel, without
 _SPARSE_PASSES = 40  # with Approximate
 _MATRIX = {True: 28.0, False: 60.0}  # bytes an entry while C is written out and factorised: linear predictors, others
@@ -214,7 +217,14 @@ def solver(
         return iterative.solver
     best = min(direct, key=lambda one: one.flops)
     always = isinstance(best.solver, Dual) or objective.size <= DIRECT_UP_TO
+    if objective.linear is None and isinstance(curvature, GaussNewton | EmpiricalFisher):  # an iteration cannot fail
+        always = best.flops <= _AT_ONCE
     return best.solver if always or best.flops < iterative.flops else iterative.solver
+
+
+def may_be_factorised(solver: Solver, objective: Objective) -> bool:
+    """Whether a factorisation can take the place of an iteration that did not converge: few parameters of a network."""
+    return isinstance(solver, CG) and objective.linear is None and objective.size <= DIRECT_UP_TO
 
 
 def completed(

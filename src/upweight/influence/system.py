@@ -32,7 +32,7 @@ from upweight.operators.linear import LinearHessian
 from upweight.runs import ranks
 from upweight.runs.machine import budget_of
 from upweight.runs.store import SETTLED, Store
-from upweight.solvers import Prepared, Solution, Solver
+from upweight.solvers import Cholesky, Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping, residuals
 from upweight.solvers.cg import Iteration
 from upweight.solvers.flat import Flat
@@ -214,7 +214,14 @@ class System:
             NotPositiveDefinite: if all of them do.
         """
         with undisturbed():
-            solution = solved(self.prepared, V, repr(self.solver))
+            try:
+                solution = solved(self.prepared, V, repr(self.solver))
+            except NotConverged:
+                if self.solver_is_named or not defaults.may_be_factorised(self.solver, self.objective):
+                    raise
+                self.__dict__.update(solver=Cholesky())  # which every certificate names from now on
+                del self.__dict__["prepared"]
+                solution = solved(self.prepared, V, repr(self.solver))
         self.undetermined.announce(solution)
         return solution
 

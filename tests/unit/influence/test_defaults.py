@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,27 @@ def test_curvature_is_exact_for_linear_predictors_and_single_functions_and_posit
 def test_solver_is_direct_up_to_4000_parameters(p, expected):
     objective = uw.Objective(lambda params, z: params.sum(), torch.ones(p))
     assert defaults.solver(objective, uw.Examples(X, Z), Hessian()) == expected
+
+
+@pytest.mark.parametrize(("n", "curvature", "expected"), [(100, GaussNewton(), Cholesky()),
+                                                          (3000, GaussNewton(), CG(rtol=1e-6)),
+                                                          (3000, EmpiricalFisher(), CG(rtol=1e-6)),
+                                                          (3000, Hessian(), Cholesky())])  # fmt: skip
+def test_a_network_is_factorised_where_that_is_no_wait_and_where_curvature_may_be_negative(n, curvature, expected):
+    objective = uw.Objective(lambda params, z: params.sum(), torch.ones(2000))
+    assert defaults.solver(objective, uw.Examples(np.zeros((n, 2))), curvature) == expected
+    assert defaults.solver(objective, uw.Examples(np.zeros((n, 2))), curvature, systems=n) == Cholesky()
+
+
+def test_an_iteration_that_was_chosen_and_does_not_converge_gives_way_to_a_factorisation():
+    named = classifier(solver=CG(max_sweeps=2))
+    with pytest.raises(uw.errors.NotConverged):
+        named.on_loss(XQ, YQ)
+    chosen = uw.Influence.__new__(uw.Influence)
+    chosen.__dict__.update(named.__dict__ | {"system": replace(named.system, solver_is_named=False)})
+    scores = chosen.on_loss(XQ, YQ)
+    assert scores.certificate.solver == "Cholesky()"
+    np.testing.assert_allclose(scores.values, classifier(solver=Cholesky()).on_loss(XQ, YQ).values, rtol=1e-8)
 
 
 @pytest.mark.parametrize("curvature", [Hessian(), GaussNewton(), EmpiricalFisher(), Identity()], ids=repr)
