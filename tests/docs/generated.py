@@ -69,6 +69,16 @@ def api_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def peers_page() -> str:
+    """docs/peers.md: benchmarks/peers/page.py on the result that is kept."""
+    script = ROOT / "benchmarks" / "peers" / "page.py"
+    print_it = (
+        f"import json, runpy; found = runpy.run_path({str(script)!r}); report = json.loads(found['RESULT'].read_text())"
+    )
+    code = f"{print_it}; print(found['page'](report), end='')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
 def demo_block() -> str:
     """The demo's own words, as they stand in the README."""
     text = re.sub(r"\n\nReport with pictures: .*", "\n\nReport with pictures: upweight-demo/index.html", run("demo"))
@@ -79,6 +89,7 @@ def main() -> None:
     (ROOT / "docs/cli.md").write_text(cli_page())
     (ROOT / "docs/api.md").write_text(api_page())
     (ROOT / "docs/errors.md").write_text(messages.page())
+    (ROOT / "docs/peers.md").write_text(peers_page())
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     readme.write_text(before + demo_block() + rest.split(END, 1)[1])

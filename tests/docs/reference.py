@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -322,6 +323,22 @@ def _class_parts(entry: Entry, value: type) -> list[str]:
     return out
 
 
+def example_of(loss: Loss) -> list[str]:
+    """A Loss at a predictor and a target, its slope and its curvature: as they are now."""
+    import torch
+
+    name = loss.name
+    eta, y = ("[[0.5, -1.0, 2.0]]", "[2]") if name in {"cross_entropy", "squared"} else ("[[0.5]]", "[1.0]")
+    y = "[[1.0, 0.0, 2.0]]" if name == "squared" else y
+    called = f"uw.losses.{name}"
+    values = {"eta": torch.tensor(ast.literal_eval(eta)), "y": torch.tensor(ast.literal_eval(y))}
+    shown = [f">>> eta, y = torch.tensor({eta}), torch.tensor({y})"]
+    for part in ("value", "slope", "curvature"):
+        result = getattr(loss, part)(values["eta"], values["y"]).numpy().round(3)
+        shown += [f">>> {called}.{part}(eta, y).numpy().round(3)", *repr(result).splitlines()]
+    return shown
+
+
 def page(entry: Entry) -> str:
     """The page of one name."""
     above = entry.name.rpartition(".")[0]
@@ -339,13 +356,15 @@ def page(entry: Entry) -> str:
             out.append(f"| [`{name}`](/{whole.page}) | {what} |")
         return "\n".join(out) + "\n"
     if isinstance(value, type):
-        return "\n".join([*out, *_class_parts(entry, value)]) + "\n"
+        return "\n".join([*out, *_class_parts(entry, value), *_in_use(entry)]) + "\n"
     signature = None if isinstance(value, Loss) else _signature(value)
     out += _directive(entry.kind, entry.name, signature)
     if isinstance(value, Loss):
         out += ["```text", f"{value.name} = {value.formula}", "```", "", "A {py:obj}`Loss <upweight.losses.Loss>`.", ""]
+        out += ["```pycon", *example_of(value), "```", ""]
     else:
         out += [markdown(inspect.getdoc(value) or ""), *_types(signature, "")]
+    out += _in_use(entry)
     if file := getattr(value, "__module__", None):
         source = Path(importlib.import_module(file).__file__ or "").resolve()
         out += [
@@ -354,6 +373,21 @@ def page(entry: Entry) -> str:
             else ""
         ]
     return "\n".join(out) + "\n"
+
+
+def _in_use(entry: Entry) -> list[str]:
+    """Where a result comes from, and the pages that are run in which the name stands."""
+    import usage
+
+    out: list[str] = []
+    if makers := usage.comes_from().get(entry.name):
+        ways = [f"{{py:obj}}`{name.removeprefix('upweight.')} <{name}>`" for name in makers[:8]]
+        out += ["**Comes from:** " + ", ".join(ways) + ".", ""]
+    pages = [path for path in usage.used_in()[entry.name] if path.suffix != ".py" and path.parts[0] == "docs"]
+    if pages:
+        links = [f"[{path.parent.name} · {path.stem}](/{path})" for path in pages[:4]]
+        out += ["**In use:** " + ", ".join(links) + ".", ""]
+    return out
 
 
 def write(root: Path) -> None:

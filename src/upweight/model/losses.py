@@ -164,6 +164,9 @@ def huber(delta: float = 1.0) -> Loss:
 
     Raises:
         InvalidInput: if delta is not positive.
+
+    >>> float(huber(1.0)(torch.tensor([3.0]), torch.tensor(1.0)))
+    1.5
     """
     delta = _positive("huber", "delta", delta, "huber(1.0)")
 
@@ -246,6 +249,9 @@ def one_vs_one(margin: Loss, n_classes: int) -> Loss:
 
     Raises:
         InvalidInput: if there are fewer than two classes.
+
+    >>> float(one_vs_one(hinge, 3)(torch.tensor([0.5, 2.0, 0.0]), torch.tensor(0)))  # pairs (0, 1) and (0, 2)
+    0.5
     """
     checked_count(n_classes, "n_classes", least=2, hint="a pair needs two")
     first, second = torch.triu_indices(n_classes, n_classes, offset=1)
@@ -275,6 +281,9 @@ def epsilon_insensitive(epsilon: float) -> Loss:
 
     Raises:
         InvalidInput: if epsilon is negative.
+
+    >>> float(epsilon_insensitive(0.5)(torch.tensor([3.0]), torch.tensor(1.0)))
+    1.5
     """
     epsilon = _checked_epsilon("epsilon_insensitive", epsilon)
 
@@ -298,6 +307,9 @@ def smooth_epsilon_insensitive(epsilon: float, t: float) -> Loss:
 
     Raises:
         InvalidInput: if epsilon is negative or t is not positive.
+
+    >>> round(float(smooth_epsilon_insensitive(0.5, 0.1)(torch.tensor([3.0]), torch.tensor(1.0))), 4)
+    1.5
     """
     epsilon = _checked_epsilon("smooth_epsilon_insensitive", epsilon)
     t = _positive("smooth_epsilon_insensitive", "t", t, "t=0.001")
@@ -332,6 +344,9 @@ def squared_epsilon_insensitive(epsilon: float) -> Loss:
 
     Raises:
         InvalidInput: if epsilon is negative.
+
+    >>> float(squared_epsilon_insensitive(0.5)(torch.tensor([3.0]), torch.tensor(1.0)))
+    2.25
     """
     epsilon = _checked_epsilon("squared_epsilon_insensitive", epsilon)
 
@@ -389,6 +404,9 @@ def tweedie(power: float, link: str = "log") -> Loss:
 
     Raises:
         InvalidInput: if the power is between 0 and 1 or the link has another name.
+
+    >>> round(float(tweedie(1.5)(torch.tensor([0.0]), torch.tensor(1.0))), 4)  # 1/½ + 1/½
+    4.0
     """
     if not _is_real(power) or not abs(power) < float("inf") or 0 < power < 1:
         message = (
