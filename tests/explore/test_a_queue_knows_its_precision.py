@@ -12,7 +12,7 @@ from upweight.errors import InvalidInput
 from upweight.explore import intervals
 from upweight.explore.entries import Verdict
 from upweight.explore.labels import Labels
-from upweight.explore.queue import ORDERS, Planned, Queue, planned, progress
+from upweight.explore.queue import ORDERS, Planned, Queue, _first, planned, progress
 
 n = 400
 
@@ -194,3 +194,14 @@ def test_an_order_that_the_run_lacks_is_refused():
     with pytest.raises(InvalidInput, match="holds no self-influence"):
         planned(Queue(), labels())
     assert isinstance(planned(Queue("loss"), labels()), Planned)
+
+
+def test_the_first_of_many_are_those_of_a_stable_sort():
+    draw = np.random.default_rng(0)
+    keys = draw.integers(0, 40, size=500).astype(float)
+    keys[draw.choice(500, 100, replace=False)] = np.nan
+    whole = np.argsort(keys, kind="stable")
+    for count in (1, 7, 60, 399, 400, 401, 500, 900):
+        found = _first(keys, count)
+        assert len(found) >= min(count, 500)
+        assert found.tolist() == whole[: len(found)].tolist()

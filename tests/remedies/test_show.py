@@ -7,11 +7,15 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from sklearn.linear_model import Lasso, LogisticRegression
+from sklearn.model_selection import cross_val_predict
 
 import upweight as uw
 from refusals import refused
 from small import XQ, ZQ, ridge
 from upweight.runs.files import read_tensors, write_tensors
+from upweight.show.parts import packed_in
 
 
 def test_the_picture_of_leverages_is_of_a_summary():
@@ -97,9 +101,11 @@ def test_items_that_are_none_are_deleted(tmp_path, name, read):
 
 @pytest.mark.parametrize("wrong", [7, np.zeros((2, 2)), [1], np.zeros((2, 2, 4), np.uint8)], ids=range(4))
 def test_a_card_is_a_text_columns_or_a_picture(tmp_path, wrong):
-    with refused(") is a ", "Return a text, a dict of columns, a picture as uint8 (H, W) or (H, W, 3), or None"):
+    with refused(
+        ") is a ", "Return a text, a dict of columns, a picture as uint8 (H, W) or (H, W, 3), a list of texts, or None"
+    ):
         uw.write_run(ridge(), tmp_path / "run", XQ, ZQ, card=lambda _: wrong)
-    for right in ("7", {"a": 7}, np.zeros((2, 2), np.uint8), np.zeros((2, 2, 3), np.uint8), None):
+    for right in ("7", {"a": 7}, np.zeros((2, 2), np.uint8), np.zeros((2, 2, 3), np.uint8), ["7", " 8"], None):
         run = uw.write_run(ridge(), tmp_path / "run", XQ, ZQ, card=lambda _, card=right: card)
         assert np.array_equal(run.rows.cards[0], right)
 
@@ -154,3 +160,63 @@ def test_evidence_that_is_none_is_kept_again(tmp_path):
     with refused(" holds no evidence (", "Delete it, and keep it again: uw.keep_evidence"):
         uw.evidence(run)
     assert np.array_equal(uw.evidence(uw.keep_evidence(run, outcomes)).removals.actual, outcomes.actual)
+
+
+def _classifier():
+    draw = np.random.default_rng(0)
+    X = draw.normal(size=(40, 5))
+    y = np.where(X[:, 0] + draw.normal(size=40) > 0, "yes", "no")
+    return uw.explain(LogisticRegression().fit(X, y), X, y), X, y
+
+
+def test_what_is_said_out_of_fold_is_a_label_probabilities_or_folds(tmp_path):
+    influence, X, y = _classifier()
+    run = (influence, tmp_path / "run", X[:2], y[:2])
+    with refused("out_of_fold has shape ", "Pass a label of these for each row, the probabilities that "):
+        uw.write_run(*run, out_of_fold=np.ones((40, 7)))
+    chances = cross_val_predict(LogisticRegression(), X, y, method="predict_proba")
+    for right in (y, chances, 5):
+        assert uw.write_run(*run, out_of_fold=right).rows.out_of_fold.shape == (40,)
+    with refused("out_of_fold=1 folds of 40 rows", "Pass a number of folds from 2 to 40"):
+        uw.write_run(*run, out_of_fold=1)
+    assert len(uw.write_run(*run, out_of_fold=2).rows.out_of_fold) == 40
+    with refused(" are no classes, so nothing is said out of fold", "Leave out_of_fold out"):
+        uw.write_run(ridge(), tmp_path / "ridge", XQ, ZQ, out_of_fold=5)
+    assert whole(tmp_path / "ridge")
+
+
+def test_parts_are_left_out_where_there_are_none(tmp_path):
+    draw = np.random.default_rng(0)
+    X = draw.normal(size=(40, 5))
+    y = X[:, 0] + 0.01 * draw.normal(size=40)
+    lasso = uw.explain(Lasso(alpha=0.3).fit(X, y), X, y)
+    with refused("Equation 5 moves 5 columns, and the rows at hand have 1", "Leave parts out"):
+        uw.write_run(lasso, tmp_path / "lasso", X[:2], y[:2], parts=1)
+    assert uw.write_run(lasso, tmp_path / "lasso", X[:2], y[:2]).finished
+    rows = [{"a": X[row, :2], "b": X[row, 2:], "labels": int(y[row] > 0)} for row in range(40)]
+    named = uw.explain(Named().double(), rows, loss=torch.nn.functional.cross_entropy, damping=0.1)
+    with refused("Rows are made of a, b, which no small step moves", "Leave parts out"):
+        uw.write_run(named, tmp_path / "named", rows[:2], parts=1)
+    assert uw.write_run(named, tmp_path / "named", rows[:2]).finished
+
+
+class Named(torch.nn.Module):
+    """Of two named parts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(5, 2)
+
+    def forward(self, a, b):
+        return self.layer(torch.cat([a, b], 1))
+
+
+def test_parts_that_are_none_are_deleted(tmp_path):
+    influence, X, y = _classifier()
+    run = uw.write_run(influence, tmp_path / "run", X[:2], y[:2], parts=1)
+    emptied(tmp_path / "run" / "parts.safetensors")
+    with refused(" holds no parts of rows (", "Delete it, and make the same call again"):
+        packed_in(run)
+    (tmp_path / "run" / "parts.safetensors").unlink()
+    assert len(packed_in(uw.write_run(influence, tmp_path / "run", X[:2], y[:2], parts=1))) == 4

@@ -91,7 +91,7 @@ def planned(queue: Queue, labels: Labels) -> Planned:
     if queue.by == RANDOM:
         order = shuffled
     elif queue.by in labels.scores:
-        order = np.argsort(-labels.scores[queue.by], kind="stable")
+        order = _first(-labels.scores[queue.by], 2 * len(kinds))  # each place takes one, and passes over one at most
     else:
         message = (
             f"The run holds no {queue.by} of its rows; it has {', '.join([*labels.scores, RANDOM])}. Name one of "
@@ -118,6 +118,14 @@ def planned(queue: Queue, labels: Labels) -> Planned:
         drawn.append(next_drawn)
     found = (rows, order[:next_ranked], draws[:next_drawn], ranked, drawn)
     return Planned(*(np.asarray(part, dtype=np.int64) for part in found))
+
+
+def _first(keys: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """The places of so many of the smallest keys, or of a few more, as a stable sort has them; NaN come last."""
+    if count >= len(keys) or np.isnan(edge := np.partition(keys, count - 1)[count - 1]):
+        return np.argsort(keys, kind="stable")
+    few = np.flatnonzero(keys <= edge)
+    return few[np.argsort(keys[few], kind="stable")]
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from upweight.show import svg
 
@@ -95,6 +96,11 @@ def size(value: float | None) -> float:
     return 0.0 if value is None or math.isnan(value) else abs(value)
 
 
+def breakable(name: Any) -> Markup:
+    """A short name that a line may break behind its underscores and dots."""
+    return Markup(re.sub(r"(_+|\.(?=\w))", r"\1<wbr>", str(escape(shortened(name, 60)))))
+
+
 FILTERS: dict[str, Any] = {
     "signed": signed,
     "number": number,
@@ -102,6 +108,7 @@ FILTERS: dict[str, Any] = {
     "digits": digits,
     "plain": plain,
     "shade": shade,
+    "breakable": breakable,
     "direction": direction,
     "size": size,
     "shortened": shortened,
