@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 
 import numpy as np
@@ -24,6 +25,7 @@ from small import XQ, YQ, ZQ, D, N, X, Y, Z, classifier, net, ridge
 from upweight.errors import NotPositiveDefinite
 from upweight.influence import baselines, diagnostics, shards
 from upweight.operators import EKFAC, EmpiricalFisher, GaussNewton, Hessian, Nystroem
+from upweight.runs.files import read_tensors, write_tensors
 from upweight.solvers import CG, Cholesky, LiSSA
 
 ON = (XQ, ZQ)
@@ -750,6 +752,27 @@ def test_an_index_says_what_it_needs(tmp_path):
     assert index.extremes(queries, N).helpful.rows.shape == (len(XQ), N)
     exact = influence.on_loss(XQ, YQ).values
     assert np.linalg.norm(index.on_loss(queries).values - exact) < 0.2 * np.linalg.norm(exact)
+
+
+def test_a_part_of_an_index_is_one_of_them(tmp_path):
+    """And a file that somebody wrote with something else in it is none."""
+    influence = indexed(nn.Sequential(nn.Linear(D, 20), nn.Tanh(), nn.Linear(20, 3)).double())
+    with refused("shard=2, of=2. Shards are numbered from 0", "pass shard=0 to shard=1"):
+        influence.index_shard(tmp_path / "index", 2, 2)
+    for number in (0, 1):
+        influence.index_shard(tmp_path / "index", number, 2)
+    index = influence.index(tmp_path / "index")
+    queries = index.coordinates(influence, XQ, YQ)
+    expected = index.on_loss(queries).values
+    folder = tmp_path / "index"
+    for name in ("chunk-000000", "coordinates"):
+        file = folder / f"{name}.safetensors"
+        write_tensors(file, {}, read_tensors(file)[1])
+        with refused(" holds no part of an index (", "Delete the folder, and make the index again"):
+            uw.Index.open(folder).on_loss(queries)
+        shutil.rmtree(folder)
+        index = influence.index(folder)
+    assert index.on_loss(queries).values.tobytes() == expected.tobytes()
 
 
 def test_bm25_compares_tokens():

@@ -79,6 +79,18 @@ def test_a_run_that_lacks_a_chunk_is_filled(tmp_path):
     assert whole(tmp_path / "run")
 
 
+def test_a_chunk_that_is_none_is_filled(tmp_path):
+    assert whole(tmp_path / "run")
+    file = tmp_path / "run" / "chunk-000000.safetensors"
+    arrays, card = read_tensors(file)
+    for other in ({}, {"values": arrays["values"][:, 0]}, {"values": arrays["values"].astype(np.float32)}):
+        write_tensors(file, other, card)
+        with refused(" holds no values of this run (", "make the call again that made it: it fills the gap"):
+            assert uw.Run.open(tmp_path / "run").scores
+    file.unlink()
+    assert whole(tmp_path / "run")
+
+
 def test_scores_that_are_none_are_deleted(tmp_path):
     assert whole(tmp_path / "run")
     emptied(tmp_path / "run" / "scores.safetensors")

@@ -28,12 +28,14 @@ from torch import Tensor
 from upweight.data import markup
 from upweight.data.ids import Ids, packed as packed_ids, unpacked as unpacked_ids
 from upweight.errors import (
+    Damaged,
     InvalidInput,
     NotPositiveDefinite,
     PathNotFound,
     StoreMismatch,
     UnsupportedModel,
     checked_count,
+    first_line,
 )
 from upweight.influence import kept
 from upweight.influence.certificate import Certificate
@@ -58,6 +60,7 @@ _FEWEST = 4  # rows: one on each side of two pairs
 _CHUNK_NUMBERS = 2**24  # of coordinates in one chunk
 _FRACTIONS = 32  # of all coordinates, between which the count is chosen
 _COORDINATES, _BASIS = "coordinates", "basis"
+_TOLD = ("rows", "bits", "damping", "error", "lowest", "largest", "coverage", "correlation")  # numbers of a card
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,21 @@ class Index:
             raise PathNotFound(message)
         self.card: dict[str, Any]
         arrays, self.card = _part(self.folder, _COORDINATES)
-        self.eigenvalues, self.weights, self.constant = (
-            arrays[name] for name in ("eigenvalues", "weights", "constant")
-        )
-        axis = self.card.get("axis")
-        name = tuple(axis) if isinstance(axis, list) else axis
-        self.names = None if "names" not in self.card else Ids(unpacked_ids(self.card["names"]), name)
+        try:
+            self.eigenvalues, self.weights, self.constant = (
+                arrays[name].astype(np.float64, casting="equiv") for name in ("eigenvalues", "weights", "constant")
+            )
+            axis = self.card.get("axis")
+            name = tuple(axis) if isinstance(axis, list) else axis
+            self.names = None if "names" not in self.card else Ids(unpacked_ids(self.card["names"]), name)
+            numbers = {told: float(self.card[told]) for told in _TOLD}
+            shapes = self.eigenvalues.ndim, self.weights.ndim, self.constant.shape
+            if shapes != (1, 1, self.eigenvalues.shape) or numbers["rows"] < 1 or numbers["bits"] not in BITS:
+                raise _other(self.folder / f"{_COORDINATES}{SUFFIX}", f"{shapes}, {numbers}")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, Damaged):
+                raise
+            raise _other(self.folder / f"{_COORDINATES}{SUFFIX}", first_line(error)) from error
         missing = [chunk for chunk in range(self.chunks) if not self._file(chunk).is_file()]
         if missing:
             refusal = (
@@ -259,8 +271,14 @@ class Index:
         Z = np.ascontiguousarray((Z * whitened).T, dtype=np.float32)
         for chunk in range(self.chunks):
             arrays, _ = _part(self.folder, chunk_name(chunk))
-            found = unpacked(arrays["codes"], arrays["scales"], int(self.card["bits"]), self.k)
-            rows = np.arange(len(found)) + chunk * int(self.card["rows"])
+            start = chunk * int(self.card["rows"])
+            rows = np.arange(start, min(start + int(self.card["rows"]), self.n))
+            try:
+                found = unpacked(arrays["codes"], arrays["scales"], int(self.card["bits"]), self.k)
+            except (KeyError, ValueError, TypeError, IndexError) as error:
+                raise _other(self._file(chunk), first_line(error)) from error
+            if found.shape != (len(rows), self.k):
+                raise _other(self._file(chunk), f"{found.shape} in place of {(len(rows), self.k)}")
             yield rows, ((found @ Z).T.astype(np.float64) + share) * self.weights[rows] / self.n
 
     def _certificate(self, queries: Coordinates, damping: float | None) -> Certificate:
@@ -282,6 +300,11 @@ class Index:
 
     def _file(self, chunk: int) -> Path:
         return self.folder / f"{chunk_name(chunk)}{SUFFIX}"
+
+
+def _other(file: Path, found: str) -> Damaged:
+    """The error about a file that is whole, and holds something else."""
+    return Damaged(f"{file} holds no part of an index ({found}). Delete the folder, and make the index again.")
 
 
 def index(system: System, folder: str | os.PathLike[str], error: float, bits: int) -> Index:

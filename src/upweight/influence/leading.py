@@ -226,6 +226,17 @@ def _loaded(text: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Leading:
         if name in text
     }
     leading = Leading(**told, **arrays)  # type: ignore[arg-type]
+    shape, q = leading.largest.rows.shape, len(leading.total)
+    shapes = [(side.rows.shape, side.values.shape) for side in (leading.largest, leading.smallest)]
+    lengths = [np.shape(leading.squares), np.shape(leading.counts)[:1], np.shape(leading.edges)]
+    if (
+        shapes != [(shape, shape)] * 2
+        or shape[:1] != (q,)
+        or lengths != [(q,), (q,), (leading.counts.shape[1] + 1,)]
+        or (queries is not None and len(queries) != q)
+    ):
+        message = f"rows and values of {shapes} beside {lengths}"
+        raise ValueError(message)
     return with_sums(leading, **sums)
 
 

@@ -144,16 +144,15 @@ class Running:
     Args:
         queries: how many.
         k: rows to keep on either side.
-        groups: rows whose values are added up; a row may be in several.
-        n: number of rows.
+        belonging: groups of rows whose values are added up.
     """
 
-    def __init__(self, queries: int, k: int, groups: list[NDArray[np.int64]], n: int) -> None:
+    def __init__(self, queries: int, k: int, belonging: Belonging) -> None:
         self.largest, self.smallest = Largest(queries, k), Largest(queries, k)
         self.spread = Spread(queries)
         self.total, self.squares = np.zeros(queries), np.zeros(queries)
-        self.sums = np.zeros((len(groups), queries))
-        self._belongs = _belonging(groups, n)
+        self.sums = np.zeros((belonging.count, queries))
+        self._belonging = belonging
 
     def add(self, first: int, values: Float[NDArray[np.float64], "c q"]) -> None:
         """Look at the values of the rows that come next, starting at row `first`."""
@@ -163,7 +162,7 @@ class Running:
         self.total += values.sum(0)
         self.squares += np.einsum("rq,rq->q", values, values)
         if len(self.sums):
-            self.sums += self._belongs[first : first + len(values)].T @ values
+            self.sums += self._belonging.rows(first, first + len(values)).T @ values
 
     def state(self) -> dict[str, NDArray[Any]]:
         """All that is known after some chunks, for `resume`: then the others add up to the same bits."""
@@ -181,21 +180,41 @@ class Running:
             getattr(self, name)[:] = state[name]
 
 
-def _belonging(groups: list[NDArray[np.int64]], n: int) -> scipy.sparse.csr_matrix:
-    """(n, g): 1 where a row is in a group.  Memory: 13 bytes a row where no row is in two groups, else 34."""
-    columns = np.full(n, -1, dtype=np.int32)
-    for number, group in enumerate(groups):
-        if (columns[group] >= 0).any():
-            return _overlapping(groups, n)
-        columns[group] = number
-    ends = np.zeros(n + 1, dtype=np.int32 if n < 2**31 else np.int64)
-    np.cumsum(columns >= 0, out=ends[1:])
-    columns = columns[columns >= 0] if ends[-1] < n else columns
-    return scipy.sparse.csr_matrix((np.ones(len(columns), dtype=np.int8), columns, ends), shape=(n, len(groups)))
+class Belonging:
+    """Which rows are in which groups.
+
+    Memory: a number for each row, as short as the groups are few, where no row is in two of them; else 34 bytes.
+
+    Args:
+        groups: rows; a row may be in several.
+        n: number of rows.
+    """
+
+    def __init__(self, groups: Sequence[NDArray[np.int64]], n: int) -> None:
+        self.count = len(groups)
+        self._whole: scipy.sparse.csr_matrix | None = None
+        self._of_row = np.full(n, -1, dtype=np.min_scalar_type(-1 - len(groups)))
+        for number, group in enumerate(groups):
+            if (self._of_row[group] >= 0).any():
+                self._whole = _overlapping(groups, n)
+                return
+            self._of_row[group] = number
+
+    def rows(self, start: int, stop: int) -> scipy.sparse.csr_matrix:
+        """(stop − start, g): 1 where a row is in a group."""
+        if self._whole is not None:
+            return self._whole[start:stop]
+        of_row = self._of_row[start:stop]
+        inside = of_row >= 0
+        ends = np.concatenate([[0], np.cumsum(inside)])
+        columns = of_row[inside].astype(np.int32)
+        return scipy.sparse.csr_matrix(
+            (np.ones(len(columns), dtype=np.int8), columns, ends), (stop - start, self.count)
+        )
 
 
-def _overlapping(groups: list[NDArray[np.int64]], n: int) -> scipy.sparse.csr_matrix:
-    """The same where a row is in several groups."""
+def _overlapping(groups: Sequence[NDArray[np.int64]], n: int) -> scipy.sparse.csr_matrix:
+    """The same of all rows where one is in several groups."""
     rows = np.concatenate([np.empty(0, dtype=np.int64), *groups])
     columns = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     return scipy.sparse.csr_matrix((np.ones(len(rows), dtype=np.int8), (rows, columns)), shape=(n, len(groups)))

@@ -7,9 +7,8 @@ rows: `running` holds it, `Leading` is the answer.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from upweight.influence import kept, removal, scoring
 from upweight.influence.certificate import Certificate
 from upweight.influence.classes import rows_by_class
 from upweight.influence.leading import Leading, joined, with_sums
-from upweight.influence.running import Running
+from upweight.influence.running import Belonging, Running
 from upweight.influence.scores import called, naming
 from upweight.influence.system import System
 from upweight.influence.top import TopK, checked_k
@@ -44,9 +43,9 @@ _PASSED, _CHUNKS = "passed", "chunks"
 
 @dataclass(frozen=True)
 class _Added:
-    """Groups of rows whose values are added up, and their names."""
+    """Groups of rows whose values are added up: how many, and their names."""
 
-    members: list[NDArray[np.int64]]
+    count: int
     names: Ids | None
 
 
@@ -62,20 +61,35 @@ def leading(
     checked_k(k, system.n)
     measured, queries = removal.asked(system, measure, Xq, yq)
     kept.refuse_other_queries(queries, measured.name)
-    added = _added(system, groups)
+    added, members = _added(system, groups)
+    belonging, asked_for = Belonging(members, system.n), _hash(k, members)
+    del members  # eight bytes a row
     size = min(_QUERIES, removal.block(system, len(queries)))
     single = len(queries) <= size
     parts = [
-        _of_block(system, measured, block, k, added, store if single else removal.of_block(store, number * size))
+        _of_block(
+            system,
+            measured,
+            block,
+            added,
+            Running(len(block), k, belonging),
+            store if single else removal.of_block(store, number * size),
+            asked_for,
+        )
         for number, block in enumerate(queries.blocks(size))
     ]
     return joined(parts)
 
 
 def _of_block(
-    system: System, measured: Objective, queries: Examples, k: int, added: Mapping[str, _Added], store: Any
+    system: System,
+    measured: Objective,
+    queries: Examples,
+    added: Mapping[str, _Added],
+    running: Running,
+    store: Any,
+    asked_for: str,
 ) -> Leading:
-    running = Running(len(queries), k, [group for one in added.values() for group in one.members], system.n)
     with kept.opened(system, queries, measured.name, store, values=False) as folder:
         if folder is None:
             found, known = removal.in_chunks(system, measured, queries, None)
@@ -85,7 +99,7 @@ def _of_block(
         else:
             known = removal.solved(system, measured, queries, folder)
             _refuse_estimates(system, known)
-            _passed(system, known, running, Passed(folder, k, added))
+            _passed(system, known, running, Passed(folder, asked_for))
     certificate = known if isinstance(known, Certificate) else scoring.certificate(system, known)
     return _answer(system, measured, queries, running, added, certificate)
 
@@ -108,16 +122,11 @@ class Passed:
 
     Args:
         folder: of the scores of the same queries.
-        k: rows that are kept.
-        added: groups whose sums are.
+        asked_for: a hash of how many rows are kept, and of the groups that are added up.
     """
 
-    def __init__(self, folder: Store, k: int, added: Mapping[str, _Added]) -> None:
-        told = hashlib.sha256(json.dumps([k, {name: len(one.members) for name, one in added.items()}]).encode())
-        for one in added.values():
-            for group in one.members:
-                told.update(np.append(len(group), group).astype("<i8").tobytes())
-        self.folder, self._name = folder, f"{_PASSED}-{told.hexdigest()[:16]}"
+    def __init__(self, folder: Store, asked_for: str) -> None:
+        self.folder, self._name = folder, f"{_PASSED}-{asked_for}"
         self._since, self._wait = time.monotonic(), KEPT_EVERY
 
     def resume(self, running: Running) -> int:
@@ -192,7 +201,7 @@ def _answer(
         per_row.measures(system.sweep.over(measured, queries)),
         axes=naming(rows, queries.names)["axes"],
     )
-    ends = np.cumsum([len(one.members) for one in added.values()])
+    ends = np.cumsum([one.count for one in added.values()])
     parts = np.split(running.sums.T, ends[:-1], 1) if len(ends) else []
     sums = {
         name: (values, None if one.names is None else one.names.values, called(one.names))
@@ -201,11 +210,22 @@ def _answer(
     return with_sums(answer, **sums)
 
 
-def _added(system: System, groups: Any) -> dict[str, _Added]:
-    """The groups that were asked for, and the classes of the rows."""
-    found = {} if groups is None else {"by_group": _Added(system.examples.groups(groups), of_keys(groups))}
+def _added(system: System, groups: Any) -> tuple[dict[str, _Added], list[NDArray[np.int64]]]:
+    """The groups that were asked for, and the classes of the rows; and the rows of all of them."""
+    members = [] if groups is None else system.examples.groups(groups)
+    found = {} if groups is None else {"by_group": _Added(len(members), of_keys(groups))}
     classes = rows_by_class(system)
     if classes is not None:
         names = of_keys(classes)
-        found["by_class"] = _Added(list(classes.values()), Ids(names.values, "class"))  # type: ignore[union-attr]
-    return found
+        found["by_class"] = _Added(len(classes), Ids(names.values, "class"))  # type: ignore[union-attr]
+        members = [*members, *classes.values()]
+    return found, members
+
+
+def _hash(k: int, members: Sequence[NDArray[np.int64]]) -> str:
+    """What tells one k and its groups from others."""
+    told = hashlib.sha256(f"{k}".encode())
+    for group in members:
+        told.update(f" {len(group)} ".encode())
+        told.update(np.ascontiguousarray(group, "<i8").data)
+    return told.hexdigest()[:16]

@@ -178,11 +178,12 @@ class Run:
         Raises:
             InvalidInput, Damaged: as for `scores`.
         """
-        outline = self.outline
-        leaning = np.isnan(self._part(self._file(SOLUTIONS))[0][SOLUTIONS]).any(1)  # queries without a solution
+        outline, file = self.outline, self._file(SOLUTIONS)
+        S = _matrix(file, self._part(file)[0], SOLUTIONS, len(outline.values))
+        leaning = np.isnan(S).any(1)  # queries without a solution
         start, rows = 0, len(outline.rows)
         for chunk in self._chunks:
-            values = self._part(chunk)[0]["values"]
+            values = _matrix(chunk, self._part(chunk)[0], "values", None, len(S))
             values[:, leaning] = np.nan
             stop = start + len(values)
             if stop <= rows and outline.scale is not None:
@@ -263,6 +264,26 @@ def joined(parts: list[Items]) -> Items:
         whole("margins"),
         whole("out_of_fold"),
     )
+
+
+def _matrix(
+    file: Path, arrays: Mapping[str, NDArray[Any]], name: str, rows: int | None, columns: int | None = None
+) -> NDArray[np.float64]:
+    """A matrix of a file, if it is one.
+
+    Raises:
+        Damaged: if it is not.
+    """
+    found = arrays.get(name)
+    fits = found is not None and found.ndim == 2 and found.dtype == np.float64
+    if found is None or not fits or rows not in (None, len(found)) or columns not in (None, found.shape[1]):
+        what = "nothing of that name" if found is None else f"{found.dtype} numbers of shape {found.shape}"
+        message = (
+            f"{file} holds no {name} of this run ({what}). Delete it, and make the call again that made it: it fills "
+            "the gap."
+        )
+        raise Damaged(message)
+    return found
 
 
 def _items(file: Path, arrays: Mapping[str, NDArray[Any]]) -> Items:

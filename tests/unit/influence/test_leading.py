@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 import upweight as uw
 from small import net
 from upweight.influence import streaming
-from upweight.influence.running import EDGES, Largest, Running, Spread, _belonging
+from upweight.influence.running import EDGES, Belonging, Largest, Running, Spread
 from upweight.model.chunks import CHUNK
 from upweight.model.sweep import Sweep
 from upweight.runs.stopping import Stopped
@@ -425,7 +425,7 @@ def test_rows_belong_to_groups_whether_these_overlap_or_not():
         expected = np.zeros((50, len(groups)))
         for number, group in enumerate(groups):
             expected[group, number] = 1
-        found = _belonging([np.asarray(group, dtype=np.int64) for group in groups], 50)
-        assert np.array_equal(found.toarray(), expected)
+        found = Belonging([np.asarray(group, dtype=np.int64) for group in groups], 50)
+        assert np.array_equal(found.rows(0, 50).toarray(), expected)
         values = DRAW.normal(size=(7, 4))
-        np.testing.assert_allclose(found[5:12].T @ values, expected[5:12].T @ values, rtol=1e-13, atol=1e-13)
+        np.testing.assert_allclose(found.rows(5, 12).T @ values, expected[5:12].T @ values, rtol=1e-13, atol=1e-13)

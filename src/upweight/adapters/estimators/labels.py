@@ -27,6 +27,8 @@ def class_numbers(labels: Any, classes: NDArray[Any]) -> NDArray[np.int64]:
         raise InvalidInput(message)
     if array.dtype.kind == "f":
         check_finite(array, "y")
+    if array.dtype == np.int64 and _are_numbers(array, classes):
+        return array
     if array.dtype.kind in "biuf" and classes.dtype.kind in "biuf":  # sorted, as fit() leaves them
         found = np.searchsorted(classes, array).clip(max=len(classes) - 1)
         known = classes[found] == array
@@ -42,6 +44,12 @@ def class_numbers(labels: Any, classes: NDArray[Any]) -> NDArray[np.int64]:
         )
         raise InvalidInput(message)
     return found
+
+
+def _are_numbers(labels: NDArray[np.int64], classes: NDArray[Any]) -> bool:
+    """Whether labels are 0 … K − 1 already; then none of them is copied."""
+    plain = classes.dtype.kind in "iu" and np.array_equal(classes, np.arange(len(classes)))
+    return plain and bool(labels.size) and int(labels.min()) >= 0 and int(labels.max()) < len(classes)
 
 
 def refuse_several_labels(y: Any, name: str) -> None:
