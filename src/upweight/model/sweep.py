@@ -22,7 +22,7 @@ from upweight.errors import InvalidInput, UpweightError, checked_count, first_li
 from upweight.model.chunks import CHUNK, Keeping, OutputRows, Place, added, chunks_of, count, joined, length, rows_of
 from upweight.model.objective import Objective
 from upweight.model.transforms import refuse_inference_mode, undisturbed
-from upweight.runs import ranks
+from upweight.runs import ranks, threads
 from upweight.runs.progress import bar
 from upweight.runs.stopping import stop_here
 from upweight.runs.store import Store
@@ -81,6 +81,7 @@ class Sweep:
         """The number of examples."""
         return len(self.examples)
 
+    @threads.shared()
     def fold(
         self,
         function: Callable[..., Tensor],
@@ -228,6 +229,7 @@ class Sweep:
         values = joined(self.chunks(function, vectors=vectors, sums=sums, label=label), self.n)
         return values, finite(sums.total(), label)
 
+    @threads.shared()
     def keep(
         self, function: Callable[[Any, Tensor], T], *, vectors: int = 1, label: str = "keep"
     ) -> dict[int, list[T]]:
@@ -241,6 +243,7 @@ class Sweep:
             each = _unnumbered(function)
             return {n: [kept for _, kept in self._batches(each, chunks[n], vectors, label)] for n in visited}
 
+    @threads.shared()
     def fold_kept(self, kept: Mapping[int, Sequence[T]], function: Callable[[T], Tensor], *, label: str) -> Tensor:
         """The sum of a function of what was kept of all batches, float64."""
         chunks = len(chunks_of(self.n, None, CHUNK))
@@ -302,6 +305,7 @@ class Sweep:
                 sums.add(0, work.total(own, len(chunks)))
             return rows_out.of_all(work, shares)
 
+    @threads.shared()
     def _of_chunk(
         self,
         function: Callable[[Any, Tensor], Any],
