@@ -13,6 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point; ends the process with the documented exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported: `runs.threads`
     try:
         code = _code([word for word in words if word != "--debug"], debug)
     except BrokenPipeError:

@@ -126,7 +126,8 @@ def distance(system: System, queries: Examples | None = None) -> Distance:
     if isinstance(system.prepared, Iteration):
         asked = system.examples.subset(_weighing(system, _QUERIES)) if queries is None else queries
         try:
-            return by_iteration(system, asked, per_row.gradients(system.sweep.over(system.objective, asked))).missed
+            V = per_row.gradients(system.sweep.over(system.objective, asked))
+            return by_iteration(system, system.prepared, asked, V).missed
         except UpweightError:
             return _plain(system)
     return _directly(system, queries)
@@ -144,13 +145,13 @@ def look(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
         SolverError: if their systems could not be solved.
     """
     if isinstance(system.prepared, Iteration):
-        return by_iteration(system, asked, V)
+        return by_iteration(system, system.prepared, asked, V)
     sides = V[:_STOCHASTIC] if isinstance(system.prepared, Recursion) else V
     solution = system.prepared.solve(sides)
     return Looked(distance(system, asked), (solution.x @ system.risk_gradient).abs(), sides, solution)
 
 
-def by_iteration(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
+def by_iteration(system: System, prepared: Iteration, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
     """The same where every system costs sweeps: one of all queries with random signs, and the rest by symmetry.
 
     Cost: a solution of three systems, a loose one of two, gradients of some 140 rows, and up to four products with the
@@ -160,8 +161,7 @@ def by_iteration(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Lo
         NotConverged: if the systems were not solved.
         NotPositiveDefinite: if C + λI is not positive.
     """
-    prepared, here, gradient = system.prepared, system.sweep, system.risk_gradient
-    assert isinstance(prepared, Iteration)
+    here, gradient = system.sweep, system.risk_gradient
     draw, rows = np.random.default_rng(0), _weighing(system, _GROUP)
     signs = draw.choice([-1.0, 1.0], size=len(rows)) * system.examples.weights[rows] / system.n
     group = _group(system, here, rows, signs)

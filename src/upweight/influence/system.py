@@ -29,7 +29,7 @@ from upweight.model.sweep import Sweep
 from upweight.model.transforms import undisturbed
 from upweight.operators import Curvature, Dense, Hessian, Operator
 from upweight.operators.linear import LinearHessian
-from upweight.runs import ranks
+from upweight.runs import ranks, threads
 from upweight.runs.machine import budget_of
 from upweight.runs.store import SETTLED, Store
 from upweight.solvers import Cholesky, Prepared, Solution, Solver
@@ -150,7 +150,7 @@ class System:
     @cached_property
     def prepared(self) -> Prepared:
         """The solver, ready for right-hand sides."""
-        with undisturbed():
+        with undisturbed(), threads.shared():
             prepared = self.solver.prepare(self.operator, self.damping)
         self._look_at_the_minimum()
         return prepared
@@ -213,7 +213,7 @@ class System:
         Raises:
             NotPositiveDefinite: if all of them do.
         """
-        with undisturbed():
+        with undisturbed(), threads.shared():
             try:
                 solution = solved(self.prepared, V, repr(self.solver))
             except NotConverged:
@@ -235,7 +235,7 @@ class System:
         if not stochastic and not isinstance(self.prepared, Iteration):
             return self.solve(V)
         write = store.keep_estimates if stochastic else store.keep_state
-        with undisturbed():
+        with undisturbed(), threads.shared():
             reading = "reading the state of the solution"
             kept = ranks.by_first(reading, lambda: store.estimates if stochastic else store.state)
             state = None if kept is None else {name: as_tensor(x) for name, x in kept.items()}

@@ -34,7 +34,7 @@ from upweight.model.chunks import (
 )
 from upweight.model.objective import Objective
 from upweight.model.transforms import refuse_inference_mode, undisturbed
-from upweight.runs import ranks
+from upweight.runs import ranks, threads
 from upweight.runs.progress import bar
 from upweight.runs.stopping import stop_here
 from upweight.runs.store import Store
@@ -95,6 +95,7 @@ class Sweep:
         """The number of examples."""
         return len(self.examples)
 
+    @threads.shared()
     def fold(
         self,
         function: Callable[..., Tensor],
@@ -233,6 +234,7 @@ class Sweep:
         values = joined(self.chunks(function, vectors=vectors, sums=sums, label=label), self.n)
         return values, finite(sums.total(), label)
 
+    @threads.shared()
     def keep(
         self, function: Callable[[Any, Tensor], T], *, vectors: int = 1, label: str = "keep"
     ) -> dict[int, list[T]]:
@@ -246,6 +248,7 @@ class Sweep:
             each = _unnumbered(function)
             return {n: [kept for _, kept in self._batches(each, chunks[n], vectors, label)] for n in visited}
 
+    @threads.shared()
     def fold_kept(self, kept: Mapping[int, Sequence[T]], function: Callable[[T], Tensor], *, label: str) -> Tensor:
         """The sum of a function of what was kept of all batches, float64."""
         chunks = len(chunks_of(self.n, None, CHUNK))
@@ -366,6 +369,7 @@ class Sweep:
             yield next(numbers), values
         stop_here(f"chunk {which + 1} of {-(-len(chunks) // store.span)}")
 
+    @threads.shared()
     def _of_chunk(
         self,
         function: Callable[[Any, Tensor], Any],

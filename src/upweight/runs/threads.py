@@ -1,0 +1,92 @@
+"""How many threads a sweep takes where other processes want the processors too.
+
+A sweep is hundreds of small parallel regions, and threads wait for each other at the end of each by spinning. Beside a
+process that keeps the cores busy, the one that others wait for is often not running, and a sweep takes ten times as
+long as with one thread. Whether more threads pay is not told by any number of the system, least of all inside a
+container, so it is tried: a few small regions with all threads and with one. One thread stays for two seconds; all stay
+for a quarter of one, and twice as long each time that they have won again.
+
+The setting is OMP_NUM_THREADS, which BLAS, OpenMP and torch all follow: a number that is named there, or one thread
+left by `torch.set_num_threads`, is what a sweep takes, and nothing is tried. Ranks never try, for their bits must
+agree. With OMP_WAIT_POLICY=PASSIVE, which the commands set and which has to be there before torch is imported, threads
+sleep at barriers, and all of them can be had beside others.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from upweight.runs import ranks
+
+_LEAST, _SECONDS = 0.25, 2.0  # for which a trial holds
+_REGIONS = 24  # of a trial: a few milliseconds where nothing else runs
+_ROWS, _WIDTH, _COLUMNS = 1024, 256, 16
+_LOST = 3.0  # times as long as one thread takes, and a trial ends
+
+
+@dataclass
+class _Choice:
+    """The outcome of the last trial."""
+
+    count: int = 0
+    until: float = 0.0
+    holds: float = _LEAST
+
+
+_CHOICE = _Choice()
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Inside, torch takes as many threads as pay at present; afterwards as many as before."""
+    before = torch.get_num_threads()
+    if before == 1 or named() or ranks.several():
+        yield
+        return
+    now = time.monotonic()
+    if now > _CHOICE.until:
+        count = tried(before)
+        _CHOICE.holds = min(_SECONDS, 2 * _CHOICE.holds) if count > 1 and _CHOICE.count == count else _LEAST
+        _CHOICE.count, _CHOICE.until = count, time.monotonic() + (_SECONDS if count == 1 else _CHOICE.holds)
+    if _CHOICE.count == before:
+        yield
+        return
+    torch.set_num_threads(min(before, _CHOICE.count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def named() -> bool:
+    """Whether the environment says how many threads to take, or how they wait."""
+    return "OMP_NUM_THREADS" in os.environ or os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
+
+
+def tried(most: int) -> int:
+    """`most` if that many threads go through small parallel regions sooner than one does; else 1."""
+    X, V = torch.ones(_ROWS, _WIDTH), torch.ones(_WIDTH, _COLUMNS)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = _seconds(X, V, float("inf"))
+        torch.set_num_threads(most)
+        return most if _seconds(X, V, _LOST * alone) < alone else 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds(X: torch.Tensor, V: torch.Tensor, most: float) -> float:
+    torch.mm(X, V)  # starts the threads
+    start = time.perf_counter()
+    for _ in range(_REGIONS):
+        torch.mm(X, V)
+        if time.perf_counter() - start > most:
+            break
+    return time.perf_counter() - start

@@ -1,0 +1,72 @@
+"""Threads that do not pay are left; whoever names a number gets it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from small import XQ, YQ, classifier
+from upweight.runs import threads
+
+
+@pytest.fixture(autouse=True)
+def two(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(threads, "_CHOICE", threads._Choice())
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def inside():
+    with threads.shared():
+        return torch.get_num_threads()
+
+
+@pytest.mark.parametrize(("all_of_them", "taken"), [(0.5, 2), (2.0, 1)])
+def test_a_sweep_takes_what_won_the_trial_and_gives_it_back(all_of_them, taken, monkeypatch):
+    monkeypatch.setattr(threads, "_seconds", lambda *_: 1.0 if torch.get_num_threads() == 1 else all_of_them)
+    assert inside() == taken
+    assert torch.get_num_threads() == 2
+    with pytest.raises(RuntimeError, match="midway"), threads.shared():
+        raise RuntimeError("midway")
+    assert torch.get_num_threads() == 2
+
+
+def test_a_trial_holds_for_a_while_and_longer_when_it_is_won_again(monkeypatch):
+    now, trials = [100.0], []
+    monkeypatch.setattr(threads.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(threads, "tried", lambda most: trials.append(now[0]) or most)
+    for _ in range(100):
+        inside()
+        now[0] += 0.1
+    gaps = np.diff(trials)
+    assert gaps[0] < gaps[1] < gaps[2]
+    assert gaps.max() <= 2.2
+
+
+@pytest.mark.parametrize("setting", [("OMP_NUM_THREADS", "2"), ("OMP_WAIT_POLICY", "PASSIVE")])
+def test_a_number_that_is_named_is_taken_without_a_trial(setting, monkeypatch):
+    monkeypatch.setattr(threads, "tried", lambda _: pytest.fail("tried"))
+    monkeypatch.setenv(*setting)
+    assert inside() == 2
+    monkeypatch.delenv(setting[0])
+    torch.set_num_threads(1)
+    assert inside() == 1
+
+
+def test_a_real_trial_says_all_or_one():
+    assert threads.tried(2) in {1, 2}
+    assert torch.get_num_threads() == 2
+
+
+def test_a_question_leaves_as_many_threads_as_it_found(monkeypatch):
+    seen = []
+    monkeypatch.setattr(threads, "tried", lambda _: 1)
+    real = torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: (seen.append(n), real(n)))
+    classifier().on_loss(XQ, YQ)
+    assert 1 in seen
+    assert torch.get_num_threads() == 2
