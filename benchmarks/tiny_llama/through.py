@@ -12,16 +12,20 @@ WORK keeps the scores of each run (npz), so that it goes on where it stopped. Ab
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from llama import recorded, rows
-from methods import EKFAC
+from llama import recorded, rows, sequences
+from methods import EKFAC, truth
+from numpy.typing import NDArray
+from retrained import RESULTS, subset
 
 import upweight as uw
 
@@ -29,12 +33,21 @@ SINCE = (170, 150, 130, 110, 90, 75, 63)  # the steps from which it is different
 DAMPING = 0.1  # of EKFAC, as a share of its mean eigenvalue: the best of `methods`
 
 
-def measured(seed: int, file: Path) -> None:
-    """Fine-tune once and score all rows for all queries in both ways."""
+def measured(seed: int, folder: Path) -> None:
+    """Fine-tune once and score all rows for all queries in both ways, unless it was done."""
+    file, bent = folder / f"{seed}.npz", folder / f"{seed}.ekfac.npz"
+    if file.exists() and bent.exists():
+        return
     start = time.process_time()
     recording = recorded(seed)
     trained = time.process_time()
     queries = rows("query")
+    if not bent.exists():
+        values = ekfac(recording.model, queries)
+        np.savez(bent, values=values, seconds=time.process_time() - trained)
+    if file.exists():
+        return
+    begun = time.process_time()
     through = uw.through(recording, since=SINCE[-1])
     asked = through.influence.queries((queries, None))
     found, growth = [], []
@@ -43,30 +56,106 @@ def measured(seed: int, file: Path) -> None:
         if state.step in SINCE:
             found.append(state.values.copy())
             growth.append(state.growth)
-        if state.step % 10 == 0:
-            print(seed, state.step, round(time.process_time() - trained), flush=True)
-    went = time.process_time()
-    model, train = recording.model, rows("train")
+            seconds = [trained - start, time.process_time() - begun]
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            told = {"through": np.stack(found), "growth": growth, "seconds": seconds, "peak": peak}
+            np.savez(folder / f"{seed}.npz.part.npz" if len(found) < len(SINCE) else file, **told)
+            print(seed, state.step, seconds, flush=True)
+
+
+def ekfac(model: torch.nn.Module, queries: list[Any]) -> NDArray[np.float64]:
+    """EKFAC scores at the damping that did best in `methods`."""
+    train = rows("train")
     first = uw.explain(model, train, curvature=EKFAC(samples=1), damping=1e-3)
-    at = uw.explain(
-        model, train, curvature=EKFAC(samples=1), damping=DAMPING * float(first.operator.eigenvalues.mean())
-    )
+    damping = DAMPING * float(first.operator.eigenvalues.mean())
+    at = uw.explain(model, train, curvature=EKFAC(samples=1), damping=damping)
     at.system.__dict__["operator"] = first.operator
-    ekfac = at.on_loss(queries).values
-    seconds = {"training": trained - start, "through": went - trained, "EKFAC": time.process_time() - went}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    np.savez(file, through=np.stack(found), growth=growth, EKFAC=ekfac, seconds=list(seconds.values()), peak=peak)
+    return at.on_loss(queries).values
+
+
+def outcomes() -> uw.SubsetOutcomes:
+    """What fine-tuning on halves, with two seeds each, did to the queries."""
+    numbers, _, each = truth()
+    masks = np.zeros((len(numbers), 1000), bool)
+    for line, number in enumerate(numbers):
+        masks[line, subset(int(number))] = True
+    return uw.SubsetOutcomes(each.transpose(2, 1, 0), masks, (0, 1))
+
+
+def scores(values: NDArray[np.float64], what: str) -> uw.Scores:
+    """Values as scores of all rows."""
+    return uw.Scores(
+        values, what, np.arange(values.shape[1]), values.shape[1], uw.Certificate.unsolved(len(values), 1.0, what)
+    )
+
+
+def chosen(snapshots: NDArray[np.float64], actual: uw.SubsetOutcomes) -> tuple[NDArray[np.float64], list[int]]:
+    """For each query the values from the step on that suits the others best, and how often each step was taken."""
+    per_step = np.stack([uw.lds(scores(v, "row removed"), actual, resamples=1).per_query for v in snapshots])
+    best = (per_step.sum(1, keepdims=True) - per_step).argmax(0)
+    return snapshots[best, np.arange(len(best))], np.bincount(best, minlength=len(snapshots)).tolist()
+
+
+def judged(made: uw.Scores, actual: uw.SubsetOutcomes) -> dict[str, Any]:
+    """LDS with its interval, and its mean by source of the query."""
+    found = uw.lds(made, actual)
+    source = sequences()["query_source"]
+    by_source = {str(one): round(float(found.per_query[source == one].mean()), 3) for one in np.unique(source)}
+    return {"LDS": round(found.value, 3), "95 %": [round(found.low, 3), round(found.high, 3)], "by source": by_source}
+
+
+def told(folder: Path, runs: int) -> dict[str, Any]:
+    """What the runs say, alone and together."""
+    actual = outcomes()
+    parts = [dict(np.load(folder / f"{seed}.npz")) for seed in range(runs)]
+    bent = [dict(np.load(folder / f"{seed}.ekfac.npz"))["values"] for seed in range(runs)]
+    methods: dict[str, Any] = {}
+    own, curvature = [], []
+    for seed, part in enumerate(parts):
+        values, taken = chosen(part["through"], actual)
+        own.append(scores(values, "row removed"))
+        curvature.append(scores(bent[seed], "row removed"))
+        methods[f"EKFAC, run {seed}"] = judged(curvature[-1], actual)
+        methods[f"through, run {seed}"] = {
+            **judged(own[-1], actual),
+            "queries by step": dict(zip(SINCE, taken, strict=True)),
+        }
+        methods[f"through, run {seed}, by step"] = {
+            step: round(uw.lds(scores(v, "row removed"), actual, resamples=1).value, 3)
+            for step, v in zip(SINCE, part["through"], strict=True)
+        }
+        both = uw.blended({"EKFAC": curvature[-1], "through": own[-1]}, actual)
+        methods[f"EKFAC and through, run {seed}"] = {**judged(both, actual), "how": str(both.certificate)}
+    if runs > 1:
+        together, _ = chosen(np.mean([part["through"] for part in parts], 0), actual)
+        methods[f"EKFAC, mean of {runs} runs"] = judged(scores(np.mean(bent, 0), "row removed"), actual)
+        methods[f"through, mean of {runs} runs"] = judged(scores(together, "row removed"), actual)
+        both = uw.blended({"EKFAC": curvature, "through": scores(together, "row removed")}, actual)
+        methods[f"EKFAC and through, mean of {runs} runs"] = {**judged(both, actual), "how": str(both.certificate)}
+    whole = uw.lds(curvature[0], actual)
+    return {
+        "settings": {"runs": runs, "halves": actual.subsets.shape[0], "trainings of each half": 2, "since": SINCE},
+        "ceiling": round(whole.ceiling, 3),
+        "processor seconds": {
+            "training, then 20 queries back to the last step": [p["seconds"].tolist() for p in parts]
+        },
+        "peak memory in MB": [round(float(part["peak"])) for part in parts],
+        "growth of the adjoint": [part["growth"].round(1).tolist() for part in parts],
+        "methods": methods,
+    }
 
 
 def main(work: str, runs: int = 3) -> None:
-    """Every run that is missing, then what they say."""
+    """Every run that is missing, then what those that are there say."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     folder = Path(work)
     folder.mkdir(exist_ok=True, parents=True)
     for seed in range(runs):
-        if not (folder / f"{seed}.npz").exists():
-            measured(seed, folder / f"{seed}.npz")
+        measured(seed, folder)
+        text = json.dumps(told(folder, seed + 1), indent=1, ensure_ascii=False)
+        (RESULTS / "through.json").write_text(text + "\n")
+        print(text)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from .adapters import explain as explain
 from .cli.study import Study as Study
 from .data import datasets as datasets, markup as markup
 from .data.examples import Examples as Examples
+from .evaluation.blends import blended as blended
 from .evaluation.curves import (
     MislabelCurve as MislabelCurve,
     RemovalCurve as RemovalCurve,
@@ -52,6 +53,7 @@ from .training.checkpoints import TracIn as TracIn, checkpoints as checkpoints
 from .training.counterfactuals import edited as edited, retrained as retrained
 from .training.course import Course as Course
 from .training.ensembles import Ensemble as Ensemble, ensemble as ensemble
+from .training.locality import Locality as Locality
 from .training.predictions import (
     Predictions as Predictions,
     classes as classes,
@@ -70,7 +72,7 @@ from .training.retrainers import (
     RetrainMany as RetrainMany,
 )
 from .training.stacked import StackedTraining as StackedTraining
-from .training.through import Locality as Locality, Through as Through, through as through
+from .training.through import Through as Through, through as through
 
 __all__: list[str]
 __version__: str

@@ -374,3 +374,37 @@ def test_masks_are_of_the_training_rows():
     influence = explained()
     found = uw.subset_retraining(influence, ON, uw.random_subsets(N, 100), lambda *_: influence.objective.theta)
     assert found.values.shape == (4, 100, 1)
+
+
+# ---- blends.py -----------------------------------------------------------------------------------------------------
+
+
+def test_kinds_are_two_or_more():
+    influence = ridge()
+    exact = influence.on_loss(XQ, ZQ)
+    with refused("kinds of scores were given", "Name two or more, each with its Scores or a list of them"):
+        uw.blended({"exact": exact})
+    dot = uw.baselines.gradient_dot(influence, XQ, ZQ)
+    assert uw.blended({"exact": exact, "gradients": [dot, dot]}).values.shape == exact.values.shape
+
+
+def test_kinds_are_of_the_same_queries():
+    influence = ridge()
+    exact = influence.on_loss(XQ, ZQ)
+    with refused("or other rows", "Pass scores of the same queries, rows and measure"):
+        uw.blended({"exact": exact, "fewer": influence.on_loss(XQ[:1], ZQ[:1])})
+    assert uw.blended({"exact": exact, "as many": influence.on_loss(XQ, ZQ)}).values.shape == exact.values.shape
+
+
+def test_weights_are_chosen_by_other_queries():
+    influence = ridge()
+    kinds = {
+        "exact": influence.on_loss(XQ[:2], ZQ[:2]),
+        "gradients": uw.baselines.gradient_dot(influence, XQ[:2], ZQ[:2]),
+    }
+    outcomes = uw.subset_retraining(influence, (XQ[:2], ZQ[:2]), MASKS)
+    with refused(
+        "the weights of each are chosen by at least two others", "uw.blended(kinds) weighs all kinds the same"
+    ):
+        uw.blended(kinds, outcomes)
+    assert uw.blended(kinds).values.shape == (2, influence.n)

@@ -300,7 +300,9 @@ def _check_scores(name: str, scores: Any, q: int, n: int) -> None:
             "removed anyway."
         )
         raise InvalidInput(message)
-    if scores.values.shape != (q, n) or not scores.counterfactual.startswith(("row removed", "none: ")):
+    if scores.values.shape != (q, n) or not scores.counterfactual.startswith(
+        ("row removed", "row without weight", "none: ")
+    ):
         message = (
             f"{name} holds {scores.values.shape[0]} queries × {scores.values.shape[1]} columns for "
             f"'{scores.counterfactual}', and there are {q} queries and {n} rows to remove. Pass removal values of all "

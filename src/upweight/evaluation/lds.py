@@ -249,7 +249,10 @@ def _predicted(scores: Scores, outcomes: SubsetOutcomes) -> NDArray[np.float64]:
             "and the SubsetOutcomes of subset_retraining."
         )
         raise InvalidInput(message)
-    if not scores.counterfactual.startswith(("row removed", "none: ")) or scores.measure != outcomes.measure:
+    if (
+        not scores.counterfactual.startswith(("row removed", "row without weight", "none: "))
+        or scores.measure != outcomes.measure
+    ):
         message = (
             f"The scores predict the change of {scores.measure} for '{scores.counterfactual}'; the outcomes are "
             f"{outcomes.measure} after rows were left out. Compare like with like: on_loss, or on_measure with "
@@ -277,5 +280,9 @@ def _predicted(scores: Scores, outcomes: SubsetOutcomes) -> NDArray[np.float64]:
             "gives a usable interval."
         )
         raise InvalidInput(message)
-    out = (~outcomes.subsets[:, scores.rows]).astype(np.float64)
-    return scores.values @ out.T
+    return predicted_by(scores.values, scores, outcomes)
+
+
+def predicted_by(values: NDArray[np.float64], scores: Scores, outcomes: SubsetOutcomes) -> NDArray[np.float64]:
+    """(q, s) the sums of values over the rows that each subset leaves out; columns are those of the scores."""
+    return values @ (~outcomes.subsets[:, scores.rows]).astype(np.float64).T

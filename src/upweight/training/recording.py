@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -46,6 +47,10 @@ class Step:
 
     parts: tuple[Part, ...]
     groups: tuple[dict[str, float], ...]
+
+    def parts_told(self) -> list[tuple[list[int], float]]:
+        """The rows and the scale of every batch, as plain numbers."""
+        return [(part.rows.tolist(), part.scale) for part in self.parts]
 
 
 @dataclass(frozen=True)
@@ -223,6 +228,15 @@ class Recording:
     def rounding(self) -> float:
         """How coarse the numbers of the training were, as a share of them."""
         return max(torch.finfo(one.dtype).eps for one in self._trained.values())
+
+    @property
+    def digest(self) -> str:
+        """What the training was, in a few letters: its rows, settings, first and last parameters."""
+        told = hashlib.sha256(repr([(step.parts_told(), step.groups) for step in self.steps]).encode())
+        for at in (0, len(self.steps)):
+            for name, block in self.states[at].parameters.items():
+                told.update(name.encode() + block.numpy().tobytes())
+        return told.hexdigest()[:16]
 
     def _keep(self, step: int) -> None:
         """The state before a step, if its turn has come."""

@@ -11,17 +11,15 @@ Reference: Hara, Nitanda and Maehara (2019), "Data cleansing for models trained 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,6 +32,8 @@ from upweight.model import calculus, per_row
 from upweight.model.objective import Objective
 from upweight.model.transforms import undisturbed
 from upweight.runs.progress import bar
+from upweight.training.going import Going, kept_in
+from upweight.training.locality import Locality, correlation_of
 from upweight.training.moves import Memory, back_through, joined, shrunk, slopes
 from upweight.training.recording import Recording, Step, flat
 
@@ -41,70 +41,6 @@ REPLAYED = 1e-2  # of the way between two states that were kept: by how much ste
 SIZES = (1e-3, 1e-2, 1e-1)  # by how much weights are moved in the check
 _ROUNDINGS = 4  # of every parameter, that a step may take
 _PAIRS = 6  # of predicted and actual changes at least, for a correlation that says something
-_AGREES, _SLOPES = 0.9, (0.5, 2.0)  # what the smallest of them must show
-
-
-@dataclass(frozen=True)
-class Locality:
-    """What really happened when the weights of all rows were moved at random by ±ε, beside what was predicted.
-
-    Args:
-        sizes: (s,) the ε.
-        correlation: (s,) of predicted and actual changes, over all queries and draws.
-        slope: (s,) of actual on predicted.
-        growth: by which factor the norm of the adjoint grew on its way back, largest over smallest.
-    """
-
-    sizes: Float[NDArray[np.float64], " s"]
-    correlation: Float[NDArray[np.float64], " s"]
-    slope: Float[NDArray[np.float64], " s"]
-    growth: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether the derivative predicts what small changes really do."""
-        low, high = _SLOPES
-        return bool(self.correlation[0] >= _AGREES and low <= self.slope[0] <= high)
-
-    def __str__(self) -> str:
-        told = "; ".join(
-            f"±{size:g}: r = {r:.2f}, slope = {slope:.2f}"
-            for size, r, slope in zip(self.sizes, self.correlation, self.slope, strict=True)
-        )
-        return f"weights moved at random, really trained: {told}; the adjoint grew {self.growth:.3g}-fold"
-
-
-@dataclass(frozen=True)
-class Going:
-    """How far the way back is.
-
-    Args:
-        step: the adjoints are those before this step.
-        a: (q, p) adjoints of the parameters.
-        b: (q, p) adjoints of each thing that the optimiser remembers.
-        values: (q, n) the scores of the steps from here on.
-        first: (q,) the norm of a at the end.
-        largest: its largest growth so far, and
-        smallest: its smallest.
-    """
-
-    step: int
-    a: Tensor
-    b: list[Tensor]
-    values: NDArray[np.float64]
-    first: Tensor
-    largest: float
-    smallest: float
-
-    def back(self, step: int, a: Tensor, b: list[Tensor]) -> Going:
-        """One step earlier."""
-        grown = float((a.norm(dim=1) / self.first.clamp(min=1e-300)).max())
-        return replace(self, step=step, a=a, b=b, largest=max(self.largest, grown), smallest=min(self.smallest, grown))
-
-    @property
-    def growth(self) -> float:
-        """By which factor the norm of a changed, largest over smallest."""
-        return self.largest / max(self.smallest, 1e-300) if math.isfinite(self.largest) else math.inf
 
 
 @dataclass(frozen=True)
@@ -123,7 +59,7 @@ class Through:
     since: int
     second_moment: str
 
-    def on_loss(self, Xq: Any, yq: Any = None, *, check: bool = True) -> Scores:
+    def on_loss(self, Xq: Any, yq: Any = None, *, check: bool = True, store: Any = None) -> Scores:
         """The change of each query's loss had a row had no weight in this training.
 
         Cost: the steps once more, and for each step and query one double backward pass of its batch; the check six
@@ -133,20 +69,28 @@ class Through:
             Xq: the queries' inputs.
             yq: the queries' targets.
             check: whether to move weights at random, train again and refuse an answer that does not predict it.
+            store: a folder in which the way back is kept every minute, so that the same call goes on there after
+                whatever ended it; None keeps nothing.
 
         Raises:
             NotLocal: if the derivative does not predict what small changes of the weights really do.
             InvalidInput: if the steps, made again, do not lead where the training went.
         """
         queries = self.influence.queries((Xq, yq))
-        return self._scores(self.influence.objective, queries, check)
+        return self._scores(self.influence.objective, queries, check, store)
 
     def on_measure(
-        self, measure: Callable[[Any, Any], Tensor], Xq: Any, yq: Any = None, *, check: bool = True
+        self,
+        measure: Callable[[Any, Any], Tensor],
+        Xq: Any,
+        yq: Any = None,
+        *,
+        check: bool = True,
+        store: Any = None,
     ) -> Scores:
         """The same for any scalar measure(params, example) of a query."""
         queries = self.influence.system.encoder.examples(Xq, yq)
-        return self._scores(self.influence.objective.measuring(measure), queries, check)
+        return self._scores(self.influence.objective.measuring(measure), queries, check, store)
 
     def locality(self, Xq: Any, yq: Any = None, *, draws: int = 2, seed: int = 0) -> Locality:
         """What small changes of all weights really do to these queries, beside what the derivative predicts.
@@ -164,8 +108,8 @@ class Through:
 
     # ---- inner steps -------------------------------------------------------------------------------------------------
 
-    def _scores(self, measured: Objective, queries: Any, check: bool) -> Scores:
-        values, growth = self._values(measured, queries)
+    def _scores(self, measured: Objective, queries: Any, check: bool, store: Any) -> Scores:
+        values, growth = self._values(measured, queries, store)
         told = f"derivative through steps {self.since} to {self.length} of {self.recording.optimiser_name}"
         told += ", second moment fixed" if self.second_moment == "fixed" and self._adaptive else ""
         if check:
@@ -263,15 +207,27 @@ class Through:
             if stop > self.since:
                 yield start, stop
 
-    def _values(self, measured: Objective, queries: Any) -> tuple[NDArray[np.float64], float]:
+    def _values(self, measured: Objective, queries: Any, store: Any = None) -> tuple[NDArray[np.float64], float]:
         """The scores, and how much the adjoint grew."""
-        state = self.at_the_end(measured, queries)
-        with bar(
-            self.length - self.since, "back through the training", self.influence.sweep.progress, unit="step"
-        ) as done:
-            for at in self.backwards(state):
-                done(state.step - at.step)
-                state = at
+        work = {
+            "through": self.recording.digest,
+            "steps": [self.since, self.length],
+            "second_moment": self.second_moment,
+            "data": self.influence.examples.fingerprint(),
+            "queries": queries.fingerprint(),
+            "measure": measured.measure,
+        }
+        size = (1 + len(self.recording.rule.state)) * self.influence.objective.size + self.influence.n
+        with kept_in(store, work, 2 * 8 * len(queries) * size) as kept:
+            state = kept.begun(self.at_the_end(measured, queries))
+            with bar(
+                state.step - self.since, "back through the training", self.influence.sweep.progress, unit="step"
+            ) as done:
+                for at in self.backwards(state):
+                    done(state.step - at.step)
+                    state = at
+                    kept.passed(state)
+            kept.ended(state)
         return state.values, state.growth
 
     @undisturbed()
@@ -355,7 +311,7 @@ class Through:
         correlation, slope = [], []
         for size in SIZES:
             actual = np.stack([self._difference(measured, queries, size * one) for one in signs], 1) / size
-            correlation.append(_correlation(predicted, actual))
+            correlation.append(correlation_of(predicted, actual))
             slope.append(float((predicted * actual).sum() / max((predicted**2).sum(), 1e-300)))
         return Locality(np.array(SIZES), np.array(correlation), np.array(slope), growth)
 
@@ -428,9 +384,3 @@ def through(
         **{**recording.settings, **settings},
     )
     return Through(recording, influence, since, second_moment)
-
-
-def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    if a.size < 2 or not a.std() or not b.std() or not np.isfinite(b).all():
-        return float("nan")
-    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])

@@ -1,0 +1,109 @@
+"""Killed behind any step, the way back through a training goes on to the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import upweight as uw
+from upweight.errors import StoreMismatch
+from upweight.runs.store import Store
+from upweight.training import going
+
+HERE = Path(__file__).parent
+N, STEPS = 20, 7
+DRAW = torch.Generator().manual_seed(0)
+X, Y = torch.randn(N, 3, generator=DRAW, dtype=torch.float64), torch.arange(N) % 2
+
+
+def through(rate=0.05, since=1):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    with uw.Recording(model, optimizer, X, Y, loss=cross_entropy, clip=0.5) as recording:
+        for step in range(STEPS):
+            rows = torch.arange(3 * step, 3 * step + 6) % N
+            optimizer.zero_grad()
+            cross_entropy(model(X[rows]), Y[rows]).backward()
+            recording.batch(rows)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+    return uw.through(recording, since=since, progress=False)
+
+
+def run(folder, **settings):
+    going.KEPT_EVERY = 0.0
+    return through(**settings).on_loss(X[:3], Y[:3], check=False, store=folder).values
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch):
+    monkeypatch.setattr(going, "KEPT_EVERY", going.KEPT_EVERY)
+
+
+def child(folder, after):
+    """What the process does: it kills itself behind so many events."""
+    note, seen = Store.note, []
+
+    def last(store, event, **told):
+        note(store, event, **told)
+        seen.append(event)
+        if len(seen) == int(after):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Store.note = last
+    run(Path(folder))
+
+
+@pytest.mark.parametrize("after", [4, pytest.param(6, marks=pytest.mark.slow)])
+def test_killed_by_the_system(after, tmp_path):
+    code = "import sys; sys.path[:0] = sys.argv[1:3]; import test_ways_back; test_ways_back.child(*sys.argv[3:])"
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", code, str(HERE), str(HERE.parent), str(folder), str(after)]
+    process = subprocess.run(command, check=False, capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert (folder / "state.safetensors").exists()
+    np.testing.assert_array_equal(run(folder), run(tmp_path / "whole"))
+
+
+class Lost(BaseException):
+    """What ends a process, as far as this one can be ended and go on."""
+
+
+def test_lost_behind_every_step(tmp_path, monkeypatch):
+    expected = through().on_loss(X[:3], Y[:3], check=False).values
+    note, seen = Store.note, []
+
+    def last(store, event, **told):
+        note(store, event, **told)
+        if event == "kept" and "step" in told:
+            seen.append(told["step"])
+            raise Lost
+
+    monkeypatch.setattr(Store, "note", last)
+    for _ in range(20):
+        try:
+            values = run(tmp_path / "run")
+        except Lost:
+            continue
+        break
+    assert seen == [*range(STEPS - 1, 0, -1), 1], "every step once, and the scores"
+    np.testing.assert_array_equal(values, expected)
+    files = sorted(file.name for file in (tmp_path / "run").glob("*.safetensors"))
+    assert files == ["gradients.safetensors", "values.safetensors"]
+
+
+def test_a_folder_of_another_training_is_not_taken_up(tmp_path):
+    run(tmp_path / "run")
+    with pytest.raises(StoreMismatch, match="through: "):
+        run(tmp_path / "run", rate=0.04)
+    with pytest.raises(StoreMismatch, match="steps: "):
+        run(tmp_path / "run", since=2)
