@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from upweight.errors import UnsupportedModel, first_line
+from upweight.model import calculus
 
 Number = float | Tensor
 Settings = Mapping[str, Number]
@@ -139,23 +140,15 @@ def shrunk(g: Tensor, most: float | None) -> Tensor:
     return g.new_ones(()) if most is None else (most / (g.norm() + _CLIP_EPS)).clamp(max=1.0)
 
 
-def slopes(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[list[Tensor | None]]:
-    """∂output/∂input of a step that treats every coordinate alone: a vector for each pair, None where it is 0."""
-    return [
-        list(torch.autograd.grad(one.sum(), inputs, retain_graph=True, allow_unused=True))
-        if one.requires_grad
-        else [None] * len(inputs)
-        for one in outputs
-    ]
+def slopes(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[list[Tensor] | None]:
+    """∂output/∂input of a step that treats every coordinate alone, a vector each; None for outputs that are held."""
+    return [calculus.pulled([one], inputs, [torch.ones_like(one)]) if one.requires_grad else None for one in outputs]
 
 
-def back_through(slopes: Sequence[Sequence[Tensor | None]], adjoints: Sequence[Tensor]) -> list[Tensor]:
+def back_through(slopes: Sequence[Sequence[Tensor] | None], adjoints: Sequence[Tensor]) -> list[Tensor]:
     """The adjoints of the inputs of a step, (q, p) each, from those of its outputs."""
-    found = []
-    for column in zip(*slopes, strict=True):
-        total = torch.zeros_like(adjoints[0])
-        for slope, adjoint in zip(column, adjoints, strict=True):
-            if slope is not None:
-                total.addcmul_(slope, adjoint)
-        found.append(total)
-    return found
+    known = [(slope, adjoint) for slope, adjoint in zip(slopes, adjoints, strict=True) if slope is not None]
+    return [
+        sum((slope[k] * adjoint for slope, adjoint in known[1:]), known[0][0][k] * known[0][1])
+        for k in range(len(known[0][0]))
+    ]
