@@ -44,8 +44,9 @@ def make(library: str) -> None:
         [*pip, "-r", str(HERE / "requirements" / f"{library}.txt")], capture_output=True, text=True, env=environment
     )
     if told.returncode:
-        lines = [line for line in told.stderr.splitlines() if line.startswith("ERROR")] or told.stderr.splitlines()
-        error.write_text("\n".join(lines[-3:]))
+        said = [line.strip() for line in told.stderr.splitlines()]
+        lines = [line for line in said if line.lower().startswith(("error", "fatal"))] or said
+        error.write_text("pip install -r: " + "; ".join(lines[:2]))
     else:
         done.touch()
 

@@ -28,7 +28,7 @@ Hessian's.
 This is agreement with the system, not with retraining; for that see [the LDS
 table](../benchmarks/results/mnist_lds.md) and [language models](recipes/language-models.md#what-to-expect). Settings
 are the libraries' documented ones: where a default makes an answer poor, it is the default that is shown. How to come
-from each: [coming from](coming-from.md).
+from each: [coming from](coming-from.md); what surprised on the way: [findings](../findings/README.md).
 """
 
 

@@ -67,6 +67,8 @@ def _run(library: str, method: str, workload: str, out: Path) -> str | None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return f"no answer in {LIMIT} s"
+    if process.returncode < 0:
+        return f"the process was killed by signal {-process.returncode}"
     if not (out / "cell.json").exists():
         lines = (out / "log.txt").read_text().strip().splitlines()
         return f"the process ended with {process.returncode}: {lines[-1] if lines else ''}"
@@ -98,6 +100,8 @@ def agreement(scores: np.ndarray, dense: np.ndarray, factor: float | None) -> di
         return {"error": f"{scores.shape} scores for {dense.shape} pairs"}
     if not np.isfinite(scores).all():
         return {"error": f"{int((~np.isfinite(scores)).sum())} of {scores.size} scores are not finite"}
+    if not scores.any():
+        return {"error": "every score is 0"}
     raw = float((scores * dense).sum() / (dense * dense).sum())
     largest = np.abs(dense).max()
     return {

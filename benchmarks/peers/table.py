@@ -65,7 +65,7 @@ LANGUAGE_ONLY = "language models only"
 LIBRARIES = (
     Library(
         "upweight",
-        "0.2.0",
+        "0.2.dev",
         (
             Method(
                 "default",
@@ -111,7 +111,7 @@ LIBRARIES = (
             Method("EK-FAC", "strategy=ekfac, damping_factor=λ, losses summed, whole batches", "gauss_newton"),
             Method("EK-FAC, its default damping", "the same with its default damping_factor, 1e-8", "gauss_newton"),
         ),
-        "gᵀC⁻¹g, positive helps; no 1/n",
+        "gᵀC⁻¹g of losses summed over tokens, positive helps; no 1/n",
         "embeddings, normalisation",
     ),
     Library(
@@ -120,7 +120,13 @@ LIBRARIES = (
         (
             Method("direct", "DirectInfluence(regularization=λ)"),
             Method("block CG", "CgInfluence(regularization=λ, solve_simultaneously=True), its tolerances"),
-            Method("EK-FAC", "EkfacInfluence(regularization=λ, update_diagonal=True)", "gauss_newton"),
+            Method(
+                "EK-FAC",
+                "EkfacInfluence(hessian_regularization=λ, update_diagonal=True)",
+                "gauss_newton",
+                only=("softmax", "softmax-784", "mlp-mnist", "cnn-mnist", "llama"),
+                why_only="for cross-entropy of several outputs only, as documented",
+            ),
         ),
         "gᵀH⁻¹g, equation 2 without its minus; no 1/n",
         "EK-FAC: everything but Linear and cross-entropy",
@@ -142,7 +148,13 @@ LIBRARIES = (
     Library(
         "traker",
         "0.3.2",
-        (Method("TRAK", "task='image_classification', one model, proj_dim 2048, lambda_reg 0", factor=no_unit),),
+        (
+            Method(
+                "TRAK",
+                "task='image_classification' (a margin, not the loss), one model, proj_dim 2048, lambda_reg 0",
+                factor=no_unit,
+            ),
+        ),
         "for ranking; no unit",
         "what the projection loses",
         {
@@ -170,7 +182,7 @@ LIBRARIES = (
             Method("gradient dot", "TracInAttributor, all rows in one batch", factor=no_unit),
         ),
         "a product of gradients of whatever the loss returns; no 1/n",
-        "Llama's normalisation",
+        "Llama's normalisation; all but one of equal rows",
     ),
     Library(
         "pyinfluence",
