@@ -111,11 +111,11 @@ def _name_other_predictions(model: torch.nn.Module, state: dict[str, Tensor], x:
     if not bool((off > _PREDICTED * (1 + float(trained.abs().max()))).any()):
         return
     message = (
-        f"{type(model).__name__} gives other outputs under torch.no_grad() in eval() than where it is differentiated; "
-        f"the largest difference is {float(off.max()):.3g}. Usual reason: there torch.nn.TransformerEncoder sets the "
-        "outputs of padded positions to 0, and the model reads them, such as in a mean over positions. Values are of "
-        "the outputs that were trained. Predict after torch.backends.mha.set_fastpath_enabled(False), which gives the "
-        "same, or read no padded positions."
+        f"{type(model).__name__} gives other outputs under torch.no_grad() in eval mode than where it is "
+        f"differentiated; the largest difference is {float(off.max()):.3g}. Usual reason: there "
+        "torch.nn.TransformerEncoder sets the outputs of padded positions to 0, and the model reads them, such as in a "
+        "mean over positions. Values are of the outputs that were trained. Predict after "
+        "torch.backends.mha.set_fastpath_enabled(False), which gives the same, or read no padded positions."
     )
     warnings.warn(message, TheoryWarning, stacklevel=5)
 

@@ -7,9 +7,10 @@ container, so it is tried: a few small regions with all threads and with one. On
 for a quarter of one, and twice as long each time that they have won again.
 
 The setting is OMP_NUM_THREADS, which BLAS, OpenMP and torch all follow: a number that is named there, or one thread
-left by `torch.set_num_threads`, is what a sweep takes, and nothing is tried. Ranks never try, for their bits must
-agree. With OMP_WAIT_POLICY=PASSIVE, which the commands set and which has to be there before torch is imported, threads
-sleep at barriers, and all of them can be had beside others.
+left by `torch.set_num_threads`, is what a sweep takes, and nothing is tried. Ranks never try, and neither does a run
+that is kept in a folder: sums depend on how many share them, and its bits must be those of another process or day.
+With OMP_WAIT_POLICY=PASSIVE, which the commands set and which has to be there before torch is imported, threads sleep
+at barriers, and all of them can be had beside others.
 """
 
 from __future__ import annotations
@@ -40,13 +41,24 @@ class _Choice:
 
 
 _CHOICE = _Choice()
+_FIXED = [0]
+
+
+@contextmanager
+def fixed() -> Iterator[None]:
+    """Inside, the number of threads stays what it is."""
+    _FIXED[0] += 1
+    try:
+        yield
+    finally:
+        _FIXED[0] -= 1
 
 
 @contextmanager
 def shared() -> Iterator[None]:
     """Inside, torch takes as many threads as pay at present; afterwards as many as before."""
     before = torch.get_num_threads()
-    if before == 1 or named() or ranks.several():
+    if before == 1 or _FIXED[0] or named() or ranks.several():
         yield
         return
     now = time.monotonic()

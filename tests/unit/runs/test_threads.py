@@ -8,6 +8,7 @@ import torch
 
 from small import XQ, YQ, classifier
 from upweight.runs import threads
+from upweight.runs.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +71,19 @@ def test_a_question_leaves_as_many_threads_as_it_found(monkeypatch):
     classifier().on_loss(XQ, YQ)
     assert 1 in seen
     assert torch.get_num_threads() == 2
+
+
+def test_a_run_in_a_folder_keeps_the_number_that_its_bits_depend_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(threads, "tried", lambda _: 1)
+    influence = classifier()
+    plain = influence.on_loss(XQ, YQ).values
+    assert threads._CHOICE.count == 1  # alone it is tried
+    with threads.fixed():
+        assert inside() == 2
+    seen = []
+    original = Store.passing
+    monkeypatch.setattr(Store, "passing", lambda *given, **named: seen.append(inside()) or original(*given, **named))
+    kept = influence.on_loss(XQ, YQ, store=tmp_path / "run").values
+    np.testing.assert_allclose(kept, plain, rtol=1e-8)
+    assert seen
+    assert set(seen) == {2}
