@@ -179,7 +179,8 @@ def main() -> None:
         numbers["memory_of_the_server_megabytes"] = server.memory()
     finally:
         server.stop()
-    settings = {"rows": N, "queries": Q, "repeats": REPEATS, "load_average": [round(one, 1) for one in os.getloadavg()]}
+    load = {"load_average": [round(one, 1) for one in os.getloadavg()], "niceness": os.nice(0)}
+    settings = {"rows": N, "queries": Q, "repeats": REPEATS, **load}
     report(__file__, settings, numbers)
     if "UPWEIGHT_RUN" not in os.environ:
         shutil.rmtree(folder.parent)
