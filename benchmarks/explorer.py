@@ -2,7 +2,8 @@
 
 A logistic regression on 1,000,000 synthetic rows of 6 named columns; the run is written by `write_run`, and its pages
 are opened in a real browser (chromium, by Playwright). A page's time is that from the request to its last byte, as the
-browser measures it; top-k with histogram is the whole page of a query. Memory is the resident set of the server's own
+browser measures it, and beside it the time of a processor that the server used for it, which other programs hardly
+change; top-k with histogram is the whole page of a query. Memory is the resident set of the server's own
 process, at its largest.
 
     python benchmarks/explorer.py        # about five minutes on 2 cores; 1.5 GB of disk
@@ -73,6 +74,11 @@ class Server:
         told = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+)", told)[1]) / 1e3  # type: ignore[index]
 
+    def processor(self) -> float:
+        """Milliseconds of a processor that it has used: what waiting for other programs does not change."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return 1e3 * (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(20)
@@ -142,9 +148,11 @@ def measured(server: Server) -> dict[str, Any]:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(server.link)
         for name, paths in PAGES.items():
-            found[name] = summary(
-                times(page, server.address, [path for path in paths if N == 1_000_000 or "page" not in path])
-            )
+            some = [path for path in paths if N == 1_000_000 or "page" not in path]
+            before = server.processor()
+            taken = times(page, server.address, some)
+            found[name] = summary(taken)
+            found[name]["processor_ms_each"] = round((server.processor() - before) / len(taken), 1)
         found["key_to_next_item"] = summary(keys(page, server.address))
         browser.close()
     return found
@@ -171,7 +179,9 @@ def main() -> None:
         numbers["memory_of_the_server_megabytes"] = server.memory()
     finally:
         server.stop()
-    report(__file__, {"rows": N, "queries": Q, "repeats": REPEATS}, numbers)
+    load = {"load_average": [round(one, 1) for one in os.getloadavg()], "niceness": os.nice(0)}
+    settings = {"rows": N, "queries": Q, "repeats": REPEATS, **load}
+    report(__file__, settings, numbers)
     if "UPWEIGHT_RUN" not in os.environ:
         shutil.rmtree(folder.parent)
 

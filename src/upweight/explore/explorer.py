@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from upweight.errors import InvalidInput
 from upweight.explore import index, marks
 from upweight.explore.desk import Desk
+from upweight.explore.queue import Queue
 from upweight.explore.tables import unpack
 from upweight.explore.wanted import PAGE, Wanted
 from upweight.influence.certificate import Certificate
@@ -92,7 +93,7 @@ class Explorer:
     def prepare(self) -> None:
         """Read what is read once, so that no page waits for it."""
         _ = self.health, self._marks
-        _ = self.desk.reviews  # with the labels of all rows
+        _ = self.desk.reviews, self.desk.planned(Queue())  # with the labels of all rows
 
     # ---- what the run tells ------------------------------------------------------------------------------------------
 

@@ -125,7 +125,13 @@ class _Made:
 
 
 def _told(tokenizer: Any) -> str:
-    return "numbers" if tokenizer is None else f"{type(tokenizer).__name__} {getattr(tokenizer, 'name_or_path', '')}"
+    """What tokens are shown by: nothing, a function's digest, or a tokenizer's kind, name and number of tokens."""
+    if tokenizer is None:
+        return "numbers"
+    if not hasattr(tokenizer, "decode"):
+        return f"function {digest(tokenizer)}"
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else ""
+    return f"{type(tokenizer).__name__} {getattr(tokenizer, 'name_or_path', '')} {size}"
 
 
 def _keep_items(made: _Made, folder: Path, queries: Examples) -> None:
@@ -151,7 +157,8 @@ def _keep_items(made: _Made, folder: Path, queries: Examples) -> None:
 def _keep_parts(made: _Made, store: Store, folder: Path, queries: Examples) -> None:
     """Keep which parts of the rows that lead matter, unless that is there."""
     tokenizer, count = made.told
-    told = {"parts": count, "tokenizer": tokenizer}
+    cards = "by default" if made.card is None else digest(made.card)  # a picture says that numbers are pixels
+    told = {"parts": count, "tokenizer": tokenizer, "cards": cards}
     if not count or ranks.first_finds(PARTS, lambda: store.has(PARTS) and store.kept(PARTS)[1] == told):
         return
     examples = made.influence.system.examples
