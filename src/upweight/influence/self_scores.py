@@ -25,11 +25,16 @@ from upweight.influence.system import System, solved
 from upweight.model import calculus, layers, per_row
 from upweight.model.layers import pieces
 from upweight.operators.kronecker import Kronecker
+from upweight.operators.linear import LinearHessian
 from upweight.solvers import Quadratic, Solution
+from upweight.solvers.direct import Factored as Triangular
 from upweight.solvers.factored import Diagonalised
+from upweight.solvers.outer import OuterForms
 
 _BLOCK = 256  # rows whose systems are solved together, if their gradients fit
 _BLOCK_NUMBERS = 2**24
+_WORTH, _FEWEST = 2, 2  # rows for each parameter, and outputs, from which an inverse pays
+_SUMS_TO_0 = 1e-12  # of the largest slope: rounding
 
 
 def of_self(system: System, rows: Any) -> SelfScores:
@@ -80,18 +85,37 @@ def _by_forms(
         if pairwise is not None:
             own = pairwise.own(*pairs.features(objective, batch))
             return torch.cat([own[:, None], calculus.dots(objective, batch, across)], 1)
+        if outer is not None:
+            own = outer.own(*pairs.features(objective, batch))
+            return torch.cat([own[:, None], calculus.dots(objective, batch, across)], 1)
         G = layers.gradients(objective, batch).double().cpu()
         own = prepared.forms(G)  # a row without weight may lean on what the others do not determine
         own = torch.where((w == 0) & own.isnan(), 0.0, own)
         return torch.cat([own[:, None], G @ across.T], 1)
 
-    light = 8 if pairwise is not None else 3 + layers.vectors(objective, sweep.example_bytes)
-    vectors = light if pairwise is not None or kronecker is not None else per_row.width(sweep)
+    outer = _outer(system, rows, prepared) if pairwise is None else None
+    quick = pairwise is not None or outer is not None
+    light = 8 if quick else 3 + layers.vectors(objective, sweep.example_bytes)
+    vectors = light if quick or kronecker is not None else per_row.width(sweep)
     values = sweep.emit(forms, vectors=vectors, rows=rows, label="self-influence")
     known = scoring.certificate(system, solution)
     drift = np.full(len(rows), np.nan) if objective.folded else -values[:, 1]
     known = replace(known, residual=np.full(len(rows), float(solution.residual.max())), drift=drift)
     return Products((values[:, 0] + values[:, 2])[None]), known
+
+
+def _outer(system: System, rows: NDArray[np.int64], prepared: Quadratic) -> OuterForms | None:
+    """Forms by pairs of outputs: of a softmax over dense rows, where there are enough to pay for an inverse."""
+    operator, p = system.operator, system.objective.size
+    if not isinstance(operator, LinearHessian) or not isinstance(prepared, Triangular) or operator.sparse:
+        return None
+    if len(rows) <= _WORTH * p:
+        return None
+    structure, slopes = operator.sweep.objective.linear, operator.slopes
+    known = structure is not None and structure.n_outputs > _FEWEST and system.sweep.at_most(16 * p**2, 4) == 16 * p**2
+    if structure is None or not known or float(slopes.sum(1).abs().max()) > _SUMS_TO_0 * float(slopes.abs().max()):
+        return None
+    return prepared.outer(structure, operator.active)
 
 
 def _by_solutions(

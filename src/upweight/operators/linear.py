@@ -39,6 +39,7 @@ _CHUNK_ROWS = (1024, 16_384)
 _KEPT_BYTES = 2**26  # of V x̃ᵢ for every row, which the scores can use again
 _COPY_BYTES = 2**31  # a float32 copy of X is kept if it is smaller; else chunks are cast as they are read
 (_syrk,) = scipy.linalg.get_blas_funcs(("syrk",), dtype=np.float64)
+_FEW_ACTIVE = 0.95  # of the columns: fewer are worth a copy without the others
 _KRONECKER_FEATURES = 1024  # eigenvectors of a larger XᵀX cost more than they save
 
 
@@ -291,6 +292,15 @@ class LinearHessian:
     def _x(self) -> Any:
         return self.sweep.examples.x
 
+    @cached_property
+    def active(self) -> NDArray[np.int64]:
+        """The columns of a dense x̃ that are not 0 in every row.  Cost: one reading, once."""
+        seen = torch.zeros(self._structure.n_features, dtype=torch.bool)
+        for start in range(0, self.sweep.n, _CHUNK_ROWS[1]):
+            seen |= (self.sweep.examples.batch(slice(start, start + _CHUNK_ROWS[1]))[0] != 0).any(0)
+        whole = torch.cat([seen, torch.ones(int(self._structure.intercept), dtype=torch.bool)])
+        return np.flatnonzero(whole.numpy())
+
     # ---- inner steps -------------------------------------------------------------------------------------------------
 
     @cached_property
@@ -360,10 +370,14 @@ class LinearHessian:
     def _weighted_gram(self, pairs: list[tuple[int, int]]) -> dict[tuple[int, int], NDArray[np.float64]]:
         """Σ_b D_b x_b x_bᵀ with D = h[i, j], as a symmetric product of √|D| x where D keeps one sign."""
         K, d = self._structure.n_outputs, self._structure.n_features
-        grams = {pair: np.zeros((d, d), order="F") for pair in pairs}
+        seen = self.active[self.active < d]
+        few = len(seen) < _FEW_ACTIVE * d
+        width = len(seen) if few else d
+        grams = {pair: np.zeros((width, width), order="F") for pair in pairs}
         rows = 4 * self._chunk
         for start in range(0, self.sweep.n, rows):
             X = self.sweep.examples.batch(slice(start, start + rows))[0].to(torch.float64)
+            X = X[:, torch.from_numpy(seen)] if few else X
             h = self.curvatures[start : start + rows]
             for pair in pairs:
                 D = _entry(h, K, *pair)
@@ -373,6 +387,10 @@ class LinearHessian:
                         grams[pair] = _syrk(sign, scaled.T, beta=1.0, c=grams[pair], overwrite_c=1)
         for pair, gram in grams.items():
             grams[pair] = np.triu(gram) + np.triu(gram, 1).T
+            if few:
+                whole = np.zeros((d, d))
+                whole[np.ix_(seen, seen)] = grams[pair]
+                grams[pair] = whole
         return grams
 
     def _columns(self) -> NDArray[np.float64]:

@@ -15,15 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.errors import NotPositiveDefinite
+from upweight.model.objective import Linear
 from upweight.operators.base import Operator
 from upweight.operators.shift import Shift
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 from upweight.solvers.flat import LEANS, Flat, directions
 from upweight.solvers.lanczos import rounded_up, smallest_eigenvalue
+from upweight.solvers.outer import PROMISE, OuterForms, outer_forms
 
 _MIN_RECIPROCAL_CONDITION = 1e-12  # beyond it, forming C in float64 has lost what divides: errors of 1e-4 and more
 _PROMISE = 1e-6
 _ROWS = 1024
+_NOTHING = 1e-10  # of a direction of length 1: rounding
 _EXACT_UP_TO = 2000
 _trsm, _symm = scipy.linalg.get_blas_funcs(("trsm", "symm"), dtype=np.float64)
 _potrf, _pocon = scipy.linalg.get_lapack_funcs(("potrf", "pocon"), dtype=np.float64)
@@ -128,6 +131,18 @@ class Factored:
         if self._shift is None or shift is None:
             return value
         return value + (shift * self._shift.solved(shift, self.damping)).sum(1)
+
+    def outer(self, structure: Linear, active: NDArray[np.int64]) -> OuterForms | None:
+        """What gives the forms of r ⊗ x̃ with Σ_k r_k = 0 in fewer flops; None where digits or directions lack."""
+        K, d = structure.n_outputs, structure.n_features
+        draw = np.random.default_rng(0).normal(size=(K, d + int(structure.intercept)))
+        draw -= draw.mean(0)
+        probe = torch.from_numpy(np.concatenate([draw[:, :d].ravel(), draw[:, d:].ravel()]))[None]
+        lost = (self._gauge(probe) - probe).abs() + (0.0 if self._shift is None else self._shift.part(probe).abs())
+        if self.flat is not None or float(lost.max()) > _NOTHING:
+            return None
+        found = outer_forms(self.factor[0], self._scale, structure, active)
+        return found if found.bound <= PROMISE else None
 
 
 class PackedOperator:
