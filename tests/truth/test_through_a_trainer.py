@@ -192,3 +192,51 @@ def test_it_is_the_derivative_of_real_trainers(name, settings, tmp_path):
     sides = [[losses_after(name, tmp_path, queries, row, move, settings) for move in (-size, size)] for row in rows]
     expected = np.stack([(below - above) / (2 * size) for below, above in sides], 1)
     np.testing.assert_allclose(values[:, rows], expected, atol=error * np.abs(expected).max(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "LoRA"])
+def test_steps_made_again_end_at_the_same_parameters(name, tmp_path):
+    recording = recorded(name, tmp_path, gradient_accumulation_steps=3, num_train_epochs=1)
+    through = uw.through(recording, since=0)
+    first, _ = through._begun(0)
+    last, _ = through._begun(through.length)
+    made = through._ended(torch.ones(through.influence.n, dtype=torch.float64))
+    assert float((made - last).norm()) < 1e-4 * float((last - first).norm())
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # trl 1.16 sets the old name itself
+def test_a_trainer_of_trl(tmp_path):
+    """Whose forward is another function, and whose steps are the same when they are made again."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {f"w{k}": k for k in range(20)}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w1")),
+        pad_token="w0",
+        eos_token="w2",
+        unk_token="w1",
+    )
+    rows = [{part: row[part] for part in ("input_ids", "labels")} for row in made(0, 14)]
+    arguments = trl.SFTConfig(
+        str(tmp_path),
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+    )
+    torch.manual_seed(0)
+    trainer = trl.SFTTrainer(
+        llama(), arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
+    recording = uw.Recording.of_trainer(trainer)
+    with recording:
+        trainer.train()
+    values = uw.through(recording).on_loss(made(5, 2), check=False).values
+    assert values.shape == (2, 14)
+    assert np.abs(values).max() > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -228,6 +229,17 @@ class Recording:
     def rounding(self) -> float:
         """How coarse the numbers of the training were, as a share of them."""
         return max(torch.finfo(one.dtype).eps for one in self._trained.values())
+
+    def copied(self) -> torch.nn.Module:
+        """The model that was trained, apart from whoever trained it and in evaluation mode.
+
+        A Trainer may have put another `forward` into the instance, which is bound to it: the copy has its class's own.
+        """
+        model = deepcopy(self.model).eval()
+        if self.watching is not None:
+            for module in model.modules():
+                vars(module).pop("forward", None)
+        return model
 
     @property
     def digest(self) -> str:

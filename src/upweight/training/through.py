@@ -12,7 +12,6 @@ Reference: Hara, Nitanda and Maehara (2019), "Data cleansing for models trained 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -375,7 +374,7 @@ def through(
         message = f"since={since!r}. It is the number of a step, from 0 to {length - 1}."
         raise InvalidInput(message)
     influence = explain(
-        deepcopy(recording.model).eval(),
+        recording.copied(),
         recording.X,
         recording.y,
         loss=recording.loss,
