@@ -59,6 +59,7 @@ nb_execution_cache_path = str(ROOT / "build" / "notebooks")
 nb_execution_timeout = 120
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # warnings about the machine that built it
 python_maximum_signature_line_length = 88
 toc_object_entries = False
 add_module_names = True
