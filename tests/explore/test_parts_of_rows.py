@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from made import labels
 from PIL import Image
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -17,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 import upweight as uw
 from explored import browser
 from upweight.errors import Damaged, InvalidInput
+from upweight.explore import exports
 from upweight.explore.explorer import Explorer
 from upweight.explore.page import Asked
 from upweight.explore.pages.why import why
@@ -273,6 +276,17 @@ def test_labels_out_of_fold_may_be_given(tmp_path):
     for known in (explorer.desk.labels, uw.Run.open(run.path) and _from_files(run)):
         assert [known.suggested(row) for row in range(COUNT)] == [(label, "out of fold") for label in labels.tolist()]
         assert [known.predicted(row) for row in range(COUNT)] == run.rows.predictions.tolist()
+
+
+def test_exports_take_them_along_and_tell_tokens_as_text(tokens):
+    told = labels(8)
+    outside = replace(told, held_out=np.array([0, 1, -1, 0, 0, 0, 0, 0], np.int32))  # the model says class 1 of all
+    lines = exports.exported("cleanlab", outside, {}).content.decode().splitlines()[1:]
+    assert [line.split(",")[-1] for line in lines] == list("01100000")
+    cards = {0: tokens[2].rows.cards[2]}
+    tasks = json.loads(exports.exported("label-studio", outside, {}, queue=[0], cards=lambda _: cards).content)
+    assert tasks[0]["data"]["text"] == "anna likes rome"
+    assert tasks[0]["predictions"][0]["result"][0]["value"]["choices"] == ["3"]
 
 
 def _from_files(run):

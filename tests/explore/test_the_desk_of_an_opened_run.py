@@ -38,6 +38,8 @@ def test_a_row_is_not_told_apart_before_it_is_decided(folder):
             "label",
             "label_class",
             "says",
+            "suggestion",
+            "source",
             "suggested",
             "verdict",
             "kind",

@@ -18,6 +18,7 @@ from upweight.explore.entries import DROP, RELABEL, Verdict
 from upweight.explore.labels import Labels
 from upweight.show.png import address
 from upweight.show.run import Card
+from upweight.show.token_cards import joined
 
 CSV, JSONL, PARQUET = "csv", "jsonl", "parquet"
 CLEANLAB, LABEL_STUDIO, LABEL_STUDIO_SETUP, PATCH = "cleanlab", "label-studio", "label-studio-setup", "patch"
@@ -122,17 +123,18 @@ def _cleanlab(labels: Labels, verdicts: Verdicts) -> dict[str, list[Any]]:
     """What cleanlab's `find_label_issues` returns, with classes as 0 … K − 1 in their sorted order, as it has them.
 
     `is_label_issue` is what people found, so rows that nobody looked at are none; `label_quality` is exp(−loss), for a
-    log loss the probability that the model gives the label, which is cleanlab's self-confidence.
+    log loss the probability that the model gives the label, which is cleanlab's self-confidence. `predicted_label` is
+    what was said out of fold, or else by the model.
     """
     known = np.unique(labels.codes)  # a class that no row has is none of cleanlab's
-    given, said = (np.searchsorted(known, codes) for codes in (labels.codes, labels.said))
+    given, said = (np.searchsorted(known, codes) for codes in (labels.codes, labels.suggestions))
     issue = np.zeros(labels.n, dtype=bool)
     issue[[row for row, one in verdicts.items() if one.wrong]] = True
     return {
         "is_label_issue": issue.tolist(),
         "label_quality": [None if math.isnan(loss) else math.exp(-max(loss, 0.0)) for loss in _losses(labels).tolist()],
         "given_label": given.tolist(),
-        "predicted_label": np.where(np.isin(labels.said, known), said, given).tolist(),
+        "predicted_label": np.where(np.isin(labels.suggestions, known), said, given).tolist(),
     }
 
 
@@ -215,6 +217,8 @@ def _shown(card: Card, row: int) -> tuple[str, Any]:
         return "image", address(card)
     if isinstance(card, Mapping):
         return "columns", {str(name): str(value) for name, value in card.items()}
+    if isinstance(card, list):
+        return "text", joined(card)
     return "text", f"row {row}" if card is None else card
 
 

@@ -65,6 +65,11 @@ class Labels:
             return self._class(self.held_out[row]), OUT_OF_FOLD
         return self.predicted(row), THE_MODEL
 
+    @property
+    def suggestions(self) -> NDArray[np.int32]:
+        """(n,) the classes that are suggested: those out of fold where known, else the model's own; −1 for none."""
+        return self.said if self.held_out is None else np.where(self.held_out >= 0, self.held_out, self.said)
+
     def meant(self, label: Any) -> Label:
         """The class that a label is.
 
