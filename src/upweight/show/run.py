@@ -148,7 +148,7 @@ class Run:
         try:
             queries = len(self._part(self._file(SOLUTIONS))[0][SOLUTIONS])
             return Scores.of_parts({**arrays, "scale": arrays["scale"], "values": np.empty((queries, 0))}, card)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             if isinstance(error, Damaged):
                 raise
             message = f"{file} holds no scores ({first_line(error)}). Delete it, and make the same call again."
@@ -164,6 +164,9 @@ class Run:
         S = _matrix(file, self._part(file)[0], SOLUTIONS, len(outline.values))
         leaning = np.isnan(S).any(1)  # queries without a solution
         start, rows = 0, len(outline.rows)
+        if np.shape(outline.scale) != (rows,):
+            message = f"{self._file(SCORES)} holds no scores ({np.shape(outline.scale)} weights of {rows:,} rows). "
+            raise Damaged(message + "Delete it, and make the same call again.")
         for chunk in self._chunks:
             values = _matrix(chunk, self._part(chunk)[0], "values", None, len(S))
             values[:, leaning] = np.nan
