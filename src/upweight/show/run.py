@@ -164,17 +164,15 @@ class Run:
         S = _matrix(file, self._part(file)[0], SOLUTIONS, len(outline.values))
         leaning = np.isnan(S).any(1)  # queries without a solution
         start, rows = 0, len(outline.rows)
-        if np.shape(outline.scale) != (rows,):
-            message = f"{self._file(SCORES)} holds no scores ({np.shape(outline.scale)} weights of {rows:,} rows). "
-            raise Damaged(message + "Delete it, and make the same call again.")
+        scale = np.empty(0) if outline.scale is None else outline.scale
         for chunk in self._chunks:
             values = _matrix(chunk, self._part(chunk)[0], "values", None, len(S))
             values[:, leaning] = np.nan
             stop = start + len(values)
-            if stop <= rows and outline.scale is not None:
-                yield values.T * -outline.scale[start:stop]
+            if stop <= min(rows, len(scale)):
+                yield values.T * -scale[start:stop]
             start = stop
-        if start != rows:
+        if (start, len(scale)) != (rows, rows):
             message = (
                 f"{self.path} holds chunks of {start:,} rows, and its scores have {rows:,}. Make the call "
                 "again that made it: it fills the gap."
