@@ -83,8 +83,8 @@ def test_a_chunk_that_is_none_is_filled(tmp_path):
         write_tensors(file, other, card)
         with refused(" of this run (", "make the call again that made it: it fills the gap"):
             assert uw.Run.open(tmp_path / "run").scores
-    file.unlink()
-    assert whole(tmp_path / "run")
+        file.unlink()
+        assert whole(tmp_path / "run")
 
 
 def test_scores_that_are_none_are_deleted(tmp_path):
