@@ -757,7 +757,7 @@ def test_an_index_says_what_it_needs(tmp_path):
 def test_a_part_of_an_index_is_one_of_them(tmp_path):
     """And a file that somebody wrote with something else in it is none."""
     influence = indexed(nn.Sequential(nn.Linear(D, 20), nn.Tanh(), nn.Linear(20, 3)).double())
-    with refused("shard=2, of=2. Shards are numbered from 0", "pass shard=0 to shard=1"):
+    with refused("Shards are numbered from 0", "pass shard=0 to shard="):
         influence.index_shard(tmp_path / "index", 2, 2)
     for number in (0, 1):
         influence.index_shard(tmp_path / "index", number, 2)

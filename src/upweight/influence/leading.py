@@ -128,7 +128,7 @@ class Leading:
         arrays, text = read_tensors(path)
         try:
             return _loaded(text, arrays)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             message = (
                 f"{path} is a safetensors file without leading rows in it, or a damaged one "
                 f"({type(error).__name__}: {first_line(error)}). They are written by leading.save(path); scores are "
@@ -229,10 +229,12 @@ def _loaded(text: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Leading:
     shape, q = leading.largest.rows.shape, len(leading.total)
     shapes = [(side.rows.shape, side.values.shape) for side in (leading.largest, leading.smallest)]
     lengths = [np.shape(leading.squares), np.shape(leading.counts)[:1], np.shape(leading.edges)]
+    lengths.append(np.shape(leading.certificate.residual))
     if (
         shapes != [(shape, shape)] * 2
         or shape[:1] != (q,)
-        or lengths != [(q,), (q,), (leading.counts.shape[1] + 1,)]
+        or not min(shape)
+        or lengths != [(q,), (q,), (leading.counts.shape[1] + 1,), (q,)]
         or (queries is not None and len(queries) != q)
     ):
         message = f"rows and values of {shapes} beside {lengths}"

@@ -171,7 +171,7 @@ class Scores:
         arrays, card = read_tensors(path)
         try:
             return cls.of_parts(arrays, card)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             message = (
                 f"{path} is a safetensors file without upweight scores in it, or a damaged one "
                 f"({type(error).__name__}: {first_line(error)}). Scores are written by scores.save(path)."

@@ -131,7 +131,7 @@ def in_chunks(
         factors: what each row's products are multiplied by; None for nothing.
         begun: chunks that are left out, the first ones.
     """
-    every = _closed(system) is None and rows is None and store is None and not begun  # so that ∇R comes with them
+    every = closed(system) is None and rows is None and store is None and not begun  # so that ∇R comes with them
     wanted = every and layers.structured(system.objective) and not system.knows_risk_gradient
     leaning = S.isnan().any(1)
     S, sums = torch.where(leaning[:, None], 0.0, S), Sums() if wanted else None
@@ -156,7 +156,7 @@ def by_rows(
 
     It goes through layers where there are any, and through the rows' slopes for a linear predictor, which has them.
     """
-    shift, known = S @ constant, _closed(system)
+    shift, known = S @ constant, closed(system)
     if known is not None:
         sweep, dots = known.dots(S)
         return sweep, lambda batch, weights: _shifted(dots(batch, weights), shift)
@@ -187,7 +187,7 @@ def _with_gradients_summed(
     return both
 
 
-def _closed(system: System) -> LinearHessian | None:
+def closed(system: System) -> LinearHessian | None:
     """The operator of a linear predictor; others are not bound to their data for it."""
     operator = None if system.objective.linear is None else system.operator
     return operator if isinstance(operator, LinearHessian) else None

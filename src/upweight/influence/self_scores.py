@@ -22,7 +22,7 @@ from upweight.influence.certificate import Certificate
 from upweight.influence.scores import SelfScores, called
 from upweight.influence.scoring import Products
 from upweight.influence.system import System, solved
-from upweight.model import calculus, layers, per_row
+from upweight.model import calculus, layers, linear, per_row
 from upweight.model.layers import pieces
 from upweight.operators.kronecker import Kronecker
 from upweight.operators.linear import LinearHessian
@@ -72,6 +72,10 @@ def _by_forms(
     operator = system.operator
     kronecker = operator if isinstance(operator, Kronecker) and isinstance(prepared, Diagonalised) else None
     sizes = {name: block.numel() for name, block in objective.blocks.items()}
+    closed = scoring.closed(system)
+    outer = _outer(system, rows, prepared) if pairwise is None else None
+    quick = pairwise is not None or outer is not None
+    known_slopes = closed is not None and not closed.sparse and not quick
     witnesses = rows[np.unique(np.linspace(0, len(rows) - 1, pairs.WITNESSES).astype(np.int64))]
     solution = solve(per_row.gradients(sweep, witnesses))
     across = solve(system.project(torch.stack([system.risk_gradient, system.penalty_share]))).x
@@ -88,16 +92,19 @@ def _by_forms(
         if outer is not None:
             own = outer.own(*pairs.features(objective, batch))
             return torch.cat([own[:, None], calculus.dots(objective, batch, across)], 1)
-        G = layers.gradients(objective, batch).double().cpu()
+        if known_slopes:
+            G = linear.sloped(objective, linear.wide(batch[0]), batch[1])
+        else:
+            G = layers.gradients(objective, batch).double().cpu()
         own = prepared.forms(G)  # a row without weight may lean on what the others do not determine
         own = torch.where((w == 0) & own.isnan(), 0.0, own)
         return torch.cat([own[:, None], G @ across.T], 1)
 
-    outer = _outer(system, rows, prepared) if pairwise is None else None
-    quick = pairwise is not None or outer is not None
     light = 8 if quick else 3 + layers.vectors(objective, sweep.example_bytes)
     vectors = light if quick or kronecker is not None else per_row.width(sweep)
-    values = sweep.emit(forms, vectors=vectors, rows=rows, label="self-influence")
+    visited = closed.sloped if closed is not None and known_slopes else sweep
+    every = len(rows) == system.n and bool((np.diff(rows) == 1).all())  # then they are read without a copy
+    values = visited.emit(forms, vectors=vectors, rows=None if every else rows, label="self-influence")
     known = scoring.certificate(system, solution)
     drift = np.full(len(rows), np.nan) if objective.folded else -values[:, 1]
     known = replace(known, residual=np.full(len(rows), float(solution.residual.max())), drift=drift)

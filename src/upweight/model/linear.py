@@ -93,8 +93,17 @@ def curved(h: Float[Tensor, "b m"], Z: Float[Tensor, "b k K"]) -> Float[Tensor, 
 def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
     """∇L of every example, dense."""
     X, _ = _inputs(objective, batch)
-    r = slopes(objective, batch)
+    return sloped(objective, X, slopes(objective, batch))
+
+
+def sloped(objective: Objective, X: Any, r: Float[Tensor, "b K"]) -> Float[Tensor, "b p"]:
+    """∇L of examples whose slopes r are known, dense."""
     dense = torch.from_numpy(X.toarray()) if scipy.sparse.issparse(X) else X
+    if r.shape[1] == 1:
+        G = r.new_empty(len(r), objective.size)
+        torch.mul(r, dense, out=G[:, : dense.shape[1]])
+        G[:, dense.shape[1] :] = r
+        return G
     coef = (r[:, :, None] * dense[:, None, :]).flatten(1)
     return torch.cat([coef, r], 1) if _structure(objective).intercept else coef
 

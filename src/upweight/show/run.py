@@ -166,7 +166,7 @@ class Run:
         try:
             queries = len(self._part(self._file(SOLUTIONS))[0][SOLUTIONS])
             return Scores.of_parts({**arrays, "scale": arrays["scale"], "values": np.empty((queries, 0))}, card)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             if isinstance(error, Damaged):
                 raise
             message = f"{file} holds no scores ({first_line(error)}). Delete it, and make the same call again."
@@ -182,14 +182,15 @@ class Run:
         S = _matrix(file, self._part(file)[0], SOLUTIONS, len(outline.values))
         leaning = np.isnan(S).any(1)  # queries without a solution
         start, rows = 0, len(outline.rows)
+        scale = np.empty(0) if outline.scale is None else outline.scale
         for chunk in self._chunks:
             values = _matrix(chunk, self._part(chunk)[0], "values", None, len(S))
             values[:, leaning] = np.nan
             stop = start + len(values)
-            if stop <= rows and outline.scale is not None:
-                yield values.T * -outline.scale[start:stop]
+            if stop <= min(rows, len(scale)):
+                yield values.T * -scale[start:stop]
             start = stop
-        if start != rows:
+        if (start, len(scale)) != (rows, rows):
             message = (
                 f"{self.path} holds chunks of {start:,} rows, and its scores have {rows:,}. Make the call "
                 "again that made it: it fills the gap."

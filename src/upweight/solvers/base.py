@@ -139,7 +139,8 @@ def checked_sides(V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
     Raises:
         InvalidInput: if one of them is not.
     """
-    bad = torch.nonzero(~torch.isfinite(V).all(1))
+    finite = bool(torch.isfinite(V.sum()))  # one pass; where it overflows, each is looked at
+    bad = [] if finite else torch.nonzero(~torch.isfinite(V).all(1))
     if len(bad):
         message = (
             f"The gradient of query {int(bad[0])} is NaN or infinite, so its system has no solution. Its loss is "

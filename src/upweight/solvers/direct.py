@@ -28,7 +28,7 @@ _PROMISE = 1e-6
 _ROWS = 1024
 _NOTHING = 1e-10  # of a direction of length 1: rounding
 _EXACT_UP_TO = 2000
-_trsm, _symm = scipy.linalg.get_blas_funcs(("trsm", "symm"), dtype=np.float64)
+_trsm, _trmm, _symm = scipy.linalg.get_blas_funcs(("trsm", "trmm", "symm"), dtype=np.float64)
 _potrf, _pocon = scipy.linalg.get_lapack_funcs(("potrf", "pocon"), dtype=np.float64)
 
 
@@ -120,7 +120,8 @@ class Factored:
         shift = None if self._shift is None else self._shift.part(V)
         rest = V if shift is None else V - shift
         if self.operator.size <= _EXACT_UP_TO:
-            value = (rest @ self._whitening).square().sum(1)
+            half = _trmm(1.0, self._whitening.numpy().T, np.ascontiguousarray(rest.numpy()).T, lower=1).T
+            value = torch.from_numpy(np.einsum("kp,kp->k", half, half))
         else:
             half = _trsm(
                 1.0, self.factor[0], np.ascontiguousarray(rest.numpy() * self._scale).T, lower=1, overwrite_b=1
