@@ -13,13 +13,16 @@ M̂ = DŜD. For ten Gaussian vectors ω,
 
     ‖E‖₂ ≤ 10 √(2/π) max ‖Eω‖ with probability 1 − 10⁻¹⁰        (Halko, Martinsson and Tropp 2011, lemma 4.1)
 
-and evaluating the form in float64 adds no more than 2(w + K²) 2⁻⁵³ ‖Ŝ‖₁ ‖DAD‖₁ (1 + √K)². `bound` is the sum of both.
+and evaluating the form in float64 adds no more than m 2⁻⁵³ ‖|Ŝ|‖₂ ‖|DAD|‖₂ (1 + √K)², with
+m terms in a sum, where ‖B‖₂ ≤ max (Bx)ᵢ/xᵢ for B ≥ 0 and any x > 0 (Collatz and Wielandt). `bound` is the sum of both.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,7 +87,7 @@ def outer_forms(
         active: the columns of x̃ that are not 0 in every row.
     """
     K, d = structure.n_outputs, structure.n_features
-    norm = 1.0 + float(_sums(packed).max())  # ‖DAD‖₁, whose diagonal is 1
+    norm = _radius(partial(_symmetric, np.abs(np.triu(packed, 1))), len(packed))  # of DAD
     inverse = _potri(packed.copy(order="F"), lower=1, overwrite_c=1)[0]
     for start in range(0, len(inverse), 1024):  # the upper triangle is the lower one's
         stop = min(start + 1024, len(inverse))
@@ -92,7 +95,8 @@ def outer_forms(
         inverse[start:stop, start:stop] = square + np.tril(square, -1).T
         inverse[start:stop, stop:] = inverse[stop:, start:stop].T
     width = d + int(structure.intercept)
-    rounding = 2 * (width + K**2) * _UNIT * float(np.abs(inverse).sum(0).max()) * norm * (1 + math.sqrt(K)) ** 2
+    terms = width + _BLOCK + width // _BLOCK + K**2  # that are added up one after the other
+    rounding = terms * _UNIT * _radius(np.abs(inverse).__matmul__, len(inverse)) * norm * (1 + math.sqrt(K)) ** 2
     bound = _missing(packed, inverse) + rounding
     inverse *= scale[:, None]
     inverse *= scale
@@ -121,10 +125,19 @@ def outer_forms(
     return OuterForms(active, blocks, (i, j), structure.intercept, bound)
 
 
-def _sums(packed: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Σ_j |a_ij|, j ≠ i, of the symmetric matrix whose strict upper triangle this is."""
-    above = np.abs(np.triu(packed, 1))
-    return above.sum(0) + above.sum(1)
+def _symmetric(above: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """B x with a unit diagonal and what is above it."""
+    return above @ x + above.T @ x + x
+
+
+def _radius(product: Callable[[NDArray[np.float64]], NDArray[np.float64]], p: int) -> float:
+    """An upper bound of the norm of a symmetric matrix without negative entries: max (Bx)ᵢ/xᵢ for any x > 0."""
+    x, bound = np.ones(p), math.inf
+    for _ in range(_DRAWS):
+        image = product(x)
+        bound = min(bound, float((image / x).max()))
+        x = image / image.max()
+    return bound
 
 
 def _missing(packed: NDArray[np.float64], inverse: NDArray[np.float64]) -> float:
