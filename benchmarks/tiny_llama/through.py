@@ -5,7 +5,7 @@ gives EKFAC scores of its last parameters and the derivative through its own ste
 against really fine-tuning on halves (`retrained`). From which step on, and how much of EKFAC is added, is chosen for
 each query by the others.
 
-    UPWEIGHT_DATA=… python benchmarks/tiny_llama/through.py WORK [runs]
+    UPWEIGHT_DATA=… python benchmarks/tiny_llama/through.py WORK [runs] [checks]
 
 WORK keeps the scores of each run (npz), so that it goes on where it stopped. About 9 processor minutes a run.
 """
@@ -61,6 +61,20 @@ def measured(seed: int, folder: Path) -> None:
             told = {"through": np.stack(found), "growth": growth, "seconds": seconds, "peak": peak}
             np.savez(folder / f"{seed}.npz.part.npz" if len(found) < len(SINCE) else file, **told)
             print(seed, state.step, seconds, flush=True)
+
+
+def checked(seed: int, folder: Path) -> None:
+    """The library's own check of a run: weights of all rows moved at random, fine-tuned again from the last step on."""
+    file = folder / f"{seed}.check.json"
+    if file.exists():
+        return
+    through = uw.through(recorded(seed), since=SINCE[-1])
+    asked = through.influence.queries((rows("query"), None))
+    kept = np.load(folder / f"{seed}.npz")
+    found = through.checked(
+        through.influence.objective, asked, kept["through"][-1], float(kept["growth"][-1]), draws=1, seed=0
+    )
+    file.write_text(json.dumps({"text": str(found), "holds": found.holds}))
 
 
 def ekfac(model: torch.nn.Module, queries: list[Any]) -> NDArray[np.float64]:
@@ -140,19 +154,26 @@ def told(folder: Path, runs: int) -> dict[str, Any]:
             "training, then 20 queries back to the last step": [p["seconds"].tolist() for p in parts]
         },
         "peak memory in MB": [round(float(part["peak"])) for part in parts],
+        "check": {
+            seed: json.loads((folder / f"{seed}.check.json").read_text())
+            for seed in range(runs)
+            if (folder / f"{seed}.check.json").exists()
+        },
         "growth of the adjoint": [part["growth"].round(1).tolist() for part in parts],
         "methods": methods,
     }
 
 
-def main(work: str, runs: int = 3) -> None:
-    """Every run that is missing, then what those that are there say."""
+def main(work: str, runs: int = 3, checks: int = 0) -> None:
+    """Every run that is missing, the check of so many of them, then what those that are there say."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     folder = Path(work)
     folder.mkdir(exist_ok=True, parents=True)
     for seed in range(runs):
         measured(seed, folder)
+        if seed < checks:
+            checked(seed, folder)
         text = json.dumps(told(folder, seed + 1), indent=1, ensure_ascii=False)
         (RESULTS / "through.json").write_text(text + "\n")
         print(text)

@@ -261,7 +261,7 @@ class Recording:
 
     def _state(self) -> State:
         return State(
-            {name: one.detach().cpu().double().clone() for name, one in self._trained.items()},
+            {name: one.detach().cpu().clone() for name, one in self._trained.items()},
             {name: self._remembered(one) for name, one in self._trained.items()},
         )
 
@@ -269,13 +269,10 @@ class Recording:
         known = self.optimizer.state.get(parameter, {})
         found = [known.get(name) for name in self.rule.state]
         return tuple(
-            torch.zeros_like(parameter, dtype=torch.float64, device="cpu")
-            if one is None
-            else one.detach().cpu().double().clone()
-            for one in found
+            torch.zeros_like(parameter, device="cpu") if one is None else one.detach().cpu().clone() for one in found
         )
 
 
 def flat(blocks: dict[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Blocks by their names, as one vector in this order."""
-    return torch.cat([blocks[name].reshape(-1) for name in names])
+    """Blocks by their names, as one vector in this order, in float64."""
+    return torch.cat([blocks[name].reshape(-1).double() for name in names])

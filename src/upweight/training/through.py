@@ -103,7 +103,7 @@ class Through:
         queries = self.influence.queries((Xq, yq))
         measured = self.influence.objective
         values, growth = self._values(measured, queries)
-        return self._checked(measured, queries, values, growth, draws, seed)
+        return self.checked(measured, queries, values, growth, draws, seed)
 
     # ---- inner steps -------------------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ class Through:
         told += ", second moment fixed" if self.second_moment == "fixed" and self._adaptive else ""
         if check:
             draws = -(-_PAIRS // len(queries))
-            found = self._checked(measured, queries, values, growth, draws, 0)
+            found = self.checked(measured, queries, values, growth, draws, 0)
             if not found.holds:
                 message = (
                     f"The derivative through this training is not what small changes of the weights do: {found}. The "
@@ -300,7 +300,7 @@ class Through:
         return own, slots
 
     @undisturbed()
-    def _checked(
+    def checked(
         self, measured: Objective, queries: Any, values: NDArray[np.float64], growth: float, draws: int, seed: int
     ) -> Locality:
         """Trainings with all weights moved at random, beside what the values predict of them."""
