@@ -70,15 +70,15 @@ class Work:
         return TensorDataset(*self.tensors[2:])
 
     def module(self) -> Any:
-        import nets
+        import networks
 
-        return nets.loaded(self.name, self.folder)
+        return networks.loaded(self.name, self.folder)
 
     def criterion(self) -> Any:
         """criterion(output, target): the mean of the rows' losses."""
-        import nets
+        import networks
 
-        return nets.loss_of(self.name)
+        return networks.loss_of(self.name)
 
     def coefficients(self) -> np.ndarray:
         """The weights of a linear model, (outputs, inputs)."""

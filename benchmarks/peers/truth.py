@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from networks import loaded, loss_of
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vjp, vmap
 from workloads import WORKLOADS, Workload
-
-from nets import loaded, loss_of
 
 CHUNK = 64
 

@@ -20,9 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from networks import CHARACTERS, PIXELS, WORDS, build, loss_of
 from numpy.typing import NDArray
-
-from nets import CHARACTERS, PIXELS, WORDS, build, loss_of
 
 Data = tuple[NDArray, NDArray, NDArray, NDArray]
 

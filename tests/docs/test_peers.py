@@ -18,7 +18,7 @@ PEERS = ROOT / "benchmarks" / "peers"
 @pytest.fixture(scope="module")
 def peers():
     """The modules of the comparison, which stand beside each other and not in a package."""
-    names = ("nets", "workloads", "truth", "table", "environments", "page", "run")
+    names = ("networks", "workloads", "truth", "table", "environments", "page", "run")
     sys.path.insert(0, str(PEERS))
     try:
         yield {name: __import__(name) for name in names}

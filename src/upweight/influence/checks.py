@@ -231,7 +231,7 @@ def examine(system: System, on: Any = None) -> Report:
             problem = f"{system.solver} did not converge: residual {residual:.2g}"
     except SolverError as error:
         problem = str(error)
-    bound = np.isfinite(lowest) and bool(flat or (not problem and _known(system)))
+    bound = bool(np.isfinite(lowest)) and bool(flat or (not problem and _known(system)))
     if not bound:
         lowest = _lowest(system, bool(flat), max(_FEWEST, sweeps))
     bound = bound and isinstance(system.prepared, Iteration)

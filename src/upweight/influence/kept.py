@@ -19,7 +19,7 @@ from upweight.influence.scores import Scores
 from upweight.influence.system import System
 from upweight.model import calculus, per_row
 from upweight.model.chunks import CHUNK
-from upweight.runs import ranks
+from upweight.runs import ranks, threads
 from upweight.runs.files import check_room
 from upweight.runs.store import SCORES, SOLUTIONS, Store, fingerprint
 from upweight.solvers import Solution
@@ -80,6 +80,7 @@ def taken(store: Store) -> Iterator[None]:
     """Inside, a store belongs to this process, or to all ranks of its job."""
     with ExitStack() as stack:
         ranks.after_first("taking the store", lambda: stack.enter_context(store))
+        stack.enter_context(threads.fixed())
         yield
         ranks.after_first("leaving the store", lambda: None)  # nobody reads what rank 0 has not written yet
 

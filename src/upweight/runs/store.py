@@ -37,7 +37,6 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from upweight.errors import Damaged, InvalidInput, StorageFailed, StoreMismatch, first_line
-from upweight.runs import threads
 from upweight.runs.files import TEMPORARY, read_tensors, write_file, write_tensors
 from upweight.runs.growing import Growing
 from upweight.runs.stopping import Stopped, finishing
@@ -119,7 +118,6 @@ class Store:
             if not self.follows:
                 self._take(stack)
             stack.enter_context(finishing())
-            stack.enter_context(threads.fixed())
             self._inside = stack.pop_all()
         self._depth = 1
         self._since = time.monotonic()

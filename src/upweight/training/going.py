@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from upweight.runs import threads
 from upweight.runs.files import check_room
 from upweight.runs.store import Store
 
@@ -122,5 +123,5 @@ def kept_in(path: Any, fingerprint: dict[str, Any], needed: int) -> Iterator[Kep
         return
     store = Store(path, fingerprint)
     check_room(store.path, needed)
-    with store:
+    with store, threads.fixed():
         yield Kept(store)

@@ -357,7 +357,7 @@ def test_what_is_printed_of_many_rows_is_short_and_names_them():
     ]
     for result in results:
         for text in (str(result), repr(result), getattr(result, "_repr_html_", str)()):
-            assert len(text.split("</style>")[-1]) < 4000, type(result)
+            assert len(text.split("</style>")[-1]) < 6000, type(result)
             assert len(text.splitlines()) <= 50, type(result)
     assert all(len(repr(result).splitlines()) <= 3 for result in results[:9])
     first = frame.index[int(scores.values[0].argmax())]
