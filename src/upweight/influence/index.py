@@ -57,7 +57,7 @@ from upweight.solvers.lanczos import rounded_up
 
 _PROBES, _NUMBERS = 24, 2**27  # rows on either side of the pairs on which the error is measured; numbers held for them
 _FEWEST = 4  # rows: one on each side of two pairs
-_CHUNK_NUMBERS = 2**24  # of coordinates in one chunk
+_CHUNK_NUMBERS = 2**23  # of coordinates in one chunk, and of gradients that are rotated together
 _FRACTIONS = 32  # of all coordinates, between which the count is chosen
 _COORDINATES, _BASIS = "coordinates", "basis"
 _TOLD = ("rows", "bits", "damping", "error", "lowest", "largest", "coverage", "correlation")  # numbers of a card
@@ -433,7 +433,9 @@ def _choice(system: System, error: float, bits: int) -> tuple[list[Tensor], dict
     count = max(2, min(_PROBES, system.n // 4, _NUMBERS // (4 * p)))
     rows = system.examples.spread(4 * count)
     whitened = (values + system.damping).sqrt()
-    Z = _rotated(operator, per_row.gradients(system.sweep, rows), None) / whitened
+    Z = torch.empty(len(rows), p, dtype=torch.float64)
+    for some in np.array_split(np.arange(len(rows)), -(-len(rows) * p // _CHUNK_NUMBERS)):
+        Z[some] = _rotated(operator, per_row.gradients(system.sweep, rows[some]), None).div_(whitened)
     share = _rotated(operator, system.penalty_share[None], None) / whitened  # it is kept apart, and not rounded
     sides = [Z[number::4] for number in range(4)]  # two pairs of sides: to choose by, and to measure on
     step = -(-reached // _FRACTIONS)
