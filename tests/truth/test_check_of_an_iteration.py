@@ -79,7 +79,7 @@ def test_the_few_rows_that_stand_for_all_stand_for_their_weights(weights, solver
         fit = LogisticRegression(max_iter=3, C=10).fit(ROWS, SIGNS, sample_weight=WEIGHTS[weights])
         few = drift()
         monkeypatch.setattr(minimum, "FEW", 2045)
-        assert few == pytest.approx(drift(), rel=0.05)
+        assert few == pytest.approx(drift(), rel=0.1)
 
 
 def test_beside_the_hessian_rows_without_weight_count_for_nothing(monkeypatch):
