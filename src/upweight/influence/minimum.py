@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.examples import Examples
-from upweight.errors import TheoryWarning, UpweightError
+from upweight.errors import NotConverged, TheoryWarning, UpweightError
 from upweight.influence.system import System
 from upweight.model import calculus, layers, per_row
 from upweight.model.sweep import Sweep
@@ -145,7 +145,11 @@ def look(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
         SolverError: if their systems could not be solved.
     """
     if isinstance(system.prepared, Iteration):
-        return by_iteration(system, system.prepared, asked, V)
+        try:
+            return by_iteration(system, system.prepared, asked, V)
+        except NotConverged:
+            if not system.is_factorised_instead():
+                raise
     sides = V[:_STOCHASTIC] if isinstance(system.prepared, Recursion) else V
     solution = system.prepared.solve(sides)
     return Looked(distance(system, asked), (solution.x @ system.risk_gradient).abs(), sides, solution)
