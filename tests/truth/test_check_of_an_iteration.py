@@ -28,10 +28,14 @@ def digits(steps, **settings):
         return uw.explain(fit, X, Y, progress=False, **settings)
 
 
+torch.manual_seed(0)
+INPUTS = torch.randn(300, 8)
+TARGETS = (INPUTS[:, 0] > 0).long() + (INPUTS[:, 1] > 0).long()
+
+
 def network(**settings):
     torch.manual_seed(0)
-    inputs = torch.randn(300, 8)
-    targets = (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0).long()
+    inputs, targets = INPUTS, TARGETS
     net = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
     step = torch.optim.Adam(net.parameters(), 1e-2)
     for _ in range(100):
@@ -56,6 +60,15 @@ def test_it_says_what_a_factorisation_says(name):
     assert ours.held_back <= exact.held_back * (1 + 1e-3)
     assert ours.min_curvature >= exact.min_curvature - 1e-9
     assert (ours.bound_only, exact.bound_only) == (True, False)
+    assert (ours.summed, exact.summed) == (True, False)
+
+
+def test_an_iteration_does_not_call_what_holds_back_the_sum_of_queries_the_most():
+    ours, exact = (network(solver=solver).check() for solver in (uw.solvers.CG(), uw.solvers.Cholesky()))
+    alone = network(solver=uw.solvers.CG()).check((INPUTS[:1], TARGETS[:1]))
+    assert f"holds back about {ours.held_back:.0%}" in str(ours)
+    assert f"holds back up to {exact.held_back:.0%}" in str(exact)
+    assert f"holds back up to {alone.held_back:.0%}" in str(alone)
 
 
 ROWS = np.random.default_rng(0).normal(size=(2045, 6))
