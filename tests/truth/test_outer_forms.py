@@ -65,6 +65,14 @@ def test_sample_weights_and_few_rows_change_nothing_but_the_way(monkeypatch):
     np.testing.assert_allclose(quick, influence.of_self().values, rtol=1e-9)
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_columns_that_are_all_empty_leave_the_intercept(classes):
+    X, y = np.zeros((60, 3)), np.arange(60) ** 2 % 7 % classes
+    influence = uw.explain(LogisticRegression(tol=1e-10).fit(X, y), X, y, solver=uw.solvers.Cholesky())
+    rate = (np.bincount(y) / len(y))[y]
+    np.testing.assert_allclose(influence.of_self().values, (1 - rate) / rate / len(y), rtol=1e-6)
+
+
 @pytest.mark.parametrize("condition", [1e2, 1e5, 1e8, 1e11])
 def test_the_bound_holds_on_ill_conditioned_matrices_and_grows_with_them(condition):
     draw, K, d = np.random.default_rng(0), 3, 8

@@ -62,6 +62,8 @@ class Report:
         flat: which columns the data do not tell apart, if any: answers are then those of minimum norm.
         held_back: by how much damping alone makes the probed values smaller: the largest λ‖x‖²/xᵀ(C + λI)x with
             (C + λI)x = ∇f_q, between 0 and 1; NaN if unsolved.
+        summed: whether an iteration solved for the sum of the queries with random signs. Then held_back is of that
+            sum, as a mean of the queries in which those with large values count most, and not the largest.
         bound_only: whether min_curvature is an upper bound only.
         coverage: fraction of the model's parameters that are differentiated.
         batch_drift: largest change of an example's loss when it is computed alone instead of in a batch.
@@ -93,6 +95,7 @@ class Report:
     autograd: str
     beside_hessian: tuple[float, float] | None = None
     held_back: float = float("nan")
+    summed: bool = False
     bound_only: bool = False
     flat: str = ""
     problem: str = ""
@@ -123,13 +126,16 @@ class Report:
         known = []
         if self.at_minimum and self.held_back > _HELD:
             known.append(
-                f"damping={self.damping:.3g} alone makes values up to {self.held_back:.0%} smaller than refits: name a "
-                "smaller one"
+                f"damping={self.damping:.3g} alone makes values {self._held} smaller than refits: name a smaller one"
             )
         if self.at_minimum and self.rows_from_minimum >= 1:
             known.append(f"θ̂ is not quite at a minimum, {self._away}")
         start = "not ok: " + "; ".join(against) if against else "ok"
         return f"{start}; but {'; '.join(known)}" if known else start
+
+    @property
+    def _held(self) -> str:
+        return f"{'about' if self.summed else 'up to'} {self.held_back:.0%}"
 
     @property
     def _away(self) -> str:
@@ -180,7 +186,7 @@ class Report:
         """What is said only where there is something to say."""
         said = []
         if self.held_back > 0:
-            said.append(("damping", f"holds back up to {self.held_back:.0%} of a probed query's value"))
+            said.append(("damping", f"holds back {self._held} of a probed query's value"))
         if self.flat:
             said.append(("flat", f"{self.flat}: answers are those of minimum norm"))
         if self.beside_hessian is not None:
@@ -210,7 +216,7 @@ def examine(system: System, on: Any = None) -> Report:
     objective, gradient = system.objective, system.risk_gradient
     asked = asked.subset(np.arange(min(len(asked), _QUERIES if objective.size <= _WIDE else _ROWS)))
     V = per_row.gradients(system.sweep.over(objective, asked))
-    problem, residual, drift, total, suggested = "", float("nan"), float("nan"), float("nan"), None
+    problem, summed, residual, drift, total, suggested = "", False, float("nan"), float("nan"), float("nan"), None
     lowest, damping, held, flat, missed, sweeps = float("nan"), float("nan"), float("nan"), "", None, _LANCZOS
     try:
         damping = system.damping
@@ -218,7 +224,7 @@ def examine(system: System, on: Any = None) -> Report:
             warnings.simplefilter("ignore", TheoryWarning)  # the report says it with more numbers
             seen = look(system, asked, V)
             flat = system.undetermined.why
-        missed, solution = seen.missed, seen.solution
+        missed, solution, summed = seen.missed, seen.solution, len(seen.sides) == 1 < len(V)
         residual, lowest, sweeps = float(solution.residual.max()), solution.min_curvature, solution.sweeps
         if bool(seen.drift.isnan().any()):
             problem = f"{int(seen.drift.isnan().sum())} of {len(V)} queries ask for what the rows do not determine"
@@ -234,7 +240,6 @@ def examine(system: System, on: Any = None) -> Report:
     bound = bool(np.isfinite(lowest)) and bool(flat or (not problem and _known(system)))
     if not bound:
         lowest = _lowest(system, bool(flat), max(_FEWEST, sweeps))
-    bound = bound and isinstance(system.prepared, Iteration)
     acting = damping if np.isfinite(damping) else 0.0  # none could be chosen
     if lowest + acting <= 0 and not flat:
         suggested, lowest = suggest_damping(system.operator, acting)
@@ -258,7 +263,8 @@ def examine(system: System, on: Any = None) -> Report:
         autograd=objective.autograd,
         beside_hessian=_beside_the_hessian(system, V),
         held_back=held,
-        bound_only=bound,
+        summed=summed,
+        bound_only=bound and isinstance(system.prepared, Iteration),
         flat=flat,
         problem=problem,
         costs="; ".join(map(str, defaults.costs(objective, system.examples, system.curvature))),

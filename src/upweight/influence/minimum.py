@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.examples import Examples
-from upweight.errors import TheoryWarning, UpweightError
+from upweight.errors import NotConverged, TheoryWarning, UpweightError
 from upweight.influence.system import System
 from upweight.model import calculus, layers, per_row
 from upweight.model.sweep import Sweep
@@ -145,7 +145,11 @@ def look(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
         SolverError: if their systems could not be solved.
     """
     if isinstance(system.prepared, Iteration):
-        return by_iteration(system, system.prepared, asked, V)
+        try:
+            return by_iteration(system, system.prepared, asked, V)
+        except NotConverged:
+            if not system.is_factorised_instead():
+                raise
     sides = V[:_STOCHASTIC] if isinstance(system.prepared, Recursion) else V
     solution = system.prepared.solve(sides)
     return Looked(distance(system, asked), (solution.x @ system.risk_gradient).abs(), sides, solution)
@@ -239,13 +243,28 @@ def _bent(system: System, there: Sweep, S: Tensor) -> Tensor:
 def of_few_rows(
     operator: LinearHessian | Implicit | LayeredGaussNewton,
 ) -> LinearHessian | Implicit | LayeredGaussNewton:
-    """The same curvature of 512 rows spread through the data; itself if there are no more."""
-    examples, rows = operator.sweep.examples, operator.sweep.examples.spread(FEW)
-    if len(rows) == len(examples):
+    """The same curvature of 512 rows that stand for all; itself if there are no more."""
+    if len(operator.sweep.examples) <= FEW:
         return operator
+    sweep = operator.sweep.over(operator.sweep.objective, _standing_for(operator.sweep.examples))
     if isinstance(operator, LinearHessian):
-        return operator.of_rows(rows)
-    return replace(operator, sweep=operator.sweep.over(operator.sweep.objective, examples.subset(rows)))
+        return LinearHessian(replace(sweep, progress=False), operator.precision)
+    return replace(operator, sweep=sweep)
+
+
+def _standing_for(examples: Examples) -> Examples:
+    """512 rows spread evenly through the weight of the data, each of which stands for as much: means stay means."""
+    weights = examples.weights
+    rows = np.flatnonzero(weights)
+    share = weights[rows]
+    if len(rows) > FEW:
+        ends = np.cumsum(weights)
+        drawn = np.searchsorted(ends, (np.arange(FEW) + 0.5) / FEW * ends[-1], side="right")
+        rows, times = np.unique(drawn, return_counts=True)
+        share = times * (ends[-1] / FEW)
+    few = examples.subset(rows)
+    few.weights = share * (len(rows) / len(examples))
+    return few
 
 
 def _plain(system: System) -> Distance:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from upweight.errors import NotConverged
 from upweight.influence import pairs, scoring
 from upweight.influence.certificate import Certificate
 from upweight.influence.scores import SelfScores, called
@@ -48,7 +49,12 @@ def of_self(system: System, rows: Any) -> SelfScores:
     if isinstance(prepared, Quadratic):
         products, known = _by_forms(system, rows, prepared, solve)
     else:
-        products, known = _by_solutions(system, rows, solve)
+        try:
+            products, known = _by_solutions(system, rows, solve)
+        except NotConverged:
+            if not system.is_factorised_instead():
+                raise
+            return of_self(system, rows)
     scale = -system.examples.weights[rows] / system.n
     error = products.standard_error()
     names = scoring.Columns.of(system.examples, rows).names

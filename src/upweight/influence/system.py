@@ -205,6 +205,14 @@ class System:
         known = (self.objective, self.examples, self.curvature)
         return defaults.solver(*known, systems=systems, budget=self.sweep.budget)
 
+    def is_factorised_instead(self) -> bool:
+        """Whether Cholesky takes the place of an iteration that did not converge, if the choice was left."""
+        if self.solver_is_named or not defaults.may_be_factorised(self.solver, self.objective):
+            return False
+        self.__dict__.update(solver=Cholesky(), solver_is_named=True)  # every certificate's from now on
+        self.__dict__.pop("prepared", None)
+        return True
+
     def solve(self, V: Float[Tensor, "k p"]) -> Solution:
         """(C + λI)⁻¹ v for every row v, refused if the solver did not keep its promise.
 
@@ -217,10 +225,8 @@ class System:
             try:
                 solution = solved(self.prepared, V, repr(self.solver))
             except NotConverged:
-                if self.solver_is_named or not defaults.may_be_factorised(self.solver, self.objective):
+                if not self.is_factorised_instead():
                     raise
-                self.__dict__.update(solver=Cholesky())  # which every certificate names from now on
-                del self.__dict__["prepared"]
                 solution = solved(self.prepared, V, repr(self.solver))
         self.undetermined.announce(solution)
         return solution
@@ -248,7 +254,12 @@ class System:
                 if ranks.first():
                     write({name: x.numpy() for name, x in state.items()})
 
-            solution = solved(self.prepared, V, repr(self.solver), state=state, keep=keep)
+            try:
+                solution = solved(self.prepared, V, repr(self.solver), state=state, keep=keep)
+            except NotConverged:
+                if not self.is_factorised_instead():
+                    raise
+                solution = solved(self.prepared, V, repr(self.solver))
         self.undetermined.announce(solution)
         return solution
 

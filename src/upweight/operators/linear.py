@@ -374,7 +374,7 @@ class LinearHessian:
         """Σ_b D_b x_b x_bᵀ with D = h[i, j], as a symmetric product of √|D| x where D keeps one sign."""
         K, d = self._structure.n_outputs, self._structure.n_features
         seen = self.active[self.active < d]
-        few = len(seen) < _FEW_ACTIVE * d
+        few = 0 < len(seen) < _FEW_ACTIVE * d
         width = len(seen) if few else d
         grams = {pair: np.zeros((width, width), order="F") for pair in pairs}
         rows = 4 * self._chunk

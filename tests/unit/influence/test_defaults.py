@@ -43,15 +43,45 @@ def test_a_network_is_factorised_where_that_is_no_wait_and_where_curvature_may_b
     assert defaults.solver(objective, uw.Examples(np.zeros((n, 2))), curvature, systems=n) == Cholesky()
 
 
-def test_an_iteration_that_was_chosen_and_does_not_converge_gives_way_to_a_factorisation():
+ASKED = {
+    "on_loss": lambda influence, _: influence.on_loss(XQ, YQ),
+    "on_loss in a folder": lambda influence, folder: influence.on_loss(XQ, YQ, store=folder / "run"),
+    "leading in a folder": lambda influence, folder: influence.leading(XQ, YQ, k=2, store=folder / "run"),
+    "of_self": lambda influence, _: influence.of_self([1, 0]),
+}
+
+
+def given_up(*, left):
+    """A classifier whose CG does not converge, and whether its choice was left."""
     named = classifier(solver=CG(max_sweeps=2))
-    with pytest.raises(uw.errors.NotConverged):
-        named.on_loss(XQ, YQ)
     chosen = uw.Influence.__new__(uw.Influence)
-    chosen.__dict__.update(named.__dict__ | {"system": replace(named.system, solver_is_named=False)})
-    scores = chosen.on_loss(XQ, YQ)
-    assert scores.certificate.solver == "Cholesky()"
-    np.testing.assert_allclose(scores.values, classifier(solver=Cholesky()).on_loss(XQ, YQ).values, rtol=1e-8)
+    chosen.__dict__.update(named.__dict__ | {"system": replace(named.system, solver_is_named=not left)})
+    return chosen
+
+
+def numbers(answer):
+    return answer.total if isinstance(answer, uw.Leading) else answer.values
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_an_iteration_that_was_chosen_and_does_not_converge_gives_way_to_a_factorisation(asked, tmp_path, monkeypatch):
+    ask = ASKED[asked]
+    with pytest.raises(uw.errors.NotConverged):
+        ask(given_up(left=False), tmp_path / "named")
+    chosen = given_up(left=True)
+    monkeypatch.setattr(defaults, "solver", lambda *_, **__: CG(max_sweeps=2))
+    found = ask(chosen, tmp_path / "chosen")
+    assert found.certificate.solver == "Cholesky()"
+    exact = ask(classifier(solver=Cholesky()), tmp_path / "exact")
+    np.testing.assert_allclose(numbers(found), numbers(exact), rtol=1e-8)
+    assert chosen.of_self([0]).certificate.solver == "Cholesky()"
+
+
+def test_check_factorises_what_a_query_would_be_factorised_for(monkeypatch):
+    monkeypatch.setattr(defaults, "solver", lambda *_, **__: CG(max_sweeps=2))
+    assert given_up(left=False).check().problem
+    report = given_up(left=True).check()
+    assert (report.problem, report.solver) == ("", "Cholesky()")
 
 
 @pytest.mark.parametrize("curvature", [Hessian(), GaussNewton(), EmpiricalFisher(), Identity()], ids=repr)
