@@ -89,6 +89,11 @@ CHANCES = {
         "more": {"compute_loss_func": lambda out, y, **_: cross_entropy(out.logits[:, 0], y[:, 0])}
     },
     "a batch size that is looked for": {"auto_find_batch_size": True},
+    "another end than its last step": {
+        **dict.fromkeys(("eval_strategy", "save_strategy"), "epoch"),
+        "load_best_model_at_end": True,
+        "more": {"eval_dataset": ROWS},
+    },
     "a start from a checkpoint": {"resume_from_checkpoint": "there"},
     "a collator that makes other batches": {"collate": Masking()},
 }
@@ -110,6 +115,14 @@ def test_a_trainer_of_what_can_be_made_again(tmp_path):
         uw.Recording.of_trainer(trainer(tmp_path, small().bfloat16()))
     with pytest.raises(UnsupportedModel, match="Adafactor is not among the optimisers"):
         uw.Recording.of_trainer(trainer(tmp_path, optim="adafactor"))
+
+
+def test_a_model_that_train_makes(tmp_path):
+    arguments = transformers.TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True)
+    one = transformers.Trainer(args=arguments, train_dataset=ROWS, model_init=lambda: small())
+    with refused("a model_init (train() makes another model by it)", "Trainer(model, …)"):
+        uw.Recording.of_trainer(one)
+    assert trained(trainer(tmp_path, small())).shape == (1, len(ROWS))
 
 
 class Additional(transformers.GPT2LMHeadModel):
