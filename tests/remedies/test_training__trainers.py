@@ -36,9 +36,8 @@ def small(*, dropout=0.0, kind=transformers.GPT2LMHeadModel):
 
 def trainer(folder, model=None, rows=None, collate=transformers.default_data_collator, more=None, **settings):
     known = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
-    arguments = transformers.TrainingArguments(
-        str(folder), per_device_train_batch_size=4, max_steps=2, **{**known, **settings}
-    )
+    known |= {"per_device_train_batch_size": 4, "max_steps": 2}
+    arguments = transformers.TrainingArguments(str(folder), **{**known, **settings})
     return transformers.Trainer(
         small() if model is None else model,
         arguments,
@@ -123,6 +122,15 @@ def test_a_model_that_train_makes(tmp_path):
     with refused("a model_init (train() makes another model by it)", "Trainer(model, …)"):
         uw.Recording.of_trainer(one)
     assert trained(trainer(tmp_path, small())).shape == (1, len(ROWS))
+
+
+def test_a_trainer_that_goes_on_at_a_checkpoint(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=1).train()
+    one = trainer(tmp_path, max_steps=3)
+    recording = uw.Recording.of_trainer(one)
+    with refused("has made steps already, which nobody recorded", "from its first step on"), recording:
+        one.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trained(trainer(tmp_path)).shape == (1, len(ROWS))
 
 
 class Additional(transformers.GPT2LMHeadModel):
