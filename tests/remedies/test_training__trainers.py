@@ -133,6 +133,24 @@ def test_a_trainer_that_goes_on_at_a_checkpoint(tmp_path):
     assert trained(trainer(tmp_path)).shape == (1, len(ROWS))
 
 
+def padded(rows):
+    """A batch of rows of several lengths."""
+    parts = {name: [torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels")}
+    fill = {"input_ids": 0, "labels": -100}
+    return {name: torch.nn.utils.rnn.pad_sequence(part, True, fill[name]) for name, part in parts.items()}
+
+
+def test_how_labels_are_counted_is_seen_on_long_rows_too(tmp_path):
+    rows = [{"input_ids": [3] * length, "labels": [3] * length} for length in (1200, 3)]
+    model = small()
+    model.transformer.wpe = torch.nn.Embedding(1200, 8)
+    settings = {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    one = trainer(tmp_path, model, rows, padded, **settings)
+    with uw.Recording.of_trainer(one) as recording:
+        one.train()
+    assert [step.parts[0].scale for step in recording.steps] == pytest.approx([1199 / 1200, 2 / 3])
+
+
 class Additional(transformers.GPT2LMHeadModel):
     """A model with a part of its loss that is no mean over labels."""
 
