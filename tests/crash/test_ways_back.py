@@ -24,11 +24,11 @@ DRAW = torch.Generator().manual_seed(0)
 X, Y = torch.randn(N, 3, generator=DRAW, dtype=torch.float64), torch.arange(N) % 2
 
 
-def through(rate=0.05, since=1):
+def through(rate=0.05, since=1, penalty=None):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    with uw.Recording(model, optimizer, X, Y, loss=cross_entropy, clip=0.5) as recording:
+    with uw.Recording(model, optimizer, X, Y, loss=cross_entropy, penalty=penalty, clip=0.5) as recording:
         for step in range(STEPS):
             rows = torch.arange(3 * step, 3 * step + 6) % N
             optimizer.zero_grad()
@@ -63,7 +63,7 @@ def child(folder, after):
     run(Path(folder))
 
 
-@pytest.mark.parametrize("after", [4, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("after", [6, pytest.param(8, marks=pytest.mark.slow)])
 def test_killed_by_the_system(after, tmp_path):
     code = "import sys; sys.path[:0] = sys.argv[1:3]; import test_ways_back; test_ways_back.child(*sys.argv[3:])"
     folder = tmp_path / "run"
@@ -98,7 +98,7 @@ def test_lost_behind_every_step(tmp_path, monkeypatch):
     assert seen == [*range(STEPS - 1, 0, -1), 1], "every step once, and the scores"
     np.testing.assert_array_equal(values, expected)
     files = sorted(file.name for file in (tmp_path / "run").glob("*.safetensors"))
-    assert files == ["gradients.safetensors", "values.safetensors"]
+    assert files == [f"{name}.safetensors" for name in ("gradients", "losses", "penalty_gradient", "values")]
 
 
 def test_a_folder_of_another_training_is_not_taken_up(tmp_path):
@@ -107,3 +107,5 @@ def test_a_folder_of_another_training_is_not_taken_up(tmp_path):
         run(tmp_path / "run", rate=0.04)
     with pytest.raises(StoreMismatch, match="steps: "):
         run(tmp_path / "run", since=2)
+    with pytest.raises(StoreMismatch, match="penalty gradient"):  # so weak that steps made again end where they did
+        run(tmp_path / "run", penalty=lambda params: 1e-6 * sum((block**2).sum() for block in params.values()))

@@ -69,8 +69,20 @@ def test_what_was_added_meanwhile_is_seen_by_who_only_reads(tmp_path):
         seen = Reviews(tmp_path, labels())
     other = Reviews(tmp_path, labels())
     other.decide(5, "keep")
+    assert [one.row for one in seen.entries()] == [4, 5], "it stands beside the file as yet"
     other.close()
     assert [one.row for one in seen.entries()] == [4, 5]
+
+
+def test_a_log_that_is_taken_away_from_who_only_reads(tmp_path):
+    first = log(tmp_path)
+    first.decide(4, "keep")
+    first.close()
+    with read_only(tmp_path):
+        seen = Reviews(tmp_path, labels())
+    (tmp_path / "reviews.sqlite").unlink()
+    with pytest.raises(StorageFailed, match="was moved, deleted or replaced"):
+        seen.entries()
 
 
 def test_what_stands_is_a_fold_of_the_log(tmp_path):

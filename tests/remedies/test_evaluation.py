@@ -391,9 +391,19 @@ def test_kinds_are_two_or_more():
 def test_kinds_are_of_the_same_queries():
     influence = ridge()
     exact = influence.on_loss(XQ, ZQ)
-    with refused("or other rows", "Pass scores of the same queries, rows and measure"):
+    with refused("or other queries or rows", "Pass scores of the same queries, rows and measure"):
         uw.blended({"exact": exact, "fewer": influence.on_loss(XQ[:1], ZQ[:1])})
     assert uw.blended({"exact": exact, "as many": influence.on_loss(XQ, ZQ)}).values.shape == exact.values.shape
+
+
+def test_kinds_ask_the_same():
+    influence = ridge()
+    exact = influence.on_loss(XQ, ZQ)
+    other = influence.of_relabeling(range(influence.n), np.zeros(influence.n), on=(XQ, ZQ))
+    with refused("their signs mean different things", "Pass scores of one question: on_loss(Xq, yq) of each"):
+        uw.blended({"exact": exact, "other labels": other})
+    dot = uw.baselines.gradient_dot(influence, XQ, ZQ)
+    assert uw.blended({"exact": exact, "gradients": dot}).values.shape == exact.values.shape
 
 
 def test_weights_are_chosen_by_other_queries():

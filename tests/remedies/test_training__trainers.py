@@ -36,9 +36,8 @@ def small(*, dropout=0.0, kind=transformers.GPT2LMHeadModel):
 
 def trainer(folder, model=None, rows=None, collate=transformers.default_data_collator, more=None, **settings):
     known = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
-    arguments = transformers.TrainingArguments(
-        str(folder), per_device_train_batch_size=4, max_steps=2, **{**known, **settings}
-    )
+    known |= {"per_device_train_batch_size": 4, "max_steps": 2}
+    arguments = transformers.TrainingArguments(str(folder), **{**known, **settings})
     return transformers.Trainer(
         small() if model is None else model,
         arguments,
@@ -89,6 +88,11 @@ CHANCES = {
         "more": {"compute_loss_func": lambda out, y, **_: cross_entropy(out.logits[:, 0], y[:, 0])}
     },
     "a batch size that is looked for": {"auto_find_batch_size": True},
+    "another end than its last step": {
+        **dict.fromkeys(("eval_strategy", "save_strategy"), "epoch"),
+        "load_best_model_at_end": True,
+        "more": {"eval_dataset": ROWS},
+    },
     "a start from a checkpoint": {"resume_from_checkpoint": "there"},
     "a collator that makes other batches": {"collate": Masking()},
 }
@@ -110,6 +114,41 @@ def test_a_trainer_of_what_can_be_made_again(tmp_path):
         uw.Recording.of_trainer(trainer(tmp_path, small().bfloat16()))
     with pytest.raises(UnsupportedModel, match="Adafactor is not among the optimisers"):
         uw.Recording.of_trainer(trainer(tmp_path, optim="adafactor"))
+
+
+def test_a_model_that_train_makes(tmp_path):
+    arguments = transformers.TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True)
+    one = transformers.Trainer(args=arguments, train_dataset=ROWS, model_init=lambda: small())
+    with refused("a model_init (train() makes another model by it)", "Trainer(model, …)"):
+        uw.Recording.of_trainer(one)
+    assert trained(trainer(tmp_path, small())).shape == (1, len(ROWS))
+
+
+def test_a_trainer_that_goes_on_at_a_checkpoint(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=1).train()
+    one = trainer(tmp_path, max_steps=3)
+    recording = uw.Recording.of_trainer(one)
+    with refused("has made steps already, which nobody recorded", "from its first step on"), recording:
+        one.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trained(trainer(tmp_path)).shape == (1, len(ROWS))
+
+
+def padded(rows):
+    """A batch of rows of several lengths."""
+    parts = {name: [torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels")}
+    fill = {"input_ids": 0, "labels": -100}
+    return {name: torch.nn.utils.rnn.pad_sequence(part, True, fill[name]) for name, part in parts.items()}
+
+
+def test_how_labels_are_counted_is_seen_on_long_rows_too(tmp_path):
+    rows = [{"input_ids": [3] * length, "labels": [3] * length} for length in (1200, 3)]
+    model = small()
+    model.transformer.wpe = torch.nn.Embedding(1200, 8)
+    settings = {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    one = trainer(tmp_path, model, rows, padded, **settings)
+    with uw.Recording.of_trainer(one) as recording:
+        one.train()
+    assert [step.parts[0].scale for step in recording.steps] == pytest.approx([1199 / 1200, 2 / 3])
 
 
 class Additional(transformers.GPT2LMHeadModel):

@@ -204,6 +204,24 @@ def test_steps_made_again_end_at_the_same_parameters(name, tmp_path):
     assert float((made - last).norm()) < 1e-4 * float((last - first).norm())
 
 
+def transformed(rows):
+    datasets = pytest.importorskip("datasets")
+    return datasets.Dataset.from_list(rows).with_transform(
+        lambda some: {name: some[name] for name in ("input_ids", "labels")}
+    )
+
+
+@pytest.mark.parametrize("kind", [lambda rows: torch.utils.data.Subset(rows, range(len(rows))), transformed])
+def test_rows_that_are_asked_for_in_batches_or_made_on_the_way_have_numbers(kind, tmp_path):
+    rows, settings = rows_for("GPT-2"), {"optim": "sgd", "num_train_epochs": 1}
+    queries = rows_for("GPT-2", seed=5, count=1)
+    known, found = (
+        uw.through(recorded("GPT-2", tmp_path, one, **settings)).on_loss(queries, check=False).values
+        for one in (rows, kind(rows))
+    )
+    np.testing.assert_array_equal(found, known)
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # trl 1.16 sets the old name itself
 def test_a_trainer_of_trl(tmp_path):
     """Whose forward is another function, and whose steps are the same when they are made again."""

@@ -6,9 +6,11 @@ The one place where what users name becomes markup, for notebooks and for pages.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 
 CUT = 300  # letters of one text in a notebook
+_HALVES = re.compile("[\ud800-\udfff]")  # of letters, alone: no file of a notebook can hold them
 
 _STYLE = """<style>
 .uw{--uw-help:#1f5f8b;--uw-harm:#a63a12;--uw-line:rgba(128,128,128,.38);max-width:64rem;line-height:1.45;overflow-x:auto;
@@ -36,7 +38,7 @@ _STYLE = """<style>
 def text(value: object, most: int = CUT) -> str:
     """Whatever users name, as text that is no markup, cut where it is long."""
     told = str(value)
-    return html.escape(told if len(told) <= most else told[: most - 1] + "…")
+    return html.escape(_HALVES.sub("\ufffd", told if len(told) <= most else told[: most - 1] + "…"))
 
 
 def frame(*parts: str) -> str:

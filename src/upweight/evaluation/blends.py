@@ -10,6 +10,7 @@ anything: kinds differ in scale, and dividing by it loses the unit. Zero stays z
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from upweight.data.ids import same_names
 from upweight.errors import InvalidInput
-from upweight.evaluation.lds import predicted_by, spearman
+from upweight.evaluation.lds import LEFT_OUT, left_out_sums, spearman
 from upweight.evaluation.subsets import SubsetOutcomes
 from upweight.influence.certificate import Certificate
 from upweight.influence.scores import Scores
@@ -42,7 +43,7 @@ def blended(kinds: Mapping[str, Scores | Sequence[Scores]], outcomes: SubsetOutc
 
     Raises:
         InvalidInput: if there are fewer than two kinds, or they do not stand for the same queries and rows, or there
-            are fewer than three queries to choose weights by.
+            are fewer than three queries to choose weights by, or the outcomes are of others.
 
     >>> import numpy as np, upweight as uw
     >>> X, y = np.arange(8.0)[:, None], np.arange(8.0) ** 1.2
@@ -58,7 +59,7 @@ def blended(kinds: Mapping[str, Scores | Sequence[Scores]], outcomes: SubsetOutc
         weights = np.full((len(means[0]), len(means)), 1 / len(means))
         how = "equal weights"
     else:
-        weights, how = _chosen(means, next(iter(runs.values()))[0], outcomes)
+        weights, how = _chosen(means, [of_kind[0] for of_kind in runs.values()], outcomes)
     values = np.einsum("qk,kqr->qr", weights, np.stack(means))
     first = next(iter(runs.values()))[0]
     told = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(runs, weights.mean(0), strict=True))
@@ -100,29 +101,41 @@ def _checked(kinds: Any) -> dict[str, list[Scores]]:
     for name, of_kind in listed.items():
         for one in of_kind:
             same = one.values.shape == first.values.shape and np.array_equal(one.rows, first.rows)
-            if not same or one.measure != first.measure or not same_names(one.ids, first.ids):
+            named = one.query_ids is None or first.query_ids is None or same_names(one.query_ids, first.query_ids)
+            if not same or not named or one.measure != first.measure or not same_names(one.ids, first.ids):
                 message = (
                     f"'{name}' holds {one.values.shape[0]} queries × {one.values.shape[1]} rows of {one.measure}, and "
                     f"the first kind {first.values.shape[0]} × {first.values.shape[1]} of {first.measure}, or other "
-                    "rows. Pass scores of the same queries, rows and measure: on_loss(Xq, yq) of each."
+                    "queries or rows. Pass scores of the same queries, rows and measure: on_loss(Xq, yq) of each."
+                )
+                raise InvalidInput(message)
+            if _question(one) != _question(first):
+                message = (
+                    f"'{name}' tells of '{one.counterfactual}', and the first kind of '{first.counterfactual}': their "
+                    "signs mean different things. Pass scores of one question: on_loss(Xq, yq) of each."
                 )
                 raise InvalidInput(message)
     return listed
 
 
+def _question(scores: Scores) -> str:
+    """What is asked: all that tells of leaving rows out is one question."""
+    return LEFT_OUT[0] if scores.counterfactual.startswith(LEFT_OUT) else scores.counterfactual
+
+
 def _sized(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Values over the root of their mean square, query by query; 0 where all are."""
+    """Values over the root of their mean square, query by query; 0 where all are, NaN where one is."""
     size = np.sqrt((values**2).mean(1, keepdims=True))
-    return np.divide(values, size, out=np.zeros_like(values), where=size > 0)
+    return np.divide(values, size, out=np.zeros_like(values), where=size != 0)
 
 
 def _chosen(
-    means: list[NDArray[np.float64]], like: Scores, outcomes: SubsetOutcomes
+    means: list[NDArray[np.float64]], like: list[Scores], outcomes: SubsetOutcomes
 ) -> tuple[NDArray[np.float64], str]:
     """(q, k) weights, each query's chosen by the others, and how that is told.
 
     Raises:
-        InvalidInput: if there are fewer than three queries.
+        InvalidInput: if there are fewer than three queries, or the outcomes are of others.
     """
     if len(means[0]) < 3:
         message = (
@@ -130,7 +143,7 @@ def _chosen(
             "scores and outcomes of more queries, or no outcomes: uw.blended(kinds) weighs all kinds the same."
         )
         raise InvalidInput(message)
-    sums = [predicted_by(mean, like, outcomes) for mean in means]
+    sums = [left_out_sums(replace(one, values=mean), outcomes) for one, mean in zip(like, means, strict=True)]
     grid = np.array(
         [
             np.bincount(picks, minlength=len(means)) / _STEPS

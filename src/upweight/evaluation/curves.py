@@ -21,6 +21,7 @@ from torch import Tensor
 from upweight.data import markup
 from upweight.data.arrays import checked_rows
 from upweight.errors import InvalidInput, TheoryWarning, checked_count
+from upweight.evaluation.lds import LEFT_OUT
 from upweight.evaluation.leave_one_out import checked_level, of_others
 from upweight.influence.face import Influence
 from upweight.influence.scores import Scores, SelfScores
@@ -300,9 +301,7 @@ def _check_scores(name: str, scores: Any, q: int, n: int) -> None:
             "removed anyway."
         )
         raise InvalidInput(message)
-    if scores.values.shape != (q, n) or not scores.counterfactual.startswith(
-        ("row removed", "row without weight", "none: ")
-    ):
+    if scores.values.shape != (q, n) or not scores.counterfactual.startswith(LEFT_OUT):
         message = (
             f"{name} holds {scores.values.shape[0]} queries × {scores.values.shape[1]} columns for "
             f"'{scores.counterfactual}', and there are {q} queries and {n} rows to remove. Pass removal values of all "

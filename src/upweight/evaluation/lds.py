@@ -32,6 +32,7 @@ from upweight.evaluation.leave_one_out import checked_level, of_others
 from upweight.evaluation.subsets import SubsetOutcomes
 from upweight.influence.scores import Scores
 
+LEFT_OUT = ("row removed", "row without weight", "none: ")  # how counterfactuals begin that tell of leaving rows out
 _SPLITS = 64  # halvings of the seeds that a ceiling averages over, at most
 
 
@@ -111,7 +112,7 @@ def lds(
     """
     checked_count(resamples, "resamples")
     checked_level(level)
-    predicted = _predicted(scores, outcomes)
+    predicted = left_out_sums(scores, outcomes)
     actual = outcomes.mean
     m = len(outcomes.seeds)
     per_query = spearman(predicted, actual)
@@ -237,7 +238,7 @@ def _splits(m: int, h: int, seed: int) -> list[tuple[list[int], list[int]]]:
     return [(order[:h], order[h : 2 * h]) for order in orders]
 
 
-def _predicted(scores: Scores, outcomes: SubsetOutcomes) -> NDArray[np.float64]:
+def left_out_sums(scores: Scores, outcomes: SubsetOutcomes) -> NDArray[np.float64]:
     """(q, s) the sum of the values of the rows that each subset leaves out.
 
     Raises:
@@ -249,10 +250,7 @@ def _predicted(scores: Scores, outcomes: SubsetOutcomes) -> NDArray[np.float64]:
             "and the SubsetOutcomes of subset_retraining."
         )
         raise InvalidInput(message)
-    if (
-        not scores.counterfactual.startswith(("row removed", "row without weight", "none: "))
-        or scores.measure != outcomes.measure
-    ):
+    if not scores.counterfactual.startswith(LEFT_OUT) or scores.measure != outcomes.measure:
         message = (
             f"The scores predict the change of {scores.measure} for '{scores.counterfactual}'; the outcomes are "
             f"{outcomes.measure} after rows were left out. Compare like with like: on_loss, or on_measure with "
@@ -280,9 +278,4 @@ def _predicted(scores: Scores, outcomes: SubsetOutcomes) -> NDArray[np.float64]:
             "gives a usable interval."
         )
         raise InvalidInput(message)
-    return predicted_by(scores.values, scores, outcomes)
-
-
-def predicted_by(values: NDArray[np.float64], scores: Scores, outcomes: SubsetOutcomes) -> NDArray[np.float64]:
-    """(q, s) the sums of values over the rows that each subset leaves out; columns are those of the scores."""
-    return values @ (~outcomes.subsets[:, scores.rows]).astype(np.float64).T
+    return scores.values @ (~outcomes.subsets[:, scores.rows]).astype(np.float64).T

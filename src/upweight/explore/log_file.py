@@ -131,7 +131,17 @@ def place_of(file: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def written_at(file: Path) -> tuple[int, int]:
-    """When a file was written last, and how long it is."""
-    found = file.stat()
-    return found.st_mtime_ns, found.st_size
+def written_at(file: Path) -> tuple[tuple[int, int] | None, ...]:
+    """When a file and what stands beside it (-wal) were written last, and how long they are; None where there is none.
+
+    What others add stands beside the file first, sometimes for long.
+    """
+    found = []
+    for one in (file, file.with_name(f"{FILE}-wal")):
+        try:
+            told = one.stat()
+        except FileNotFoundError:
+            found.append(None)
+        else:
+            found.append((told.st_mtime_ns, told.st_size))
+    return tuple(found)

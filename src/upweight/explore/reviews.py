@@ -60,7 +60,7 @@ class Reviews:
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._place: tuple[int, int] | None = None
-        self._frozen: tuple[int, int] | None = None  # when it was written and how long it is, where it is only read
+        self._frozen: tuple[Any, ...] | None = None  # when it was written and how long it is, where it is only read
         self._known: list[Entry] = []
         self._folded: dict[int, list[Entry]] = {}
         if log_file.exists_in(Path(folder)):
@@ -259,7 +259,9 @@ class Reviews:
 
     def _thaw(self, *, always: bool = False) -> None:
         """Give back a file that is only read and has changed since, or that somebody now wants to write."""
-        if self._connection is not None and self._frozen and (always or log_file.written_at(self.file) != self._frozen):
+        if self._connection is None or not self._frozen or log_file.place_of(self.file) != self._place:
+            return  # a log that lies elsewhere is refused when it is asked for
+        if always or log_file.written_at(self.file) != self._frozen:
             self.close()
 
     @contextmanager

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from upweight.influence.kept import compare_losses
+from upweight.influence.system import System
 from upweight.runs import threads
 from upweight.runs.files import check_room
 from upweight.runs.store import Store
@@ -82,14 +84,15 @@ class Kept:
         self.store = store
         self.last = time.monotonic()
 
-    def begun(self, end: Going) -> Going:
+    def begun(self, end: Going, system: System) -> Going:
         """Where the way goes on: from the end of the training, or where it had come to.
 
         Raises:
-            StoreMismatch: if the folder is of other gradients of the queries.
+            StoreMismatch: if the folder is of other gradients of the queries, or another loss or penalty was told.
         """
         if self.store is None:
             return end
+        compare_losses(system, self.store)
         self.store.agree(_ENDED, end.a.numpy(), 1e-6)
         name = _VALUES if self.store.has(_VALUES) else _STATE
         return Going.of(self.store.kept(name)[0]) if self.store.has(name) else end

@@ -149,12 +149,7 @@ class Recording:
                 "training."
             )
             raise InvalidInput(message)
-        if any(self.optimizer.state.values()):
-            message = (
-                "The optimizer has made steps already, which nobody recorded. Make a new optimizer, and record from "
-                "its first step on."
-            )
-            raise InvalidInput(message)
+        self._refuse_begun()
         with ExitStack() as stack:
             if self.watching is not None:
                 stack.enter_context(self.watching(self))
@@ -195,11 +190,26 @@ class Recording:
             )
             raise InvalidInput(message)
         refuse_training_mode(self.model)
+        if not self.steps:
+            self._refuse_begun()  # a Trainer loads what its optimizer remembers when it goes on at a checkpoint
         self._refuse_sometimes()
         self._keep(len(self.steps))
         told = tuple(settings_of(group, self.rule) for group in optimizer.param_groups)
         self.steps.append(Step(tuple(self._parts), told))
         self._parts = []
+
+    def _refuse_begun(self) -> None:
+        """Raises where the optimizer is not at its beginning.
+
+        Raises:
+            InvalidInput: then.
+        """
+        if any(self.optimizer.state.values()):
+            message = (
+                "The optimizer has made steps already, which nobody recorded. Make a new optimizer, and record from "
+                "its first step on, not from a checkpoint."
+            )
+            raise InvalidInput(message)
 
     def _refuse_sometimes(self) -> None:
         """Raises where a parameter has a gradient in some steps only: torch leaves it out of the others.

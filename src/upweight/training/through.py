@@ -212,13 +212,14 @@ class Through:
             "through": self.recording.digest,
             "steps": [self.since, self.length],
             "second_moment": self.second_moment,
+            "clip": self.recording.clip,
             "data": self.influence.examples.fingerprint(),
             "queries": queries.fingerprint(),
             "measure": measured.measure,
         }
         size = (1 + len(self.recording.rule.state)) * self.influence.objective.size + self.influence.n
         with kept_in(store, work, 2 * 8 * len(queries) * size) as kept:
-            state = kept.begun(self.at_the_end(measured, queries))
+            state = kept.begun(self.at_the_end(measured, queries), self.influence.system)
             with bar(
                 state.step - self.since, "back through the training", self.influence.sweep.progress, unit="step"
             ) as done:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from upweight.errors import InvalidInput, UnsupportedModel
 
 ROW = "upweight_row"  # the column of row numbers
-_PROBE = 7919  # a number of labels that no batch has
 _AGREES = 1e-3  # of a count of labels that is read off a loss
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -81,6 +80,12 @@ def _refuse(trainer: Any) -> None:
         (args.label_smoothing_factor, "label smoothing", "TrainingArguments(label_smoothing_factor=0)"),
         (trainer.compute_loss_func, "a compute_loss_func", "the model's own loss"),
         (args.auto_find_batch_size, "a batch size that is looked for", "TrainingArguments(auto_find_batch_size=False)"),
+        (
+            args.load_best_model_at_end,
+            "another end than its last step",
+            "TrainingArguments(load_best_model_at_end=False)",
+        ),
+        (trainer.model_init, "a model_init (train() makes another model by it)", "Trainer(model, …)"),
         (args.resume_from_checkpoint, "a start from a checkpoint", "TrainingArguments(resume_from_checkpoint=None)"),
         (_changes(trainer), "a collator that makes other batches of the same rows", "one without chance"),
     ]
@@ -148,7 +153,7 @@ class _Numbered(torch.utils.data.Dataset[Any]):
         return {**self.rows[row], ROW: int(row)}
 
     def __getattr__(self, name: str) -> Any:
-        if name == "rows":  # asked for before it is there, by copying
+        if name == "rows" or name.startswith("__"):  # asked for by copying before it is there; or rows without numbers
             raise AttributeError(name)
         return getattr(self.rows, name)
 
@@ -166,7 +171,8 @@ class _Collating:
 
 
 def _numbered(rows: Any) -> Any:
-    if hasattr(rows, "add_column"):  # a Dataset of Hugging Face stays one, with its columns
+    plain = hasattr(rows, "add_column") and rows.format["type"] is None and rows.format["columns"] == rows.column_names
+    if plain:  # a Dataset of Hugging Face stays one, but for formats and transforms, which may leave a column out
         return rows.add_column(ROW, list(range(len(rows))))
     return _Numbered(rows)
 
@@ -227,17 +233,18 @@ class _Scale:
         """How far the counted labels are shifted; None if the loss is a mean whatever the number is."""
         model.train()
         ready = self.trainer._prepare_inputs(inputs)
+        probe = 2 * ready["labels"].numel() + 7  # a number of labels that the batch has not
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             mean, divided = (
                 float(self.trainer.compute_loss(model, dict(ready), num_items_in_batch=number))
-                for number in (None, torch.tensor(_PROBE))
+                for number in (None, torch.tensor(probe))
             )
-        count = divided * _PROBE / mean if mean else float("nan")
-        if abs(count / _PROBE - 1) < _AGREES:
+        count = divided * probe / mean if mean else float("nan")
+        if abs(count / probe - 1) < _AGREES:
             return None
-        for shift in (0, 1):
-            if abs(count / max(_counted(ready["labels"], shift), 1) - 1) < _AGREES:
-                return shift
+        missed = [abs(count / max(_counted(ready["labels"], shift), 1) - 1) for shift in (0, 1)]
+        if min(missed) < _AGREES:
+            return int(np.argmin(missed))  # of long rows both are near
         message = (
             f"The loss of the first batch is {mean:.4g} as a mean and stands for {count:.4g} labels where its "
             f"num_items_in_batch divides it; {_counted(ready['labels'], 0)} are not -100. A loss with further parts, "

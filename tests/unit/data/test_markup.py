@@ -79,3 +79,10 @@ def test_a_table_and_what_is_told_have_headers_of_lines_and_columns():
     assert '<th scope="col">value</th>' in page
     assert '<th scope="row">row</th>' in page
     assert page.count("<td>") == 2
+
+
+def test_half_a_letter_is_a_sign_that_a_file_can_hold():
+    told = markup.facts("half \ud800", [("\udcff", "whole \U0001f600")])
+    assert "half \ufffd" in told
+    assert "whole \U0001f600" in told
+    told.encode()

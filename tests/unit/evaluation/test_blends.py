@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import upweight as uw
-from upweight.errors import Undefined
+from upweight.errors import InvalidInput, Undefined
 from upweight.influence.certificate import Certificate
 from upweight.influence.scores import Scores
 
@@ -89,3 +89,29 @@ def test_it_is_no_change_of_the_measure_and_says_so(tmp_path):
         _ = found.derivative
     found.save(tmp_path / "scores")
     np.testing.assert_array_equal(Scores.load(tmp_path / "scores").values, found.values)
+
+
+def test_a_query_without_values_has_none_in_the_blend():
+    values = ONE.values.copy()
+    values[3] = np.nan
+    for outcomes in (None, OUTCOMES):
+        found = uw.blended({"one": scores(values), "other": OTHER}, outcomes)
+        np.testing.assert_array_equal(np.isnan(found.values).all(1), np.arange(Q) == 3)
+        np.testing.assert_array_equal(np.isnan(found.standard_error).all(1), np.arange(Q) == 3)
+
+
+@pytest.mark.parametrize("others", [OUTCOMES.values[:5], OUTCOMES.values[:, :, [0] * 2][:7]], ids=["5", "7"])
+def test_outcomes_of_other_queries_are_refused(others):
+    with pytest.raises(InvalidInput, match="pass scores of the same queries"):
+        uw.blended({"one": ONE, "other": OTHER}, uw.SubsetOutcomes(others, SUBSETS, tuple(range(others.shape[2]))))
+
+
+def test_outcomes_of_more_rows_are_refused():
+    more = np.concatenate([SUBSETS, SUBSETS], 1)
+    with pytest.raises(InvalidInput, match=r"subsets of 80 rows"):
+        uw.blended({"one": ONE, "other": OTHER}, uw.SubsetOutcomes(OUTCOMES.values, more))
+
+
+def test_what_is_no_outcome_is_refused():
+    with pytest.raises(InvalidInput, match="SubsetOutcomes of subset_retraining"):
+        uw.blended({"one": ONE, "other": OTHER}, OUTCOMES.values)
