@@ -683,3 +683,16 @@ def test_nothing_is_differentiated_in_inference_mode():
         kept.on_loss(XQ, ZQ)
     assert same(influence, usual())
     assert same(kept, own(), y=ZQ)
+
+
+def test_strengths_of_a_penalty_have_names():
+    for given in ((0.01,), ({}, 0.5)):
+        with refused("takes a strength for each block by its name", "Name the blocks, as in L2({'weight': 0.01})"):
+            uw.L2(*given)
+    model = torch.nn.Linear(3, 2).double()
+    named = uw.L2({"weight": 0.01, "bias": 0.01})
+    one, other = (
+        uw.explain(model, X, Y, loss=torch.nn.functional.cross_entropy, penalty=penalty).on_loss(XQ, YQ).values
+        for penalty in (named, 0.01)
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-9)

@@ -31,10 +31,22 @@ class L2:
 
     A strength, and a tilt, may be a tensor that broadcasts against its block. The tilt is what an l1 penalty is where
     no parameter changes its sign; it has no curvature.
+
+    Raises:
+        InvalidInput: if strengths or tilts are not named.
     """
 
     strengths: Mapping[str, float | Tensor]
     tilt: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for given in (self.strengths, self.tilt):
+            if not isinstance(given, Mapping):
+                message = (
+                    f"L2 was given {given!r}, and it takes a strength for each block by its name. Name the blocks, as "
+                    "in L2({'weight': 0.01}); one number for all of them is the penalty itself: penalty=0.01."
+                )
+                raise InvalidInput(message)
 
     def __call__(self, params: Params) -> Tensor:
         """r(θ), a scalar."""
