@@ -41,10 +41,11 @@ def change(before: Any, after: Any) -> str:
     return uw.markup.text(f"{before} {same}")
 
 
-def table(caption: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """The first lines of a table, and how many more there are."""
+def table(caption: str, head: Sequence[str], lines: Iterable[Sequence[str]], count: int | None = None) -> str:
+    """The first lines of a table, and how many more there are: of `count`, or of those that are given."""
     every = list(lines)
-    more = f"… and {len(every) - LINES:,} more" if len(every) > LINES else ""
+    count = len(every) if count is None else count
+    more = f"… and {count - LINES:,} more" if count > LINES else ""
     return uw.markup.table(caption, head, every[:LINES]) + uw.markup.remark(more)
 
 

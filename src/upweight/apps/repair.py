@@ -185,13 +185,12 @@ class Repair:
                 notebook.plain(self.gain[place], ".3g"),
                 *(notebook.plain(ranks[place], ",") for ranks in orders.values()),
             ]
-            for place, row in enumerate(self.rows[: notebook.LINES + 1].tolist())
+            for place, row in enumerate(self.rows[: notebook.LINES].tolist())
         ]
         head = ["row", "label → suggested", "gain", *(f"rank by {name}" for name in orders)]
-        more = f"… and {len(self.rows) - notebook.LINES:,} more" if len(self.rows) > notebook.LINES else ""
         said = [f"Order: {self.chosen}. {self.why}"]
         said += [" ".join(_ALL_CHANGE)] if len(self.suggestions()) == len(self.rows) else []
-        table = uw.markup.table(self._counts, head, lines[: notebook.LINES]) + uw.markup.remark(more)
+        table = notebook.table(self._counts, head, lines, len(self.rows))
         return notebook.shown(table, *([] if self.planted is None else [planted_table(self.planted)]), said=said)
 
     @property

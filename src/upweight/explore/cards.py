@@ -41,9 +41,8 @@ def shown(
         told = {name: value for name, value in item.items() if name != "twin"}
         told["address"] = f"/{side}/{item['id']}"
         told["card"] = _card(cards.get(item["id"]), told["address"], beside, spreads, whole)
-        if (
-            told["card"]["kind"] == "text" and told["card"].get("characters", 0) >= LONGEST
-        ):  # it was cut when the index was made
+        cut = told["card"]["kind"] == "text" and told["card"].get("characters", 0) >= LONGEST
+        if cut:  # when the index was made
             size = explorer.ask(f"select size from {side}_card where id = ?", [item["id"]])
             told["card"]["characters"] = int(size[0][0])
         found.append(told)

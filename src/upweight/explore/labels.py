@@ -166,7 +166,7 @@ def _like(given: NDArray[Any], found: NDArray[Any] | None) -> NDArray[Any] | Non
 def _of_queries(run: Run, given: NDArray[Any]) -> NDArray[Any] | None:
     """The labels of the queries, where they are of the rows' kind: a row may have the label of a query alone."""
     found = None if run.queries is None else run.queries.labels
-    return found if found is not None and (found.dtype.kind in "US") == (given.dtype.kind in "US") else None
+    return _like(given, found)
 
 
 def _are_classes(values: NDArray[Any]) -> bool:

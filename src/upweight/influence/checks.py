@@ -210,7 +210,7 @@ class Report:
 def examine(system: System, on: Any = None) -> Report:
     """The report on a system, with the drift measured on a few queries: `Influence.check`.
 
-    Cost: no more than the scores of three queries.
+    Cost: about that of the scores of three queries.
     """
     asked = system.examples.subset(np.arange(min(system.n, _ROWS))) if on is None else system.queries(on)
     objective, gradient = system.objective, system.risk_gradient

@@ -7,10 +7,9 @@ curvature   Hessian for linear predictors and for losses given as one function; 
 solver      of the ways that can be taken, the direct one that costs fewest flops (`costs`): Cholesky for p ≤ 4,000,
             and for linear predictors Dual when rows are fewer than parameters. A network's Gauss–Newton matrix is
             factorised where that takes no more than 2e10 flops, or where CG did not converge. Else CG to a relative
-            residual of 1e-6,
-            with the TwoLevel preconditioner for linear predictors, Approximate where their rows are sparse; a CG that
-            is given without a preconditioner gets it too. For the self-influence of many rows a Cholesky factor of up
-            to 12,000 parameters is worth its memory when it costs less than the systems would.
+            residual of 1e-6, with the TwoLevel preconditioner for linear predictors, Approximate where their rows are
+            sparse; a CG that is given without a preconditioner gets it too. For the self-influence of many rows a
+            Cholesky factor of up to 12,000 parameters is worth its memory when it costs less than the systems would.
             Factored for curvatures that know their eigenvalues: KFAC, EKFAC, Arnoldi, Nystroem, Identity.
 damping     0 for linear predictors, for Hessian() and for Identity(). For GaussNewton, EmpiricalFisher and what stands
             for them (KFAC, EKFAC, Dense) in other models, and for Arnoldi and Nystroem in all: 0 if θ̂ is at a minimum

@@ -26,7 +26,7 @@ from upweight.influence import (
     diagnostics,
     edits,
     groups as groups_of_rows,
-    index as indexes,
+    indexing,
     parameters,
     perturbation,
     removal,
@@ -356,7 +356,7 @@ class Influence:
             UnsupportedModel: if the curvature has no Kronecker factors; NotPositiveDefinite as for on_loss.
             StoreMismatch: if the folder holds other work.
         """
-        return indexes.index(self.system, folder, error, bits)
+        return indexing.index(self.system, folder, error, bits)
 
     def index_shard(
         self, folder: str | os.PathLike[str], shard: int, of: int, *, error: float = 0.14, bits: int = 4
@@ -380,7 +380,7 @@ class Influence:
             StorageFailed: if another process is at this part, or at the whole.
             UnsupportedModel, NotPositiveDefinite, StoreMismatch: as for index.
         """
-        return indexes.shard(self.system, folder, (shard, of), error, bits)
+        return indexing.shard(self.system, folder, (shard, of), error, bits)
 
     def damping_path(self, Xq: Queries, yq: Any = None, *, dampings: Iterable[float] | None = None) -> DampingPath:
         """`on_loss` at many dampings, from one factorisation: how much do the values depend on λ?

@@ -148,7 +148,7 @@ def look(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
         try:
             return by_iteration(system, system.prepared, asked, V)
         except NotConverged:
-            if not system.is_factorised_instead():
+            if not system.fall_back():
                 raise
     sides = V[:_STOCHASTIC] if isinstance(system.prepared, Recursion) else V
     solution = system.prepared.solve(sides)

@@ -52,7 +52,7 @@ def of_self(system: System, rows: Any) -> SelfScores:
         try:
             products, known = _by_solutions(system, rows, solve)
         except NotConverged:
-            if not system.is_factorised_instead():
+            if not system.fall_back():
                 raise
             return of_self(system, rows)
     scale = -system.examples.weights[rows] / system.n

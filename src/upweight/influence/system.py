@@ -205,8 +205,8 @@ class System:
         known = (self.objective, self.examples, self.curvature)
         return defaults.solver(*known, systems=systems, budget=self.sweep.budget)
 
-    def is_factorised_instead(self) -> bool:
-        """Whether Cholesky takes the place of an iteration that did not converge, if the choice was left."""
+    def fall_back(self) -> bool:
+        """Put Cholesky in the place of an iteration that did not converge, if the choice was left; whether it was."""
         if self.solver_is_named or not defaults.may_be_factorised(self.solver, self.objective):
             return False
         self.__dict__.update(solver=Cholesky(), solver_is_named=True)  # every certificate's from now on
@@ -225,7 +225,7 @@ class System:
             try:
                 solution = solved(self.prepared, V, repr(self.solver))
             except NotConverged:
-                if not self.is_factorised_instead():
+                if not self.fall_back():
                     raise
                 solution = solved(self.prepared, V, repr(self.solver))
         self.undetermined.announce(solution)
@@ -257,7 +257,7 @@ class System:
             try:
                 solution = solved(self.prepared, V, repr(self.solver), state=state, keep=keep)
             except NotConverged:
-                if not self.is_factorised_instead():
+                if not self.fall_back():
                     raise
                 solution = solved(self.prepared, V, repr(self.solver))
         self.undetermined.announce(solution)

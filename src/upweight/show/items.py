@@ -61,9 +61,8 @@ def write_run(
         yq: the queries' targets.
         card: from the number of a training row to what it looks like: a text, a dict of columns, a picture as uint8
             (H, W) or (H, W, 3), a list of texts (tokens), or None. Left out, rows of numbers are told by their columns,
-            token sequences by their tokens, others not at all. Cards
-            that are there are kept while its code and what it closes over are the same; a change of globals that it
-            reads is not seen: delete the items-… files.
+            token sequences by their tokens, others not at all. Cards that are there are kept while its code and what it
+            closes over are the same; a change of globals that it reads is not seen: delete the items-… files.
         query_card: the same of the queries.
         self_influence: whether the rows' removals are measured on their own losses too.
         tokenizer: how tokens are shown where no card is given: as for `by_token`; None shows numbers.

@@ -103,7 +103,7 @@ def test_another_damping_and_leading_rows_come_from_the_same_files(tmp_path):
 
 
 def test_chunks_go_on_where_they_stopped_and_give_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("upweight.influence.index._CHUNK_NUMBERS", 20_000)
+    monkeypatch.setattr("upweight.influence.indexing._CHUNK_NUMBERS", 20_000)
     folder = tmp_path / "index"
     influence = explained()
     first = influence.index(folder, error=0.2)
@@ -225,7 +225,7 @@ def test_other_work_in_the_folder_is_refused(tmp_path):
 @pytest.mark.parametrize("parts", [2, 3])
 def test_parts_make_the_index_of_one_call(tmp_path, parts, monkeypatch):
     """In any order, and to the byte; then nothing is left to be computed."""
-    monkeypatch.setattr("upweight.influence.index._CHUNK_NUMBERS", 2**14)  # some rows a chunk
+    monkeypatch.setattr("upweight.influence.indexing._CHUNK_NUMBERS", 2**14)  # some rows a chunk
     whole = explained().index(tmp_path / "whole")
     assert whole.chunks > 3
     rows = [explained().index_shard(tmp_path / "parts", i, parts) for i in reversed(range(parts))]
