@@ -1,4 +1,4 @@
-"""Claim: beside processes that keep every core busy, one query is never slower than with one thread by more than 10 %.
+"""Question: beside processes that keep every core busy, how does one query with the default compare with one thread?
 
 MNIST softmax regression (n = 55,000, p = 7,840), one query to 1e-5, `uw.explain(...)` to `.values`, in processes of
 their own that take turns: the default, `OMP_NUM_THREADS=1`, NumPy's float64 CG with one thread (with all one run

@@ -1,4 +1,4 @@
-"""Claim: `check()` costs at most as much as the scores of three queries, whatever the model.
+"""Question: does `check()` cost at most as much as the scores of three queries, whatever the model?
 
 Both start from `uw.explain(...)` and take turns in one process after a first call of each; the ratio is the median over
 the turns. Models: dense and sparse logistic regression, ridge, an MLP, a CNN, a small Transformer and a GRU.
