@@ -14,9 +14,11 @@ from upweight.adapters.criteria import is_criterion
 from upweight.errors import InvalidInput, UnsupportedModel
 from upweight.influence.face import Influence
 from upweight.operators import Curvature
+from upweight.runs import threads
 from upweight.solvers import Solver
 
 
+@threads.shared()
 def explain(
     model: Any,
     X: Any,

@@ -21,6 +21,7 @@ from upweight.operators import Arnoldi, EmpiricalFisher, GaussNewton, Hessian, I
 from upweight.operators.implicit import Implicit
 from upweight.operators.layered import LayeredGaussNewton
 from upweight.operators.linear import LinearHessian
+from upweight.runs import threads
 from upweight.solvers.cg import Iteration
 from upweight.solvers.lanczos import smallest_eigenvalue, suggest_damping
 
@@ -207,6 +208,7 @@ class Report:
         return f"Report\n{self}"
 
 
+@threads.shared()
 def examine(system: System, on: Any = None) -> Report:
     """The report on a system, with the drift measured on a few queries: `Influence.check`.
 

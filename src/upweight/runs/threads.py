@@ -11,6 +11,8 @@ left by `torch.set_num_threads`, is what a sweep takes, and nothing is tried. Ra
 that is kept in a folder: sums depend on how many share them, and its bits must be those of another process or day.
 With OMP_WAIT_POLICY=PASSIVE, which the commands set and which has to be there before torch is imported, threads sleep
 at barriers, and all of them can be had beside others.
+
+SciPy's and NumPy's BLAS have threads of their own, which wait in the same way: they are never more than torch's.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -56,10 +60,14 @@ def fixed() -> Iterator[None]:
 
 @contextmanager
 def shared() -> Iterator[None]:
-    """Inside, torch takes as many threads as pay at present; afterwards as many as before."""
+    """Inside, torch and BLAS take as many threads as pay at present; afterwards as many as before."""
     before = torch.get_num_threads()
-    if before == 1 or _FIXED[0] or named() or ranks.several():
+    if _FIXED[0] or named() or ranks.several():
         yield
+        return
+    if before == 1:
+        with blas_at_most(1):
+            yield
         return
     now = time.monotonic()
     if now > _CHOICE.until:
@@ -71,9 +79,28 @@ def shared() -> Iterator[None]:
         return
     torch.set_num_threads(min(before, _CHOICE.count))
     try:
-        yield
+        with blas_at_most(_CHOICE.count):
+            yield
     finally:
         torch.set_num_threads(before)
+
+
+def blas_at_most(count: int) -> AbstractContextManager[Any]:
+    """Inside, no BLAS of SciPy or NumPy takes more threads."""
+    pools = _pools()
+    if all(pool["num_threads"] <= count for pool in pools.info()):
+        return nullcontext()
+    return pools.limit(limits=count)
+
+
+@cache
+def _pools() -> Any:
+    """The BLAS libraries of this process; both are loaded before the first sweep."""
+    import numpy  # noqa: F401
+    import scipy.linalg.blas  # noqa: F401
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
 
 
 def named() -> bool:

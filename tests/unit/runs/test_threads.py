@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from small import XQ, YQ, classifier
 from upweight.runs import threads
@@ -46,6 +47,22 @@ def test_a_trial_holds_for_a_while_and_longer_when_it_is_won_again(monkeypatch):
     gaps = np.diff(trials)
     assert gaps[0] < gaps[1] < gaps[2]
     assert gaps.max() <= 2.2
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_blas_takes_no_more_threads_than_torch(left, monkeypatch):
+    def blas():
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    monkeypatch.setattr(threads, "tried", lambda _: 1)
+    torch.set_num_threads(left)
+    with threadpool_limits(2, user_api="blas"):
+        with threads.shared():
+            assert blas() == {1}
+        assert blas() == {2}
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        with threads.shared():
+            assert blas() == {2}
 
 
 @pytest.mark.parametrize("setting", [("OMP_NUM_THREADS", "2"), ("OMP_WAIT_POLICY", "PASSIVE")])
