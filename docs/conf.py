@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "docs")]
 
+import inventories  # noqa: E402
 import reference  # noqa: E402
 from sphinx.application import Sphinx  # noqa: E402
 
@@ -23,7 +24,10 @@ author = "the authors of upweight"
 copyright = "the authors of upweight, Apache-2.0"
 version = release = upweight.__version__
 
-extensions = ["myst_nb", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.intersphinx"]
+intersphinx_mapping = {
+    name: (address, str(inventories.KEPT / f"{name}.inv")) for name, address in inventories.SITES.items()
+}
 root_doc = "docs/index"
 include_patterns = [
     "docs/**",
@@ -122,10 +126,15 @@ NAVIGATION = {
 }
 
 
+PROSE = {f"docs/{name}" for name in NAVIGATION["Reading the answer"] if name != "peers"}
+
+
 def _read(_app: Sphinx, name: str, source: list[str]) -> None:
-    """The list of names leads to the reference, and the front page to every other one."""
+    """The list of names and the pages lead to the reference, and the front page to every other one."""
     if name == "docs/api":
         source[0] = reference.with_links(source[0])
+    elif name.startswith(("docs/recipes/", "docs/start/")) or name in PROSE:
+        source[0] = reference.with_names(source[0])
     if name == root_doc:
         trees = [f":caption: {caption}\n\n" + "\n".join(pages) for caption, pages in NAVIGATION.items()]
         source[0] += "".join(f"\n```{{toctree}}\n:hidden:\n:glob:\n{tree}\n```\n" for tree in trees)

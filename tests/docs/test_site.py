@@ -11,6 +11,7 @@ import sys
 import threading
 from functools import partial
 
+import inventories
 import pytest
 import reference
 from generated import ROOT
@@ -102,6 +103,37 @@ References: Koh and Liang (2017)."""
     assert "* {py:obj}`InvalidInput <upweight.errors.InvalidInput>`: if `first` is wrong.\n" in out
     assert "```pycon\n>>> 1 + 1\n2\n```" in out
     assert "**References:** Koh and Liang (2017)." in out
+
+
+def test_a_page_leads_to_what_it_names_once_and_keeps_its_code():
+    text = """# About `CG`
+
+`uw.explain(…)` and `CG()`, `CG()` again; `influence.on_loss(…)`, `check`, [`CG`](x.md), Ridge and Ridge.
+
+```python
+model = Ridge()  # `CG`
+```
+"""
+    out = reference.with_names(text)
+    assert out == text.replace(
+        "`uw.explain(…)` and `CG()`, `CG()` again; `influence.on_loss(…)`",
+        "{py:obj}`uw.explain(…) <upweight.explain>` and {py:obj}`CG() <upweight.solvers.CG>`, `CG()` again; "
+        "{py:obj}`influence.on_loss(…) <upweight.Influence.on_loss>`",
+    ).replace("Ridge and Ridge.", "{py:obj}`Ridge <sklearn.linear_model.Ridge>` and Ridge.")
+
+
+def test_what_is_documented_elsewhere_is_looked_up_in_what_is_kept():
+    """What an annotation, an error or a page names; written and read again without Sphinx, and as Sphinx reads it."""
+    assert inventories.ways()["Tensor"] == "torch.Tensor"
+    assert inventories.ways()["os.PathLike"] == "os.PathLike"
+    assert "{py:obj}`Tensor <torch.Tensor>`" in reference.linked("A `Tensor`.")
+    for project in inventories.SITES:
+        assert inventories.read(inventories.KEPT / f"{project}.inv")
+    loader = pytest.importorskip("sphinx.util.inventory").InventoryFile
+    with (inventories.KEPT / "scikit-learn.inv").open("rb") as stream:
+        found = loader.load(stream, "https://x", lambda *parts: "/".join(parts))
+    address = found["py:class"]["sklearn.linear_model.Ridge"].uri
+    assert address == "https://x/modules/generated/sklearn.linear_model.Ridge.html#sklearn.linear_model.Ridge"
 
 
 def test_no_docstring_loses_a_word():
