@@ -6,6 +6,7 @@ The source folder is the root of the repository, so that one link works on GitHu
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -140,16 +141,34 @@ def _read(_app: Sphinx, name: str, source: list[str]) -> None:
         source[0] += "".join(f"\n```{{toctree}}\n:hidden:\n:glob:\n{tree}\n```\n" for tree in trees)
 
 
-def _for_keyboards(_app: Sphinx, name: str, _template: str, context: dict[str, Any], _doctree: object) -> None:
+def _for_keyboards(app: Sphinx, name: str, _template: str, context: dict[str, Any], _doctree: object) -> None:
     """What scrolls sideways can be reached by the keyboard, and captions say what level of heading they are."""
     body = context.get("body") or ""
     body = body.replace("<pre>", '<pre tabindex="0">').replace(
         '<div class="table-wrapper', '<div tabindex="0" class="table-wrapper'
     )
-    context["body"] = body
+    context["body"] = _link_to_picture(app, body)
     if tree := context.get("furo_navigation_tree"):
         tree = tree.replace('role="heading"', 'role="heading" aria-level="2"')
         context["furo_navigation_tree"] = _of_reference(tree) if name.startswith("docs/reference/") else tree
+
+
+def _link_to_picture(app: Sphinx, body: str) -> str:
+    """A link to a picture that some page shows leads to that picture, not to a second copy for downloading."""
+    shown = set(app.builder.images.values())
+
+    def link(match: re.Match[str]) -> str:
+        return f'href="{match[2]}_images/{match[3]}"' if match[3] in shown else match[0]
+
+    return re.sub(r'(download="" )?href="([./]*)_downloads/[0-9a-f]+/([\w.-]+)"', link, body)
+
+
+def _without_copies(app: Sphinx, error: Exception | None) -> None:
+    """No picture lies in the site twice."""
+    if error is None:
+        for copy in Path(app.outdir).glob("_downloads/*/*"):
+            if copy.name in app.builder.images.values():
+                copy.unlink()
 
 
 def _of_reference(tree: str) -> str:
@@ -163,3 +182,4 @@ def setup(app: Sphinx) -> None:
     reference.write(ROOT)
     app.connect("source-read", _read)
     app.connect("html-page-context", _for_keyboards, priority=900)
+    app.connect("build-finished", _without_copies)
