@@ -46,11 +46,11 @@ _BY_HAND = {
     "torch": {
         "torch.Tensor": "py:class 1 tensors.html#$ -",
         "torch.dtype": "py:class 1 tensor_attributes.html#$ -",
-        "torch.nn.Module": "py:class 1 generated/$.html#$ -",
-        "torch.nn.functional.cross_entropy": "py:function 1 generated/$.html#$ -",
-        "torch.nn.utils.clip_grad_norm_": "py:function 1 generated/$.html#$ -",
-        "torch.optim.Adam": "py:class 1 generated/$.html#$ -",
-        "torch.optim.SGD": "py:class 1 generated/$.html#$ -",
+        "torch.nn.Module": "py:class 1 generated/torch.nn.Module.html#$ -",
+        "torch.nn.functional.cross_entropy": "py:function 1 generated/torch.nn.functional.cross_entropy.html#$ -",
+        "torch.nn.utils.clip_grad_norm_": "py:function 1 generated/torch.nn.utils.clip_grad_norm_.html#$ -",
+        "torch.optim.Adam": "py:class 1 generated/torch.optim.Adam.html#$ -",
+        "torch.optim.SGD": "py:class 1 generated/torch.optim.SGD.html#$ -",
     },
 }
 _KINDS = ("py:class", "py:exception", "py:function", "py:method", "py:data")

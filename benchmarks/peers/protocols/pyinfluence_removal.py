@@ -42,9 +42,13 @@ def theirs(folder: Path) -> None:
     from pyinfluence import InfluenceFunctions, self_influence
 
     X, y, Xq, yq, _ = scenario()
-    attributor = InfluenceFunctions(mode="loss", damping=1e-3).fit(Ridge(alpha=1.0).fit(X, y), X, y)
-    steps.scored(folder, "pyinfluence, InfluenceFunctions", lambda: attributor.explain(Xq, yq))
-    np.save(folder / "self-pyinfluence.npy", self_influence(attributor))
+    model = Ridge(alpha=1.0).fit(X, y)
+
+    def attributor() -> Any:
+        return InfluenceFunctions(mode="loss", damping=1e-3).fit(model, X, y)
+
+    steps.scored(folder, "pyinfluence, InfluenceFunctions", lambda: attributor().explain(Xq, yq))
+    np.save(folder / "self-pyinfluence.npy", self_influence(attributor()))
 
 
 def ours(folder: Path) -> None:
@@ -52,10 +56,13 @@ def ours(folder: Path) -> None:
     import upweight as uw
 
     X, y, Xq, yq, _ = scenario()
-    influence = uw.explain(Ridge(alpha=1.0).fit(X, y), X, y)
-    steps.scored(folder, "upweight, on_loss", lambda: influence.on_loss(Xq, yq).values)
-    steps.scored(folder, "upweight, of_removing", lambda: influence.of_removing(range(len(X)), on=(Xq, yq)).values)
-    np.save(folder / "self-upweight.npy", influence.of_self().values)
+    model = Ridge(alpha=1.0).fit(X, y)
+    steps.scored(folder, "upweight, on_loss", lambda: uw.explain(model, X, y).on_loss(Xq, yq).values)
+    every = range(len(X))
+    steps.scored(
+        folder, "upweight, of_removing", lambda: uw.explain(model, X, y).of_removing(every, on=(Xq, yq)).values
+    )
+    np.save(folder / "self-upweight.npy", uw.explain(model, X, y).of_self().values)
 
 
 def measured(folder: Path) -> None:
