@@ -6,6 +6,7 @@ The source folder is the root of the repository, so that one link works on GitHu
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "docs")]
 
+import inventories  # noqa: E402
 import reference  # noqa: E402
 from sphinx.application import Sphinx  # noqa: E402
 
@@ -23,7 +25,10 @@ author = "the authors of upweight"
 copyright = "the authors of upweight, Apache-2.0"
 version = release = upweight.__version__
 
-extensions = ["myst_nb", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.intersphinx"]
+intersphinx_mapping = {
+    name: (address, str(inventories.KEPT / f"{name}.inv")) for name, address in inventories.SITES.items()
+}
 root_doc = "docs/index"
 include_patterns = [
     "docs/**",
@@ -122,25 +127,48 @@ NAVIGATION = {
 }
 
 
+PROSE = {f"docs/{name}" for name in NAVIGATION["Reading the answer"] if name != "peers"}
+
+
 def _read(_app: Sphinx, name: str, source: list[str]) -> None:
-    """The list of names leads to the reference, and the front page to every other one."""
+    """The list of names and the pages lead to the reference, and the front page to every other one."""
     if name == "docs/api":
         source[0] = reference.with_links(source[0])
+    elif name.startswith(("docs/recipes/", "docs/start/")) or name in PROSE:
+        source[0] = reference.with_names(source[0])
     if name == root_doc:
         trees = [f":caption: {caption}\n\n" + "\n".join(pages) for caption, pages in NAVIGATION.items()]
         source[0] += "".join(f"\n```{{toctree}}\n:hidden:\n:glob:\n{tree}\n```\n" for tree in trees)
 
 
-def _for_keyboards(_app: Sphinx, name: str, _template: str, context: dict[str, Any], _doctree: object) -> None:
+def _for_keyboards(app: Sphinx, name: str, _template: str, context: dict[str, Any], _doctree: object) -> None:
     """What scrolls sideways can be reached by the keyboard, and captions say what level of heading they are."""
     body = context.get("body") or ""
     body = body.replace("<pre>", '<pre tabindex="0">').replace(
         '<div class="table-wrapper', '<div tabindex="0" class="table-wrapper'
     )
-    context["body"] = body
+    context["body"] = _link_to_picture(app, body)
     if tree := context.get("furo_navigation_tree"):
         tree = tree.replace('role="heading"', 'role="heading" aria-level="2"')
         context["furo_navigation_tree"] = _of_reference(tree) if name.startswith("docs/reference/") else tree
+
+
+def _link_to_picture(app: Sphinx, body: str) -> str:
+    """A link to a picture that some page shows leads to that picture, not to a second copy for downloading."""
+    shown = set(app.builder.images.values())
+
+    def link(match: re.Match[str]) -> str:
+        return f'href="{match[2]}_images/{match[3]}"' if match[3] in shown else match[0]
+
+    return re.sub(r'(download="" )?href="([./]*)_downloads/[0-9a-f]+/([\w.-]+)"', link, body)
+
+
+def _without_copies(app: Sphinx, error: Exception | None) -> None:
+    """No picture lies in the site twice."""
+    if error is None:
+        for copy in Path(app.outdir).glob("_downloads/*/*"):
+            if copy.name in app.builder.images.values():
+                copy.unlink()
 
 
 def _of_reference(tree: str) -> str:
@@ -154,3 +182,4 @@ def setup(app: Sphinx) -> None:
     reference.write(ROOT)
     app.connect("source-read", _read)
     app.connect("html-page-context", _for_keyboards, priority=900)
+    app.connect("build-finished", _without_copies)

@@ -1,4 +1,4 @@
-"""docs/peers.md, written from results/peers.json by `scripts/docs pages`. Nothing is measured here."""
+"""docs/peers.md, written from results/peers.json and results/peers_protocols.json. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 RESULT = Path(__file__).parents[1] / "results" / "peers.json"
+PROTOCOLS = RESULT.with_name("peers_protocols.json")
 Report = dict[str, Any]
 
 HEAD = """# The peers, measured
@@ -32,7 +33,15 @@ from each: [coming from](coming-from.md); what surprised on the way: [findings](
 """
 
 
-def page(report: Report) -> str:
+OWN = """## By their own benchmarks
+
+What three of the libraries measure themselves with, in their own environments and by their own metric, the scores of
+upweight beside theirs ([`run_protocols.py`](../benchmarks/peers/run_protocols.py),
+[`peers_protocols.json`](../benchmarks/results/peers_protocols.json); one thread).
+"""
+
+
+def page(report: Report, protocols: Report) -> str:
     """The whole page."""
     settings, machine = report["settings"], report["machine"]
     libraries, workloads = report["libraries"], report["workloads"]
@@ -46,6 +55,7 @@ def page(report: Report) -> str:
     parts = [head, *_at_a_glance(report)]
     for name, facts in workloads.items():
         parts += _workload(report, name, facts)
+    parts += [OWN, *(line for one in protocols["protocols"].values() for line in _protocol(one))]
     parts += _libraries(libraries)
     return "\n".join(parts).rstrip() + "\n"
 
@@ -96,6 +106,20 @@ def _workload(report: Report, name: str, facts: dict[str, Any]) -> list[str]:
     if skipped:
         out += ["", "Not asked: " + "; ".join(f"{_of(*pair)} ({reason})" for *pair, reason in skipped) + "."]
     return [*out, ""]
+
+
+def _protocol(one: dict[str, Any]) -> list[str]:
+    """The benchmark of a library, as it documents it; what is smaller here; and the table."""
+    out = [f"### {one['title']}", "", f"{one['library']} {one['version']}: {one['documented']}", ""]
+    out += [f"Smaller here: {one['smaller']}." + (f" {one['note']}" if one["note"] else ""), ""]
+    out += ["| " + " | ".join(one["columns"]) + " |", "|---" * len(one["columns"]) + "|"]
+    for row in one["rows"]:
+        out.append("| " + " | ".join(_shown(cell) for cell in row) + " |")
+    return [*out, ""]
+
+
+def _shown(cell: object) -> str:
+    return "" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else _plain(str(cell))
 
 
 def _libraries(libraries: dict[str, Any]) -> list[str]:
@@ -166,7 +190,7 @@ def _plain(text: str) -> str:
 def main() -> None:
     """Write docs/peers.md."""
     target = RESULT.parents[2] / "docs" / "peers.md"
-    target.write_text(page(json.loads(RESULT.read_text())))
+    target.write_text(page(*(json.loads(file.read_text()) for file in (RESULT, PROTOCOLS))))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ COMMANDS = (
     "plan",
     "score",
     "merge",
+    "run",
+    "resume",
     "top",
+    "report",
     "validate",
     "doctor",
     "understand",
@@ -72,10 +75,11 @@ def api_page() -> str:
 def peers_page() -> str:
     """docs/peers.md: benchmarks/peers/page.py on the result that is kept."""
     script = ROOT / "benchmarks" / "peers" / "page.py"
-    print_it = (
-        f"import json, runpy; found = runpy.run_path({str(script)!r}); report = json.loads(found['RESULT'].read_text())"
+    code = (
+        f"import json, runpy; found = runpy.run_path({str(script)!r}); "
+        "read = [json.loads(found[name].read_text()) for name in ('RESULT', 'PROTOCOLS')]; "
+        "print(found['page'](*read), end='')"
     )
-    code = f"{print_it}; print(found['page'](report), end='')"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 

@@ -39,6 +39,7 @@ FOLDER = Path("docs/reference")
 _LISTS = ("Args", "Raises", "Attributes")
 _WORDS = ("Cost", "Memory", "Reference", "References", "Ref", "Example", "Examples")
 _SPAN = re.compile(r"(`+)(.+?)\1")
+_MENTIONED = re.compile(r"(?<!`)`(?P<code>[^`\n]+)`(?!`)|\b(?P<word>[A-Z]\w+)\b")
 _NAME = re.compile(r"(?:uw\.|upweight\.)?([A-Za-z_][\w.]*?)(\(.*\))?")
 
 
@@ -150,13 +151,24 @@ def _prose(text: str) -> str:
 
 
 def _code(text: str, within: str) -> str:
-    match = _NAME.fullmatch(text)
-    if match and "<" not in text:
-        own = f"{within.removeprefix('upweight.')}.{match[1]}" if within else ""
-        for way in (own, match[1]):
-            if way in targets():
-                return f"{{py:obj}}`{text} <{targets()[way]}>`"
+    if (whole := _meant(text, within)) is not None:
+        return f"{{py:obj}}`{text} <{whole}>`"
     return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def _meant(text: str, within: str = "") -> str | None:
+    """The whole name of what stands in backticks, of upweight or of what is documented elsewhere."""
+    import inventories
+
+    match = _NAME.fullmatch(text)
+    if match is None or "<" in text:
+        return None
+    own = f"{within.removeprefix('upweight.')}.{match[1]}" if within else ""
+    named, _, method = match[1].partition(".")
+    bound = f"{named.title()}.{method}" if named in {"influence", "scores"} else ""
+    return next(
+        (targets()[way] for way in (own, match[1], bound) if way in targets()), inventories.ways().get(match[1])
+    )
 
 
 def markdown(text: str, within: str = "") -> str:
@@ -397,6 +409,31 @@ def write(root: Path) -> None:
         target = root / entry.page
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(page(entry))
+
+
+def with_names(text: str) -> str:
+    """A page of Markdown with the first mention of a name leading to where it is described; blocks of code stay."""
+    import inventories
+
+    seen: set[str] = set()
+
+    def span(match: re.Match[str]) -> str:
+        code = match["code"]
+        if code is None:
+            whole = inventories.ways().get(match["word"], "")
+            shown = match["word"]
+        else:
+            whole = _meant(code) or ""
+            shown = code
+            if re.fullmatch(r"[a-z]+", code):  # a word of its own, which need not be the name of a function
+                whole = ""
+        if not whole or whole in seen or (code is None and not whole.startswith("sklearn.")):
+            return match[0]
+        seen.add(whole)
+        return f"{{py:obj}}`{shown} <{whole}>`"
+
+    parts = re.split(r"(^```.*?^```$|^#[^\n]*$|\[[^\]\n]*\]\([^)\n]*\))", text, flags=re.M | re.S)
+    return "".join(part if k % 2 else _MENTIONED.sub(span, part) for k, part in enumerate(parts))
 
 
 def with_links(listing: str) -> str:

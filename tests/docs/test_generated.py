@@ -27,6 +27,12 @@ def test_a_generated_page_is_up_to_date(page, write):
     assert (generated.ROOT / page).read_text() == write(), "run scripts/docs"
 
 
+def test_every_command_has_its_help():
+    named = re.search(r"\{([a-z,]+)\}", generated.run("--help"))
+    assert named
+    assert set(named[1].split(",")) == set(generated.COMMANDS)
+
+
 def test_the_readme_shows_what_the_demo_prints(tmp_path, monkeypatch):
     """The same words; the same numbers up to what another processor's rounding may change."""
     monkeypatch.chdir(tmp_path)

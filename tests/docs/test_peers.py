@@ -18,7 +18,7 @@ PEERS = ROOT / "benchmarks" / "peers"
 @pytest.fixture(scope="module")
 def peers():
     """The modules of the comparison, which stand beside each other and not in a package."""
-    names = ("networks", "workloads", "truth", "table", "environments", "page", "run")
+    names = ("networks", "workloads", "truth", "table", "environments", "page", "run", "run_protocols")
     sys.path.insert(0, str(PEERS))
     try:
         yield {name: __import__(name) for name in names}
@@ -33,8 +33,25 @@ def report():
     return json.loads((ROOT / "benchmarks/results/peers.json").read_text())
 
 
-def test_the_page_is_that_of_the_result(peers, report):
-    assert (ROOT / "docs/peers.md").read_text() == peers["page"].page(report), "run scripts/docs pages"
+@pytest.fixture(scope="module")
+def protocols():
+    return json.loads((ROOT / "benchmarks/results/peers_protocols.json").read_text())
+
+
+def test_the_page_is_that_of_the_results(peers, report, protocols):
+    assert (ROOT / "docs/peers.md").read_text() == peers["page"].page(report, protocols), "run scripts/docs pages"
+
+
+def test_a_protocol_compares_both_libraries_and_says_what_is_smaller(peers, protocols):
+    runner = peers["run_protocols"]
+    assert set(protocols["protocols"]) == set(runner.NAMES)
+    for name, one in protocols["protocols"].items():
+        module = runner.protocol(name)
+        assert (one["title"], one["documented"], one["smaller"]) == (module.TITLE, module.DOCUMENTED, module.SMALLER)
+        named = {str(row[0]).partition(",")[0] for row in one["rows"]}
+        assert {"upweight", one["library"]} <= named
+        assert all(len(row) == len(one["columns"]) for row in one["rows"])
+        assert all(library in {"", "upweight", one["library"]} for library, _ in module.STEPS)
 
 
 def test_every_cell_is_measured_or_says_why_not(peers, report):

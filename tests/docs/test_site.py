@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import http.server
+import html
 import inspect
 import json
 import re
 import subprocess
 import sys
-import threading
-from functools import partial
+from urllib.parse import unquote
 
+import inventories
+import look
 import pytest
 import reference
 from generated import ROOT
@@ -104,6 +105,39 @@ References: Koh and Liang (2017)."""
     assert "**References:** Koh and Liang (2017)." in out
 
 
+def test_a_page_leads_to_what_it_names_once_and_keeps_its_code():
+    text = """# About `CG`
+
+`uw.explain(…)` and `CG()`, `CG()` again; `influence.on_loss(…)`, `check`, [`CG`](x.md), Ridge and Ridge.
+
+```python
+model = Ridge()  # `CG`
+```
+"""
+    out = reference.with_names(text)
+    assert out == text.replace(
+        "`uw.explain(…)` and `CG()`, `CG()` again; `influence.on_loss(…)`",
+        "{py:obj}`uw.explain(…) <upweight.explain>` and {py:obj}`CG() <upweight.solvers.CG>`, `CG()` again; "
+        "{py:obj}`influence.on_loss(…) <upweight.Influence.on_loss>`",
+    ).replace("Ridge and Ridge.", "{py:obj}`Ridge <sklearn.linear_model.Ridge>` and Ridge.")
+
+
+def test_what_is_documented_elsewhere_is_looked_up_in_what_is_kept():
+    """What an annotation, an error or a page names; written and read again without Sphinx, and as Sphinx reads it."""
+    assert inventories.ways()["Tensor"] == "torch.Tensor"
+    assert inventories.ways()["os.PathLike"] == "os.PathLike"
+    assert "{py:obj}`Tensor <torch.Tensor>`" in reference.linked("A `Tensor`.")
+    for project in inventories.SITES:
+        kept = inventories.read(inventories.KEPT / f"{project}.inv")
+        assert kept
+        assert all("$" not in rest.split()[2].removesuffix("$") for rest in kept.values())  # expanded at the end alone
+    loader = pytest.importorskip("sphinx.util.inventory").InventoryFile
+    with (inventories.KEPT / "scikit-learn.inv").open("rb") as stream:
+        found = loader.load(stream, "https://x", lambda *parts: "/".join(parts))
+    address = found["py:class"]["sklearn.linear_model.Ridge"].uri
+    assert address == "https://x/modules/generated/sklearn.linear_model.Ridge.html#sklearn.linear_model.Ridge"
+
+
 def test_no_docstring_loses_a_word():
     """Whatever a docstring says stands on its page, whichever way its lines are put together."""
     for entry in reference.entries().values():
@@ -171,37 +205,42 @@ def test_the_site_is_small_and_whole(site):
 
 
 @pytest.mark.slow
+def test_no_internal_link_is_dead(site):
+    """Every address within the site is a file, and what stands behind # is in it; nothing is loaded from elsewhere."""
+    pages = {file: file.read_text() for file in site.rglob("*.html")}
+    places = {file: set(re.findall(r"\bid=\"([^\"]+)\"", text)) for file, text in pages.items()}
+    dead, elsewhere = set(), set()
+    for file, text in pages.items():
+        for kind, address in re.findall(r"\b(href|src)=\"([^\"]*)\"", text):
+            where, _, place = html.unescape(address).partition("#")
+            if re.match(r"[a-z]+:|//", where):
+                elsewhere |= {address} if kind == "src" and not where.startswith("data:") else set()
+                continue
+            target = (file.parent / unquote(where.partition("?")[0])).resolve() if where else file
+            known = target in places and (not place or unquote(place) in places[target])
+            if not (known or (target.exists() and not place) or place in _PLACES):
+                dead.add((str(file.relative_to(site)), address))
+    assert not dead
+    assert not elsewhere
+
+
+_PLACES = {"svg-sun", "svg-moon", "svg-toc", "svg-menu", "svg-arrow-right"}  # drawn by the theme in every page
+
+
+@pytest.mark.slow
 def test_the_site_is_read_alone_on_a_telephone_and_by_everybody(site):
     """No request goes elsewhere, nothing is wider than the page, search answers, axe finds nothing serious."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    handler = partial(Quiet, directory=str(site))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, playwright.sync_playwright() as started:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        browser = started.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+    pytest.importorskip("playwright.sync_api")
+    pytest.importorskip("axe_playwright_python.sync_playwright")
+    with look.browsed(site) as (browser, address):
         for scheme, width in (("light", 1280), ("dark", 390)):
             page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
             asked: list[str] = []
             page.on("request", lambda request, asked=asked: asked.append(request.url))
-            for path in ("docs/index", "docs/trust", "docs/reference/classes/upweight.solvers.CG"):
+            for path in look.PAGES:
                 page.goto(f"{address}/{path}.html")
-                assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
-                found = axe.Axe().run(page).response["violations"]
-                serious = [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in SERIOUS]
-                assert not serious, (scheme, path)
+                assert look.overflow(page) <= 0, (path, width)
+                assert not look.faults(page), (path, scheme)
             page.goto(f"{address}/search.html?q=leverage")
             page.wait_for_selector("#search-results li")
             assert all(url.startswith((address, "data:")) for url in asked)
-        browser.close()
-        server.shutdown()
-
-
-SERIOUS = {"serious", "critical"}
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """A server of files that prints nothing."""
-
-    def log_message(self, *_: object) -> None:
-        """Nothing."""

@@ -36,6 +36,16 @@ class Answer:
         refused: why training again failed, "" if it did not.
         ids: (n,) names of all training rows, None where they have none.
         query_id: the name of the query, None where it has none.
+
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> import upweight as uw
+    >>> X, y = [[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]], [0, 0, 1, 0, 1, 1]
+    >>> influence = uw.explain(LogisticRegression(tol=1e-8).fit(X, y), X, y)
+    >>> answer = uw.apps.contrast(influence, ([[2.0]], [1])).answers[0]
+    >>> int(answer.label), int(answer.wanted), answer.rows, int(answer.after)
+    (0, 1, array([0]), 1)
+    >>> round(answer.margin, 2), round(answer.predicted, 2), round(answer.actual, 2)  # < 0 is right
+    (0.38, -0.61, -0.61)
     """
 
     query: int

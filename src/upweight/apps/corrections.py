@@ -352,6 +352,14 @@ def write_labels(
 
     Raises:
         InvalidInput: if the file is there already and may not be replaced, or is a folder.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     print(write_labels(np.array(["cat", "dog"]), f"{folder}/labels.csv").read_text())
+    row,label
+    0,cat
+    1,dog
     """
     check_free(Path(file), overwrite=overwrite)
     return _write(Path(file), ("row", "label"), [[row, label] for row, label in enumerate(labels.tolist())], ids)

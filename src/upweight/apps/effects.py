@@ -49,6 +49,14 @@ class FeatureEffects:
             in just these columns.
         widest: (f,) the column with the largest Σᵢ |g| in each feature.
         ids: (r,) names of the rows, None where they have none.
+
+    >>> import numpy as np, upweight as uw
+    >>> from sklearn.linear_model import Ridge
+    >>> X, y = np.arange(8.0)[:, None], np.array([0, 1, 2, 3, 4, 5, 6, 0.0])
+    >>> influence = uw.explain(Ridge(alpha=0.1).fit(X, y), X, y)
+    >>> found = uw.apps.mismatch(influence, ([[7.0]], [7.0]), feature_names=["age"]).features
+    >>> found.names, found.rows[:3], found.by_row[:3, 0].round(2)
+    (['age'], array([7, 6, 5]), array([ 2.99, -0.33, -0.24]))
     """
 
     names: list[str] = field(repr=False)
@@ -170,6 +178,14 @@ class GroupEffects:
             `without`; None where no source has such a step.
         refused: why no source has a Newton step, "" where one has.
         without: source → why it has no Newton step while others have, such as that the rest does not determine the fit.
+
+    >>> import numpy as np, upweight as uw
+    >>> from sklearn.linear_model import Ridge
+    >>> X, y = np.arange(8.0)[:, None], np.array([0, 1, 2, 3, 4, 5, 6, 0.0])
+    >>> influence = uw.explain(Ridge(alpha=0.1).fit(X, y), X, y)
+    >>> found = uw.apps.mismatch(influence, ([[7.0]], [7.0]), groups=["north"] * 6 + ["south"] * 2).groups
+    >>> found.names, found.first_order.round(1), found.newton.round(1)
+    (['south', 'north'], array([-5.4,  5.4]), array([-8.5, 33.7]))
     """
 
     names: list[Any]

@@ -39,6 +39,15 @@ class Side:
         ratios: (k,) how many times larger a value is than the next one of its sign; infinite where there is none.
         stand_out: how many rows come before the largest finite ratio.
         ids: (k,) names of the rows, None where they have none.
+
+    >>> import numpy as np, upweight as uw
+    >>> from sklearn.linear_model import Ridge
+    >>> X, y = np.arange(8.0)[:, None], np.array([0, 1, 2, 3, 4, 5, 6, 0.0])
+    >>> y[6] = 1
+    >>> influence = uw.explain(Ridge(alpha=0.1).fit(X, y), X, y)
+    >>> harmful = uw.apps.mismatch(influence, ([[7.0]], [7.0])).harmful
+    >>> harmful.rows[:3], harmful.stand_out, round(harmful.ratio, 1)
+    (array([7, 6]), 1, 2.3)
     """
 
     rows: Int[NDArray[np.int64], " k"]

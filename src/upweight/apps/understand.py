@@ -39,6 +39,15 @@ class Ranked:
         distances: (k,) from the query, in the inputs.
         feature_distances: (k,) from the query, in the features.
         ids: (k,) names of the rows, None where they have none.
+
+    >>> from sklearn.datasets import load_iris
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> import upweight as uw
+    >>> X, y = load_iris(return_X_y=True)
+    >>> influence = uw.explain(LogisticRegression(tol=1e-8, max_iter=1000).fit(X, y), X, y)
+    >>> helpful = uw.apps.understand(influence, (X[70:71], y[70:71])).helpful(0)
+    >>> helpful.rows[:3], helpful.labels[:3], helpful.values[:3].round(3)
+    (array([70, 84, 85]), array([1, 1, 1]), array([0.089, 0.038, 0.036]))
     """
 
     rows: Int[NDArray[np.int64], " k"]

@@ -110,6 +110,13 @@ def fashion_mnist(folder: str | os.PathLike[str] | None = None) -> Mnist:
     Raises:
         PathNotFound: if a named folder lacks a file.
         InvalidInput: if a file's content is not the published one.
+
+    >>> fashion_mnist("nowhere")
+    Traceback (most recent call last):
+        ...
+    upweight.errors.PathNotFound: There is no train-images-idx3-ubyte.gz in nowhere, which should hold four files
+        such as those of fashion-mnist. Name the folder that holds it, or leave folder out and unset UPWEIGHT_DATA
+        to download.
     """
     place = Path(folder) if folder is not None else local("fashion-mnist")
     if place is None and _FASHION_DEBIAN.is_dir():
@@ -142,6 +149,12 @@ def dogfish(folder: str | os.PathLike[str] | None = None) -> DogFish:
         PathNotFound: if a named folder lacks the archive.
         InvalidInput: if its content is not the published one.
         MissingExtra: if Pillow is not installed.
+
+    >>> dogfish("nowhere")
+    Traceback (most recent call last):
+        ...
+    upweight.errors.PathNotFound: There is no imagenette_tench_springer_224.tar in nowhere. Name the folder that
+        holds it, or leave folder out and unset UPWEIGHT_DATA to download.
     """
     place = Path(folder) if folder is not None else local("dogfish_imagenette")
     if place is not None:
@@ -238,7 +251,15 @@ def diabetes130(folder: str | os.PathLike[str] | None = None) -> Diabetes:
 
 
 def local(name: str) -> Path | None:
-    """The folder of a data set under $UPWEIGHT_DATA, if there is one."""
+    """The folder of a data set under $UPWEIGHT_DATA, if there is one.
+
+    >>> import tempfile
+    >>> from unittest import mock
+    >>> with tempfile.TemporaryDirectory() as root, mock.patch.dict(os.environ, UPWEIGHT_DATA=root):
+    ...     (Path(root) / "mnist").mkdir()
+    ...     local("mnist").name, local("enron1")
+    ('mnist', None)
+    """
     root = os.environ.get("UPWEIGHT_DATA")
     folder = Path(root) / name if root else None
     return folder if folder is not None and folder.is_dir() else None

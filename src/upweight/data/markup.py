@@ -36,18 +36,30 @@ _STYLE = """<style>
 
 
 def text(value: object, most: int = CUT) -> str:
-    """Whatever users name, as text that is no markup, cut where it is long."""
+    """Whatever users name, as text that is no markup, cut where it is long.
+
+    >>> text("<b>"), text("abcdef", 4)
+    ('&lt;b&gt;', 'abc…')
+    """
     told = str(value)
     return html.escape(_HALVES.sub("\ufffd", told if len(told) <= most else told[: most - 1] + "…"))
 
 
 def frame(*parts: str) -> str:
-    """Pieces as one answer of a notebook, light and dark."""
+    """Pieces as one answer of a notebook, light and dark.
+
+    >>> frame("<p>one</p>", "<p>two</p>").endswith('<div class="uw"><p>one</p><p>two</p></div>')
+    True
+    """
     return f'{_STYLE}<div class="uw">{"".join(parts)}</div>'
 
 
 def facts(caption: str, pairs: Iterable[tuple[str, object]], *, note: str = "") -> str:
-    """Names and what they are, a line each; without a name it goes on with the one above."""
+    """Names and what they are, a line each; without a name it goes on with the one above.
+
+    >>> facts("A run", [("rows", 150)]).endswith('<tr><th scope="row">rows</th><td>150</td></tr></table></div>')
+    True
+    """
     lines = "".join(
         f'<tr><th scope="row">{text(name)}</th><td>{text(value, 2000)}</td></tr>'
         if name
@@ -64,6 +76,9 @@ def table(caption: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> 
         caption: plain text.
         head: plain texts.
         lines: cells that are markup already.
+
+    >>> table("", ["row"], [[text("7 < 8")]]).removeprefix('<table><thead><tr><th scope="col">row</th></tr></thead>')
+    '<tbody><tr><th scope="row">7 &lt; 8</th></tr></tbody></table>'
     """
     top = "".join(f'<th scope="col">{text(name)}</th>' if name else "<td></td>" for name in head)
     body = "".join(
@@ -74,18 +89,30 @@ def table(caption: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> 
 
 
 def remark(words: str) -> str:
-    """A small line below, or nothing."""
+    """A small line below, or nothing.
+
+    >>> remark("p < 0.05"), remark("")
+    ('<p class="uw-note">p &lt; 0.05</p>', '')
+    """
     return f'<p class="uw-note">{text(words, 2000)}</p>' if words else ""
 
 
 def signed(value: float) -> str:
-    """A number with its sign, blue where it helps and red where it harms: the sign says it without the colour."""
+    """A number with its sign, blue where it helps and red where it harms: the sign says it without the colour.
+
+    >>> signed(0.25), signed(0.0)
+    ('<b class="uw-help">+0.25</b>', '+0')
+    """
     kind = "uw-help" if value > 0 else "uw-harm"
     return f'<b class="{kind}">{text(f"{value:+.3g}")}</b>' if value == value and value else text(f"{value:+.3g}")
 
 
 def shaded(markup: str, value: float, largest: float) -> str:
-    """Markup on a background that is the stronger, the larger the value: blue above 0, red below, both see-through."""
+    """Markup on a background that is the stronger, the larger the value: blue above 0, red below, both see-through.
+
+    >>> shaded("word", -0.5, 1.0)
+    '<span title="-0.5" style="background:rgba(220,38,38,0.300)">word</span>'
+    """
     colour = "37,99,235" if value > 0 else "220,38,38"
     strength = 0.6 * abs(value) / largest
     return f'<span title="{value:+.3g}" style="background:rgba({colour},{strength:.3f})">{markup}</span>'

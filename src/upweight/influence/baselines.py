@@ -131,6 +131,15 @@ def loss_relative_influence(influence: Explained, Xq: Any, yq: Any = None) -> Sc
         Xq: the queries' inputs.
         yq: the queries' targets.
 
+    >>> import numpy as np, upweight as uw
+    >>> from sklearn.linear_model import Ridge
+    >>> X, y = np.array([[-2.0], [-1.0], [1.0], [2.0], [9.0]]), np.array([-2.0, -1.0, 1.0, 2.0, 3.0])
+    >>> influence = uw.explain(Ridge().fit(X, y), X, y)
+    >>> influence.on_loss([[2.0]], [2.0]).values.round(3)
+    array([[-0.508, -0.219,  0.382,  0.695, -0.347]])
+    >>> uw.baselines.loss_relative_influence(influence, [[2.0]], [2.0]).values.round(2)
+    array([[-1.27, -1.46,  1.8 ,  1.86, -0.97]])
+
     References: Barshan, Brunet and Dziugaite (2020), ℓ-RelatIF.
     """
     system = influence.system
@@ -226,6 +235,13 @@ def bm25(influence: Explained, Xq: Any, yq: Any = None, *, k1: float = 1.2, b: f
 
     Raises:
         InvalidInput: if inputs are no tokens, or k1 or b lie outside of their range.
+
+    >>> import upweight as uw
+    >>> rows = torch.tensor([[1, 2, 3], [1, 4, 5], [1, 2, 2]])  # three texts of three tokens
+    >>> objective = uw.Objective(lambda theta, example: (theta - example[1]) ** 2, torch.tensor(0.0))
+    >>> influence = uw.Influence(objective, (rows, torch.zeros(3)))
+    >>> bm25(influence, rows[:1], torch.zeros(1)).values.round(2)  # token 1 is in every text and tells little
+    array([[1.58, 0.13, 0.78]])
 
     References: Robertson and Zaragoza (2009).
     """

@@ -73,7 +73,17 @@ _DOUBLE_UP_TO = 50_000
 
 
 def curvature(sweep: Sweep, probe: Any, solver: Solver | None = None) -> Curvature:
-    """The curvature for an objective when none is named, with a few of its examples and the solver that was given."""
+    """The curvature for an objective when none is named, with a few of its examples and the solver that was given.
+
+    >>> import upweight as uw
+    >>> from sklearn.linear_model import Ridge
+    >>> X, y = torch.arange(6.0)[:, None], torch.arange(6.0)[:, None] ** 2
+    >>> line = uw.explain(Ridge().fit(X, y), X, y)
+    >>> network = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Tanh(), torch.nn.Linear(2, 1))
+    >>> bent = uw.explain(network, X, y, loss=torch.nn.functional.mse_loss, damping=0.1)
+    >>> [curvature(influence.sweep, influence.examples.batch([0])) for influence in (line, bent)]
+    [Hessian(), GaussNewton()]
+    """
     objective = sweep.objective
     closed = objective.linear is not None and not _is_head(objective)
     if closed or objective.outputs is None:
@@ -170,7 +180,13 @@ def dual_bytes(n: int, n_outputs: int) -> float:
 
 
 def entries_of(structure: Linear, examples: Examples) -> float:
-    """Numbers in X; of a sparse one those that are stored."""
+    """Numbers in X; of a sparse one those that are stored.
+
+    >>> import upweight as uw
+    >>> table = scipy.sparse.csr_array([[0.0, 3.0, 0.0], [1.0, 0.0, 2.0]])
+    >>> entries_of(uw.Linear(uw.losses.squared, 1, 3, intercept=True), uw.Examples(table, [1.0, 2.0]))
+    3.0
+    """
     x = examples.x
     return float(x.nnz) if scipy.sparse.issparse(x) else float(len(examples)) * structure.n_features  # type: ignore[union-attr]
 
@@ -222,7 +238,14 @@ def solver(
 
 
 def may_be_factorised(solver: Solver, objective: Objective) -> bool:
-    """Whether a factorisation can take the place of an iteration that did not converge: few parameters of a network."""
+    """Whether a factorisation can take the place of an iteration that did not converge: few parameters of a network.
+
+    >>> import upweight as uw
+    >>> X, y, criterion = torch.eye(3), torch.eye(3), torch.nn.functional.mse_loss
+    >>> network = uw.explain(torch.nn.Linear(3, 3), X, y, loss=criterion, penalty=0.1)
+    >>> may_be_factorised(CG(), network.objective), may_be_factorised(Cholesky(), network.objective)
+    (True, False)
+    """
     return isinstance(solver, CG) and objective.linear is None and objective.size <= DIRECT_UP_TO
 
 
@@ -263,6 +286,13 @@ def damping(objective: Objective, spec: Curvature, operator: Operator, missed: C
 
     Raises:
         NotPositiveDefinite: if C has no positive mean eigenvalue to take.
+
+    >>> import upweight as uw
+    >>> X, y, criterion = torch.eye(3), torch.eye(3), torch.nn.functional.mse_loss
+    >>> free = uw.explain(torch.nn.Linear(3, 3), X, y, loss=criterion, curvature=GaussNewton())
+    >>> found = damping(free.objective, free.curvature, free.operator, lambda: 0.0)
+    >>> round(found, 2), round(free.operator.matrix().diagonal().mean().item(), 2)  # by random vectors; by p of them
+    (0.29, 0.33)
     """
     stands_for: Any = spec
     while hasattr(stands_for, "of"):  # KFAC(of=…), Nystroem(…, of=…), Dense(EKFAC())

@@ -50,6 +50,7 @@ from upweight.operators import Dense, GaussNewton, Hessian
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+__all__ = ["ij_standard_errors", "leverage", "parameter_names", "summary_frame"]
 
 _NO_FREEDOM = 1e-6
 

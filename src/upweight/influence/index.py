@@ -61,6 +61,18 @@ class Coordinates:
         values: (q, k) z = Qᵀ∇L of each query.
         query_values: (q,) the queries' losses now.
         names: their names, or None.
+
+    >>> import tempfile, torch, upweight as uw
+    >>> X, y = torch.arange(12.0).reshape(6, 2) / 10, torch.tensor([0, 1, 0, 1, 1, 1])
+    >>> model = torch.nn.Linear(2, 2)
+    >>> for part in model.parameters():
+    ...     _ = torch.nn.init.zeros_(part)
+    >>> criterion = {"loss": torch.nn.functional.cross_entropy, "penalty": 0.1}
+    >>> influence = uw.explain(model, X, y, curvature=uw.operators.EKFAC(), damping=0.1, **criterion)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     asked = influence.index(folder).coordinates(influence, X[:2], y[:2])
+    >>> len(asked), asked.query_values.round(4)  # a model of zeros gives each class ½, a loss of ln 2
+    (2, array([0.6931, 0.6931]))
     """
 
     values: Float[NDArray[np.float32], "q k"]

@@ -60,7 +60,14 @@ def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
 
 
 def first_derivatives(objective: Objective, example: Any) -> tuple[Tensor, list[Tensor]]:
-    """The loss of one example and its gradient in every block of θ, with the graph that a second derivative needs."""
+    """The loss of one example and its gradient in every block of θ, with the graph that a second derivative needs.
+
+    >>> import upweight as uw
+    >>> objective = uw.Objective(lambda theta, example: (theta * example[0]).sum() ** 2, torch.tensor([1.0, 2.0]))
+    >>> value, (gradient,) = first_derivatives(objective, [torch.tensor([3.0, 1.0])])  # (3 + 2)² and 2·5·(3, 1)
+    >>> value.item(), gradient.tolist()
+    (25.0, [30.0, 10.0])
+    """
     params = leaves_of(objective)
     value = objective.loss(params, ready(objective, example))
     if not value.requires_grad:
@@ -252,7 +259,12 @@ def shaped_outputs(objective: Objective, batch: Any) -> Float[Tensor, "b ..."]:
 
 
 def depends(values: Tensor, params: Any, names: Iterable[str]) -> dict[str, bool]:
-    """For every block of leaves whether autograd connects the values to it."""
+    """For every block of leaves whether autograd connects the values to it.
+
+    >>> a, b = torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
+    >>> depends(2 * a, {"a": a, "b": b}, ["a", "b"])
+    {'a': True, 'b': False}
+    """
     blocks = _blocks(params)
     if not values.requires_grad:
         return dict.fromkeys(names, False)
@@ -267,6 +279,13 @@ def slopes(
     """The gradients of Σ_b values[b], or of Σ_b u_b·values[b] for m cotangents u, with respect to every input.
 
     Cost: one backward pass, or m (batched where autograd can).
+
+    >>> import upweight as uw
+    >>> objective = uw.Objective(lambda theta, example: theta.sum(), torch.zeros(1))
+    >>> x = torch.tensor([[1.0], [2.0]], requires_grad=True)
+    >>> slopes(objective, (x**2)[:, 0], [x], None)[0]  # one gradient, of the sum: (1, b, 1)
+    tensor([[[2.],
+             [4.]]])
     """
     if cotangents is None:
         pieces = torch.autograd.grad(values.sum(), inputs, allow_unused=True)
@@ -398,7 +417,13 @@ def pushed_forward(
 
 
 def ready(objective: Objective, batch: Any) -> Any:
-    """The batch dense, on the device and in the precision of θ̂."""
+    """The batch dense, on the device and in the precision of θ̂.
+
+    >>> import upweight as uw
+    >>> objective = uw.Objective(lambda theta, example: (theta * example[0]).sum(), torch.zeros(2, dtype=torch.float64))
+    >>> ready(objective, [scipy.sparse.csr_array([[0.0, 3.0]], dtype="float32")])
+    [tensor([[0., 3.]], dtype=torch.float64)]
+    """
     dense = tree_map(lambda leaf: torch.from_numpy(leaf.toarray()) if scipy.sparse.issparse(leaf) else leaf, batch)
     return like(dense, objective.reference)
 
@@ -438,6 +463,14 @@ def structure(objective: Objective) -> tuple[Callable[[Any, Any], Tensor], Calla
 
     Raises:
         UnsupportedModel: if the objective is one function.
+
+    >>> import upweight as uw
+    >>> criterion = torch.nn.functional.mse_loss
+    >>> influence = uw.explain(torch.nn.Linear(2, 1), torch.eye(2), torch.ones(2, 1), loss=criterion, damping=0.1)
+    >>> objective, example = influence.objective, (torch.eye(2)[0], torch.ones(1))
+    >>> outputs, output_loss = structure(objective)
+    >>> output_loss(outputs(objective.params, example), example).equal(objective.loss(objective.params, example))
+    True
     """
     if objective.outputs is None or objective.output_loss is None:
         message = (
@@ -482,14 +515,25 @@ def vjps(values: Tensor, params: Any, cotangents: Tensor, *, create_graph: bool 
 
 
 def with_graph(value: Tensor, at: Tensor) -> Tensor:
-    """∂value/∂at, with its graph."""
+    """∂value/∂at, with its graph.
+
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> slope = with_graph(x**3, x)
+    >>> slope.item(), with_graph(slope, x).item()  # 3x², 6x
+    (27.0, 18.0)
+    """
     (found,) = torch.autograd.grad(value, at, create_graph=True)
     return found
 
 
 @quietly()
 def pulled(values: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
-    """Σ cᵀ ∂values/∂input for every input, 0 where there is no way to it; the graph is kept."""
+    """Σ cᵀ ∂values/∂input for every input, 0 where there is no way to it; the graph is kept.
+
+    >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> pulled([x**2], [x], [torch.tensor([10.0, 1.0])])[0]  # c · 2x
+    tensor([20.,  4.])
+    """
     found = torch.autograd.grad(values, inputs, cotangents, retain_graph=True, allow_unused=True)
     return [_or_zero(part, one) for part, one in zip(found, inputs, strict=True)]
 

@@ -20,7 +20,16 @@ from upweight.model.sweep import Sweep
 
 @runtime_checkable
 class Operator(Protocol):
-    """A symmetric linear map on R^p; vectors are the rows of a float64 (k, p) matrix."""
+    """A symmetric linear map on R^p; vectors are the rows of a float64 (k, p) matrix.
+
+    >>> import torch, upweight as uw
+    >>> operator = uw.operators.DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
+    >>> isinstance(operator, Operator), operator.size
+    (True, 2)
+    >>> V = torch.eye(2, dtype=torch.float64)
+    >>> operator.apply(V).equal(operator.matrix())
+    True
+    """
 
     @property
     def size(self) -> int:
@@ -42,7 +51,17 @@ class Operator(Protocol):
 
 @runtime_checkable
 class Sampled(Operator, Protocol):
-    """An operator that is a mean over rows, and can be applied to a few of them."""
+    """An operator that is a mean over rows, and can be applied to a few of them.
+
+    >>> import numpy as np, torch
+    >>> from sklearn.linear_model import Ridge
+    >>> import upweight as uw
+    >>> X, y = [[0.0], [1.0], [2.0]], [0.0, 2.0, 2.0]
+    >>> operator = uw.explain(Ridge().fit(X, y), X, y).operator
+    >>> V = torch.eye(2, dtype=torch.float64)
+    >>> isinstance(operator, Sampled), operator.apply_rows(V, np.arange(3)).allclose(operator.apply(V))
+    (True, True)
+    """
 
     @property
     def sweep(self) -> Sweep:
@@ -60,7 +79,13 @@ class Sampled(Operator, Protocol):
 
 @runtime_checkable
 class Spectral(Operator, Protocol):
-    """An operator that knows its eigenvalues and can apply any function of itself."""
+    """An operator that knows its eigenvalues and can apply any function of itself.
+
+    >>> import torch, upweight as uw
+    >>> operator = uw.operators.DenseOperator(torch.diag(torch.tensor([1.0, 4.0])))
+    >>> isinstance(operator, Spectral), operator.map(torch.sqrt, torch.ones(1, 2, dtype=torch.float64)).tolist()
+    (True, [[1.0, 2.0]])
+    """
 
     @property
     def eigenvalues(self) -> Float[Tensor, " p"]:

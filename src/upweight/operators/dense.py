@@ -37,7 +37,14 @@ class Dense:
 
 
 class DenseOperator:
-    """A symmetric matrix; its eigendecomposition is computed when first asked for."""
+    """A symmetric matrix; its eigendecomposition is computed when first asked for.
+
+    >>> operator = DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    >>> operator.eigenvalues.tolist()
+    [1.0, 3.0]
+    >>> operator.map(torch.reciprocal, torch.tensor([[3.0, 0.0]], dtype=torch.float64))  # C⁻¹v
+    tensor([[ 2.0000, -1.0000]], dtype=torch.float64)
+    """
 
     def __init__(self, matrix: Float[Tensor, "p p"], project: Callable[[Tensor], Tensor] | None = None) -> None:
         self._matrix = matrix.double()

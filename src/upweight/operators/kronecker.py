@@ -168,6 +168,16 @@ class Kronecker:
         uses: how the objective uses its parameters.
         layers: the blocks, in the order of `bases`.
         bases: their eigenvectors and eigenvalues.
+
+    >>> import upweight as uw
+    >>> X = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], dtype=torch.float64)
+    >>> model = torch.nn.Linear(2, 1).double()
+    >>> operator = uw.explain(model, X, X[:, :1], loss=torch.nn.functional.mse_loss, curvature=KFAC()).operator
+    >>> operator.size, len(operator.layers), operator.eigenvalues.numpy().round(2)
+    (3, 1, array([0.04, 1.39, 5.23]))
+    >>> V = torch.eye(3, dtype=torch.float64)
+    >>> operator.map(torch.reciprocal, operator.apply(V)).allclose(V)  # C⁻¹Cv
+    True
     """
 
     def __init__(self, sweep: Sweep, uses: Uses, blocks: Sequence[Layer], bases: Sequence[Basis]) -> None:

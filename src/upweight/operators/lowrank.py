@@ -158,6 +158,15 @@ class LowRank:
         seed: of the probes of the error.
         probes: how many.
         ritz_residuals: ‖Cu − (θ + μ)u‖ of every direction, where it is known (Arnoldi): C has an eigenvalue so near.
+
+    >>> import upweight as uw
+    >>> X = torch.diag(torch.tensor([3.0, 2.0, 0.1, 0.1]))
+    >>> settings = {"loss": torch.nn.functional.mse_loss, "penalty": 0.01, "damping": 0.0}
+    >>> influence = uw.explain(torch.nn.Linear(4, 1, bias=False), X, X[:, :1], curvature=Nystroem(rank=2), **settings)
+    >>> influence.operator.exact.matrix().diagonal().numpy().round(2)
+    array([4.51, 2.01, 0.02, 0.02])
+    >>> influence.operator.eigenvalues.numpy().round(2)  # near the two largest; the penalty for the others
+    array([0.01, 0.01, 2.  , 4.5 ])
     """
 
     def __init__(

@@ -80,7 +80,18 @@ class Dampings:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a run beside its certificate; None where nothing was kept."""
+    """What is known of a run beside its certificate; None where nothing was kept.
+
+    >>> import tempfile, upweight as uw
+    >>> from sklearn.linear_model import Ridge
+    >>> X, y = np.arange(20.0)[:, None], np.arange(20.0) ** 1.5
+    >>> influence = uw.explain(Ridge().fit(X, y), X, y)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = uw.write_run(influence, folder, [[20.0]], [90.0])
+    ...     kept = uw.evidence(uw.keep_evidence(run, uw.leave_one_out(influence, ([[20.0]], [90.0]), [0, 10])))
+    >>> kept.removals.predicted.round(2), kept.removals.actual.round(2), kept.subsets
+    (array([[-16.87,  -4.65]]), array([[-19.55,  -4.84]]), None)
+    """
 
     removals: Removals | None
     subsets: SubsetSums | None
@@ -92,6 +103,13 @@ def evidence(run: Run) -> Evidence:
 
     Raises:
         Damaged: if a file is.
+
+    >>> import tempfile, upweight as uw
+    >>> from sklearn.linear_model import Ridge
+    >>> X, y = [[0.0], [1.0], [2.0]], [0.0, 2.0, 2.0]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     evidence(uw.write_run(uw.explain(Ridge().fit(X, y), X, y), folder, [[3.0]], [3.0]))
+    Evidence(removals=None, subsets=None, dampings=None)
     """
     return Evidence(_read(run, REMOVALS, Removals), _read(run, SUBSETS, SubsetSums), _read(run, DAMPINGS, Dampings))
 

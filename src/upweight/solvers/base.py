@@ -40,6 +40,13 @@ class Solution:
         state: what `solve(V, state=…)` needs in order to go on.
         settled: (k,) what is estimated to be still to come to a query's values, relative to their size; None where that
             was not followed.
+
+    >>> import upweight as uw
+    >>> C = uw.operators.DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    >>> V = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
+    >>> solution = uw.solvers.CG(rtol=1e-8).prepare(C, 1.0).solve(V)
+    >>> solution.converged, solution.sweeps, solution.x.numpy().round(4), bool(solution.residual.max() < 1e-8)
+    (True, 3, array([[ 1.125, -0.375]]), True)
     """
 
     x: Float[Tensor, "k p"]
@@ -56,7 +63,15 @@ class Solution:
 
 @runtime_checkable
 class Prepared(Protocol):
-    """(C + λI)⁻¹, ready to be applied."""
+    """(C + λI)⁻¹, ready to be applied.
+
+    >>> import upweight as uw
+    >>> C = uw.operators.DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    >>> V = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
+    >>> prepared = uw.solvers.Cholesky().prepare(C, 1.0)
+    >>> isinstance(prepared, Prepared), prepared.solve(V).x.numpy().round(4)  # (C + I)⁻¹v
+    (True, array([[ 1.125, -0.375]]))
+    """
 
     def solve(self, V: Float[Tensor, "k p"], *, state: Mapping[str, Tensor] | None = None) -> Solution:
         """x with (C + λI) x = v for every row v."""
@@ -74,7 +89,17 @@ class Solver(Protocol):
 
 @runtime_checkable
 class Quadratic(Prepared, Protocol):
-    """(C + λI)⁻¹ that can weigh many vectors without solving for them."""
+    """(C + λI)⁻¹ that can weigh many vectors without solving for them.
+
+    >>> import upweight as uw
+    >>> C = uw.operators.DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    >>> V = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
+    >>> prepared = uw.solvers.Cholesky().prepare(C, 1.0)
+    >>> isinstance(prepared, Quadratic)
+    True
+    >>> round(prepared.forms(V).item(), 4), round((prepared.solve(V).x * V).sum().item(), 4)
+    (3.375, 3.375)
+    """
 
     def forms(self, V: Float[Tensor, "k p"]) -> Float[Tensor, " k"]:
         """vᵀ (C + λI)⁻¹ v for every row v."""
@@ -83,7 +108,17 @@ class Quadratic(Prepared, Protocol):
 
 @runtime_checkable
 class Movable(Prepared, Protocol):
-    """(C + λI)⁻¹ that can take another λ and keep what does not depend on it."""
+    """(C + λI)⁻¹ that can take another λ and keep what does not depend on it.
+
+    >>> import upweight as uw
+    >>> C = uw.operators.DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    >>> V = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
+    >>> prepared = uw.solvers.CG().prepare(C, 0.0)
+    >>> isinstance(prepared, Movable)
+    True
+    >>> [prepared.at(damping).solve(V).x.numpy().round(4) for damping in (0.0, 1.0)]
+    [array([[ 2., -1.]]), array([[ 1.125, -0.375]])]
+    """
 
     @property
     def operator(self) -> Operator:
@@ -97,7 +132,18 @@ class Movable(Prepared, Protocol):
 
 @runtime_checkable
 class Pairwise(Quadratic, Protocol):
-    """(C + λI)⁻¹ of a linear predictor that compares examples, v = r ⊗ x̃, without writing out their p numbers."""
+    """(C + λI)⁻¹ of a linear predictor that compares examples, v = r ⊗ x̃, without writing out their p numbers.
+
+    >>> from sklearn.linear_model import Ridge
+    >>> import upweight as uw
+    >>> X, y = torch.tensor([[0.0, 1.0, 3.0, 2.0], [1.0, 1.0, 0.0, 2.0]], dtype=torch.float64), [0.0, 2.0]
+    >>> influence = uw.explain(Ridge(fit_intercept=False).fit(X, y), X, y, solver=uw.solvers.Dual())
+    >>> R = torch.ones(2, 1, dtype=torch.float64)  # v = r ⊗ x, here x itself
+    >>> isinstance(influence.prepared, Pairwise)
+    True
+    >>> influence.prepared.own(X, R).allclose(influence.prepared.forms(X))
+    True
+    """
 
     @property
     def accurate(self) -> bool:

@@ -250,7 +250,15 @@ def _refusal(matrix: NDArray[np.float64], damping: float) -> NotPositiveDefinite
 
 @runtime_checkable
 class Substitution(Protocol):
-    """Something that applies (C + λI)⁻¹ without looking at the residual."""
+    """Something that applies (C + λI)⁻¹ without looking at the residual.
+
+    >>> import upweight as uw
+    >>> C = uw.operators.DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    >>> V = torch.tensor([[3.0, 0.0]], dtype=torch.float64)
+    >>> factor = uw.solvers.Cholesky().prepare(C, 1.0)
+    >>> isinstance(factor, Substitution), factor.substitute(V).allclose(factor.solve(V).x)
+    (True, True)
+    """
 
     @property
     def operator(self) -> Operator:

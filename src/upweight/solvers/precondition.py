@@ -21,7 +21,20 @@ _FEWEST_ROWS = 2  # a subsample that is more than one row in so many saves nothi
 
 @runtime_checkable
 class Preconditioner(Protocol):
-    """A specification of an approximate inverse."""
+    """A specification of an approximate inverse.
+
+    >>> import upweight as uw
+    >>> @dataclass(frozen=True)
+    ... class Diagonal:
+    ...     def prepare(self, operator, damping):
+    ...         return lambda R: R / (operator.matrix().diagonal() + damping)
+    >>> C = uw.operators.DenseOperator(torch.diag(torch.tensor([1.0, 10.0, 100.0])))
+    >>> isinstance(Diagonal(), Preconditioner)
+    True
+    >>> V = torch.ones(1, 3, dtype=torch.float64)
+    >>> [uw.solvers.CG(preconditioner=one).prepare(C, 0.0).solve(V).sweeps for one in (Plain(), Diagonal())]
+    [4, 2]
+    """
 
     def prepare(self, operator: Operator, damping: float) -> Inverse:
         """A function that maps right-hand sides (k, p) to approximate solutions; it may vary from call to call."""
@@ -30,7 +43,14 @@ class Preconditioner(Protocol):
 
 @dataclass(frozen=True)
 class Plain:
-    """No preconditioner: the textbook method, in float64 throughout."""
+    """No preconditioner: the textbook method, in float64 throughout.
+
+    >>> import upweight as uw
+    >>> C = uw.operators.DenseOperator(torch.diag(torch.tensor([1.0, 2.0, 2.0])))
+    >>> solution = uw.solvers.CG(preconditioner=Plain()).prepare(C, 0.0).solve(torch.ones(1, 3, dtype=torch.float64))
+    >>> solution.sweeps, solution.x.numpy().round(6)  # as many steps as there are different eigenvalues
+    (3, array([[1. , 0.5, 0.5]]))
+    """
 
     def prepare(self, operator: Operator, damping: float) -> Inverse:  # noqa: ARG002
         """The identity."""
@@ -42,6 +62,18 @@ class Approximate:
     """The operator's own approximate inverse: Kronecker factors of its mean, or its diagonal.
 
     Cost: one pass over the data and two small eigendecompositions, once; 4·p·(d + K) flops per vector afterwards.
+
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> import upweight as uw
+    >>> X, y = load_digits(return_X_y=True)
+    >>> X, y = X[:200] / 16, y[:200]
+    >>> model = LogisticRegression(tol=1e-8, max_iter=1000).fit(X, y)
+    >>> def sweeps(preconditioner):
+    ...     influence = uw.explain(model, X, y, solver=uw.solvers.CG(preconditioner=preconditioner))
+    ...     return influence.on_loss(X[:1], y[:1]).certificate.sweeps
+    >>> sweeps(Plain()) > 1.5 * sweeps(Approximate())  # 56 and 34
+    True
     """
 
     def prepare(self, operator: Operator, damping: float) -> Inverse:

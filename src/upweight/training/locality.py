@@ -20,6 +20,20 @@ class Locality:
         correlation: (s,) of predicted and actual changes, over all queries and draws.
         slope: (s,) of actual on predicted.
         growth: by which factor the norm of the adjoint grew on its way back, largest over smallest.
+
+    >>> import torch, upweight as uw
+    >>> X, y = torch.linspace(-1, 1, 20)[:, None], torch.linspace(-1, 1, 20)[:, None] ** 3
+    >>> model, criterion = torch.nn.Linear(1, 1), torch.nn.functional.mse_loss
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with uw.Recording(model, optimizer, X, y, loss=criterion) as recording:
+    ...     for rows in torch.arange(20).split(5):
+    ...         optimizer.zero_grad()
+    ...         criterion(model(X[rows]), y[rows]).backward()
+    ...         recording.batch(rows)
+    ...         optimizer.step()
+    >>> found = uw.through(recording).locality(X[:2], y[:2])
+    >>> found.holds, round(float(found.slope[0]), 2)
+    (True, 1.0)
     """
 
     sizes: Float[NDArray[np.float64], " s"]

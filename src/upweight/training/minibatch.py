@@ -81,6 +81,11 @@ class Adam:
         betas: decay of the running means of g and g².
         eps: added to the root of the mean of g².
         weight_decay: λ of (λ/2)‖θ‖² over all parameters; None takes the objective's own penalty.
+
+    >>> theta, adam = torch.tensor([1.0, 1.0]), Adam(lr=0.1)
+    >>> adam.move(theta, torch.tensor([5.0, -0.02]), [torch.zeros(2) for _ in range(adam.slots())], step=1)
+    >>> theta  # the first step has length lr, whatever the gradient
+    tensor([0.9000, 1.1000])
     """
 
     lr: float = 1e-3
@@ -110,7 +115,15 @@ class Adam:
 
 @runtime_checkable
 class Batches(Protocol):
-    """How the rows of an epoch become batches."""
+    """How the rows of an epoch become batches.
+
+    >>> weights = np.array([1.0, 1.0, 0.0, 1.0])  # row 2 is left out
+    >>> for batches in (Shuffled(2), Placed(2)):
+    ...     rows, divisors = batches.epoch(weights, np.random.default_rng(0))
+    ...     print(rows.tolist(), divisors)
+    [[0, 1], [3, -1]] [2. 1.]
+    [[2, 0], [1, 3]] [2. 2.]
+    """
 
     @property
     def batch_size(self) -> int:

@@ -49,6 +49,16 @@ class Retrain(Protocol):
 
     Buffers that training changes, such as BatchNorm's running statistics, come with a state dict or a module. Before it
     is called, the random states of torch, NumPy and Python are set to the seed; afterwards they are what they were.
+
+    >>> import upweight as uw
+    >>> from sklearn.linear_model import LinearRegression
+    >>> X, y = np.arange(5.0)[:, None], np.array([0.0, 1, 1, 3, 9])
+    >>> def train(weights, seed=0):
+    ...     model = LinearRegression().fit(X, y, weights)
+    ...     return np.append(model.coef_, model.intercept_)  # θ as one flat vector
+    >>> influence = uw.explain(LinearRegression().fit(X, y), X, y)
+    >>> isinstance(train, uw.Retrain), uw.leave_one_out(influence, ([[5.0]], [8.0]), [0, 4], train).actual.round(2)
+    (True, array([[ 3.36, 12.32]]))
     """
 
     def __call__(self, weights: Float[NDArray[np.float64], " n"], seed: int = 0) -> Any:
@@ -58,7 +68,16 @@ class Retrain(Protocol):
 
 @runtime_checkable
 class RetrainMany(Retrain, Protocol):
-    """A training procedure that can train several models at once, which is faster for small ones."""
+    """A training procedure that can train several models at once, which is faster for small ones.
+
+    >>> import upweight as uw
+    >>> X, y = torch.arange(6.0)[:, None], torch.tensor([0, 0, 1, 0, 1, 1])
+    >>> training = uw.StackedTraining(uw.minibatch.SGD(lr=0.1), uw.minibatch.Placed(2), epochs=1)
+    >>> criterion = {"loss": torch.nn.functional.cross_entropy, "penalty": 0.1}
+    >>> bound = training.bind(uw.explain(torch.nn.Linear(1, 2), X, y, **criterion))
+    >>> isinstance(bound, uw.RetrainMany), len(bound.many(np.ones((3, 6)), seeds=[0, 1, 2]))
+    (True, 3)
+    """
 
     @property
     def together(self) -> int:
@@ -80,6 +99,15 @@ class Newton:
     Args:
         rtol: ‖∇R_m‖ to reach, relative to the root mean square of ‖wᵢ∇Lᵢ‖/n.
         max_steps: steps after which NotConverged is raised.
+
+    >>> import upweight as uw
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> X, y = np.arange(6.0)[:, None], np.array([0, 0, 1, 0, 1, 1])
+    >>> influence = uw.explain(LogisticRegression(tol=1e-8).fit(X, y), X, y)
+    >>> without_the_first = uw.Newton().bind(influence)(np.array([0.0, 1, 1, 1, 1, 1]))
+    >>> again = LogisticRegression(tol=1e-8).fit(X[1:], y[1:])
+    >>> round(float(without_the_first[0]), 4), round(float(again.coef_[0, 0]), 4)
+    (0.633, 0.633)
     """
 
     rtol: float = 1e-8
@@ -246,6 +274,13 @@ class Refit:
 
     The transformers of a Pipeline, class weights and what cross-validation chose stay as they are; the penalty follows
     `penalty_per_example`. A random_state of None becomes the seed.
+
+    >>> import upweight as uw
+    >>> from sklearn.linear_model import LinearRegression
+    >>> X, y = np.arange(5.0)[:, None], np.array([0.0, 1, 1, 3, 9])
+    >>> influence = uw.explain(LinearRegression().fit(X, y), X, y)
+    >>> uw.leave_one_out(influence, ([[5.0]], [8.0]), [0, 4], uw.Refit()).actual.round(2)
+    array([[ 3.36, 12.32]])
     """
 
     def bind(self, influence: Influence) -> BoundRefit:

@@ -79,6 +79,11 @@ def wrong_labels(curves: Mapping[str, MislabelCurve], ax: Axes | None = None, *,
         curves: by name.
         ax: where to draw; None makes a new figure.
         until: the last share of rows that is shown.
+
+    >>> import upweight as uw
+    >>> ax = wrong_labels({"self-influence": uw.mislabel_auc([0.9, 0.1, 0.8, 0.3], [0, 2])})
+    >>> ax.get_legend_handles_labels()[1]
+    ['self-influence (AUC 1.00)']
     """
     lines = {
         f"{name} (AUC {curve.auc:.2f})": (np.arange(1, len(curve.found) + 1) / len(curve.found), curve.found)
@@ -95,6 +100,15 @@ def removals(curve: RemovalCurve, ax: Axes | None = None) -> Axes:
     Args:
         curve: what `removal_curve` returns; lines carry the standard errors over queries.
         ax: where to draw; None makes a new figure.
+
+    >>> import upweight as uw
+    >>> from sklearn.linear_model import Ridge
+    >>> X, y = np.arange(8.0)[:, None], np.arange(8.0) ** 1.5
+    >>> influence = uw.explain(Ridge().fit(X, y), X, y)
+    >>> curve = uw.removal_curve(influence, influence.on_loss([[9.0]], [27.0]), ([[9.0]], [27.0]), counts=(1, 3))
+    >>> ax = removals(curve)
+    >>> ax.get_legend_handles_labels()[1]
+    ['scores', 'random']
     """
     ax = new_axes(5.4, 4.2) if ax is None else ax
     for place, name in enumerate(curve.changes):
