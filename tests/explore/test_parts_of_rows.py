@@ -124,6 +124,18 @@ def test_rows_of_an_estimator_whose_cards_are_pictures_have_pixels(tmp_path):
     assert {one.kind for one in packed_in(run).values()} == {PIXELS}
 
 
+def test_a_pixel_that_does_not_matter_keeps_its_shade(tmp_path):
+    draw = np.random.default_rng(0)
+    X = np.column_stack([draw.normal(size=(COUNT, 2)), np.zeros((COUNT, 2))])  # two pixels are always blank
+    y = np.where(X[:, 0] > 0, "yes", "no")
+    influence = uw.explain(LogisticRegression(tol=1e-10).fit(X, y), X, y)
+    looks = np.array([[255, 255], [255, 0]], np.uint8)
+    run = uw.write_run(influence, tmp_path / "run", X[:1], y[:1], card=lambda _: looks, parts=1)
+    query, row = next(iter(packed_in(run)))
+    picture = np.asarray(Image.open(_written(tmp_path / "a.png", overlay(Explorer.open(run.path), query, row))))
+    assert picture[1].tolist() == [[255] * 3, [128] * 3]  # white, and black paler
+
+
 def test_what_is_kept_is_bounded():
     draw = np.random.default_rng(0)
     many = draw.normal(size=10_000)
@@ -194,7 +206,7 @@ def test_token_sequences_have_cards_of_their_tokens(tokens, tmp_path):
     card = next(one for one in why(explorer, Asked({"query": 0}, {}))["helpful"] if one["id"] == 0)["card"]
     assert card["kind"] == "tokens"
     assert [part["text"].strip() for part in card["parts"] if part["both"]] == ["anna", "lives", "in"]
-    assert card["only_in_query"] == ["oslo"]
+    assert card["only_beside"] == ["oslo"]
 
 
 def test_tokens_are_those_of_by_token(tokens):
