@@ -326,6 +326,20 @@ def test_an_index_that_is_a_link_is_not_followed(folder, tmp_path):
         Explorer.open(folder)
 
 
+@pytest.mark.parametrize("name", ["items-000000.safetensors", "queries.safetensors", "scores.safetensors", "new.txt"])
+def test_a_file_of_the_run_that_is_a_link_is_not_followed(folder, tmp_path, name):
+    elsewhere = tmp_path / "secret"
+    elsewhere.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"secret")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(InvalidInput, match="leads out of"):
+        Explorer.open(folder)
+    (folder / name).unlink()
+    (folder / "copy").write_bytes(elsewhere.read_bytes())
+    (folder / name).symlink_to("copy")  # within the folder
+    assert Explorer.open(folder).n == 500
+
+
 def test_a_picture_is_as_large_as_its_bytes_say(folder):
     """A card that claims a gigantic shape over few bytes is an error; nothing is ever decompressed."""
     from upweight.runs.files import read_tensors, write_tensors

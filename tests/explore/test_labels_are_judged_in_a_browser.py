@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from window import CHROMIUM, chromium, served, until, window
+from window import CHROMIUM, axe, chromium, now, saved, served, until, window
 
 import upweight as uw
 from upweight.explore.labels import labels_of
@@ -54,35 +54,11 @@ def made(tmp_path_factory):
         yield path, link, browser
 
 
-def now(page):
-    """The row on the page, and its label."""
-    page.wait_for_selector(".judge:not([hidden])")
-    return page.evaluate(
-        "(({ row, label }) => [Number(row), label])(document.querySelector('.judge:not([hidden])').dataset)"
-    )
-
-
 def judge(page):
     """Say by key what is true of the row at hand."""
     row, label = now(page)
     page.keyboard.press("k" if str(TRUTH[row]) == label else str(TRUTH[row]))
     return row
-
-
-def saved(page, text="Saved."):
-    until(page, f"document.querySelector('#told').textContent.includes({json.dumps(text)})")
-
-
-def axe(page):
-    """Serious findings of axe-core."""
-    from axe_playwright_python.sync_playwright import Axe
-
-    found = Axe().run(page).response["violations"]
-    return [
-        (one["id"], [node["html"] for node in one["nodes"]][:3])
-        for one in found
-        if one["impact"] in {"serious", "critical"}
-    ]
 
 
 def test_a_session_by_keyboard_alone(made, tmp_path, monkeypatch):

@@ -81,6 +81,9 @@ def test_why_of_one_label(client, run):
     values = run.scores.values[7, rows]
     assert [row["id"] for row in told["helpful"]] == rows[np.argsort(-values, kind="stable")[:5]].tolist()
     assert told["rows"] == len(rows)
+    np.testing.assert_allclose(told["total"], values.sum(), rtol=1e-9)
+    assert sum(told["histogram"]["counts"]) == len(rows)
+    assert f"All {len(rows)} rows with label 3" in client.get("/queries/7?label=3").text
 
 
 def test_a_row_tells_whom_it_helps_and_harms(client, run):
@@ -171,9 +174,35 @@ def test_columns_are_told_beside_the_querys(columns):
     for line in told["card"]["lines"]:
         if line["name"] == "beds":
             np.testing.assert_allclose(line["apart"], (told["id"] % 4 - 1) / spread)
-            assert line["query"] == 1
+            assert line["beside"] == 1
     apart = [abs(line["apart"] or 0) for line in told["card"]["lines"]]
     assert apart == sorted(apart, reverse=True)
+
+
+def test_the_queries_of_a_row_are_told_beside_the_row(columns):
+    client = browser(columns)
+    told = twin(client, "/rows/5")["helps"][0]
+    assert told["card"]["beside_is"] == "row"
+    for line in told["card"]["lines"]:
+        if line["name"] == "beds":
+            assert (line["value"], line["beside"]) == (told["id"] % 4, 5 % 4)
+    page = client.get("/rows/5").text
+    assert '<th scope="col">query</th><th scope="col">this row</th>' in page
+    assert '<th scope="col">row</th><th scope="col">query</th>' in client.get("/queries/1").text
+
+
+def test_words_of_the_other_text_are_said_to_be_its(tmp_path):
+    uw.write_run(
+        influence(),
+        tmp_path / "run",
+        *queries(),
+        card=lambda row: f"row{row} both",
+        query_card=lambda q: f"query{q} both",
+    )
+    client = browser(tmp_path / "run")
+    assert "Only in this row: row5" in client.get("/rows/5").text
+    assert "Only in the query: query1" in client.get("/queries/1").text
+    assert "Only in the query" not in client.get("/rows/5").text
 
 
 def test_trust_shows_what_was_kept(folder):

@@ -24,6 +24,7 @@ from upweight.explore.explorer import Explorer
 from upweight.explore.page import Asked
 from upweight.explore.pages.why import why
 from upweight.explore.parted import overlay
+from upweight.show import folds
 from upweight.show.parts import COLUMNS, PIXELS, TOKENS, WORDS, of_columns, of_pixels, packed_in, parts, unpacked
 
 COUNT = 60
@@ -123,6 +124,18 @@ def test_rows_of_an_estimator_whose_cards_are_pictures_have_pixels(tmp_path):
     assert {one.kind for one in packed_in(run).values()} == {PIXELS}
 
 
+def test_a_pixel_that_does_not_matter_keeps_its_shade(tmp_path):
+    draw = np.random.default_rng(0)
+    X = np.column_stack([draw.normal(size=(COUNT, 2)), np.zeros((COUNT, 2))])  # two pixels are always blank
+    y = np.where(X[:, 0] > 0, "yes", "no")
+    influence = uw.explain(LogisticRegression(tol=1e-10).fit(X, y), X, y)
+    looks = np.array([[255, 255], [255, 0]], np.uint8)
+    run = uw.write_run(influence, tmp_path / "run", X[:1], y[:1], card=lambda _: looks, parts=1)
+    query, row = next(iter(packed_in(run)))
+    picture = np.asarray(Image.open(_written(tmp_path / "a.png", overlay(Explorer.open(run.path), query, row))))
+    assert picture[1].tolist() == [[255] * 3, [128] * 3]  # white, and black paler
+
+
 def test_what_is_kept_is_bounded():
     draw = np.random.default_rng(0)
     many = draw.normal(size=10_000)
@@ -193,7 +206,7 @@ def test_token_sequences_have_cards_of_their_tokens(tokens, tmp_path):
     card = next(one for one in why(explorer, Asked({"query": 0}, {}))["helpful"] if one["id"] == 0)["card"]
     assert card["kind"] == "tokens"
     assert [part["text"].strip() for part in card["parts"] if part["both"]] == ["anna", "lives", "in"]
-    assert card["only_in_query"] == ["oslo"]
+    assert card["only_beside"] == ["oslo"]
 
 
 def test_tokens_are_those_of_by_token(tokens):
@@ -263,6 +276,79 @@ def test_labels_out_of_fold_are_those_of_models_that_were_trained_without_the_ro
     assert uw.write_run(influence, tmp_path / "run", X[:2], y[:2]).rows.out_of_fold is None
 
 
+def test_models_of_folds_are_trained_once(tmp_path, monkeypatch):
+    influence, X, y = _table()
+    trained = []
+    real = folds.retrained
+    monkeypatch.setattr(folds, "retrained", lambda *of, **told: trained.append(1) or real(*of, **told))
+    first = uw.write_run(influence, tmp_path / "run", X[:2], y[:2], out_of_fold=3).rows.out_of_fold
+    assert len(trained) == 3
+    again = uw.write_run(influence, tmp_path / "run", X[:2], y[:2], out_of_fold=3).rows.out_of_fold
+    assert len(trained) == 3
+    assert again.tolist() == first.tolist()
+    assert uw.write_run(influence, tmp_path / "run", X[:2], y[:2]).rows.out_of_fold is None
+    back = uw.write_run(influence, tmp_path / "run", X[:2], y[:2], out_of_fold=3).rows.out_of_fold
+    assert (len(trained), back.tolist()) == (3, first.tolist())
+    uw.write_run(influence, tmp_path / "run", X[:2], y[:2], out_of_fold=4)
+    assert len(trained) == 7
+
+
+def test_a_class_of_one_row_is_refused_by_its_name_and_number(tmp_path):
+    X, y = _three_classes()
+    y[7] = "=owl"
+    influence = uw.explain(LogisticRegression().fit(X, y), X, y)
+    with pytest.raises(InvalidInput, match=r"Class '=owl' has one row, number 7: of the 4 models of out_of_fold=4"):
+        uw.write_run(influence, tmp_path / "run", X[:2], y[:2], out_of_fold=4)
+    assert not (tmp_path / "run").exists()
+    y[9] = "=owl"  # two rows lie in two folds
+    influence = uw.explain(LogisticRegression().fit(X, y), X, y)
+    run = uw.write_run(influence, tmp_path / "run", X[:2], y[:2], out_of_fold=4)
+    assert set(run.rows.out_of_fold) <= set(y)
+
+
+def test_rows_without_weight_do_not_stand_for_their_class(tmp_path):
+    X, y = _three_classes()
+    y[5:9] = "=owl"
+    weights = np.ones(len(y))
+    weights[5:7] = 0
+    influence = uw.explain(LogisticRegression().fit(X, y, weights), X, y, sample_weight=weights)
+    for seed in range(12):
+        dealt = folds.asked(influence, 3, seed=seed)
+        assert dealt.of[7] != dealt.of[8]
+        for label in ("a", "b"):
+            assert np.ptp(np.bincount(dealt.of[y == label], minlength=3)) <= 1
+
+
+def _three_classes():
+    draw = np.random.default_rng(5)
+    X = draw.normal(size=(40, 3))
+    return X, np.where(X[:, 0] > 0, "a", "b").astype("<U4")
+
+
+def test_parts_that_nobody_asks_for_any_more_leave(tmp_path):
+    influence, X, y = _table()
+    assert packed_in(uw.write_run(influence, tmp_path / "run", X[:2], y[:2], parts=1))
+    run = uw.write_run(influence, tmp_path / "run", X[:2], y[:2])
+    assert packed_in(run) == {}
+    assert "what matters" not in browser(run.path).get("/queries/0").text
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, True, "4", None])
+def test_parts_that_are_no_count_are_refused_before_the_work(tmp_path, count):
+    influence, X, y = _table()
+    with pytest.raises(InvalidInput, match=r"parts=.*It must be a whole number ≥ 0; 4 keeps those of 4 rows"):
+        uw.write_run(influence, tmp_path / "run", X[:2], y[:2], parts=count)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_card_that_is_none_is_refused_before_the_work(tmp_path):
+    influence, X, y = _table()
+    for cards in ({"card": lambda _: 3}, {"query_card": lambda _: np.zeros((2, 2))}):
+        with pytest.raises(InvalidInput, match=r"card\(0\) is a "):
+            uw.write_run(influence, tmp_path / "run", X[:2], y[:2], **cards)
+    assert not (tmp_path / "run").exists()
+
+
 def test_labels_out_of_fold_may_be_given(tmp_path):
     influence, X, y = _table()
     draw = np.random.default_rng(1)
@@ -318,5 +404,3 @@ def test_rows_of_parts_and_measurements_have_neither(tmp_path):
     influence = uw.explain(Ridge().fit(X, X[:, 0]), X, X[:, 0])
     with pytest.raises(InvalidInput, match="are no classes"):
         uw.write_run(influence, tmp_path / "run", X[:2], X[:2, 0], out_of_fold=5)
-    with pytest.raises(InvalidInput, match="parts"):
-        uw.write_run(influence, tmp_path / "run", X[:2], X[:2, 0], parts=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -66,3 +67,33 @@ def until(page, script: str, seconds: float = 10.0):
     while not page.evaluate(script):
         assert time.monotonic() < end, script
         page.wait_for_timeout(20)
+
+
+def now(page):
+    """The row on the page of the review, and its label."""
+    page.wait_for_selector(".judge:not([hidden])")
+    return page.evaluate(
+        "(({ row, label }) => [Number(row), label])(document.querySelector('.judge:not([hidden])').dataset)"
+    )
+
+
+def saved(page, text="Saved."):
+    """Waits until the page has said that a verdict is kept."""
+    until(page, f"document.querySelector('#told').textContent.includes({json.dumps(text)})")
+
+
+def judged(action: str) -> str:
+    """The key of an action."""
+    return {"keep": "k", "relabel": "r", "drop": "d", "skip": "s", "undo": "u"}[action]
+
+
+def axe(page):
+    """Serious findings of axe-core."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response["violations"]
+    return [
+        (one["id"], [node["html"] for node in one["nodes"]][:3])
+        for one in found
+        if one["impact"] in {"serious", "critical"}
+    ]

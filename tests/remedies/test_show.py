@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Lasso, LogisticRegression
-from sklearn.model_selection import cross_val_predict
+from sklearn.model_selection import KFold, cross_val_predict
 
 import upweight as uw
 from refusals import refused
@@ -195,6 +195,22 @@ def test_what_is_said_out_of_fold_is_a_label_probabilities_or_folds(tmp_path):
     with refused(" are no classes, so nothing is said out of fold", "Leave out_of_fold out"):
         uw.write_run(ridge(), tmp_path / "ridge", XQ, ZQ, out_of_fold=5)
     assert whole(tmp_path / "ridge")
+
+
+def test_a_class_of_one_row_is_merged_or_said_by_the_user(tmp_path):
+    draw = np.random.default_rng(0)
+    X = draw.normal(size=(40, 3))
+    y = np.where(X[:, 0] > 0, "cat", "dog").astype("<U5")
+    y[3] = "hound"
+    model = LogisticRegression().fit(X, y)
+    influence = uw.explain(model, X, y)
+    with refused(" has one row, number ", "correct it, or merge the class with another, and fit again; or pass "):
+        uw.write_run(influence, tmp_path / "run", X[:2], y[:2], out_of_fold=5)
+    said = cross_val_predict(model, X, y, cv=KFold(5, shuffle=True))
+    assert (uw.write_run(influence, tmp_path / "run", X[:2], y[:2], out_of_fold=said).rows.out_of_fold == said).all()
+    y[3] = "dog"
+    merged = uw.explain(LogisticRegression().fit(X, y), X, y)
+    assert len(uw.write_run(merged, tmp_path / "merged", X[:2], y[:2], out_of_fold=5).rows.out_of_fold) == 40
 
 
 def test_parts_are_left_out_where_there_are_none(tmp_path):

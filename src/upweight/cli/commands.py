@@ -10,7 +10,7 @@ line, shows the traceback of an error.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from upweight.cli import app_commands, folders, review_commands  # noqa: F401 their commands join the application
 from upweight.cli.console import (
@@ -39,20 +39,42 @@ if TYPE_CHECKING:  # nothing here may import torch before a command runs
 
 
 @command
-def demo(out: Path = Path("upweight-demo"), rows: int = 40, explore: Switch = False, json: Json = False) -> int:
+def demo(
+    out: Path = Path("upweight-demo"),
+    rows: int = 40,
+    explore: Switch = False,
+    data: Literal["digits", "mnist", "enron1", "hospital"] = "digits",
+    json: Json = False,
+) -> int:
     """Explain a misclassified digit, retrain to check, and write an HTML report (scikit-learn's digits; no network).
 
     Args:
         out: folder for the report, or the run.
         rows: how many of the most influential rows are really removed.
         explore: make a run of all test digits instead, and open it in the explorer, as `upweight explore` does.
+        data: what the explorer shows: those digits, pictures of MNIST, e-mails of Enron1, or stays in hospital
+            (Diabetes-130). The last three are downloaded once, or read from the folder in UPWEIGHT_DATA.
         json: print numbers as JSON.
+
+    Raises:
+        InvalidInput: if other data than the digits are asked for without the explorer.
     """
     from upweight.cli import demo as story
 
     check_file(out / "index.html", "--out")
     if explore:
-        return opened(story.write_run(out / "run", rows))
+        _require_pages()
+        from upweight.cli.studies import STUDIES
+
+        return opened(story.write_run(STUDIES[data](), out / ("run" if data == "digits" else data), rows))
+    if data != "digits":
+        from upweight.errors import InvalidInput
+
+        message = (
+            f"--data {data}, and the report of the demo is of the digits alone. Add --explore: it makes a run of "
+            f"{data}, and opens it."
+        )
+        raise InvalidInput(message)
     found = story.run(rows)
     page = story.write_html(found, out)
     show(
@@ -345,10 +367,7 @@ def opened(
     run: Path, compare: Path | None = None, *, port: int = 0, host: str = "127.0.0.1", beyond: bool = False
 ) -> int:
     """Serve the explorer of a run until Ctrl-C."""
-    from upweight.errors import require
-
-    for module in ("starlette", "uvicorn", "jinja2"):
-        require(module, "explore")
+    _require_pages()
     from upweight.explore import server
     from upweight.explore.comparing import together
 
@@ -359,6 +378,14 @@ def opened(
         lambda link: print(f"The explorer of {run}, until Ctrl-C:\n\n  {link}\n", flush=True),
     )
     return 0
+
+
+def _require_pages() -> None:
+    """Raises where the explorer cannot be served, before the work for it."""
+    from upweight.errors import require
+
+    for module in ("starlette", "uvicorn", "jinja2"):
+        require(module, "explore")
 
 
 def run(words: list[str]) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from upweight.adapters import explain
+from upweight.cli.study import Study
 from upweight.errors import InvalidInput, checked_count, require
 from upweight.evaluation.leave_one_out import Agreement, Outcomes, agreement, leave_one_out
 from upweight.influence.checks import Report
@@ -155,25 +156,15 @@ def _fitted() -> tuple[Any, Any]:
     return bunch, model.fit(bunch.data[:_TRAIN] / 16, bunch.target[:_TRAIN])
 
 
-def write_run(folder: Path, rows: int = 40) -> Path:
-    """A run of all test digits in `folder`, with the rows that move any of them most really left out; its path.
+def write_run(study: Study, folder: Path, rows: int = 40) -> Path:
+    """A run of a study in `folder`, with the rows that move any of its queries most really left out; its path.
 
     A run that is there already is gone on with.
     """
-    bunch, model = _fitted()
-    X, y = bunch.data / 16, bunch.target
-    pictures = (255 - bunch.images * (255 / 16)).astype(np.uint8)
-    influence, on = explain(model, X[:_TRAIN], y[:_TRAIN]), (X[_TRAIN:], y[_TRAIN:])
-    found = items.write_run(
-        influence,
-        folder,
-        *on,
-        card=lambda row: pictures[row],
-        query_card=lambda query: pictures[_TRAIN + query],
-        parts=4,
-    )
+    influence, on = study.influence, study.queries
+    found = items.write_run(influence, folder, *on, card=study.card, query_card=study.query_card, parts=4)
     if evidence(found).removals is None:
-        strongest = np.argsort(-np.abs(found.scores.values).max(0), kind="stable")[: min(rows, _TRAIN)]
+        strongest = np.argsort(-np.abs(found.scores.values).max(0), kind="stable")[: min(rows, influence.n)]
         keep_evidence(found, leave_one_out(influence, on, strongest), influence.damping_path(*on))
     return folder
 

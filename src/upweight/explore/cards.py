@@ -23,7 +23,13 @@ _PIECES = re.compile(r"\w+|\W+")
 
 
 def shown(
-    explorer: Explorer, side: Side, items: Sequence[Mapping[str, Any]], beside: Card = None, *, whole: bool = False
+    explorer: Explorer,
+    side: Side,
+    items: Sequence[Mapping[str, Any]],
+    beside: Card = None,
+    *,
+    beside_is: str = "query",
+    whole: bool = False,
 ) -> list[dict[str, Any]]:
     """Items with their cards, as templates and twins tell them.
 
@@ -31,7 +37,8 @@ def shown(
         explorer: of the run.
         side: of the items.
         items: as `Explorer.items` gives them.
-        beside: the card of the query that they are compared with.
+        beside: the card that they are compared with.
+        beside_is: whose card that is: "query" or "row".
         whole: whether texts and columns are told to their end.
     """
     cards = explorer.cards(side, [item["id"] for item in items])
@@ -41,6 +48,7 @@ def shown(
         told = {name: value for name, value in item.items() if name != "twin"}
         told["address"] = f"/{side}/{item['id']}"
         told["card"] = _card(cards.get(item["id"]), told["address"], beside, spreads, whole)
+        told["card"] |= {"beside_is": beside_is} if told["card"].get("compared") else {}
         cut = told["card"]["kind"] == "text" and told["card"].get("characters", 0) >= LONGEST
         if cut:  # when the index was made
             size = explorer.ask(f"select size from {side}_card where id = ?", [item["id"]])
@@ -63,7 +71,7 @@ def _card(card: Card, address: str, beside: Card, spreads: Mapping[str, float | 
 
 
 def _text(text: str, beside: str | None, whole: bool) -> dict[str, Any]:
-    """A text in parts, of which those are marked whose words the query has too; and words that only the query has."""
+    """A text in parts, of which those are marked whose words the other has too; and words that only the other has."""
     most = WHOLE if whole else EXCERPT
     told = text[:most]
     known = set() if beside is None else {word.lower() for word in re.findall(r"\w+", beside[:WHOLE])}
@@ -81,11 +89,12 @@ def _text(text: str, beside: str | None, whole: bool) -> dict[str, Any]:
         if beside is None
         else list(dict.fromkeys(w for w in re.findall(r"\w+", beside[:WHOLE]) if w.lower() not in own))
     )
-    return {"parts": parts, "cut": len(text) > most, "characters": len(text), "only_in_query": missing[:12]}
+    told = {"parts": parts, "cut": len(text) > most, "characters": len(text), "compared": beside is not None}
+    return {**told, "only_beside": missing[:12]}
 
 
 def _tokens(tokens: list[str], beside: list[str] | None, whole: bool) -> dict[str, Any]:
-    """Tokens in parts, of which those are marked that the query has too; and tokens that only the query has."""
+    """Tokens in parts, of which those are marked that the other has too; and tokens that only the other has."""
     most = WHOLE_TOKENS if whole else FEW_TOKENS
     spaced = any(token[:1].isspace() for token in tokens)
     known = set() if beside is None else {token.strip() for token in beside}
@@ -99,7 +108,8 @@ def _tokens(tokens: list[str], beside: list[str] | None, whole: bool) -> dict[st
     own = {token.strip() for token in tokens}
     missing = [] if beside is None else dict.fromkeys(one.strip() for one in beside if _has_word(one))
     only = [token for token in missing if token not in own]
-    return {"parts": parts, "cut": len(tokens) > most, "characters": len(tokens), "only_in_query": only[:12]}
+    told = {"parts": parts, "cut": len(tokens) > most, "characters": len(tokens), "compared": beside is not None}
+    return {**told, "only_beside": only[:12]}
 
 
 def _has_word(token: str) -> bool:
@@ -109,12 +119,12 @@ def _has_word(token: str) -> bool:
 def _columns(
     card: Mapping[str, Any], beside: Mapping[str, Any] | None, spreads: Mapping[str, float | None], whole: bool
 ) -> dict[str, Any]:
-    """Columns with the query's values beside them, those first that differ most, in standard deviations of the rows."""
+    """Columns with the other's values beside them, those first that differ most, in standard deviations of the rows."""
     lines = []
     for name, value in list(card.items())[:MANY]:
         line: dict[str, Any] = {"name": name, "value": value}
         if beside is not None:
-            line |= {"query": beside.get(name), "apart": _apart(value, beside.get(name), spreads.get(name))}
+            line |= {"beside": beside.get(name), "apart": _apart(value, beside.get(name), spreads.get(name))}
         lines.append(line)
     if beside is not None:
         lines.sort(key=lambda line: -abs(line.get("apart") or 0.0))
@@ -122,11 +132,11 @@ def _columns(
     return {"lines": lines[:most], "rest": lines[most:], "compared": beside is not None}
 
 
-def _apart(value: Any, query: Any, spread: float | None) -> float | None:
-    """How far a value is from the query's, in standard deviations; 1 or 0 of texts, None where there is no telling."""
-    if _is_number(value) and _is_number(query):
-        return (value - query) / spread if spread else (0.0 if value == query else None)
-    return None if value is None or query is None else float(value != query)
+def _apart(value: Any, other: Any, spread: float | None) -> float | None:
+    """How far a value is from another, in standard deviations; 1 or 0 of texts, None where there is no telling."""
+    if _is_number(value) and _is_number(other):
+        return (value - other) / spread if spread else (0.0 if value == other else None)
+    return None if value is None or other is None else float(value != other)
 
 
 def distance(one: Card, other: Card, spreads: Mapping[str, float | None]) -> float | None:

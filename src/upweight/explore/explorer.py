@@ -88,8 +88,16 @@ class Explorer:
 
     @classmethod
     def open(cls, path: Path, other: Explorer | None = None, *, progress: bool | None = None) -> Explorer:
-        """The explorer of a run folder, whose index is made if there is none; `comparing.together` opens two."""
+        """The explorer of a run folder, whose index is made if there is none; `comparing.together` opens two.
+
+        Raises:
+            InvalidInput: if a file of the run leads out of its folder, or as `index.ensure`.
+            PathNotFound, Damaged, StorageFailed: as `Run.open` and `index.ensure`.
+        """
         run = Run.open(path)
+        with os.scandir(run.path) as entries:
+            for link in sorted(entry.name for entry in entries if entry.is_symlink()):
+                inside(run.path, run.path / link)
         return cls(run, index.ensure(run, progress=progress), other)
 
     def prepare(self) -> None:
@@ -263,7 +271,7 @@ def inside(folder: Path, path: Path) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         message = (
             f"{path} leads out of {folder}, to {path.resolve()}. The explorer reads the run's folder only. Delete the "
-            "link; the index is made again."
+            f"link: the index, {index.FOLDER}/, is made again; any other file is to lie in the folder itself."
         )
         raise InvalidInput(message)
     return path

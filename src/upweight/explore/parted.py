@@ -83,7 +83,7 @@ def overlay(explorer: Explorer, query: int, row: int) -> bytes | None:
     if isinstance(card, np.ndarray):
         grey = card.astype(np.float64) if card.ndim == 2 else card.astype(np.float64).mean(2)
         lines, columns = (np.arange(size) * other // size for size, other in zip(values.shape, grey.shape, strict=True))
-        below = 128 + grey[np.ix_(lines, columns)] / 2
+        below = 127.5 + grey[np.ix_(lines, columns)] / 2
     largest = float(np.abs(values).max()) or 1.0
     strength = (np.abs(values) / largest)[..., None] ** 0.7
     colour = np.where(values[..., None] > 0, _BLUE, _ORANGE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from upweight.data import records
 from upweight.data.examples import Examples
-from upweight.errors import InvalidInput
+from upweight.errors import InvalidInput, checked_count
 from upweight.influence import kept, tokens
 from upweight.influence.face import Influence
 from upweight.model import per_row
@@ -23,13 +23,14 @@ from upweight.runs import ranks
 from upweight.runs.identity import digest
 from upweight.runs.progress import bar
 from upweight.runs.stopping import stop_here
-from upweight.runs.store import Store
+from upweight.runs.store import SUFFIX, Store
 from upweight.show import folds, token_cards
 from upweight.show.parts import PARTS, arrays_of
 from upweight.show.run import COLUMNS, ITEMS, NOTHING, PICTURE, QUERIES, TEXT, TOKENS, Card, Run
 from upweight.show.taking_apart import taken_apart
-from upweight.training.predictions import predict, query_labels, training_labels
+from upweight.training.predictions import classes, predict, query_labels, training_labels
 
+FOLDS = "folds"
 _WIDEST = 64  # columns that are told without being asked for
 _PIXELS = 96  # of a picture's side
 Cards = Callable[[int], Card]
@@ -90,10 +91,14 @@ def write_run(
     (['no', 'no', 'yes', 'yes'], ['no'], (1, 4))
     """
     queries, decode = influence.queries((Xq, yq)), tokens.decoder(tokenizer)
-    labels = folds.labels_of(influence, out_of_fold)
+    count = checked_count(parts, "parts", least=0, hint="4 keeps those of 4 rows of either kind, and 0 keeps none")
+    said = folds.asked(influence, out_of_fold)
+    for cards in (card, query_card):
+        if cards is not None:  # before hours of work
+            _bytes(cards(0), 0)
     influence.on_loss(queries, store=folder)
-    made = _Made(influence, decode, card, query_card, self_influence, labels, (_told(tokenizer), parts))
-    _keep_items(made, Path(folder), queries)
+    made = _Made(influence, decode, card, query_card, self_influence, None, (_told(tokenizer), count))
+    _keep_items(made, Path(folder), queries, said)
     return Run.open(folder)
 
 
@@ -133,7 +138,7 @@ def _told(tokenizer: Any) -> str:
     return f"{type(tokenizer).__name__} {getattr(tokenizer, 'name_or_path', '')} {size}"
 
 
-def _keep_items(made: _Made, folder: Path, queries: Examples) -> None:
+def _keep_items(made: _Made, folder: Path, queries: Examples, said: NDArray[Any] | folds.Folds | None) -> None:
     """Keep what the training rows and the queries are, beside their scores; files that are there are left.
 
     Raises:
@@ -143,6 +148,7 @@ def _keep_items(made: _Made, folder: Path, queries: Examples) -> None:
     n, total = system.n, -(-system.n // ITEMS)
     with kept.opened(system, queries, system.objective.name, folder) as store, bar(total, "items", None) as done:
         assert store is not None  # a folder is named
+        made = replace(made, out_of_fold=_trained(influence, store, said) if isinstance(said, folds.Folds) else said)
         _keep(made, store, QUERIES, queries, np.arange(len(queries)), None)
         labels = training_labels(influence)
         for number, start in enumerate(range(0, n, ITEMS)):
@@ -153,12 +159,30 @@ def _keep_items(made: _Made, folder: Path, queries: Examples) -> None:
         _keep_parts(made, store, folder, queries)
 
 
+def _trained(influence: Influence, store: Store, asked: folds.Folds) -> NDArray[Any]:
+    """(n,) what models say that were trained without a fold each; kept, so that they are trained once."""
+
+    def there() -> dict[str, NDArray[Any]] | None:
+        arrays, told = store.kept(FOLDS) if store.has(FOLDS) else ({}, {})
+        return arrays if told == asked.told else None
+
+    found = ranks.by_first("labels out of fold", there)
+    codes = asked.codes(influence) if found is None else found["codes"].astype(np.int64)
+    if found is None and ranks.first():
+        store.keep(FOLDS, {"codes": codes}, asked.told)
+    return np.asarray(classes(influence))[codes]
+
+
 def _keep_parts(made: _Made, store: Store, folder: Path, queries: Examples) -> None:
-    """Keep which parts of the rows that lead matter, unless that is there."""
+    """Keep which parts of the rows that lead matter, unless that is there; nothing, where nobody asks for it."""
     tokenizer, count = made.told
+    if not count:
+        if ranks.first():
+            (folder / f"{PARTS}{SUFFIX}").unlink(missing_ok=True)  # of an earlier call
+        return
     cards = "by default" if made.card is None else digest(made.card)  # a picture says that numbers are pixels
     told = {"parts": count, "tokenizer": tokenizer, "cards": cards}
-    if not count or ranks.first_finds(PARTS, lambda: store.has(PARTS) and store.kept(PARTS)[1] == told):
+    if ranks.first_finds(PARTS, lambda: store.has(PARTS) and store.kept(PARTS)[1] == told):
         return
     examples = made.influence.system.examples
 

@@ -24,7 +24,7 @@ def row(explorer: Explorer, asked: Asked) -> dict[str, Any]:
     values = explorer.column(number)
     sides = {}
     for name, queries in zip(("helps", "harms"), largest(values, K), strict=True):
-        told = shown(explorer, "queries", explorer.some("queries", queries.tolist()), card)
+        told = shown(explorer, "queries", explorer.some("queries", queries.tolist()), card, beside_is="row")
         sides[name] = [{**query, "value": float(values[query["id"]])} for query in told]
     known = values[np.isfinite(values)]
     return {
@@ -64,7 +64,7 @@ def twins(explorer: Explorer, found: dict[str, Any], card: Any) -> list[dict[str
         return []
     sql = f"select {', '.join(FIELDS)} from rows where twin = ? and id <> ? order by id limit {_TWINS}"
     lines = explorer.ask(sql, [found["twin"], found["id"]])
-    others = shown(explorer, "rows", [dict(zip(FIELDS, line, strict=True)) for line in lines], card)
+    others = shown(explorer, "rows", [dict(zip(FIELDS, line, strict=True)) for line in lines], card, beside_is="row")
     return [{**other, "same_label": other["label"] == found["label"]} for other in others]
 
 

@@ -28,6 +28,7 @@ def why(explorer: Explorer, asked: Asked) -> dict[str, Any]:
     line = explorer.line(number)
     chosen = None if label is None else np.flatnonzero(explorer.codes(0) == label)
     helpful, harmful = largest(line, k, chosen)
+    looked = line if chosen is None else line[chosen]
     sides = {}
     for name, rows in (("helpful", helpful), ("harmful", harmful)):
         found = shown(explorer, "rows", explorer.some("rows", rows.tolist()), card)
@@ -44,9 +45,9 @@ def why(explorer: Explorer, asked: Asked) -> dict[str, Any]:
         "determined": not bool(np.isnan(line).all()),
         **sides,
         "parts": next((row["parts"]["kind"] for rows in sides.values() for row in rows if row["parts"]), None),
-        "total": float(line.sum()),
-        "rows": explorer.n if chosen is None else len(chosen),
-        "histogram": spread(line if chosen is None else line[chosen]),
+        "total": float(looked.sum()),
+        "rows": len(looked),
+        "histogram": spread(looked),
         "classes": classes,
         "by_class": by_class(explorer, number),
         "distances": distances(explorer, card, line, np.concatenate([helpful, harmful])),
