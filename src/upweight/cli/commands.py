@@ -1,6 +1,6 @@
-"""The command line: `upweight demo | explore | check | plan | score | merge | run | resume | top | report | validate |
-doctor`, and the uses of the answers: `understand | mismatch | contrast | repair | attack`; and of what was reviewed in
-the explorer: `reviews | export | apply | prove`.
+"""The command line: `upweight demo | explore | check | plan | score | merge | index | run | resume | top | report |
+validate | doctor`, and the uses of the answers: `understand | mismatch | contrast | repair | attack`; and of what was
+reviewed in the explorer: `reviews | export | apply | prove`.
 
 A model of your own is named by `file.py:function` or `module:function`, a function that returns an upweight.Study.
 Results go to stdout; progress, and what the study prints while it is made, go to stderr. `--debug`, anywhere on the

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from upweight.cli.console import Folder, Json, OptionOfStudy, StudyName, app, command, load, show
 from upweight.cli.jobs import noted, words
-from upweight.cli.outputs import check_folder
+from upweight.cli.outputs import check_folder, named_part
 
 
 @command
@@ -36,6 +36,61 @@ def run(study: StudyName, store: Path, json: Json = False) -> int:
         show(
             {"store": str(store), "queries": queries, "rows": rows},
             f"{made.scores}\nKept in {store.resolve()}, with what {rows:,} rows and {queries:,} queries are",
+            json,
+        )
+    return 0
+
+
+@command
+def index(
+    study: StudyName,
+    store: Path,
+    error: float = 0.14,
+    bits: int = 4,
+    shard: str | None = None,
+    json: Json = False,
+) -> int:
+    """Keep the training gradients of the study in few bits, in a folder that answers new queries without model or data.
+
+    `Index.open` reads it. Started by torchrun, its processes share the rows. Needs a network, and Kronecker factors as
+    its curvature.
+
+    Args:
+        study: file.py:function that returns an upweight.Study.
+        store: the folder; the same command goes on where it was stopped.
+        error: of the values by the index, relative to their size, that is allowed.
+        bits: 4 or 8 for each number.
+        shard: i/n makes part i (from 0) of n of the rows only, for jobs that do not know of each other; all parts lie
+            in one folder, and the command without --shard makes them one index when they have ended, without a sweep.
+        json: print a summary as JSON.
+    """
+    check_folder(store, "--store")
+    part = None if shard is None else named_part(shard)
+    from upweight.runs import ranks
+
+    ranks.join()
+    influence = load(study).influence
+    if part is not None:
+        i, n = part
+        rows = influence.index_shard(store, i, n, error=error, bits=bits)
+        if ranks.first():
+            found = f"rows {rows[0]:,} to {rows[-1]:,} are" if rows else "no rows are left for it, and nothing is"
+            again = f"upweight index {study} --store {store} --error {error} --bits {bits}"
+            show(
+                {"store": str(store), "shard": i, "shards": n, "first_row": rows.start, "rows": len(rows)},
+                f"Part {i} of {n}: {found} in {store.resolve()}. When all {n} have ended: {again}",
+                json,
+            )
+        return 0
+    with noted(store, "index", study, {"error": error, "bits": bits, "store": store}):
+        made = influence.index(store, error=error, bits=bits)
+    if ranks.first():
+        from upweight.runs.machine import in_bytes
+
+        size = sum(file.stat().st_size for file in made.folder.glob("*.safetensors"))
+        show(
+            {"store": str(store), "rows": made.n, "coordinates": made.k, "bytes": size},
+            f"{made!r}\nKept in {store.resolve()}, {in_bytes(size)}: `upweight.Index.open` answers from it",
             json,
         )
     return 0

@@ -67,16 +67,26 @@ def checked_part(
             message = "Nothing says where the scores shall go. Add --out scores.safetensors."
             raise InvalidInput(message)
         return None
-    i, _, n = shard.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
-        message = f"--shard {shard} is no part. Write i/n with 0 ≤ i < n: --shard 0/4 is the first of four."
-        raise InvalidInput(message)
+    part = named_part(shard)
     if store is None or out is not None or top is not None:
         message = (
             f"--shard {shard} computes a part of the scores, which goes into a store and not into a file. Write "
             f"--store FOLDER --shard {shard} without --out or --top, and when all have ended: upweight merge FOLDER "
             "--out FILE."
         )
+        raise InvalidInput(message)
+    return part
+
+
+def named_part(shard: str) -> tuple[int, int]:
+    """(i, n) of `--shard i/n`.
+
+    Raises:
+        InvalidInput: if it is no such part.
+    """
+    i, _, n = shard.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        message = f"--shard {shard} is no part. Write i/n with 0 ≤ i < n: --shard 0/4 is the first of four."
         raise InvalidInput(message)
     return int(i), int(n)
 

@@ -310,11 +310,12 @@ def _relative(system: System, Xq: Any, yq: Any, size: Callable[[Tensor], Tensor]
     """`on_loss` divided by wᵢ/n times the size of each row's gradient."""
     scores = removal.on_loss(system, Xq, yq)
     objective, share = system.objective, system.penalty_share
-    moves = system.sweep.emit(
-        lambda batch, weights: size(layers.gradients(objective, batch).double().cpu() + share) * weights,
-        vectors=per_row.width(system.sweep),
-        label="sizes of the rows",
-    )
+    with system.by_itself():
+        moves = system.sweep.emit(
+            lambda batch, weights: size(layers.gradients(objective, batch).double().cpu() + share) * weights,
+            vectors=per_row.width(system.sweep),
+            label="sizes of the rows",
+        )
     factor = np.divide(system.n, moves, out=np.zeros_like(moves), where=moves > 0)
     error = None if scores.standard_error is None else scores.standard_error * factor
     return replace(

@@ -80,7 +80,8 @@ def forms(system: System) -> Vector:
         # a row without weight may lean on what the others do not determine
         return torch.where((w == 0) & known.isnan(), 0.0, known) / system.n
 
-    return system.sweep.emit(form, vectors=2 * per_row.width(system.sweep), label="leverage")
+    with system.by_itself():
+        return system.sweep.emit(form, vectors=2 * per_row.width(system.sweep), label="leverage")
 
 
 def inverse_diagonal(system: System) -> Float[NDArray[np.float64], " p"]:

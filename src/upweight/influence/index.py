@@ -42,6 +42,7 @@ from upweight.influence.system import System
 from upweight.influence.top import TopK
 from upweight.model import per_row
 from upweight.operators.factors import Basis
+from upweight.operators.held import Held
 from upweight.operators.kronecker import Kronecker
 from upweight.runs.quantised import BITS, unpacked
 from upweight.runs.store import SUFFIX, chunk_name, read_part, read_work
@@ -326,4 +327,4 @@ def opened(path: Path, system: System) -> tuple[Kronecker, list[Tensor]]:
         nothing = torch.zeros(places.shape)
         bases.append(Basis(f"{number}", places, left, right, nothing, nothing))
         chosen.append(torch.from_numpy(arrays[f"{number}.chosen"]))
-    return Kronecker(system.sweep, uses, blocks, bases), chosen
+    return Kronecker(system.sweep, uses, blocks, Held.all(bases)), chosen

@@ -29,7 +29,7 @@ from upweight.runs.progress import bar
 from upweight.runs.quantised import BITS, packed, unpacked
 from upweight.runs.stopping import stop_here
 from upweight.runs.store import Store, chunk_name
-from upweight.solvers.factored import Factored
+from upweight.solvers.factored import Diagonalised, Factored
 
 _PROBES, _NUMBERS = 24, 2**27  # rows on either side of the pairs on which the error is measured; numbers held for them
 _FEWEST = 4  # rows: one on each side of two pairs
@@ -92,9 +92,12 @@ def _made(store: Store, system: System, error: float, bits: int) -> list[range]:
     kept.compare_losses(system, store)
     if not ranks.first_finds("eigenvectors", lambda: store.has(BASIS)):
         system.prepare_in(store)
-        chosen, card = _choice(system, error, bits)
-        if ranks.first():
-            _write_basis(store, system, chosen, card)
+        operator: Kronecker = system.operator  # type: ignore[assignment]
+        checked = Factored().prepare(operator, system.damping)
+        with operator.here():
+            chosen, card = _choice(system, checked, error, bits)
+            if ranks.first():
+                _write_basis(store, system, chosen, card)
         ranks.after_first("writing eigenvectors", lambda: None)  # nobody reads what is not there yet
     return _chunks(store, system.n)
 
@@ -148,14 +151,9 @@ def _finish(store: Store, system: System) -> None:
 # ---- which coordinates -----------------------------------------------------------------------------------------------
 
 
-def _choice(system: System, error: float, bits: int) -> tuple[list[Tensor], dict[str, Any]]:
-    """For every basis the coordinates that are kept: the fewest of the largest eigenvalues that leave this error.
-
-    Raises:
-        NotPositiveDefinite: if C + λI has an eigenvalue that is too small to divide by.
-    """
+def _choice(system: System, checked: Diagonalised, error: float, bits: int) -> tuple[list[Tensor], dict[str, Any]]:
+    """For every basis the coordinates that are kept: the fewest of the largest eigenvalues that leave this error."""
     operator: Kronecker = system.operator  # type: ignore[assignment]
-    checked = Factored().prepare(operator, system.damping)
     values = torch.cat([basis.eigenvalues.flatten() for basis in operator.bases])
     data = torch.cat([basis.values.flatten() for basis in operator.bases])
     p, reached = len(values), sum(basis.at.numel() for basis in operator.bases[: len(operator.layers)])

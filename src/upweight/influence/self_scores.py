@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from upweight.influence.scoring import Products
 from upweight.influence.system import System, solved
 from upweight.model import calculus, layers, linear, per_row
 from upweight.model.layers import pieces
-from upweight.operators.kronecker import Kronecker
+from upweight.operators.kronecker import Kronecker, in_order
 from upweight.operators.linear import LinearHessian
 from upweight.solvers import Quadratic, Solution
 from upweight.solvers.direct import Factored as Triangular
@@ -77,7 +78,6 @@ def _by_forms(
     pairwise = pairs.comparing(objective, prepared)
     operator = system.operator
     kronecker = operator if isinstance(operator, Kronecker) and isinstance(prepared, Diagonalised) else None
-    sizes = {name: block.numel() for name, block in objective.blocks.items()}
     closed = scoring.closed(system)
     outer = _outer(system, rows, prepared) if pairwise is None else None
     quick = pairwise is not None or outer is not None
@@ -87,11 +87,6 @@ def _by_forms(
     across = solve(system.project(torch.stack([system.risk_gradient, system.penalty_share]))).x
 
     def forms(batch: Any, w: Tensor) -> Tensor:
-        if kronecker is not None:
-            captured = kronecker.pieces(batch)
-            own = kronecker.weigh(captured, prepared.inverse)  # type: ignore[attr-defined]
-            along = pieces.along(captured, across.to(objective.reference), sizes)[:, :, 0].T
-            return torch.cat([own[:, None], along.double().cpu()], 1)
         if pairwise is not None:
             own = pairwise.own(*pairs.features(objective, batch))
             return torch.cat([own[:, None], calculus.dots(objective, batch, across)], 1)
@@ -106,15 +101,48 @@ def _by_forms(
         own = torch.where((w == 0) & own.isnan(), 0.0, own)
         return torch.cat([own[:, None], G @ across.T], 1)
 
-    light = 8 if quick else 3 + layers.vectors(objective, sweep.example_bytes)
-    vectors = light if quick or kronecker is not None else per_row.width(sweep)
-    visited = closed.sloped if closed is not None and known_slopes else sweep
     every = len(rows) == system.n and bool((np.diff(rows) == 1).all())  # then they are read without a copy
-    values = visited.emit(forms, vectors=vectors, rows=None if every else rows, label="self-influence")
+    if kronecker is not None:
+        values = _by_blocks(system, None if every else rows, kronecker, prepared.inverse, across)  # type: ignore[attr-defined]
+    else:
+        visited = closed.sloped if closed is not None and known_slopes else sweep
+        vectors = 8 if quick else per_row.width(sweep)
+        values = visited.emit(forms, vectors=vectors, rows=None if every else rows, label="self-influence")
     known = scoring.certificate(system, solution)
     drift = np.full(len(rows), np.nan) if objective.folded else -values[:, 1]
     known = replace(known, residual=np.full(len(rows), float(solution.residual.max())), drift=drift)
     return Products((values[:, 0] + values[:, 2])[None]), known
+
+
+def _by_blocks(
+    system: System,
+    rows: NDArray[np.int64] | None,
+    kronecker: Kronecker,
+    inverse: Callable[[Tensor], Tensor],
+    across: Float[Tensor, "k p"],
+) -> Float[NDArray[np.float64], "n 1+k"]:
+    """Every row's own form, block by block, and its products with some vectors: a sweep for the blocks that fit."""
+    objective, sweep = system.objective, system.sweep
+    sizes = {name: block.numel() for name, block in objective.blocks.items()}
+    rounds = kronecker.rounds()
+    parts: list[NDArray[np.float64]] = []
+    for number, some in enumerate(rounds):
+
+        def forms(batch: Any, w: Tensor, number: int = number, some: range = some) -> Tensor:  # noqa: ARG001
+            captured = kronecker.pieces(batch)
+            own = kronecker.weigh_blocks(captured, inverse, some)
+            own = in_order(own)[:, None] if len(rounds) == 1 else own
+            if number:
+                return own
+            along = pieces.along(captured, across.to(objective.reference), sizes)[:, :, 0].T
+            return torch.cat([along.double().cpu(), own], 1)
+
+        vectors = 3 + layers.vectors(objective, sweep.example_bytes)
+        with kronecker.here(some, objective.reference):
+            parts.append(sweep.emit(forms, vectors=vectors, rows=rows, label="self-influence"))
+    found = torch.from_numpy(np.concatenate(parts, 1))
+    k = len(across)
+    return torch.cat([in_order(found[:, k:])[:, None], found[:, :k]], 1).numpy()
 
 
 def _outer(system: System, rows: NDArray[np.int64], prepared: Quadratic) -> OuterForms | None:

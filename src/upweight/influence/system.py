@@ -7,7 +7,8 @@ chosen by `defaults`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from upweight.model.encoders import Encoder, PlainEncoder, training_examples
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
 from upweight.model.transforms import undisturbed
-from upweight.operators import Curvature, Dense, Hessian, Operator
+from upweight.operators import Curvature, Dense, Hessian, Kronecker, Operator
 from upweight.operators.linear import LinearHessian
 from upweight.runs import ranks, threads
 from upweight.runs.machine import budget_of
@@ -262,6 +263,16 @@ class System:
                 solution = solved(self.prepared, V, repr(self.solver))
         self.undetermined.announce(solution)
         return solution
+
+    @contextmanager
+    def by_itself(self) -> Iterator[None]:
+        """Inside, a process solves without the others, as in a sweep: it holds all blocks of the curvature."""
+        near = getattr(getattr(self.prepared, "inverse", None), "near", None)
+        with ExitStack() as stack:
+            for one in (self.operator, near):
+                if isinstance(one, Kronecker):
+                    stack.enter_context(one.here())
+            yield
 
     @property
     def flat(self) -> Flat | None:

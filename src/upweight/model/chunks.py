@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -95,6 +96,24 @@ def added(parts: Iterable[Tensor]) -> Tensor:
         inside = values.double() if inside is None else inside.add_(values)
     assert inside is not None  # a chunk has at least one row
     return inside
+
+
+def ends_of(shapes: Sequence[Sequence[Sequence[int]]], owners: Sequence[int], among: int) -> list[int]:
+    """Where the numbers of every rank's things begin and end among those of all, which lie in the order of owners."""
+    sizes = [0] * among
+    for parts, owner in zip(shapes, owners, strict=True):
+        sizes[owner] += sum(map(math.prod, parts))
+    return [sum(sizes[:rank]) for rank in range(among + 1)]
+
+
+def split(flat: Tensor, shapes: Sequence[Sequence[Sequence[int]]], mine: Sequence[bool]) -> list[list[Tensor] | None]:
+    """The tensors of those things of which `flat` holds the numbers; None in place of the others."""
+    own = [shape for parts, here in zip(shapes, mine, strict=True) if here for shape in parts]
+    tensors = iter(flat.split([math.prod(shape) for shape in own]))
+    return [
+        [next(tensors).reshape(tuple(shape)) for shape in parts] if here else None
+        for parts, here in zip(shapes, mine, strict=True)
+    ]
 
 
 class Keeping:

@@ -27,10 +27,12 @@ from upweight.model.chunks import (
     added,
     chunks_of,
     count,
+    ends_of,
     files_of,
     joined,
     length,
     rows_of,
+    split,
 )
 from upweight.model.objective import Objective
 from upweight.model.transforms import refuse_inference_mode, undisturbed
@@ -135,6 +137,70 @@ class Sweep:
                     keeping.after(sums, number + 1, len(chunks))
             total = work.total(sums, len(chunks))
         return finite(total, label)
+
+    @threads.shared()
+    def fold_parts(
+        self,
+        function: Callable[[Any, Tensor, Numbers], Sequence[Sequence[Tensor]]],
+        owners: Sequence[int],
+        *,
+        vectors: int = 1,
+        label: str = "fold",
+        kept: str | None = None,
+    ) -> list[list[Tensor] | None]:
+        """The sums of several things over all rows, float64, each on the rank that owns it; None in place of others'.
+
+        Memory: of several ranks each holds one chunk's sums of all, and log₂ of the chunks, plus 2, of its own.
+
+        Args:
+            function: maps a batch, its (b,) sample weights and its rows' numbers to sums over the batch, as many
+                tensors as it takes for every thing.
+            owners: the rank of every thing; these do not decrease.
+            vectors: how many vectors the function works on at once, for the batch size.
+            label: what the progress bar says.
+            kept: the sum's name in the store, as for `fold`.
+        """
+        shapes: list[list[list[int]]] = []
+
+        def flat(batch: Any, weights: Tensor, numbers: Numbers) -> Tensor:
+            things = function(batch, weights, numbers)
+            shapes[:] = [[list(part.shape) for part in parts] for parts in things]
+            return torch.cat([part.flatten() for parts in things for part in parts])
+
+        among, rank = ranks.sharing(), ranks.own_rank()
+        if among == 1 or self.n <= CHUNK:
+            total = self.fold(flat, vectors=vectors, label=label, numbered=True, kept=kept)
+            if not shapes:  # the whole sum was kept
+                flat(self.examples.batch([0]), torch.ones(1), range(1))
+            start, stop = (0, len(total)) if among == 1 else ends_of(shapes, owners, among)[rank : rank + 2]
+            own = total if among == 1 else total[start:stop].clone()
+        else:
+            own = self._dealt(flat, shapes, owners, vectors, label)
+        mine = [among == 1 or owner == rank for owner in owners]
+        return split(own, shapes, mine)
+
+    def _dealt(
+        self,
+        flat: Callable[[Any, Tensor, Numbers], Tensor],
+        shapes: list[list[list[int]]],
+        owners: Sequence[int],
+        vectors: int,
+        label: str,
+    ) -> Tensor:
+        """This rank's part of a sum, of which all visit the chunks in turn; whoever has no chunk gets the shapes."""
+        sums, chunks, ends, among = Sums(), chunks_of(self.n, None, CHUNK), [0], ranks.sharing()
+        with ranks.work(f"{label} of {self.n:,} rows", len(chunks)) as work:
+            visited = self._visited(range(work.rank, len(chunks), among), chunks, work, label)
+            for first in range(0, len(chunks), among):
+                number, value = next(visited, None), None
+                if number is not None:
+                    value = added(found for _, found in self._batches(flat, chunks[number], vectors, label)).cpu()
+                if not first:
+                    shapes[:] = work.agreed(shapes or None)
+                    ends = ends_of(shapes, owners, among)
+                there = min(among, len(chunks) - first)
+                work.dealt(value, ends, there, lambda rank, part, first=first: sums.add(first + rank, part))
+        return finite(sums.total(), label)
 
     def emit(
         self,

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -38,13 +39,14 @@ from upweight.operators.base import Curvature
 from upweight.operators.blocks import layers_of
 from upweight.operators.cotangents import Exact, Observed, Signs
 from upweight.operators.cut import cut
-from upweight.operators.factors import DENSE, WIDEST, Basis, Layer, Whole
+from upweight.operators.factors import DENSE, Basis, Layer, Whole
+from upweight.operators.held import Held, kept_bytes, needed, rounds, shared_out, summed_bytes
 from upweight.operators.implicit import EmpiricalFisher, GaussNewton
 from upweight.operators.uses import Uses
+from upweight.runs import ranks
 from upweight.runs.machine import in_bytes
 
 _MUCH = 0.1  # of the parameters: what may be left on a mere diagonal without a word
-_BLOCK_NUMBERS = 2**24  # of the vectors that are rotated at once
 
 
 @dataclass(frozen=True)
@@ -161,13 +163,16 @@ class EKFAC(_Factors):
 class Kronecker:
     """A block-diagonal curvature whose blocks have eigenvectors Q_B ⊗ Q_A.
 
+    Of several ranks each holds the eigenvectors of its own blocks and multiplies by them; all get the result, so that
+    products, like sweeps, are made on all ranks alike.
+
     Cost: f(C) v takes 4·p·(i + o) flops per vector, no sweep. Memory: 32·p bytes, and 8·(i² + o²) per layer.
 
     Args:
         sweep: the objective and the rows it averages over.
         uses: how the objective uses its parameters.
-        layers: the blocks, in the order of `bases`.
-        bases: their eigenvectors and eigenvalues.
+        layers: the blocks, in the order of their bases.
+        held: their eigenvectors and eigenvalues.
 
     >>> import upweight as uw
     >>> X = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], dtype=torch.float64)
@@ -180,12 +185,11 @@ class Kronecker:
     True
     """
 
-    def __init__(self, sweep: Sweep, uses: Uses, blocks: Sequence[Layer], bases: Sequence[Basis]) -> None:
+    def __init__(self, sweep: Sweep, uses: Uses, blocks: Sequence[Layer], held: Held) -> None:
         self.sweep = sweep
         self.uses = uses
         self.layers = tuple(blocks)
-        self.bases = tuple(bases)
-        self._moved: dict[tuple[torch.dtype, torch.device], tuple[Basis, ...]] = {}
+        self.held = held
         self._parts: dict[tuple[Any, ...], tuple[Basis, Tensor, Tensor]] = {}
 
     @staticmethod
@@ -197,6 +201,11 @@ class Kronecker:
         return uses, blocks, rest
 
     @property
+    def bases(self) -> tuple[Basis, ...]:
+        """Eigenvectors and eigenvalues of all blocks, where they are all in this process."""
+        return self.held.bases()
+
+    @property
     def size(self) -> int:
         """p."""
         return self.sweep.objective.size
@@ -204,28 +213,15 @@ class Kronecker:
     @cached_property
     def eigenvalues(self) -> Float[Tensor, " p"]:
         """The eigenvalues, ascending."""
-        return torch.cat([basis.eigenvalues.flatten() for basis in self.bases]).sort().values
-
-    @staticmethod
-    def bytes_of(blocks: Sequence[Layer], size: int) -> int:
-        """Memory while factors and eigenvectors are made: 32·p, and 32·g·(i² + o²) for every block (g, o, i)."""
-        sides = (block.at.shape for block in blocks if not isinstance(block, Whole) or block.at.shape[2] <= DENSE)
-        return 32 * (size + sum(g * sum(side**2 for side in (o, i) if side <= WIDEST) for g, o, i in sides))
+        return self.held.eigenvalues().sort().values
 
     def apply(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
         """C v for every row v."""
         return self.map(lambda eigenvalues: eigenvalues, V)
 
     def map(self, function: Callable[[Tensor], Tensor], V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
-        """f(C) v for every row v, with f applied to the eigenvalues."""
-        out = torch.zeros_like(V)
-        for basis in self.bases:
-            scale = function(basis.eigenvalues).to(V)
-            step = max(1, _BLOCK_NUMBERS // basis.at.numel())
-            for start in range(0, len(V), step):
-                part = V[start : start + step]
-                out[start : start + step, basis.at] = basis.back(basis.rotated(part[:, basis.at]) * scale)
-        return out
+        """f(C) v for every row v, with f applied to the eigenvalues; of several ranks all come here alike."""
+        return self.held.mapped(function, V)
 
     def matrix(self) -> Float[Tensor, "p p"]:
         """C as a dense float64 matrix."""
@@ -244,19 +240,39 @@ class Kronecker:
         """
         return self.uses.pieces(self.sweep.objective, batch)
 
+    def rounds(self) -> list[range]:
+        """The blocks, as many at a time as a rank has room for beside its own: all at once in one process."""
+        within = len(self.layers)
+        found = self.held.rounds(self.sweep, self.sweep.objective.reference.element_size())
+        return [range(one.start, min(one.stop, within)) for one in found if one.start < within]
+
+    @contextmanager
+    def here(self, numbers: Sequence[int] | None = None, reference: Tensor | None = None) -> Iterator[None]:
+        """Inside, some blocks, or all, are on every rank, as they were made or as a tensor is kept."""
+        wanted = range(len(self.held.at)) if numbers is None else numbers
+        with self.held.brought(wanted, torch.empty(0, dtype=torch.float64) if reference is None else reference):
+            yield
+
     def weigh(self, pieces: Sequence[Piece], function: Callable[[Tensor], Tensor]) -> Float[Tensor, " b"]:
         """gᵀ f(C) g for the gradient g of every example, summed over m cotangents where pieces have several.
 
         `pieces` are those of `layers.capture`. Cost: for layers with one position 2·(i² + o² + i·o) flops per example
         and b·(i + o) numbers, no matrices; with t positions 2·t·i·o more, and the matrices of a few examples.
         """
+        return in_order(self.weigh_blocks(pieces, function, range(len(self.layers))))
+
+    def weigh_blocks(
+        self, pieces: Sequence[Piece], function: Callable[[Tensor], Tensor], numbers: Sequence[int]
+    ) -> Float[Tensor, "b blocks"]:
+        """What some blocks, which are here, add to that."""
         reference = _reference(pieces)
-        total: Tensor | None = None
-        for layer, basis, moved in zip(self.layers, self.bases, self.like(reference), strict=False):
-            part = layer.weighed(pieces, function(basis.eigenvalues).to(reference), moved).double().cpu()
-            total = part if total is None else total + part
-        assert total is not None  # every objective depends on θ
-        return total
+        parts = [
+            self.layers[number].weighed(pieces, function(basis.eigenvalues).to(reference), moved).double().cpu()
+            for number, basis, moved in zip(
+                numbers, self.held.bases(numbers), self.held.like(reference, numbers), strict=True
+            )
+        ]
+        return torch.stack(parts, 1)
 
     def coordinates(self, batch: Any, chosen: Sequence[Tensor]) -> Float[Tensor, "b k"]:
         """The loss's gradient of every example along some eigenvectors, without writing the gradients out.
@@ -282,7 +298,7 @@ class Kronecker:
         sizes = {name: block.numel() for name, block in self.sweep.objective.blocks.items()}
         G = rows(pieces, sizes)[:, 0]
         parts = []
-        for basis, at in zip(self.like(G), chosen, strict=False):
+        for basis, at in zip(self.held.like(G), chosen, strict=False):
             if len(at):
                 parts.append(basis.rotated(G[:, basis.at.to(G.device)]).flatten(1)[:, at.to(G.device)])
         return torch.cat(parts, 1)
@@ -295,12 +311,13 @@ class Kronecker:
             self._parts[key] = (smaller.like(reference), places.to(reference.device), at)  # at stays, and so its place
         return self._parts[key][:2]
 
-    def like(self, reference: Tensor) -> tuple[Basis, ...]:
-        """The eigenvectors in the precision and on the device of the pieces, kept for the next batch."""
-        key = (reference.dtype, reference.device)
-        if key not in self._moved:
-            self._moved[key] = tuple(basis.like(reference) for basis in self.bases)
-        return self._moved[key]
+
+def in_order(columns: Float[Tensor, "b k"]) -> Float[Tensor, " b"]:
+    """The sum of columns, added from the first to the last."""
+    total = columns[:, 0].clone()
+    for column in columns.T[1:]:
+        total += column
+    return total
 
 
 # ---- inner steps -----------------------------------------------------------------------------------------------------
@@ -311,37 +328,47 @@ Source = Exact | Signs | Observed
 
 
 def _factored(sweep: Sweep, source: Source) -> Kronecker:
-    """KFAC: the factors in one sweep, and their eigenvectors."""
+    """KFAC: the factors in one sweep, and their eigenvectors, each on the rank whose they are."""
     objective = sweep.objective
     uses, blocks, rest = Kronecker.blocks_of(sweep)
-    _refuse_larger(blocks, objective.size, sweep.budget)
-    read: list[Read] = [(layer.name, layer.sums) for layer in blocks]
+    among = ranks.sharing()
+    _refuse_larger(blocks, sweep, among)
     _warn_of_diagonals(blocks, objective.size)
-    factors = _swept(sweep, uses, source, lambda _: read, "Kronecker factors")
+    at = [layer.at for layer in blocks] + ([rest[None, None]] if len(rest) else [])
+    sizes = [*(kept_bytes(layer) for layer in blocks), *(24 * len(rest) for _ in at[len(blocks) :])]
+    owners = shared_out(sizes, among) if among > 1 else None
     strengths = _penalty_diagonal(objective)
-    bases = [layer.basis(sums, sweep.n, strengths) for layer, sums in zip(blocks, factors, strict=True)]
-    if len(rest):  # parameters that the loss does not use
-        at = rest[None, None]
-        bases.append(Basis("unused", at, None, None, torch.zeros(at.shape, dtype=torch.float64), strengths[at]))
-    return Kronecker(sweep, uses, blocks, bases)
+    own: dict[int, Basis] = {}
+    for numbers in rounds([summed_bytes(layer) for layer in blocks], sweep) if owners else [range(len(blocks))]:
+        some = blocks[numbers.start : numbers.stop]
+        read: list[Read] = [(layer.name, layer.sums) for layer in some]
+        factors = _swept(sweep, uses, source, lambda _, read=read: read, "Kronecker factors", owners, numbers)
+        for number, sums in zip(numbers, factors, strict=True):
+            if sums is not None:
+                own[number] = blocks[number].basis(sums, sweep.n, strengths)
+    if len(rest) and (owners is None or owners[-1] == ranks.own_rank()):  # parameters that the loss does not use
+        nothing = torch.zeros(at[-1].shape, dtype=torch.float64)
+        own[len(blocks)] = Basis("unused", at[-1], None, None, nothing, strengths[at[-1]])
+    return Kronecker(sweep, uses, blocks, Held.of(own, at, owners))
 
 
-def _refuse_larger(blocks: Sequence[Layer], size: int, budget: int | None) -> None:
+def _refuse_larger(blocks: Sequence[Layer], sweep: Sweep, among: int) -> None:
     """Raises for factors that exceed a budget of bytes.
 
     Raises:
         InvalidInput: if they do.
     """
-    needed = Kronecker.bytes_of(blocks, size)
-    if budget is None or needed <= budget:
+    size, budget, taken = sweep.objective.size, sweep.budget, needed(blocks, sweep, among)
+    if budget is None or taken <= budget:
         return
     widest = max((*block.at.shape, block.name) for block in blocks)
     rank = budget // (32 * size)
+    shared, more = ("", "") if among == 1 else (f" on one of {among} ranks", "more ranks, or ")
     instead = f"curvature=operators.Nystroem({min(rank, 100)}), or " if rank else ""
     message = (
-        f"The Kronecker factors of {size:,} parameters take {in_bytes(needed)} while they are made (widest: "
+        f"The Kronecker factors of {size:,} parameters take {in_bytes(taken)}{shared} while they are made (widest: "
         f"{widest[-1]}), and memory_budget is {in_bytes(budget)}. "
-        f"Use {instead}memory_budget={in_bytes(1.1 * needed)!r}."
+        f"Use {instead}{more}memory_budget={in_bytes(1.1 * taken)!r}."
     )
     raise InvalidInput(message)
 
@@ -362,19 +389,26 @@ def _warn_of_diagonals(blocks: Sequence[Layer], size: int) -> None:
 
 def _corrected(operator: Kronecker, source: Source) -> Kronecker:
     """EKFAC: the same eigenvectors, with the curvature along each pair measured in a second sweep."""
-    numbers = [number for number, layer in enumerate(operator.layers) if not isinstance(layer, Whole)]
-    if not numbers:
-        return operator
+    values: dict[int, Tensor] = {}
+    for some in operator.rounds():
+        numbers = [number for number in some if not isinstance(operator.layers[number], Whole)]
+        if not numbers:
+            continue
 
-    def reading(pieces: Sequence[Piece]) -> list[Read]:
-        bases = operator.like(_reference(pieces))
-        return [(operator.layers[k].name, partial(operator.layers[k].squares, basis=bases[k])) for k in numbers]
+        def reading(pieces: Sequence[Piece], numbers: list[int] = numbers) -> list[Read]:
+            bases = operator.held.like(_reference(pieces), numbers)
+            return [
+                (operator.layers[number].name, partial(operator.layers[number].squares, basis=basis))
+                for number, basis in zip(numbers, bases, strict=True)
+            ]
 
-    totals = _swept(operator.sweep, operator.uses, source, reading, "Kronecker eigenvalues")
-    bases = list(operator.bases)
-    for number, (total,) in zip(numbers, totals, strict=True):
-        bases[number] = replace(bases[number], values=total / operator.sweep.n)
-    return Kronecker(operator.sweep, operator.uses, operator.layers, bases)
+        with operator.here(numbers, operator.sweep.objective.reference):
+            known = (operator.sweep, operator.uses, source, reading, "Kronecker eigenvalues")
+            totals = _swept(*known, operator.held.owners, numbers)
+        for number, total in zip(numbers, totals, strict=True):
+            if total is not None:
+                values[number] = total[0] / operator.sweep.n
+    return Kronecker(operator.sweep, operator.uses, operator.layers, operator.held.with_values(values))
 
 
 def _swept(
@@ -383,29 +417,27 @@ def _swept(
     source: Source,
     reading: Callable[[Sequence[Piece]], list[Read]],
     label: str,
-) -> list[list[Tensor]]:
-    """For every layer the sums over all rows of what it reads from the pieces of a batch, in one sweep."""
-    shapes: list[list[torch.Size]] = []
+    owners: Sequence[int] | None,
+    numbers: Sequence[int],
+) -> list[list[Tensor] | None]:
+    """For some layers the sums over all rows of what each reads from the pieces of a batch, in one sweep.
 
-    def total(batch: Any, weights: Tensor, numbers: Sequence[int]) -> Tensor:
+    Of several ranks each gets those of its own layers.
+    """
+
+    def read(batch: Any, weights: Tensor, numbers: Any) -> list[list[Tensor]]:
         pieces = uses.pieces(sweep.objective, batch, source.at(sweep.objective, batch, numbers))
         found = [(name, read(pieces, weights.to(_reference(pieces)))) for name, read in reading(pieces)]
-        shapes[:] = [[part.shape for part in parts] for _, parts in found]
-        flat = torch.cat([part.flatten() for _, parts in found for part in parts])
-        if not bool(torch.isfinite(flat).all()):
+        if not bool(torch.stack([torch.isfinite(part).all() for _, parts in found for part in parts]).all()):
             raise _not_finite(label, found)
-        return flat
+        return [parts for _, parts in found]
 
     probe = sweep.examples.batch([0])
     bytes_each = 8 * sweep.objective.size if uses.plan is None else uses.plan.bytes
     vectors = source.count(sweep.objective, probe) * max(1, math.ceil(2 * bytes_each / sweep.example_bytes))
-    flat = sweep.fold(
-        total, vectors=vectors, label=label, numbered=True, kept=f"{label.replace(' ', '-')}-{source.name}"
-    )
-    if not shapes:  # the whole sum was kept
-        total(sweep.examples.batch([0]), torch.ones(1), [0])
-    parts = iter(flat.split([shape.numel() for own in shapes for shape in own]))
-    return [[next(parts).reshape(shape) for shape in own] for own in shapes]
+    whose = [0 if owners is None else owners[number] for number in numbers]
+    name = f"{label.replace(' ', '-')}-{source.name}"
+    return sweep.fold_parts(read, whose, vectors=vectors, label=label, kept=name)
 
 
 def _not_finite(label: str, found: list[tuple[str, list[Tensor]]]) -> InvalidInput:

@@ -7,6 +7,10 @@ bits do not depend on the number of ranks. With s bytes in a sum, c chunks and w
 (w − 1)(2 log₂(c/w) + 1)s bytes come to rank 0 and (w − 1)s go out; to add the chunks one by one in their order, the
 sums of all c would have to come. Rows that are computed for each example go from the rank that has them to the others.
 
+What is made of parts that are too much for one rank, the factors of a block-diagonal curvature, is dealt out as it
+comes: after every chunk each rank gets its own part of the others' sums, and adds what it gets in the order of the same
+tree. A rank holds its own parts, and one chunk's of all.
+
 Everything else, solves and choices and draws, runs on every rank alike, on the same numbers. So does a sweep of one
 chunk, and one that is made inside another.
 
@@ -83,6 +87,20 @@ class Alone:
         assert own is not None  # there is at least one row
         return tuple(own)
 
+    def agreed(self, own: Any) -> Any:
+        """What those have found that have found something."""
+        return own
+
+    def dealt(self, own: Tensor | None, ends: Sequence[int], among: int, take: Callable[[int, Tensor], None]) -> None:  # noqa: ARG002
+        """All of a vector is this process's."""
+        assert own is not None  # nobody else has it
+        take(0, own)
+
+    def brought(self, own: Tensor | None, like: Tensor, rank: int) -> Tensor:  # noqa: ARG002
+        """What a rank has."""
+        assert own is not None  # there is no other rank
+        return own
+
 
 class Shared:
     """This rank's share of a sweep that all ranks make together."""
@@ -142,14 +160,52 @@ class Shared:
             if rank != self.rank:
                 values[own] = part.numpy()
 
+    def dealt(self, own: Tensor | None, ends: Sequence[int], among: int, take: Callable[[int, Tensor], None]) -> None:
+        """Of the vectors that the first `among` ranks have, one after the other, the part that is this rank's.
+
+        Args:
+            own: this rank's vector, in float64; None if it is none of them.
+            ends: of the parts: that of rank r lies between ends[r] and ends[r + 1].
+            among: how many ranks have one.
+            take: gets the number of a rank, and the part.
+        """
+        start, stop = ends[self.rank], ends[self.rank + 1]
+        on_their_way = []
+        for rank, (first, last) in enumerate(pairwise(ends)):
+            if own is not None and rank != self.rank and last > first:
+                on_their_way.append((rank, self.world.sent(own[first:last], rank)))
+        for rank in range(among):
+            if rank == self.rank:
+                assert own is not None  # it is one of the first
+                take(rank, own[start:stop].clone())
+            elif stop > start:
+                take(rank, self.world.do(distributed.recv, torch.empty(stop - start, dtype=torch.float64), rank))
+            else:
+                take(rank, torch.empty(0, dtype=torch.float64))
+        for rank, arrived in on_their_way:
+            self.world.ended(arrived, rank)
+        self.world.watch.working = True  # on the next one
+
+    def brought(self, own: Tensor | None, like: Tensor, rank: int) -> Tensor:
+        """What a rank has, on all, in the shape and precision of `like`, of which only these are looked at."""
+        found = torch.empty(like.shape, dtype=like.dtype) if own is None else own.cpu().contiguous()
+        return self.world.do(distributed.broadcast, found, rank) if found.numel() else found
+
     def shape(self, own: Sequence[int] | None) -> tuple[int, ...]:
         """The shape that whoever has something has found."""
-        found = self.told(None if own is None else list(own))
-        shapes = {rank: tuple(shape) for rank, shape in enumerate(found) if shape is not None}
-        known = next(iter(shapes.values()))
-        for rank, shape in shapes.items():
-            if shape != known:
-                raise self.world.apart(rank, f"{self.what}, of shape {shape}", f"{self.what}, of shape {known}")
+        return tuple(self.agreed(None if own is None else list(own)))
+
+    def agreed(self, own: Any) -> Any:
+        """What those have found that have found something, as JSON has it: all the same.
+
+        Raises:
+            RankFailed: if one has found something else.
+        """
+        found = {rank: one for rank, one in enumerate(self.told(own)) if one is not None}
+        known = next(iter(found.values()))
+        for rank, one in found.items():
+            if one != known:
+                raise self.world.apart(rank, f"{self.what}, of shape {one}", f"{self.what}, of shape {known}")
         return known
 
     def told(self, own: Any) -> list[Any]:
@@ -214,6 +270,14 @@ class World:
         """One of torch's calls that send or receive a tensor, to or from a rank; the tensor."""
         self._wait(lambda: call(values, rank, group=self._group), f"rank {rank} at {self.watch.doing}")
         return values
+
+    def sent(self, values: Tensor, rank: int) -> Any:
+        """A vector on its way to a rank; `ended` waits until it is there."""
+        return self._wait(lambda: distributed.isend(values, rank, group=self._group), f"rank {rank}")
+
+    def ended(self, on_its_way: Any, rank: int) -> None:
+        """Goes on when that is there."""
+        self._wait(on_its_way.wait, f"rank {rank} at {self.watch.doing}")
 
     def lost(self) -> RankFailed:
         """The error about a rank that is not there any more."""
@@ -294,6 +358,16 @@ def size() -> int:
     return distributed.get_world_size() if several() else 1
 
 
+def sharing() -> int:
+    """How many processes share what is done now: one, inside a sweep that they have split already."""
+    return 1 if _INSIDE.get() else size()
+
+
+def own_rank() -> int:
+    """The number of this process."""
+    return distributed.get_rank() if several() else 0
+
+
 def first() -> bool:
     """Whether this process writes and tells what is to be written and told once: rank 0, or the only one."""
     return not several() or distributed.get_rank() == 0
@@ -307,6 +381,13 @@ def work(what: str, chunks: int) -> Iterator[Alone | Shared]:
         yield Alone()
         return
     with world.during(what) as shared:
+        yield shared
+
+
+@contextmanager
+def together(what: str) -> Iterator[Alone | Shared]:
+    """What all ranks do at once, each with its own parts, however many chunks there are."""
+    with work(what, size()) as shared:
         yield shared
 
 

@@ -11,6 +11,18 @@ import pytest
 from upweight.cli.commands import NAMES
 
 SOURCE = ""
+NETWORK = """
+import torch
+import upweight as uw
+
+
+def digits():
+    torch.manual_seed(0)
+    X, y = torch.randn(40, 3), torch.arange(40) % 2
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).eval()
+    settings = {"loss": torch.nn.functional.cross_entropy, "curvature": uw.operators.EKFAC(), "damping": 0.1}
+    return uw.Study(uw.explain(net, X, y, **settings), (X[:2], y[:2]))
+"""
 EXAMPLE = Path(__file__).parents[3] / "examples" / "study.py"
 STUDY = "study.py:breast_cancer"
 LINES = {
@@ -20,6 +32,7 @@ LINES = {
     "doctor": [],
     "score": [STUDY, "--out", "new/scores.safetensors", "--store", "run"],
     "merge": ["parts", "--out", "new/merged.safetensors"],
+    "index": ["network.py:digits", "--store", "index"],
     "run": [STUDY, "--store", "run"],
     "resume": ["run", "--study", STUDY],
     "top": [STUDY, "--query", "3"],
@@ -63,6 +76,8 @@ def reviewed(example):
 def test_a_command_runs_on_the_example(example, command):
     if command == "merge":
         assert example("score", STUDY, "--store", "parts", "--shard", "0/1")[0] == 0
+    if command == "index":
+        Path("network.py").write_text(NETWORK)
     if command == "resume":
         assert example("run", *LINES["run"])[0] == 0
     if command in REVIEWING:

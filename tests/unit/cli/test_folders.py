@@ -38,10 +38,24 @@ def wrong():
 def other():
     return uw.Study(logistic(), (XQ[:1], NAMESQ[:1]))
 """
+NETWORK = """
+
+def network():
+    import torch
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(X.shape[1], 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double().eval()
+    settings = {"curvature": uw.operators.EKFAC(), "damping": 0.1, "progress": False}
+    y = (X[:, 0] > 0).astype(int)
+    influence = uw.explain(net, X, y, loss=torch.nn.functional.cross_entropy, **settings)
+    return uw.Study(influence, (XQ, (XQ[:, 0] > 0).astype(int)))
+"""
+SOURCE += NETWORK
 STUDY = "cli_studies.py:good"
 COMMANDS = {
     "score": ["--top", "3", "--out", "told"],
     "run": [],
+    "index": ["--error", "0.3", "--bits", "8"],
     "validate": ["--query", "1", "--rows", "3"],
     "contrast": ["--most", "4"],
     "repair": ["--inspect", "20%", "--out", "told"],
@@ -58,7 +72,7 @@ def answered(upweight, *words):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_goes_on_with_what_it_was_told(upweight, command):
-    study = "cli_studies.py:wrong" if command == "contrast" else STUDY
+    study = {"contrast": "cli_studies.py:wrong", "index": "cli_studies.py:network"}.get(command, STUDY)
     first = answered(upweight, command, study, *COMMANDS[command], "--store", "run")
     told = tomllib.loads((Path("run") / JOB).read_text())
     assert (told["command"], told["study"], told["folder"]) == (command, study, "..")
@@ -91,6 +105,27 @@ def test_the_run_folder_of_a_study(upweight):
     np.testing.assert_allclose(run.rows.self_influence, logistic().of_self().values)
     upweight("run", STUDY, "--store", "plain")
     assert list(uw.Run.open("plain").rows.cards[0].values()) == X[0].tolist()
+
+
+def test_parts_of_an_index_are_made_one(upweight):
+    """The bytes are those of one call; a part is told, and the command that the last part prints makes them one."""
+    asked = ("index", "cli_studies.py:network", "--error", "0.3")
+    answered(upweight, *asked, "--store", "whole")
+    for i in (1, 0):
+        code, out, err = upweight(*asked, "--store", "parts", "--shard", f"{i}/2", "--json")
+        assert (code, err) == (0, "")
+        told = json.loads(out)
+        assert (told["shard"], told["shards"], told["store"]) == (i, 2, "parts")
+    assert not (Path("parts") / JOB).exists()
+    _, said, _ = upweight(*asked, "--store", "parts", "--shard", "1/2")
+    found, _ = answered(upweight, *said.partition("upweight ")[2].split())
+    one, parts = (
+        {file.name: file.read_bytes() for file in Path(name).glob("[cb]*.safetensors")} for name in ("whole", "parts")
+    )
+    assert one == parts
+    assert "chunk-000000.safetensors" in one
+    opened = uw.Index.open("parts")
+    assert (opened.n, repr(opened) in found) == (len(X), True)
 
 
 def test_an_interrupted_command_goes_on(upweight, monkeypatch):
