@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from retrained import RESULTS, subset
 
 import upweight as uw
+from upweight.training.locality import Moved
 
 SINCE = (170, 150, 130, 110, 90, 75, 63)  # the steps from which it is differentiated; the last is a third of the way
 DAMPING = 0.1  # of EKFAC, as a share of its mean eigenvalue: the best of `methods`
@@ -51,8 +52,8 @@ def measured(seed: int, folder: Path) -> None:
     through = uw.through(recording, since=SINCE[-1])
     asked = through.influence.queries((queries, None))
     found, growth = [], []
-    end = through.at_the_end(through.influence.objective, asked)
-    for state in through.backwards(end):
+    end = through.way.at_the_end(through.influence.objective, asked)
+    for state in through.way.back(end, SINCE[-1]):
         if state.step in SINCE:
             found.append(state.values.copy())
             growth.append(state.growth)
@@ -71,9 +72,8 @@ def checked(seed: int, folder: Path) -> None:
     through = uw.through(recorded(seed), since=SINCE[-1])
     asked = through.influence.queries((rows("query"), None))
     kept = np.load(folder / f"{seed}.npz")
-    found = through.checked(
-        through.influence.objective, asked, kept["through"][-1], float(kept["growth"][-1]), draws=1, seed=0
-    )
+    moved = Moved(through.way, SINCE[-1])
+    found = moved.compared(through.influence.objective, asked, kept["through"][-1], float(kept["growth"][-1]), draws=1)
     file.write_text(json.dumps({"text": str(found), "holds": found.holds}))
 
 

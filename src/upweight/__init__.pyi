@@ -63,6 +63,7 @@ from .training.predictions import (
     training_inputs as training_inputs,
     training_labels as training_labels,
 )
+from .training.recorded import recorded as recorded
 from .training.recording import Recording as Recording
 from .training.retrainers import (
     LBFGS as LBFGS,
@@ -73,6 +74,7 @@ from .training.retrainers import (
 )
 from .training.stacked import StackedTraining as StackedTraining
 from .training.through import Through as Through, through as through
+from .training.trajectory import Trajectory as Trajectory
 
 __all__: list[str]
 __version__: str

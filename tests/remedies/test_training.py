@@ -994,6 +994,78 @@ def test_a_training_whose_derivative_is_no_prediction():
     assert "slope" in str(uw.through(wild(0.05)).on_loss(XQ, YQ).certificate)
 
 
+def test_a_stacked_training_with_dropout_is_not_recorded():
+    def dropping():
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2)).double()
+
+    def training(factory):
+        return uw.StackedTraining(minibatch.SGD(0.1), minibatch.Shuffled(8), 1, factory)
+
+    influence = classifier(seeded(dropping).eval())
+    with refused("is not recorded: the derivative would be of steps without it", "Let the factory build the module"):
+        uw.recorded(training(dropping), influence)
+    (run,) = uw.recorded(training(lambda: dropping().eval()), influence)
+    through_values(run, since=0)
+
+
+def test_weights_and_seeds_of_a_recorded_training():
+    influence, training = classifier(), uw.StackedTraining(minibatch.SGD(0.1), minibatch.Shuffled(8), 1)
+    with refused("It is recorded with one factor for each row", "Pass such an array"):
+        uw.recorded(training, influence, weights=[1.0, 1.0, 0.0])
+    with refused("A training is recorded for each of a list of seeds", "such as [0, 1, 2]"):
+        uw.recorded(training, influence, 3)
+    (run,) = uw.recorded(training, influence, [3], weights=WITHOUT_3)
+    assert not through_values(run, since=0)[:, 3].any()
+
+
+def folder_of(path, **settings):
+    """The folder of a recorded training, and a model like the one that was trained."""
+    assert stepping(store=path, **settings).steps
+    return path, nn.Linear(3, 2).double()
+
+
+def test_the_folder_of_a_recording(tmp_path):
+    folder, model = folder_of(tmp_path / "whole")
+    with refused("holds a training that was recorded to its end", "Go on with uw.Recording.open("):
+        stepping(store=folder)
+    expected = through_values(stepping(store=tmp_path / "other"), since=0)
+    opened = uw.Recording.open(folder, model, XT, YT, loss=cross_entropy)
+    np.testing.assert_array_equal(through_values(opened, since=0), expected)
+
+
+def test_a_folder_without_a_recorded_training(tmp_path):
+    model = nn.Linear(3, 2).double()
+    with refused("holds no recorded training", "uw.Recording(model, optimizer, X, y, store=folder)"):
+        uw.Recording.open(tmp_path / "nothing", model, XT, YT, loss=cross_entropy)
+    (folder_of(tmp_path / "some")[0] / "steps.safetensors").unlink()
+    with refused("has not ended: it was interrupted", "Run the script that records it again"):
+        uw.Recording.open(tmp_path / "some", model, XT, YT, loss=cross_entropy)
+    folder, model = folder_of(tmp_path / "some")
+    through_values(uw.Recording.open(folder, model, XT, YT, loss=cross_entropy), since=0)
+
+
+def test_a_recorded_training_of_another_model(tmp_path):
+    folder, model = folder_of(tmp_path / "run")
+    with refused("The recorded training found '", "Pass a model of the architecture that was trained"):
+        uw.Recording.open(folder, nn.Linear(4, 2).double(), XT, YT, loss=cross_entropy)
+    through_values(uw.Recording.open(folder, model, XT, YT, loss=cross_entropy), since=0)
+
+
+def test_parameters_that_a_folder_cannot_keep(tmp_path):
+    def train(dtype, store):
+        model = nn.Linear(3, 2).to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with uw.Recording(model, optimizer, XT.to(dtype), YT, loss=cross_entropy, store=store) as recording:
+            cross_entropy(model(XT.to(dtype)), YT).backward()
+            recording.batch(np.arange(N))
+            optimizer.step()
+        return recording
+
+    with refused("are not kept in a folder: NumPy has no such numbers", "Train in float32, or leave store= out"):
+        train(torch.bfloat16, tmp_path / "half")
+    assert len(train(torch.float32, tmp_path / "single").steps) == len(train(torch.bfloat16, None).steps) == 1
+
+
 def test_a_parameter_that_has_a_gradient_now_and_then():
     def train(recording, model, optimizer, parts):
         with recording:

@@ -198,9 +198,9 @@ def test_it_is_the_derivative_of_real_trainers(name, settings, tmp_path):
 def test_steps_made_again_end_at_the_same_parameters(name, tmp_path):
     recording = recorded(name, tmp_path, gradient_accumulation_steps=3, num_train_epochs=1)
     through = uw.through(recording, since=0)
-    first, _ = through._begun(0)
-    last, _ = through._begun(through.length)
-    made = through._ended(torch.ones(through.influence.n, dtype=torch.float64))
+    first, _ = through.way.begun(0)
+    last, _ = through.way.begun(len(recording.steps))
+    made = through.way.ended(torch.ones(through.influence.n, dtype=torch.float64), 0)
     assert float((made - last).norm()) < 1e-4 * float((last - first).norm())
 
 

@@ -212,11 +212,11 @@ class Objective:
 
     def unravel(self, vector: Float[Tensor, " p"]) -> Params:
         """A flat vector in the shape of `params`, in the dtype of θ̂."""
-        pieces = {}
-        start = 0
-        for name, block in self.blocks.items():
-            pieces[name] = vector[start : start + block.numel()].reshape(block.shape).to(block)
-            start += block.numel()
+        blocks = self.blocks
+        parts = vector.split([block.numel() for block in blocks.values()])  # the derivative of a slice is as long as θ
+        pieces = {
+            name: part.reshape(blocks[name].shape).to(blocks[name]) for name, part in zip(blocks, parts, strict=True)
+        }
         return pieces if isinstance(self.params, dict) else next(iter(pieces.values()))
 
     def at(self, theta: Float[Tensor, " p"]) -> Objective:

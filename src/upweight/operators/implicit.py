@@ -32,12 +32,14 @@ class Implicit:
 
     `product(objective, batch, V, weights)` is the weighted sum of cᵢ V over a batch; `assemble(objective, batch,
     weights)` the same sum as a matrix, or None where only products are known; it holds `assembly_bytes` per example.
+    `whole` is the sweep with a frozen head on the model's side, for preconditioners; None where `sweep` has it there.
     """
 
     sweep: Sweep
     product: Product
     assemble: Callable[[Objective, Any, Tensor], Tensor] | None
     assembly_bytes: int = 0
+    whole: Sweep | None = None
 
     @property
     def size(self) -> int:
@@ -157,12 +159,13 @@ class GaussNewton:
         needed = kept_bytes(sweep.objective, first, sweep.n) if few and middle <= keep else None
         if needed is not None and needed <= keep:
             return LayeredGaussNewton(sweep)
+        whole = sweep
         if not few:
             sweep = replace(sweep, objective=before_head(sweep.objective, calculus.ready(sweep.objective, first)))
             n_outputs = calculus.outputs(sweep.objective, first).shape[1]
         matrices = 16 * n_outputs * sweep.objective.size
         columns = 0 if few else calculus.AT_ONCE * sweep.example_bytes
-        return Implicit(sweep, calculus.ggnvp, calculus.gauss_newton, assembly_bytes=matrices + columns)
+        return Implicit(sweep, calculus.ggnvp, calculus.gauss_newton, matrices + columns, whole)
 
 
 @dataclass(frozen=True)

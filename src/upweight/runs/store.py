@@ -60,6 +60,7 @@ class Store:
         part: the name of a part of the work that other processes do other parts of, in the same folder.
         follows: whether another process of the same job has taken the folder for all of them.
         span: chunks of a sweep that lie in one file: such a file is a chunk of the store.
+        waiting: whether a signal waits for what is at hand; not where a loop of somebody else's runs inside.
 
     Raises:
         StoreMismatch: if the folder holds other work.
@@ -74,8 +75,10 @@ class Store:
         part: str = "",
         follows: bool = False,
         span: int = 1,
+        waiting: bool = True,
     ) -> None:
         self.path = _folder(path)
+        self.waiting = waiting
         self.part, self.follows, self.span = part, follows, span
         self._inside: ExitStack | None = None
         self._depth = 0
@@ -117,7 +120,8 @@ class Store:
         with ExitStack() as stack:
             if not self.follows:
                 self._take(stack)
-            stack.enter_context(finishing())
+            if self.waiting:
+                stack.enter_context(finishing())
             self._inside = stack.pop_all()
         self._depth = 1
         self._since = time.monotonic()
@@ -234,6 +238,10 @@ class Store:
             Damaged: if they are not what was written, or were written under another name or for other work.
         """
         return read_part(self._named(name), self.work)
+
+    def drop(self, name: str) -> None:
+        """What was kept under a name is needed no more."""
+        self._named(name).unlink(missing_ok=True)
 
     def has(self, name: str) -> bool:
         """Whether something was kept under a name."""

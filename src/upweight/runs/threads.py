@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -101,6 +102,24 @@ def _pools() -> Any:
     from threadpoolctl import ThreadpoolController
 
     return ThreadpoolController().select(user_api="blas")
+
+
+def each(count: int, task: Callable[[int], None]) -> None:
+    """task(0), …, task(count − 1): independent ones, side by side on as many threads as torch has, and one for each.
+
+    A task of many small operations gains nothing by threads inside of them. Its bits are those of one thread.
+    """
+    most = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # for threads that begin now, too
+        if min(most, count) == 1:
+            for number in range(count):
+                task(number)
+            return
+        with ThreadPoolExecutor(min(most, count)) as pool:
+            list(pool.map(task, range(count)))
+    finally:
+        torch.set_num_threads(most)
 
 
 def named() -> bool:

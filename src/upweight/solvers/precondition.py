@@ -204,7 +204,7 @@ class Preconditioned:
                 "none. Use CG with curvature=GaussNewton() or Hessian(), or Cholesky() for a matrix."
             )
             raise UnsupportedModel(message)
-        near = self.curvature.bind(sweep)
+        near = self.curvature.bind(getattr(operator, "whole", None) or sweep)
         if not isinstance(near, Spectral):
             refusal = (
                 f"{self.curvature!r} does not know its eigenvalues, so it cannot be inverted cheaply. Use "

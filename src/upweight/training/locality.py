@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
-_AGREES, _SLOPES = 0.9, (0.5, 2.0)  # what the smallest of them must show
+from upweight.model import per_row
+from upweight.model.objective import Objective
+from upweight.training.backwards import Backwards
+
+SIZES = (1e-3, 1e-2, 1e-1)  # by how much weights are moved
+PAIRS = 6  # of predicted and actual changes at least, for a correlation that says something
+_AGREES, _SLOPES = 0.9, (0.5, 2.0)  # what each of them must show
 
 
 @dataclass(frozen=True)
@@ -43,9 +52,9 @@ class Locality:
 
     @property
     def holds(self) -> bool:
-        """Whether the derivative predicts what small changes really do."""
+        """Whether the derivative predicts what changes of all these sizes really do."""
         low, high = _SLOPES
-        return bool(self.correlation[0] >= _AGREES and low <= self.slope[0] <= high)
+        return bool((self.correlation >= _AGREES).all() and ((self.slope >= low) & (self.slope <= high)).all())
 
     def __str__(self) -> str:
         told = "; ".join(
@@ -55,8 +64,67 @@ class Locality:
         return f"weights moved at random, really trained: {told}; the adjoint grew {self.growth:.3g}-fold"
 
 
+@dataclass(frozen=True)
+class Moved:
+    """Trainings with all weights moved at random from a step on, each run once and kept for whoever asks.
+
+    Args:
+        way: the training.
+        since: from which step on the weights are other ones.
+        seed: of the signs.
+        ends: what is known: θ by the number of the draw and the move.
+    """
+
+    way: Backwards
+    since: int
+    seed: int = 0
+    ends: dict[tuple[int, float], Tensor] = field(default_factory=dict, repr=False)
+
+    def signs(self, draws: int) -> NDArray[np.float64]:
+        """(draws, n) of ±1; more draws begin with those of fewer."""
+        draw = np.random.default_rng(self.seed)
+        return draw.choice([-1.0, 1.0], size=(draws, self.way.influence.n))
+
+    def compared(
+        self,
+        measured: Objective,
+        queries: Any,
+        values: NDArray[np.float64],
+        growth: float,
+        draws: int,
+        sizes: tuple[float, ...] = SIZES,
+    ) -> Locality:
+        """What the trainings did to queries, beside what values predict."""
+        signs = self.signs(draws)
+        predicted = -values @ signs.T  # (q, draws) for ε = 1
+        correlation, slope = [], []
+        for size in sizes:
+            actual = np.stack([self._change(measured, queries, signs, d, size) for d in range(draws)], 1) / size
+            correlation.append(correlation_of(predicted, actual))
+            slope.append(float((predicted * actual).sum() / max((predicted**2).sum(), 1e-300)))
+        return Locality(np.array(sizes), np.array(correlation), np.array(slope), growth)
+
+    def _change(
+        self, measured: Objective, queries: Any, signs: NDArray[np.float64], draw: int, size: float
+    ) -> NDArray[np.float64]:
+        """(f(1 + ε s) − f(1 − ε s))/2 of one draw s."""
+        sides = []
+        for move in (size, -size):
+            if (draw, move) not in self.ends:
+                weights = torch.from_numpy(1.0 + move * signs[draw])
+                self.ends[draw, move] = self.way.ended(weights, self.since)
+            end = self.ends[draw, move]
+            sides.append(per_row.measures(self.way.influence.sweep.over(measured.at(end), queries)))
+        return (sides[0] - sides[1]) / 2
+
+
+def draws_for(queries: int) -> int:
+    """How many draws make enough pairs of so many queries."""
+    return -(-PAIRS // queries)
+
+
 def correlation_of(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """Pearson's, of all numbers; NaN where one does not move or is not finite."""
-    if a.size < 2 or not a.std() or not b.std() or not np.isfinite(b).all():
+    if a.size < 2 or not a.std() or not b.std() or not (np.isfinite(a).all() and np.isfinite(b).all()):
         return float("nan")
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])

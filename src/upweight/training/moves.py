@@ -100,6 +100,11 @@ def rule_of(optimizer: torch.optim.Optimizer) -> tuple[str, Rule]:
     return name, rule
 
 
+def rule_named(name: str) -> Rule:
+    """The rule of an optimiser by its name."""
+    return next(rule for kind, rule in RULES.items() if kind.__name__ == name)
+
+
 def settings_of(group: Mapping[str, Any], rule: Rule) -> dict[str, float]:
     """The numbers of a parameter group that a rule reads.
 

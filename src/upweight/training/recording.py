@@ -1,9 +1,8 @@
-"""A training as it happened, to be differentiated: which rows each step saw, and parameters now and then."""
+"""The recorder of a training loop, told by the loop and by its optimiser: it makes a `Trajectory`."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -13,53 +12,17 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.errors import InvalidInput
+from upweight.adapters import explain
+from upweight.errors import InvalidInput, UnsupportedModel
+from upweight.influence.face import Influence
 from upweight.model.modules import refuse_training_mode
-from upweight.training.moves import rule_of, settings_of
+from upweight.runs.store import Store
+from upweight.training import kept_states
+from upweight.training.moves import rule_named, rule_of, settings_of
 from upweight.training.trainers import arguments_of, watched
-
-_MOST = 64  # states that are kept; every other one is dropped when there are more
-
-
-@dataclass(frozen=True)
-class Part:
-    """A batch whose mean loss, times a number, went into a step's gradient.
-
-    Args:
-        rows: (b,) its training rows.
-        scale: what the mean loss was multiplied by.
-    """
-
-    rows: NDArray[np.int64]
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of the optimiser.
-
-    Args:
-        parts: the batches of its gradient; several where gradients were accumulated.
-        groups: the numbers of every parameter group in force.
-    """
-
-    parts: tuple[Part, ...]
-    groups: tuple[dict[str, float], ...]
-
-    def parts_told(self) -> list[tuple[list[int], float]]:
-        """The rows and the scale of every batch, as plain numbers."""
-        return [(part.rows.tolist(), part.scale) for part in self.parts]
-
-
-@dataclass(frozen=True)
-class State:
-    """Parameters and what the optimiser remembers of them, by name, before a step."""
-
-    parameters: dict[str, Tensor]
-    memory: dict[str, tuple[Tensor, ...]]
+from upweight.training.trajectory import Part, Spread, State, Step, Trajectory
 
 
 @dataclass
@@ -68,7 +31,8 @@ class Recording:
 
     Inside `with recording:` every `optimizer.step()` is recorded; before it the loop says which rows the gradient is
     of. Kept are the rows and the optimiser's numbers of every step, and up to 64 states of parameters and moments,
-    evenly spread, from which the rest is computed again. Memory: 64 times the model and the optimiser's state.
+    evenly spread, from which the rest is computed again. Memory: 64 times the model and the optimiser's state; with
+    `store` one of them, and the disk holds the others.
 
         recording = uw.Recording(model, optimizer, X, y, loss=cross_entropy)
         with recording:
@@ -87,6 +51,8 @@ class Recording:
         penalty: what else was added to a batch's loss, as for `explain`; the optimiser's weight decay is read off it.
         clip: max_norm of `torch.nn.utils.clip_grad_norm_` over all parameters before each step; None clips nothing.
         settings: more arguments of `explain`, such as collate_fn.
+        store: a folder in which states and steps are kept, so that `Recording.open` goes on with them after whatever
+            ended this process; None keeps them in memory.
         watching: from this recording to a context in which somebody calls `batch`; see `of_trainer`.
 
     Raises:
@@ -102,8 +68,9 @@ class Recording:
     clip: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     watching: Callable[[Recording], AbstractContextManager[None]] | None = None
+    store: Any = None
     steps: list[Step] = field(default_factory=list, init=False)
-    states: dict[int, State] = field(default_factory=dict, init=False, repr=False)
+    states: MutableMapping[int, State] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._idle: set[str] | None = None  # parameters that the steps' gradients do not reach
@@ -121,11 +88,11 @@ class Recording:
         self.group_of = {named[id(one)]: number for number, one in moving}  # a frozen one is in no step
         self._trained = {named[id(one)]: one for _, one in moving}
         self._parts: list[Part] = []
-        self._every = 1
+        self._kept: Store | None = None
         self._open = ExitStack()
 
     @classmethod
-    def of_trainer(cls, trainer: Any) -> Self:
+    def of_trainer(cls, trainer: Any, *, store: Any = None) -> Self:
         """The recording of what a Trainer of transformers is about to do, adapters of peft included.
 
             recording = uw.Recording.of_trainer(trainer)
@@ -139,7 +106,40 @@ class Recording:
             InvalidInput: if it is no Trainer, or its rows are no mappings that are known by number.
             UnsupportedModel: if its steps could not be made again, as with dropout or mixed precision.
         """
-        return cls(**arguments_of(trainer), watching=partial(watched, trainer))
+        return cls(**arguments_of(trainer), watching=partial(watched, trainer), store=store)
+
+    @staticmethod
+    def open(folder: Any, model: torch.nn.Module, X: Any, y: Any = None, **settings: Any) -> Trajectory:
+        """A training that was recorded with `store=folder`, in another process or before it was killed.
+
+        The folder holds rows, numbers and parameters, and no code: the module and the data are given again, and steps
+        that are made again must end where they did.
+
+        Args:
+            folder: of the recording.
+            model: of the same architecture, with what was not trained as it was; it is copied.
+            X: the training inputs, as they were.
+            y: the training targets.
+            settings: loss, penalty and other arguments of `explain`, as they were.
+
+        Raises:
+            InvalidInput: if the folder holds no training that has ended, or the model has other parameters.
+        """
+        told = kept_states.told(folder)
+        copied = deepcopy(model).eval()
+        _put(told.states[len(told.steps)].parameters, copied)
+        loss = settings.get("loss")
+        return Trajectory(
+            optimiser=told.optimiser,
+            rule=rule_named(told.optimiser),
+            steps=told.steps,
+            states=told.states,
+            group_of=told.group_of,
+            clip=told.clip,
+            reading=partial(explain, copied, X, y, **{**settings, "parameters": told.moving}),
+            rounding=told.rounding,
+            summed=_sums(loss),
+        )
 
     def __enter__(self) -> Self:
         self._parts = []
@@ -151,6 +151,10 @@ class Recording:
             raise InvalidInput(message)
         self._refuse_begun()
         with ExitStack() as stack:
+            if self.store is not None:
+                self._kept = stack.enter_context(self._folder())
+                self.states = kept_states.KeptStates(self._kept.path, self._kept.work, store=self._kept)
+            self._spread = Spread(self.states)
             if self.watching is not None:
                 stack.enter_context(self.watching(self))
             stack.callback(self.optimizer.register_step_pre_hook(self._before_step).remove)
@@ -160,8 +164,13 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.close()
-        self.states[len(self.steps)] = self._state()
+        try:
+            self.states[len(self.steps)] = self._state()
+            if self._kept is not None and kind is None and self.steps:
+                card = {"group_of": self.group_of, "moving": self.moving, "rounding": self.rounding}
+                kept_states.ended(self._kept, self.steps, list(self.states), card)
+        finally:
+            self._open.__exit__(kind, error, trace)
 
     def batch(self, rows: Any, scale: float = 1.0) -> None:
         """Tell that the mean loss of these rows, times `scale`, is in the gradient of the next step.
@@ -193,7 +202,7 @@ class Recording:
         if not self.steps:
             self._refuse_begun()  # a Trainer loads what its optimizer remembers when it goes on at a checkpoint
         self._refuse_sometimes()
-        self._keep(len(self.steps))
+        self._spread.passed(len(self.steps), self._state)
         told = tuple(settings_of(group, self.rule) for group in optimizer.param_groups)
         self.steps.append(Step(tuple(self._parts), told))
         self._parts = []
@@ -252,22 +261,43 @@ class Recording:
         return model
 
     @property
-    def digest(self) -> str:
-        """What the training was, in a few letters: its rows, settings, first and last parameters."""
-        told = hashlib.sha256(repr([(step.parts_told(), step.groups) for step in self.steps]).encode())
-        for at in (0, len(self.steps)):
-            for name, block in self.states[at].parameters.items():
-                told.update(name.encode() + block.numpy().tobytes())
-        return told.hexdigest()[:16]
+    def trajectory(self) -> Trajectory:
+        """The training that was recorded, as data."""
+        return Trajectory(
+            optimiser=self.optimiser_name,
+            rule=self.rule,
+            steps=self.steps,
+            states=self.states,
+            group_of=self.group_of,
+            clip=self.clip,
+            reading=self._read,
+            rounding=self.rounding,
+            summed=_sums(self.loss),
+        )
 
-    def _keep(self, step: int) -> None:
-        """The state before a step, if its turn has come."""
-        if step % self._every:
-            return
-        self.states[step] = self._state()
-        if len(self.states) > _MOST:
-            self._every *= 2
-            self.states = {at: state for at, state in self.states.items() if at % self._every == 0}
+    def _read(self, **settings: Any) -> Influence:
+        """The trained model on its rows."""
+        known = {"loss": self.loss, "penalty": self.penalty, "parameters": self.moving, **self.settings}
+        return explain(self.copied(), self.X, self.y, **{**known, **settings})
+
+    def _folder(self) -> Store:
+        """The folder of this recording.
+
+        Raises:
+            InvalidInput: if it holds a whole training.
+            UnsupportedModel: if a parameter cannot be kept there.
+        """
+        half = sorted({str(one.dtype) for one in self._trained.values() if one.dtype == torch.bfloat16})
+        if half:
+            message = (
+                f"Parameters in {half[0]} are not kept in a folder: NumPy has no such numbers. Train in float32, or "
+                "leave store= out."
+            )
+            raise UnsupportedModel(message)
+        blocks = {name: list(one.shape) for name, one in self._trained.items()}
+        return kept_states.opened_for(
+            self.store, {"optimiser": self.optimiser_name, "clip": self.clip, "blocks": blocks}
+        )
 
     def _state(self) -> State:
         return State(
@@ -283,6 +313,26 @@ class Recording:
         )
 
 
-def flat(blocks: dict[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Blocks by their names, as one vector in this order, in float64."""
-    return torch.cat([blocks[name].reshape(-1).double() for name in names])
+def _sums(loss: Any) -> bool:
+    """Whether a criterion is a sum over its batch."""
+    return getattr(loss, "reduction", "mean") == "sum"
+
+
+def _put(parameters: dict[str, Tensor], model: torch.nn.Module) -> None:
+    """Parameters that training found, into a model.
+
+    Raises:
+        InvalidInput: if it has others.
+    """
+    own = dict(model.named_parameters())
+    wrong = [name for name, one in parameters.items() if name not in own or own[name].shape != one.shape]
+    if wrong:
+        here = tuple(own[wrong[0]].shape) if wrong[0] in own else "nothing"
+        message = (
+            f"The recorded training found '{wrong[0]}' of shape {tuple(parameters[wrong[0]].shape)}, and "
+            f"{type(model).__name__} has {here} there. Pass a model of the architecture that was trained."
+        )
+        raise InvalidInput(message)
+    with torch.no_grad():
+        for name, one in parameters.items():
+            own[name].copy_(one)

@@ -34,6 +34,7 @@ from upweight.runs import identity
 from upweight.training.minibatch import SGD, Adam, Batches
 
 Stack = dict[str, Tensor]
+Watch = Callable[[Stack, dict[str, list[Tensor]], Tensor, Tensor], None]  # θ, memory, rows and their weights in a step
 _PROBED = 4  # examples whose outputs together and alone are compared
 _SAME = 1e-4  # by how much they may differ, in float32
 _COMPARED = 8  # examples on which the factory's module is compared with the explained one
@@ -178,6 +179,14 @@ class BoundStackedTraining:
                     paths[place].append(theta)
         return paths
 
+    def watched(self, weights: Float[NDArray[np.float64], "m n"], seeds: Sequence[int], watch: Watch) -> None:
+        """Train m models side by side with an onlooker.
+
+        Raises:
+            NotConverged: if a model diverged.
+        """
+        list(self._train(weights, [int(seed) for seed in seeds], [self.spec.epochs], watch))
+
     def _alike(self, weights: NDArray[np.float64]) -> Iterator[list[int]]:
         """Models that take the same number of steps, `together` at a time."""
         steps: dict[int, list[int]] = {}
@@ -186,7 +195,9 @@ class BoundStackedTraining:
         for members in steps.values():
             yield from (members[i : i + self.together] for i in range(0, len(members), self.together))
 
-    def _train(self, weights: NDArray[np.float64], seeds: list[int], keep: list[int]) -> Iterator[list[Tensor]]:
+    def _train(
+        self, weights: NDArray[np.float64], seeds: list[int], keep: list[int], watch: Watch | None = None
+    ) -> Iterator[list[Tensor]]:
         """The models' flat parameters after each of the epochs to keep."""
         spec, theta = self.spec, self._first(seeds)
         memory = {name: [torch.zeros_like(t) for _ in range(spec.optimizer.slots())] for name, t in theta.items()}
@@ -208,6 +219,8 @@ class BoundStackedTraining:
                 step += 1
                 inside = places.clamp(min=0)
                 w = effective.gather(1, inside) * (places >= 0) / divisor[:, None]
+                if watch is not None:
+                    watch(theta, memory, inside, w)
                 batch = tree_map(lambda leaf, inside=inside: leaf[inside], self.data)
                 gradient = derivative(theta, batch, w, self._draws(chance), share)
                 for name, g in gradient.items():

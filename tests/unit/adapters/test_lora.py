@@ -128,6 +128,18 @@ def test_scores_through_the_certified_solve():
     np.testing.assert_allclose(found.on_loss(data[:2]).values, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
+def test_a_preconditioner_takes_the_head_for_a_layer(monkeypatch):
+    """Whose curvature as part of the criterion has no closed root; small ones are formed, which hides it."""
+    monkeypatch.setattr("upweight.operators.cotangents.MOST", 1)
+    model, data = adapted("gpt2"), rows("gpt2")
+    solver = uw.solvers.CG(rtol=1e-6, preconditioner=uw.solvers.Preconditioned(uw.operators.EKFAC(samples=1)))
+    settings = {"curvature": uw.operators.GaussNewton(), "damping": 1e-3}
+    scores = uw.explain(model, data, solver=solver, **settings).on_loss(data[:2])
+    expected = uw.explain(model, data, solver=uw.solvers.Cholesky(), **settings).on_loss(data[:2])
+    largest = np.abs(expected.values).max()
+    np.testing.assert_allclose(scores.values, expected.values, rtol=1e-3, atol=1e-4 * largest)
+
+
 def test_adapters_as_they_were_created_say_so():
     model = adapted("gpt2", trained=False)
     with warned("are not trained yet", "Train them first, or load those that were"):

@@ -1,0 +1,89 @@
+"""From which step on a training is differentiated: the earliest from which the derivative predicts real trainings.
+
+The judges are training rows: their losses at the end are predicted and measured, by weights of all rows that are moved
+at random and trainings from the step on. No query has a say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from upweight.errors import NotLocal
+from upweight.runs.progress import bar
+from upweight.training.backwards import Backwards
+from upweight.training.locality import SIZES, Locality, Moved, draws_for
+
+ROWS = 8  # whose losses judge
+PARTS = (0.0, 1 / 12, 1 / 6, 1 / 3, 1 / 2, 2 / 3)  # of the training, that are left out
+MOST = 10.0  # times that an adjoint may grow on its way back
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A step, and why it was chosen.
+
+    Args:
+        since: the first step that is differentiated.
+        tried: what was found of it and of earlier ones, in words, by their numbers.
+        moved: the trainings from it on that judged.
+    """
+
+    since: int
+    tried: dict[int, str]
+    moved: Moved = field(repr=False)
+
+    def __str__(self) -> str:
+        earlier = "; ".join(f"from {step} on {told}" for step, told in self.tried.items() if step != self.since)
+        first = (
+            f"steps from {self.since} on, the earliest that holds for {ROWS} training rows ({self.tried[self.since]})"
+        )
+        return f"{first}; {earlier}" if earlier else first
+
+
+def chosen(way: Backwards) -> Choice:
+    """The earliest of a few steps from which on the derivative holds, and the adjoint grows tenfold at most.
+
+    Cost: the way back for eight rows, two trainings for each step that is refused, and six from the one that is taken.
+
+    Raises:
+        NotLocal: if it holds from none of them.
+    """
+    length, examples = len(way.trajectory), way.influence.examples
+    rows = examples.subset(examples.spread(ROWS))
+    measured = way.influence.objective
+    steps = sorted({int(length * part) for part in PARTS})
+    known, grown = {}, {}
+    end = way.at_the_end(measured, rows)
+    with bar(length, "choosing the first step", way.influence.sweep.progress, unit="step") as done:
+        for state in way.back(end, 0):
+            done(1)
+            if not state.largest <= MOST:
+                grown = {step: f"the adjoint grew {state.largest:.3g}-fold" for step in steps if step <= state.step}
+                break
+            if state.step in steps:
+                known[state.step] = (state.values.copy(), state.growth)
+    tried: dict[int, str] = dict(grown)
+    for step in sorted(known):
+        values, growth = known[step]
+        moved = Moved(way, step)
+        for sizes in (SIZES[-1:], SIZES):
+            found = moved.compared(measured, rows, values, growth, draws_for(len(rows)), sizes)
+            if not found.holds:
+                break
+        tried[step] = _told(found)
+        if found.holds:
+            return Choice(step, tried, moved)
+    message = (
+        "The derivative through this training is not what small changes of the weights do, from whatever step on: "
+        f"{'; '.join(f'from {step} on {why}' for step, why in sorted(tried.items()))}. The steps were too large or too "
+        "many for it. Use scores at the end of training, uw.explain(model, …); or name the step, uw.through(recording, "
+        f"since={steps[-1]}), and on_loss(…, check=False), to see the numbers."
+    )
+    raise NotLocal(message)
+
+
+def _told(found: Locality) -> str:
+    worst = int(np.argmin(np.nan_to_num(found.correlation, nan=-1.0)))
+    return f"±{found.sizes[worst]:g}: r = {found.correlation[worst]:.2f}, slope = {found.slope[worst]:.2f}"
