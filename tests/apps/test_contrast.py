@@ -117,7 +117,7 @@ def test_effects_of_new_labels_are_the_closed_form():
     hessian = (wide * (p * (1 - p))[:, None]).T @ wide / N + np.diag([1, 1, 0]) / (2.0 * N)
     query = np.append(XQ[0], 1.0)
     s = np.linalg.solve(hessian, query)
-    S = solved(influence.prepared, _jacobian(influence, influence.encoder.examples(XQ[:1])), "the outputs")
+    S = solved(influence, _jacobian(influence, influence.encoder.examples(XQ[:1])), "the outputs")
     np.testing.assert_allclose(S.numpy()[0], s, rtol=1e-6)
     change = Relabelled(influence, 1)
     zeros = np.flatnonzero(y == 0)

@@ -14,7 +14,7 @@ from sklearn.svm import LinearSVC
 
 import upweight as uw
 from upweight import losses
-from upweight.apps.suggestions import minimised, prepared_for
+from upweight.apps.suggestions import minimised
 
 TIGHT = {"tol": 1e-9, "max_iter": 9000}
 
@@ -232,9 +232,9 @@ def test_many_systems_take_a_factorisation_where_the_solver_was_left_open(monkey
     left_open, named = uw.explain(model, X, y), uw.explain(model, X, y, solver=uw.solvers.CG(rtol=1e-8))
     assert isinstance(left_open.solver, uw.solvers.CG)
     many = 2 * 10**6
-    assert type(prepared_for(left_open, many)) is not type(left_open.prepared)
-    assert prepared_for(left_open, 1) is left_open.prepared
-    assert prepared_for(named, many) is named.prepared
+    assert type(left_open.system.for_many(many)[1]) is not type(left_open.prepared)
+    assert left_open.system.for_many(1)[1] is left_open.prepared
+    assert named.system.for_many(many)[1] is named.prepared
     for influence in (left_open, named):
         found = uw.apps.repair(influence, inspect=5, by="self-influence")
         np.testing.assert_array_equal(found.suggested, exact.suggested)

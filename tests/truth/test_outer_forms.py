@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 import upweight as uw
 from upweight.influence import self_scores
+from upweight.solvers import direct
 from upweight.solvers.outer import outer_forms
 
 
@@ -63,6 +64,16 @@ def test_sample_weights_and_few_rows_change_nothing_but_the_way(monkeypatch):
     quick = influence.of_self().values
     monkeypatch.setattr(self_scores, "_outer", lambda *_: None)
     np.testing.assert_allclose(quick, influence.of_self().values, rtol=1e-9)
+
+
+def test_the_inverse_is_made_once(monkeypatch):
+    fit, X, y = problem()
+    made = []
+    monkeypatch.setattr(direct, "outer_forms", lambda *args: made.append(0) or outer_forms(*args))
+    influence = uw.explain(fit, X, y, solver=uw.solvers.Cholesky())
+    first = influence.of_self()
+    np.testing.assert_array_equal(influence.of_self(range(200)).values, first.values[:200])
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("classes", [2, 4])

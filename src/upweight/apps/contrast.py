@@ -192,7 +192,7 @@ class _Query:
         for step_number in range(_STEPS):
             if step_number:
                 gradient = self._gradient(theta, rows)
-            step = -solved(self.control.curvature.prepared, gradient[None], _OF)[0]
+            step = -solved(self.control.curvature, gradient[None], _OF)[0]
             before, behind = float(gradient @ step), float(self._gradient(theta + step, rows) @ step)
             length = before / (before - behind) if behind > 2 * before / 3 else 3.0  # where the slope along it is 0
             theta = theta + min(length, 3.0) * step
@@ -316,7 +316,7 @@ class _Work:
             if target not in self.changes:
                 self.changes[target] = self.kind(target, self.control.influence)
             change, x = self.changes[target], self.queries.subset(np.array([number]))
-            S = solved(self.control.curvature.prepared, _jacobian(self.control.influence, x), _OF)
+            S = solved(self.control.curvature, _jacobian(self.control.influence, x), _OF)
             outputs = self.said.per_class()[number]
             query = _Query(self.control, x, change, names.index(target), outputs, _spread(change.effects(S)))
             found.append(_numbers(_answer(query, answer, *self.limits, self.retrain), names))

@@ -57,7 +57,7 @@ class MeanLoss:
 
         total = model.sweep.over(objective, queries).fold(gradient, label="gradient of the queries")
         what = f"the mean loss of {len(queries)} queries"
-        self.S: Float[Tensor, "1 p"] = solved(model.prepared, total / len(queries), what, estimates=True)
+        self.S: Float[Tensor, "1 p"] = solved(model, total / len(queries), what, estimates=True)
         self.share = float(self.S[0] @ model.penalty_share.to(self.S))
 
     def slopes(self, examples: uw.Examples) -> Float[NDArray[np.float64], " m"]:

@@ -12,20 +12,22 @@ from upweight.errors import NotConverged, TheoryWarning
 
 
 def solved(
-    prepared: uw.solvers.Prepared, V: Float[Tensor, "k p"], what: str, *, estimates: bool = False
+    influence: uw.Influence, V: Float[Tensor, "k p"], what: str, *, systems: int = 1, estimates: bool = False
 ) -> Float[Tensor, "k p"]:
     """(C + λI)⁻¹ v for every row v.
 
     Args:
-        prepared: the solver.
+        influence: whose curvature and solver.
         V: the right-hand sides.
         what: they are of, in words.
+        systems: how many will be asked for in all; a factorisation is used if it costs less, and the choice was left.
         estimates: whether a stochastic solver that has not settled warns, and is not refused.
 
     Raises:
         NotConverged: if the solver did not keep its promise.
     """
-    solution = prepared.solve(V)
+    system = influence.system
+    solution = system.ask(lambda: system.for_many(systems)[1].solve(V))
     if not solution.converged and not (estimates and solution.replicas is not None):
         message = (
             f"The solver left a relative residual of {float(solution.residual.max()):.2g} for {what}. Raise the "

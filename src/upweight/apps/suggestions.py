@@ -27,7 +27,6 @@ from torch import Tensor
 import upweight as uw
 from upweight.apps.mean_loss import losses_of
 from upweight.apps.solving import solved
-from upweight.errors import NotPositiveDefinite
 
 _BLOCK = 128  # rows whose relabelling is measured on one another, of which only the diagonal is needed
 _NUMBERS = 2**23  # of the right-hand sides at once: 64 MB
@@ -76,19 +75,19 @@ def _trained(
     """ℓ(η_c, c) for the labels c that cost least without the row; infinite for others."""
     objective = influence.objective
     width = objective.linear.n_outputs * objective.size  # type: ignore[union-attr]
-    prepared = prepared_for(influence, len(rows) * objective.linear.n_outputs)  # type: ignore[union-attr]
+    systems = len(rows) * objective.linear.n_outputs  # type: ignore[union-attr]
     share = influence.penalty_share
-    aside = solved(prepared, share[None], _OF)[0] if bool(share.any()) else None
+    aside = solved(influence, share[None], _OF, systems=systems)[0] if bool(share.any()) else None
     size = max(1, _NUMBERS // width)
     blocks = [np.arange(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
     return np.concatenate(
-        [_of_block(influence, prepared, rows[block], names, present[block], candidates, aside) for block in blocks]
+        [_of_block(influence, systems, rows[block], names, present[block], candidates, aside) for block in blocks]
     )
 
 
 def _of_block(
     influence: uw.Influence,
-    prepared: uw.solvers.Prepared,
+    systems: int,
     rows: NDArray[np.int64],
     names: list[Any],
     present: NDArray[np.int64],
@@ -103,7 +102,7 @@ def _of_block(
     eta = uw.calculus.outputs(influence.objective, batch)  # (b, K)
     weight = torch.from_numpy(influence.examples.weights[rows])
     units = _units(influence, batch[0])  # (b, K, p)
-    moved = solved(prepared, units.flatten(0, 1), _OF).reshape(units.shape)
+    moved = solved(influence, units.flatten(0, 1), _OF, systems=systems).reshape(units.shape)
     h = loss.curvature(eta, batch[1]) * weight[:, None, None]
     S = _without(units @ moved.mT / n, h)
     left = eta + torch.einsum("bij,bj->bi", S, weight[:, None] * loss.slope(eta, batch[1]))
@@ -181,19 +180,6 @@ def minimised(
             length = torch.where(worse, length / 2, length)
         r = r + length[:, None] * step
     return outputs(r)
-
-
-def prepared_for(influence: uw.Influence, systems: int) -> uw.solvers.Prepared:
-    """(C + λI)⁻¹ for so many systems: a factorisation if it costs less and the solver was left to `defaults`."""
-    if influence.settings["solver"] is None:
-        known = (influence.objective, influence.examples, influence.curvature)
-        solver = uw.defaults.solver(*known, systems=systems)
-        if solver != influence.solver:
-            try:
-                return solver.prepare(influence.operator, influence.damping)
-            except NotPositiveDefinite:  # an iteration may still solve what a factorisation must refuse
-                return influence.prepared
-    return influence.prepared
 
 
 # ---- other models ------------------------------------------------------------------------------------------------

@@ -309,6 +309,10 @@ def _in_blocks(
 def _relative(system: System, Xq: Any, yq: Any, size: Callable[[Tensor], Tensor], what: str) -> Scores:
     """`on_loss` divided by wᵢ/n times the size of each row's gradient."""
     scores = removal.on_loss(system, Xq, yq)
+    return system.ask(lambda: _divided(system, scores, size, what))
+
+
+def _divided(system: System, scores: Scores, size: Callable[[Tensor], Tensor], what: str) -> Scores:
     objective, share = system.objective, system.penalty_share
     with system.by_itself():
         moves = system.sweep.emit(

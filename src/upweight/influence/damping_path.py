@@ -132,9 +132,13 @@ def path_of(system: System, Xq: Any, yq: Any, dampings: Iterable[float] | None) 
     if not numbers:
         message = "dampings is empty. Pass some λ > 0, such as numpy.geomspace(1e-4, 1, 9), or None."
         raise InvalidInput(message)
-    prepared = _Family(system)
     size = max(1, _NUMBERS // system.objective.size)
-    blocks = [_block(system, block, numbers, prepared) for block in queries.blocks(size)]
+
+    def blocks_of_scores() -> list[list[Scores]]:
+        prepared = _Family(system)
+        return [_block(system, block, numbers, prepared) for block in queries.blocks(size)]
+
+    blocks = system.ask(blocks_of_scores)
     return DampingPath(np.array(numbers), tuple(Scores.joined(parts) for parts in zip(*blocks, strict=True)))
 
 

@@ -72,6 +72,10 @@ class Removals:
 
 def forms(system: System) -> Vector:
     """x̃ᵀM⁻¹x̃ of every row."""
+    return system.ask(lambda: _forms(system))
+
+
+def _forms(system: System) -> Vector:
     prepared = system.prepared  # here, on every rank, and not inside of the sweep
 
     def form(batch: Any, w: Tensor) -> Tensor:
@@ -108,6 +112,10 @@ def expected_curvature(objective: Objective, family: Family, batch: Any) -> Floa
 
 def all_removals(system: System, family: Family) -> Removals:
     """Δᵢ and what follows from it, for every row, in one sweep."""
+    return system.ask(lambda: _all_removals(system, family))
+
+
+def _all_removals(system: System, family: Family) -> Removals:
     objective, n, p = system.objective, system.n, system.objective.size
     total = float(system.examples.weights.sum())
     b = n * penalties.gradient(objective)

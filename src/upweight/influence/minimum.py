@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.data.examples import Examples
-from upweight.errors import NotConverged, TheoryWarning, UpweightError
+from upweight.errors import TheoryWarning, UpweightError
 from upweight.influence.system import System
 from upweight.model import calculus, layers, per_row
 from upweight.model.sweep import Sweep
@@ -123,14 +123,18 @@ def distance(system: System, queries: Examples | None = None) -> Distance:
     """
     if isinstance(system.prepared, Recursion):  # what is stochastic tells no difference of a few per cent
         return _plain(system)
-    if isinstance(system.prepared, Iteration):
-        asked = system.examples.subset(_weighing(system, _QUERIES)) if queries is None else queries
-        try:
-            V = per_row.gradients(system.sweep.over(system.objective, asked))
-            return by_iteration(system, system.prepared, asked, V).missed
-        except UpweightError:
-            return _plain(system)
-    return _directly(system, queries)
+    try:
+        return system.ask(lambda: _distance(system, queries))
+    except UpweightError:
+        return _plain(system)
+
+
+def _distance(system: System, queries: Examples | None) -> Distance:
+    if not isinstance(system.prepared, Iteration):
+        return _directly(system, queries)
+    asked = system.examples.subset(_weighing(system, _QUERIES)) if queries is None else queries
+    V = per_row.gradients(system.sweep.over(system.objective, asked))
+    return by_iteration(system, system.prepared, asked, V).missed
 
 
 def look(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
@@ -144,12 +148,12 @@ def look(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
     Raises:
         SolverError: if their systems could not be solved.
     """
+    return system.ask(lambda: _look(system, asked, V))
+
+
+def _look(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
     if isinstance(system.prepared, Iteration):
-        try:
-            return by_iteration(system, system.prepared, asked, V)
-        except NotConverged:
-            if not system.fall_back():
-                raise
+        return by_iteration(system, system.prepared, asked, V)
     sides = V[:_STOCHASTIC] if isinstance(system.prepared, Recursion) else V
     solution = system.prepared.solve(sides)
     return Looked(distance(system, asked), (solution.x @ system.risk_gradient).abs(), sides, solution)

@@ -18,7 +18,6 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from upweight.errors import NotConverged
 from upweight.influence import pairs, scoring
 from upweight.influence.certificate import Certificate
 from upweight.influence.scores import SelfScores, called
@@ -42,6 +41,10 @@ _SUMS_TO_0 = 1e-12  # of the largest slope: rounding
 def of_self(system: System, rows: Any) -> SelfScores:
     """The self-influence of these rows: `Influence.of_self`."""
     rows = system.examples.rows(rows)
+    return system.ask(lambda: _of_rows(system, rows))
+
+
+def _of_rows(system: System, rows: NDArray[np.int64]) -> SelfScores:
     solver, prepared = system.for_many(len(rows))
 
     def solve(V: Tensor) -> Solution:
@@ -50,12 +53,7 @@ def of_self(system: System, rows: Any) -> SelfScores:
     if isinstance(prepared, Quadratic):
         products, known = _by_forms(system, rows, prepared, solve)
     else:
-        try:
-            products, known = _by_solutions(system, rows, solve)
-        except NotConverged:
-            if not system.fall_back():
-                raise
-            return of_self(system, rows)
+        products, known = _by_solutions(system, rows, solve)
     scale = -system.examples.weights[rows] / system.n
     error = products.standard_error()
     names = scoring.Columns.of(system.examples, rows).names

@@ -7,11 +7,11 @@ chosen by `defaults`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -40,6 +40,7 @@ from upweight.solvers.flat import Flat
 from upweight.solvers.lissa import Recursion
 from upweight.solvers.pacing import Keep
 
+T = TypeVar("T")
 PROBE = 3  # examples that a route is tried on
 
 
@@ -206,13 +207,22 @@ class System:
         known = (self.objective, self.examples, self.curvature)
         return defaults.solver(*known, systems=systems, budget=self.sweep.budget)
 
-    def fall_back(self) -> bool:
-        """Put Cholesky in the place of an iteration that did not converge, if the choice was left; whether it was."""
-        if self.solver_is_named or not defaults.may_be_factorised(self.solver, self.objective):
-            return False
+    def ask(self, question: Callable[[], T]) -> T:
+        """question(); once more with a factorisation, where an iteration that was chosen does not converge.
+
+        The one owner of that change: whatever solves with `prepared` does so inside of a question.
+
+        Raises:
+            NotConverged: if the user named the solver, or a factorisation would be too large.
+        """
+        try:
+            return question()
+        except NotConverged:
+            if self.solver_is_named or not defaults.may_be_factorised(self.solver, self.objective):
+                raise
         self.__dict__.update(solver=Cholesky(), solver_is_named=True)  # every certificate's from now on
         self.__dict__.pop("prepared", None)
-        return True
+        return question()
 
     def solve(self, V: Float[Tensor, "k p"]) -> Solution:
         """(C + λI)⁻¹ v for every row v, refused if the solver did not keep its promise.
@@ -223,12 +233,7 @@ class System:
             NotPositiveDefinite: if all of them do.
         """
         with undisturbed(), threads.shared():
-            try:
-                solution = solved(self.prepared, V, repr(self.solver))
-            except NotConverged:
-                if not self.fall_back():
-                    raise
-                solution = solved(self.prepared, V, repr(self.solver))
+            solution = self.ask(lambda: solved(self.prepared, V, repr(self.solver)))
         self.undetermined.announce(solution)
         return solution
 
@@ -238,6 +243,9 @@ class System:
         Raises:
             NotPositiveDefinite: as for `solve`.
         """
+        return self.ask(lambda: self._solve_in(store, V))
+
+    def _solve_in(self, store: Store, V: Float[Tensor, "k p"]) -> Solution:
         stochastic = isinstance(self.prepared, Recursion)
         if not stochastic and not isinstance(self.prepared, Iteration):
             return self.solve(V)
@@ -255,12 +263,7 @@ class System:
                 if ranks.first():
                     write({name: x.numpy() for name, x in state.items()})
 
-            try:
-                solution = solved(self.prepared, V, repr(self.solver), state=state, keep=keep)
-            except NotConverged:
-                if not self.fall_back():
-                    raise
-                solution = solved(self.prepared, V, repr(self.solver))
+            solution = solved(self.prepared, V, repr(self.solver), state=state, keep=keep)
         self.undetermined.announce(solution)
         return solution
 

@@ -79,6 +79,7 @@ class Factored:
                 raise _refusal(whole / self._scale[:, None] / self._scale, damping)
         self.factor = (packed, True)
         self._gauge = operator.project
+        self._outer: list[OuterForms | None] = []
         self.operator = PackedOperator(packed, missing, self._scale, damping, operator.project, self._shift, self.flat)
         lowest = -1 / smallest_eigenvalue(NegatedInverse(self), tolerance=_tolerance(len(packed)))[0] - damping
         self.min_curvature = lowest if self._shift is None else min(lowest, float(self._shift.curvature.min()))
@@ -134,7 +135,15 @@ class Factored:
         return value + (shift * self._shift.solved(shift, self.damping)).sum(1)
 
     def outer(self, structure: Linear, active: NDArray[np.int64]) -> OuterForms | None:
-        """What gives the forms of r ⊗ x̃ with Σ_k r_k = 0 in fewer flops; None where digits or directions lack."""
+        """What gives the forms of r ⊗ x̃ with Σ_k r_k = 0 in fewer flops; None where digits or directions lack.
+
+        It is made once and kept, 4p² bytes: structure and columns are those of the operator's rows.
+        """
+        if not self._outer:
+            self._outer.append(self._made_outer(structure, active))
+        return self._outer[0]
+
+    def _made_outer(self, structure: Linear, active: NDArray[np.int64]) -> OuterForms | None:
         K, d = structure.n_outputs, structure.n_features
         draw = np.random.default_rng(0).normal(size=(K, d + int(structure.intercept)))
         draw -= draw.mean(0)
