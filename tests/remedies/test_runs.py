@@ -372,8 +372,7 @@ def test_ranks_do_the_same_work_and_those_that_are_left_are_started_again(tmp_pa
     for number in range(2):
         with refused(" blocks of this curvature are on other ranks, ", "Make the call on all ranks, outside of sweeps"):
             raised(tmp_path / f"inside-{number}-{number}")
-    one, two = (np.load(tmp_path / f"inside-{rank}.npy") for rank in "01")
-    assert one.tobytes() == two.tobytes()
+    assert (tmp_path / "inside-0.npy").read_bytes() == (tmp_path / "inside-1.npy").read_bytes()
     assert ended.codes == [1, -9]
     last = next(line for line in reversed(ended.said[0].splitlines()) if "RankFailed" in line)
     (tmp_path / "killed-0").write_text(last.partition("upweight.errors.")[2])
