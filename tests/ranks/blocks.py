@@ -146,28 +146,6 @@ def again(folder: Path) -> None:
     np.save(folder / f"again-{RANK}.npy", deep().on_loss(*ON, store=folder / "store").values)
 
 
-def inside(folder: Path) -> None:
-    """Blocks of other ranks are asked for where nobody can bring them, and then as the message says."""
-    here = deep(curvature=uw.operators.KFAC())
-    V = torch.ones(1, here.objective.size, dtype=torch.float64)
-    product = here.operator.apply(V)
-    asked = [lambda: here.operator.bases, lambda: here.sweep.emit(lambda batch, _: _dots(here, batch, V))]
-    for number, ask in enumerate(asked):
-        try:
-            ask()
-        except uw.errors.UpweightError as error:
-            (folder / f"inside-{number}-{RANK}").write_text(f"{type(error).__name__}: {error}")
-    with here.operator.here():
-        assert len(here.operator.bases) == len(here.operator.held.at)
-        assert torch.equal(here.operator.apply(V), product)
-        found = here.sweep.emit(lambda batch, _: _dots(here, batch, V))
-    np.save(folder / f"inside-{RANK}.npy", found)
-
-
-def _dots(here: uw.Influence, batch, V: Tensor) -> Tensor:
-    return (uw.calculus.gradients(here.objective, batch).double() * here.operator.apply(V)).sum(1)
-
-
 if __name__ == "__main__":
     at, scenarios = Path(sys.argv[1]), sys.argv[2:]
     if scenarios[0] == "alone":

@@ -14,6 +14,7 @@ from torch import nn
 import upweight as uw
 from upweight.model.chunks import CHUNK
 from upweight.model.sweep import Sweep
+from upweight.runs import ranks
 
 n, d, q = 4 * CHUNK + 100, 3, 3
 DRAW = np.random.default_rng(0)
@@ -112,6 +113,26 @@ def apart(folder: Path) -> None:
     ask = here.of_self if rank == "1" else lambda: here.on_loss(QUERIES, TARGETS)
     _told(ask, folder / f"apart-{rank}")
     assert len(here.on_loss(QUERIES, TARGETS).values) == q
+
+
+def inside(folder: Path) -> None:
+    """Blocks of other ranks are asked for where nobody can bring them, and then as the message says."""
+    rank, here = os.environ["RANK"], network(curvature=uw.operators.KFAC())
+    V = torch.ones(1, here.objective.size, dtype=torch.float64)
+    product = here.operator.apply(V)
+
+    def dots(batch, weights):
+        return (uw.calculus.gradients(here.objective, batch).double() * here.operator.apply(V)).sum(1) * weights
+
+    _told(lambda: here.operator.bases, folder / f"inside-0-{rank}")
+    few = here.sweep.examples.batch([0])
+    with ranks.work("a sweep", 2):  # as every sweep is split
+        _told(lambda: dots(few, 1), folder / f"inside-1-{rank}")
+    with here.operator.here():
+        assert len(here.operator.bases) == 2
+        assert torch.equal(here.operator.apply(V), product)
+        found = here.sweep.emit(dots)
+    np.save(folder / f"inside-{rank}.npy", found)
 
 
 def _told(ask, file: Path) -> None:

@@ -357,8 +357,10 @@ def raised(file):
 
 
 def test_ranks_do_the_same_work_and_those_that_are_left_are_started_again(tmp_path):
-    """Two processes: one has another row, then asks another question, then is killed; after each the remedy is done."""
-    ended = launch.at_work(2, tmp_path, "other", "apart", "killed")
+    """Two processes: one has another row, then asks another question; blocks are asked for that are elsewhere; one is
+    killed. After each the remedy is done.
+    """
+    ended = launch.at_work(2, tmp_path, "other", "apart", "inside", "killed")
     with refused(" has other work than rank 0. Different: ", "Let every rank make the same model and the same data"):
         raised(tmp_path / "other-0")
     assert "rank 1 has other work than rank 0. Different: training rows: '4,196" in (tmp_path / "other-1").read_text()
@@ -367,6 +369,10 @@ def test_ranks_do_the_same_work_and_those_that_are_left_are_started_again(tmp_pa
     assert (tmp_path / "apart-0").read_text() == (tmp_path / "apart-1").read_text()
     one, two = (np.load(tmp_path / f"went-on-{rank}.npy") for rank in "01")
     assert one.tobytes() == two.tobytes()
+    for number in range(2):
+        with refused(" blocks of this curvature are on other ranks, ", "Make the call on all ranks, outside of sweeps"):
+            raised(tmp_path / f"inside-{number}-{number}")
+    assert (tmp_path / "inside-0.npy").read_bytes() == (tmp_path / "inside-1.npy").read_bytes()
     assert ended.codes == [1, -9]
     last = next(line for line in reversed(ended.said[0].splitlines()) if "RankFailed" in line)
     (tmp_path / "killed-0").write_text(last.partition("upweight.errors.")[2])

@@ -172,7 +172,7 @@ def explain(
             "Influence(Objective(…), (X, y))."
         )
         raise InvalidInput(message)
-    examples = _examples(fit, built, weights)
+    examples = _examples(fit, built)
     examples.names = names
     encoder = SklearnEncoder(transformers, estimator, built)
     examples.encoded_by = encoder.mark
@@ -182,7 +182,7 @@ def explain(
     return influence
 
 
-def _examples(fit: Fit, built: Built, weights: Any) -> Examples:
+def _examples(fit: Fit, built: Built) -> Examples:
     """The training rows as the objective takes them.
 
     Raises:
@@ -192,7 +192,7 @@ def _examples(fit: Fit, built: Built, weights: Any) -> Examples:
     if len(targets) != fit.n:
         message = f"X has {fit.n} rows and y has {len(targets)}. Pass one label per row, in the order of the rows."
         raise InvalidInput(message)
-    examples = Examples(built.inputs(fit.X), targets, sample_weight=weights)
+    examples = Examples(built.inputs(fit.X), targets, sample_weight=fit.sample_weight)
     of_classes = built.class_weights(targets)
     if not (of_classes == 1).all():
         examples.weights = examples.sample_weight * of_classes

@@ -85,12 +85,9 @@ def index(
     with noted(store, "index", study, {"error": error, "bits": bits, "store": store}):
         made = influence.index(store, error=error, bits=bits)
     if ranks.first():
-        from upweight.runs.machine import in_bytes
-
-        size = sum(file.stat().st_size for file in made.folder.glob("*.safetensors"))
         show(
-            {"store": str(store), "rows": made.n, "coordinates": made.k, "bytes": size},
-            f"{made!r}\nKept in {store.resolve()}, {in_bytes(size)}: `upweight.Index.open` answers from it",
+            {"store": str(store), "rows": made.n, "coordinates": made.k, "bytes": made.bytes},
+            f"{made!r}\nKept in {store.resolve()}: `upweight.Index.open` answers from it",
             json,
         )
     return 0

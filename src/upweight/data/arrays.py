@@ -219,13 +219,13 @@ def _sums_to_a_number(block: Any) -> bool:
 
 
 def checked_weights(sample_weight: Any, n: int) -> NDArray[np.float64]:
-    """(n,) finite, non-negative float64 weights, not all zero.
+    """(n,) finite, non-negative float64 weights, not all zero; where none are given one 1, read n times.
 
     Raises:
         InvalidInput: if they are anything else.
     """
     if sample_weight is None:
-        return np.ones(n)
+        return np.lib.stride_tricks.as_strided(np.ones(1), (n,), (0,))
     weights = np.array(as_array(sample_weight, "sample_weight"), dtype=np.float64)
     check_finite(weights, "sample_weight")
     if weights.shape != (n,):

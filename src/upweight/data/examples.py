@@ -37,6 +37,7 @@ from upweight.errors import InvalidInput, NotDeterministic
 
 PROBE_ROWS = 32
 _SUMMED_ROWS = 1024
+_HASHED_ROWS = 2**16
 
 
 class Examples:
@@ -260,13 +261,14 @@ class Examples:
         """A short hash of n, the weights, the targets, a weighted sum over all inputs, and a few of their rows."""
         digest = hashlib.sha256(f"{self.length}".encode())
         if self.y is not None:
-            digest.update(np.ascontiguousarray(np.asarray(self.y)).tobytes())
+            digest.update(np.ascontiguousarray(np.asarray(self.y)).reshape(-1).view(np.uint8).data)
         if self.x is not None:
             digest.update(f"{self._weighted_sum():.8g}".encode())
         for leaf in leaves(self.batch(self.spread(PROBE_ROWS))):
             array = leaf.toarray() if scipy.sparse.issparse(leaf) else leaf.detach().cpu().numpy()
             digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-        digest.update(self.weights.tobytes())
+        for start in range(0, self.length, _HASHED_ROWS):
+            digest.update(self.weights[start : start + _HASHED_ROWS].tobytes())
         return digest.hexdigest()[:16]
 
     def spread(self, count: int) -> NDArray[np.int64]:

@@ -71,20 +71,19 @@ class Classes:
         )
 
 
-def rows_by_class(system: System) -> dict[Any, NDArray[np.int64]] | None:
-    """The rows of every class; None where targets are no class numbers, or would have to be read from a Dataset."""
+def class_of_rows(system: System) -> tuple[list[Any], NDArray[Any]] | None:
+    """The names of the classes, and the number of every row's.
+
+    None where targets are no class numbers, or would have to be read from a Dataset.
+    """
     known = Classes.of(system)
     y = system.examples.y
     if known is not None:
-        names, numbers = known.names, known.numbers
-    elif y is None or getattr(system.encoder, "estimator", None) is not None:
+        return known.names, known.numbers
+    if y is None or getattr(system.encoder, "estimator", None) is not None:
         return None
-    else:
-        targets = np.asarray(y)
-        if targets.ndim != 1 or targets.dtype.kind not in "iub":
-            return None
-        values, numbers = np.unique(targets, return_inverse=True)
-        names = values.tolist()
-    order = np.argsort(numbers, kind="stable")
-    ends = np.cumsum(np.bincount(numbers, minlength=len(names)))
-    return dict(zip(names, np.split(order, ends[:-1]), strict=True))
+    targets = np.asarray(y)
+    if targets.ndim != 1 or targets.dtype.kind not in "iub":
+        return None
+    values, numbers = np.unique(targets, return_inverse=True)
+    return values.tolist(), numbers

@@ -161,8 +161,9 @@ class Index:
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
-        return sum(file.stat().st_size for file in self.folder.iterdir())
+        """Of the files that answer: eigenvectors, chunks and what belongs to all rows."""
+        names = (BASIS, COORDINATES, *map(chunk_name, range(self.chunks)))
+        return sum((self.folder / f"{name}{SUFFIX}").stat().st_size for name in names)
 
     def _repr_html_(self) -> str:
         return markup.facts("Index of training gradients", [("folder", self.folder), ("holds", repr(self)[6:-1])])

@@ -48,6 +48,7 @@ _ANOTHER = 100.0  # times as much, and a Newton step leads nowhere near
 _ROWS, _QUERIES = 16, 8  # that stand for all of them
 _GROUP = 64  # rows in a group with random signs
 FEW = 512  # rows that know how the curvature changes on the way, and from one kind to another
+_BLOCK = 2**16  # rows whose weights are added together
 _STOCHASTIC = 3  # queries of a solver whose cost grows with them
 _LOOSE = 0.1  # the residual of a system that is asked for a change of 5 %
 
@@ -259,16 +260,31 @@ def of_few_rows(
 def _standing_for(examples: Examples) -> Examples:
     """512 rows spread evenly through the weight of the data, each of which stands for as much: means stay means."""
     weights = examples.weights
-    rows = np.flatnonzero(weights)
-    share = weights[rows]
-    if len(rows) > FEW:
-        ends = np.cumsum(weights)
-        drawn = np.searchsorted(ends, (np.arange(FEW) + 0.5) / FEW * ends[-1], side="right")
+    if np.count_nonzero(weights) > FEW:
+        drawn, total = _spread(weights)
         rows, times = np.unique(drawn, return_counts=True)
-        share = times * (ends[-1] / FEW)
+        share = times.astype(np.float64) * (total / FEW)
+    else:
+        rows = np.flatnonzero(weights)
+        share = weights[rows]
     few = examples.subset(rows)
     few.weights = share * (len(rows) / len(examples))
     return few
+
+
+def _spread(weights: NDArray[np.float64]) -> tuple[NDArray[np.int64], float]:
+    """The rows in which the middles of 512 equal parts of the weight lie, and the whole weight."""
+    blocks = [weights[start : start + _BLOCK] for start in range(0, len(weights), _BLOCK)]
+    ends = np.zeros(1 + len(blocks))
+    for number, block in enumerate(blocks):
+        ends[number + 1] = np.cumsum(np.append(ends[number], block))[-1]
+    middles = (np.arange(FEW) + 0.5) / FEW * ends[-1]
+    lie = np.searchsorted(ends[1:], middles, side="right")
+    drawn = []
+    for number in np.unique(lie):
+        within = np.cumsum(np.append(ends[number], blocks[number]))[1:]
+        drawn.append(number * _BLOCK + np.searchsorted(within, middles[lie == number], side="right"))
+    return np.concatenate(drawn), float(ends[-1])
 
 
 def _plain(system: System) -> Distance:

@@ -200,6 +200,13 @@ class Belonging:
                 return
             self._of_row[group] = number
 
+    @classmethod
+    def by_number(cls, numbers: NDArray[Any], count: int) -> Belonging:
+        """Of rows that are each in one of so many groups, by its number."""
+        made = cls([], 0)
+        made.count, made._of_row = count, numbers.astype(np.min_scalar_type(-1 - count))
+        return made
+
     def rows(self, start: int, stop: int) -> scipy.sparse.csr_matrix:
         """(stop − start, g): 1 where a row is in a group."""
         if self._whole is not None:

@@ -21,7 +21,7 @@ from upweight.data.ids import Ids, of_keys
 from upweight.errors import UnsupportedModel
 from upweight.influence import kept, removal, scoring
 from upweight.influence.certificate import Certificate
-from upweight.influence.classes import rows_by_class
+from upweight.influence.classes import class_of_rows
 from upweight.influence.leading import Leading, joined, with_sums
 from upweight.influence.running import Belonging, Running
 from upweight.influence.scores import called, naming
@@ -61,9 +61,7 @@ def leading(
     checked_k(k, system.n)
     measured, queries = removal.asked(system, measure, Xq, yq)
     kept.refuse_other_queries(queries, measured.name)
-    added, members = _added(system, groups)
-    belonging, asked_for = Belonging(members, system.n), _hash(k, members)
-    del members  # eight bytes a row
+    added, belonging, asked_for = _added(system, groups, k)
     size = min(_QUERIES, removal.block(system, len(queries)))
     single = len(queries) <= size
     parts = [
@@ -210,16 +208,20 @@ def _answer(
     return with_sums(answer, **sums)
 
 
-def _added(system: System, groups: Any) -> tuple[dict[str, _Added], list[NDArray[np.int64]]]:
-    """The groups that were asked for, and the classes of the rows; and the rows of all of them."""
+def _added(system: System, groups: Any, k: int) -> tuple[dict[str, _Added], Belonging, str]:
+    """The groups that were asked for, and the classes; which rows are in them; and a hash of k and those groups."""
     members = [] if groups is None else system.examples.groups(groups)
     found = {} if groups is None else {"by_group": _Added(len(members), of_keys(groups))}
-    classes = rows_by_class(system)
-    if classes is not None:
-        names = of_keys(classes)
-        found["by_class"] = _Added(len(classes), Ids(names.values, "class"))  # type: ignore[union-attr]
-        members = [*members, *classes.values()]
-    return found, members
+    asked_for, classes = _hash(k, members), class_of_rows(system)
+    if classes is None:
+        return found, Belonging(members, system.n), asked_for
+    names, numbers = classes
+    told = of_keys(dict.fromkeys(names))
+    found["by_class"] = _Added(len(names), Ids(told.values, "class"))  # type: ignore[union-attr]
+    if groups is None:
+        return found, Belonging.by_number(numbers, len(names)), asked_for
+    every = [np.flatnonzero(numbers == number) for number in range(len(names))]
+    return found, Belonging([*members, *every], system.n), asked_for
 
 
 def _hash(k: int, members: Sequence[NDArray[np.int64]]) -> str:

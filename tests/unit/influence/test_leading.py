@@ -412,6 +412,33 @@ def test_a_block_of_scores_takes_what_is_documented(many):
     assert traced(lambda: uw.extremes(influence.on_loss_in_blocks(*on, size=32), 5)) < 1.8 * block
 
 
+def taken_in_a_file(rows, folder):
+    """Bytes that `explain` and `leading` of rows in a file hold at the end, and at most; beside y."""
+    file = np.lib.format.open_memmap(folder / f"{rows}.npy", "w+", np.float32, (rows, 4))
+    file[:] = np.random.default_rng(0).standard_normal((rows, 4), dtype=np.float32)
+    file.flush()
+    y = (file[:, 0] + DRAW.logistic(size=rows) > 0).astype(int)
+    model, asked = LogisticRegression(tol=1e-10).fit(np.array(file), y), np.array(file[:8])
+    mapped = np.load(folder / f"{rows}.npy", mmap_mode="r")
+    tracemalloc.start()
+    try:
+        influence = uw.explain(model, mapped, y, progress=False)
+        influence.leading(asked, y[:8], k=10)
+        return np.array(tracemalloc.get_traced_memory())
+    finally:
+        tracemalloc.stop()
+
+
+def test_of_a_row_in_a_file_two_derivatives_are_kept(tmp_path, monkeypatch):
+    """16 bytes a row, and 9 more in passing: no weights where none were given, no lists of rows, nothing of X."""
+    monkeypatch.setattr("upweight.data.stored._BLOCK_BYTES", 2**16)
+    taken_in_a_file(20_000, tmp_path)  # what is imported and prepared once
+    few, more = (taken_in_a_file(rows, tmp_path) for rows in (60_000, 160_000))
+    held, most = (more - few) / 100_000
+    assert 15.5 < held < 16.5
+    assert most < 26
+
+
 def test_rows_belong_to_groups_whether_these_overlap_or_not():
     """Against a matrix of zeros and ones, written out."""
     rows = DRAW.permutation(50)
@@ -426,6 +453,9 @@ def test_rows_belong_to_groups_whether_these_overlap_or_not():
         for number, group in enumerate(groups):
             expected[group, number] = 1
         found = Belonging([np.asarray(group, dtype=np.int64) for group in groups], 50)
+        if (expected.sum(1) == 1).all():
+            numbered = Belonging.by_number(expected.argmax(1), len(groups))
+            assert np.array_equal(numbered.rows(3, 40).toarray(), expected[3:40])
         assert np.array_equal(found.rows(0, 50).toarray(), expected)
         values = DRAW.normal(size=(7, 4))
         np.testing.assert_allclose(found.rows(5, 12).T @ values, expected[5:12].T @ values, rtol=1e-13, atol=1e-13)

@@ -103,4 +103,6 @@ def class_weight_vector(model: Any, y: Any, sample_weight: Any = None) -> NDArra
 
 def by_class(per_class: NDArray[np.float64]) -> Callable[[NDArray[Any]], NDArray[np.float64]]:
     """The weight of each class number."""
+    if bool((per_class == 1).all()):
+        return lambda targets: np.broadcast_to(1.0, len(targets))
     return lambda targets: per_class[np.asarray(targets).astype(np.int64).reshape(-1)]
