@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from made import N, labels_of, made, study, truth
+from scipy.stats import t
 from sklearn.linear_model import LogisticRegression
 
 import upweight as uw
@@ -116,6 +117,20 @@ def test_counts_by_hand():
     worse = proof.proof(np.zeros(40), answers([0] * 40), answers([0] * 40), answers([1] * 40), **told)
     assert "did harm" in worse.says()
     assert "−100.00 points" in worse.says()
+    assert "mean loss" not in many.says()  # no loss changed
+
+
+@pytest.mark.parametrize(("shift", "word"), [(-0.1, "fell"), (0.1, "rose"), (0.0, "")])
+def test_a_mean_loss_that_changed_is_said_beside_an_accuracy_that_did_not(shift, word):
+    noise = np.tile([-0.01, 0.01], 20)
+    told = {"work": "w", "entry": 3, "at": "2026-01-01T00:00:00Z", "relabelled": 2, "dropped": 0}
+    before, after = answers([0] * 40, np.full(40, 0.5)), answers([0] * 40, 0.5 + shift + noise)
+    says = proof.proof(np.zeros(40), before, before, after, **told).says()
+    half = t.ppf(0.975, 39) * noise.std(ddof=1) / np.sqrt(40)
+    ends = f"{shift - half:+.3g} to {shift + half:+.3g}".replace("-", "−")
+    wanted = f"The mean loss {word}, 0.5000 → {0.5 + shift:.4f} (95 % interval {ends})."
+    assert "may be chance" in says
+    assert (wanted in says) if word else ("mean loss" not in says)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 import upweight as uw
 from refusals import refused
 from small import NAMES, NAMESQ, XQ, N, X, logistic
-from upweight.cli import commands, table
+from upweight.cli import commands, studies, table
 from upweight.cli.app_commands import _share
 
 SOURCE = """
@@ -265,6 +265,17 @@ def test_queries_have_numbers(told):
     for query in (int(first), int(last)):
         best = told("top", "cli_studies:good", "--query", query, "-k", 1)["helpful"][0]["row"]
         assert best == logistic().on_loss(XQ, NAMESQ).helpful(1).rows[query, 0]
+
+
+def test_the_demo_opens_other_data_in_the_explorer(monkeypatch):
+    with refused(", and the report of the demo is of the digits alone", "Add --explore: it makes a run of "):
+        typed("demo", "--data", "mnist", "--out", "report")
+    seen = []
+    monkeypatch.setattr("upweight.cli.commands.opened", lambda folder: seen.append(str(folder)) or 0)
+    monkeypatch.setattr("upweight.cli.demo.write_run", lambda study, folder, rows: folder)
+    monkeypatch.setitem(studies.STUDIES, "mnist", lambda: None)
+    assert typed("demo", "--data", "mnist", "--out", "report", "--explore") == 0
+    assert seen == ["report/mnist"]
 
 
 def test_the_demo_retrains_without_some_of_its_rows(told):

@@ -162,9 +162,10 @@ def write_run(study: Study, folder: Path, rows: int = 40) -> Path:
     A run that is there already is gone on with.
     """
     influence, on = study.influence, study.queries
+    count = min(checked_count(rows, "rows"), influence.n)
     found = items.write_run(influence, folder, *on, card=study.card, query_card=study.query_card, parts=4)
     if evidence(found).removals is None:
-        strongest = np.argsort(-np.abs(found.scores.values).max(0), kind="stable")[: min(rows, influence.n)]
+        strongest = np.argsort(-np.abs(found.scores.values).max(0), kind="stable")[:count]
         keep_evidence(found, leave_one_out(influence, on, strongest), influence.damping_path(*on))
     return folder
 

@@ -89,7 +89,7 @@ STUDIES: dict[str, Callable[[], Study]] = {"digits": digits, "mnist": mnist, "en
 def _pictures(train: tuple[Any, Any], asked: tuple[Any, Any], l2: float, shape: tuple[int, int]) -> Study:
     """Softmax regression on pictures, 0 is black; shown dark on light."""
     model = _logistic(l2, len(train[1])).fit(*train)
-    looks, wanted = (np.uint8(255 - 255 * one[0].reshape(-1, *shape)) for one in (train, asked))
+    looks, wanted = ((255 - 255 * one[0].reshape(-1, *shape)).astype(np.uint8) for one in (train, asked))
     return Study(explain(model, *train), asked, card=lambda row: looks[row], query_card=lambda query: wanted[query])
 
 

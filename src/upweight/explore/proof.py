@@ -106,10 +106,19 @@ class Proof:
             f"(95 % interval {100 * self.low:+.2f} to {100 * self.high:+.2f})."
         ).replace("-", "−")
         if self.low > 0:
-            return f"{lead} The corrections helped."
+            return f"{lead} The corrections helped.{self._of_loss()}"
         if self.high < 0:
-            return f"{lead} The corrections did harm."
-        return f"{lead} That may be chance: ask more queries, or correct more rows."
+            return f"{lead} The corrections did harm.{self._of_loss()}"
+        return f"{lead} That may be chance: ask more queries, or correct more rows.{self._of_loss()}"
+
+    def _of_loss(self) -> str:
+        """What the mean loss says beside the accuracy, where it is known to have changed."""
+        before, after = self.losses["control"], self.losses["after"]
+        low, high = self.loss_low, self.loss_high
+        if before is None or after is None or low is None or high is None or low <= 0 <= high:
+            return ""
+        told = f"{low:+.3g} to {high:+.3g}".replace("-", "−")
+        return f" The mean loss {'rose' if low > 0 else 'fell'}, {before:.4f} → {after:.4f} (95 % interval {told})."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, and what they say."""
