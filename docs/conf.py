@@ -147,10 +147,19 @@ def _for_keyboards(app: Sphinx, name: str, _template: str, context: dict[str, An
     body = body.replace("<pre>", '<pre tabindex="0">').replace(
         '<div class="table-wrapper', '<div tabindex="0" class="table-wrapper'
     )
-    context["body"] = _link_to_picture(app, body)
+    context["body"] = _link_to_picture(app, _LINES.sub(_of_arguments, body))
     if tree := context.get("furo_navigation_tree"):
         tree = tree.replace('role="heading"', 'role="heading" aria-level="2"')
         context["furo_navigation_tree"] = _of_reference(tree) if name.startswith("docs/reference/") else tree
+
+
+_LINES = re.compile(r"<dl>\s*((?:<dd>.*?</dd>\s*)+)</dl>", re.S)
+
+
+def _of_arguments(match: re.Match[str]) -> str:
+    """Arguments a line each, as lines: Sphinx has them as definitions of nothing."""
+    lines = match[1].replace("<dd>", '<span class="sig-line">').replace("</dd>", "</span>")
+    return f'<span class="sig-lines">{lines}</span>'
 
 
 def _link_to_picture(app: Sphinx, body: str) -> str:

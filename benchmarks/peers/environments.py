@@ -2,7 +2,9 @@
 
 The files list everything at a pinned version, so pip resolves nothing (--no-deps). kronfluence declares torchvision,
 which it does not use and which does not import beside torch 2.13: it is left out of its file. An environment that is
-there is kept; what pip says when it fails is kept beside it.
+there is kept; what pip says when it fails is kept beside it, and a library that is named is tried again. The files are
+of Python 3.11 and of torch without CUDA: where pip does not find that, set
+PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 """
 
 from __future__ import annotations
@@ -51,6 +53,14 @@ def make(library: str) -> None:
         done.touch()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Those that are named, also where they failed before; or all."""
+    for name in sys.argv[1:]:
+        (cache() / "environments" / f"{name}.error").unlink(missing_ok=True)
     for name in sys.argv[1:] or sorted(file.stem for file in (HERE / "requirements").glob("*.txt")):
         make(name)
+        print(f"{name}: {failure(name) or interpreter(name)}")
+
+
+if __name__ == "__main__":
+    main()

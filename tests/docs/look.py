@@ -94,7 +94,7 @@ def main() -> None:
                 file = f"{name.replace('/', '-')}-{width}-{scheme}"
                 (out / f"{file}.png").write_bytes(shot)
                 if name in KEPT and (scheme, width) in SEEN[::3]:
-                    Image.open(io.BytesIO(shot)).save(kept / f"{file}.webp", quality=60, method=6)
+                    Image.open(io.BytesIO(shot)).save(kept / f"{file}.webp", quality=40, method=6)
                 for fault in faults(page):
                     print(f"{name} {width} {scheme}: {fault}")
                 if (wide := overflow(page)) > 0:
