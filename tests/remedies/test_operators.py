@@ -13,6 +13,7 @@ import upweight as uw
 from refusals import refused, warned
 from small import XQ, YQ, ZQ, D, X, Y, Z, classifier, net, regressor, seeded
 from upweight.operators import EKFAC, KFAC, Arnoldi, Dense, EmpiricalFisher, GaussNewton, Hessian, Nystroem
+from upweight.operators.held import Held
 from upweight.solvers import CG
 
 THETA = torch.tensor([0.5, -0.4, 0.3], dtype=torch.float64)
@@ -357,6 +358,26 @@ def test_rows_of_some_lengths_take_another_way():
     alike = [{name: part * 3 for name, part in rows[0].items()}] * 2 + [rows[1]] * 2
     same = [{name: part[:6] for name, part in row.items()} for row in alike]
     assert uw.explain(model, same, curvature=EKFAC(), **settings).on_loss(same[:1]).values.shape == (1, 4)
+
+
+def test_blocks_that_are_on_ranks_that_do_not_come():
+    """A rank whose job has ended, as it is left with its own blocks; tests/ranks has the others of the reasons."""
+
+    def explained():
+        return classifier(
+            seeded(lambda: nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 2)).double()), curvature=KFAC()
+        )
+
+    operator, V = explained().operator, torch.ones(1, 4 * (D + 1) + 10, dtype=torch.float64)
+    whole, product = operator.held, operator.apply(V)
+    operator.held = Held({0: whole.own[0]}, whole.at, [0, 1])
+    for ask in (lambda: operator.apply(V), lambda: operator.bases):
+        with refused(" blocks of this curvature are on other ranks, ", "Make the call on all ranks, outside of sweeps"):
+            ask()
+    again = explained().operator
+    with again.here():
+        assert len(again.bases) == 2
+    assert torch.equal(again.apply(V), product)
 
 
 def test_factors_that_are_larger_than_the_budget():

@@ -219,7 +219,8 @@ def test_an_error_that_cannot_be_sent_keeps_its_words():
 
 
 @pytest.mark.slow
-def test_two_processes_of_a_dask_cluster(tmp_path):
+def test_two_processes_of_a_dask_cluster(tmp_path, monkeypatch):
+    monkeypatch.setenv("DASK_DISTRIBUTED__COMM__OFFLOAD", "False")  # else a worker draws from Python's random, too
     distributed = pytest.importorskip("distributed")
     with (
         distributed.LocalCluster(
