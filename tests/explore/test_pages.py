@@ -12,6 +12,7 @@ import upweight as uw
 from explored import TRAIN, WRONG, browser, digits, influence, queries
 from upweight.explore import pages
 from upweight.explore.explorer import Explorer
+from upweight.show.evidence import Dampings
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,10 @@ def test_the_overview_counts(client, run):
     assert told["queries"]["wrong"] == int((run.queries.labels != run.queries.predictions).sum())
     assert told["health"]["good"] is True
     assert sum(told["rows"]["histograms"]["loss"]["counts"]) == TRAIN
+    ends = told["rows"]["histograms"]["loss"]["edges"]
+    beyond = int(((run.rows.losses < ends[0]) | (run.rows.losses > ends[-1])).sum())
+    assert beyond == told["rows"]["histograms"]["loss"]["beyond"] > 0
+    assert "farther out stand in the outermost bars" in client.get("/").text
     np.testing.assert_allclose(told["rows"]["means"]["self_influence"], run.rows.self_influence.mean())
 
 
@@ -66,6 +71,10 @@ def test_why_names_the_rows_that_scores_name(client, run, query):
     values = run.scores.values[query]
     np.testing.assert_allclose(told["total"], values.sum(), rtol=1e-9)
     assert sum(told["histogram"]["counts"]) == TRAIN
+    ends = told["histogram"]["edges"]
+    beyond = int(((values < ends[0]) | (values > ends[-1])).sum())
+    assert beyond == told["histogram"]["beyond"] > 0
+    assert f"{beyond} farther out stand in the outermost bars." in client.get(f"/queries/{query}").text
     sums = {one["name"]: one["value"] for one in told["by_class"]}
     for label in range(10):
         np.testing.assert_allclose(sums[str(label)], values[run.rows.labels == label].sum(), rtol=1e-9)
@@ -222,6 +231,13 @@ def test_trust_shows_what_was_kept(folder):
     np.testing.assert_allclose(told["removals"]["pearson"], pearsonr(predicted, actual)[0])
     np.testing.assert_allclose(told["subsets"]["lds"], uw.lds(run.scores, subsets).value, rtol=1e-9)
     assert [one["damping"] for one in told["dampings"]] == [1e-3, 1e-2]
+
+
+def test_a_damping_is_the_runs_own_or_another_however_small():
+    many = np.array([1e-12, 1e-10, 1e-9])
+    path = Dampings(many, many, many, many)
+    for own, wanted in ((0.0, [False] * 3), (1e-10, [False, True, False]), (1e-10 + 1e-22, [False, True, False])):
+        assert [one["own"] for one in pages.trust.dampings(path, own)] == wanted
 
 
 def test_two_runs_are_compared(made, tmp_path):
