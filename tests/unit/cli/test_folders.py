@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import upweight as uw
-from small import XQ, X, logistic
+from small import NAMESQ, XQ, X, logistic
 from upweight.cli.jobs import SETTINGS
 from upweight.runs import job
 from upweight.runs.store import JOB
+from upweight.show.parts import packed_in
 
 SOURCE = """
 import upweight as uw
@@ -41,7 +42,7 @@ def other():
 STUDY = "cli_studies.py:good"
 COMMANDS = {
     "score": ["--top", "3", "--out", "told"],
-    "run": [],
+    "run": ["--parts", "2", "--folds", "3"],
     "validate": ["--query", "1", "--rows", "3"],
     "contrast": ["--most", "4"],
     "repair": ["--inspect", "20%", "--out", "told"],
@@ -91,6 +92,20 @@ def test_the_run_folder_of_a_study(upweight):
     np.testing.assert_allclose(run.rows.self_influence, logistic().of_self().values)
     upweight("run", STUDY, "--store", "plain")
     assert list(uw.Run.open("plain").rows.cards[0].values()) == X[0].tolist()
+
+
+def test_a_run_folder_holds_parts_and_labels_out_of_fold_if_they_are_asked_for(upweight):
+    assert upweight("run", STUDY, "--store", "run", "--parts", "2", "--folds", "3")[0] == 0
+    run, own = uw.Run.open("run"), uw.write_run(logistic(), "own", XQ, NAMESQ, parts=2, out_of_fold=3)
+    assert packed_in(run).keys() == packed_in(own).keys()
+    assert run.rows.out_of_fold.tolist() == own.rows.out_of_fold.tolist()
+    assert upweight("run", STUDY, "--store", "run")[0] == 0
+    assert packed_in(uw.Run.open("run")) == {}
+    assert uw.Run.open("run").rows.out_of_fold is None
+    for option, value in (("--parts", "-1"), ("--folds", "1")):
+        code, _, err = upweight("run", STUDY, "--store", "new", option, value)
+        assert code == 3
+        assert value in err
 
 
 def test_an_interrupted_command_goes_on(upweight, monkeypatch):
