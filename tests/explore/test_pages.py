@@ -157,10 +157,15 @@ def columns(tmp_path_factory):
     path = tmp_path_factory.mktemp("columns") / "run"
     losses = np.arange(TRAIN) % 97 / 7
 
-    def card(row):
-        return {"site": "north" if row % 3 else "south", "beds": row % 4, "cost": float(losses[row]), "note": f"n{row}"}
+    def card(row, beds=4):
+        return {
+            "site": "north" if row % 3 else "south",
+            "beds": row % beds,
+            "cost": float(losses[row]),
+            "note": f"n{row}",
+        }
 
-    uw.write_run(influence(), path, *queries(), card=card, query_card=card)
+    uw.write_run(influence(), path, *queries(), card=card, query_card=lambda query: card(query, 7))
     return path
 
 
@@ -170,7 +175,7 @@ def test_slices_by_a_column(columns):
     assert [way["name"] for way in told["ways"]] == ["label", "site", "beds", "cost"]
     rows = np.arange(TRAIN)
     for line in told["matrix"]:
-        mine = np.arange(60) % 4 == int(line["name"])
+        mine = np.arange(60) % 7 == int(line["name"])
         for column, value in zip(told["columns"], line["values"], strict=True):
             chosen = (rows % 3 > 0) == (column["name"] == "north")
             np.testing.assert_allclose(value, run.scores.values[np.ix_(mine, chosen)].sum(1).mean(), rtol=1e-8)
@@ -194,7 +199,7 @@ def test_the_queries_of_a_row_are_told_beside_the_row(columns):
     assert told["card"]["beside_is"] == "row"
     for line in told["card"]["lines"]:
         if line["name"] == "beds":
-            assert (line["value"], line["beside"]) == (told["id"] % 4, 5 % 4)
+            assert (line["value"], line["beside"]) == (told["id"] % 7, 5 % 4)
     page = client.get("/rows/5").text
     assert '<th scope="col">query</th><th scope="col">this row</th>' in page
     assert '<th scope="col">row</th><th scope="col">query</th>' in client.get("/queries/1").text

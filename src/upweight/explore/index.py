@@ -175,7 +175,7 @@ def _sketch(run: Run, queries: Items, steps: tqdm) -> Sketch:
     classes: set[Any] | None = set()
     seen = tabled.Seen()
     for items in chain([queries], _counted(run.items(), steps)):
-        seen.add(items.cards)
+        seen.add(items.cards, rows=items is not queries)
         if classes is not None:
             classes = _more(classes, items)
     named = None if not classes else sorted(classes, key=lambda name: (isinstance(name, str), name))
