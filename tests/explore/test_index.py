@@ -12,6 +12,7 @@ import upweight as uw
 from explored import browser, influence, queries
 from upweight.errors import Damaged, InvalidInput
 from upweight.explore import index
+from upweight.explore.columns import Seen
 from upweight.explore.explorer import Explorer
 from upweight.explore.pages.row import rank
 from upweight.explore.tables import match_of, pack, twin_of, unpack
@@ -157,3 +158,27 @@ def test_the_last_events_are_those_of_all(folder):
     assert run.last_events(5) == run.events[-5:]
     (folder / "events.jsonl").unlink()
     assert run.last_events(5) == []
+
+
+def test_the_spread_of_a_column_is_that_of_the_rows_numbers_however_far_from_zero():
+    draw, seen = np.random.default_rng(0), Seen()
+    rows = 1e9 + draw.normal(size=300)
+    cards = [
+        {"date": value, "huge": 10**400, "text": "a", "mixed": place or "none"} for place, value in enumerate(rows)
+    ]
+    seen.add([{"date": -7.0, "alone": 2.5}] * 9, rows=False)  # of queries
+    seen.add(cards)
+    found = {column.name: column for column in seen.columns()}
+    assert found["date"].mean == pytest.approx(rows.mean(), rel=1e-12)
+    assert found["date"].spread == pytest.approx(rows.std(), rel=1e-6)
+    for name in ("huge", "text", "mixed", "alone"):
+        assert (found[name].mean, found[name].spread) == (None, None), name
+    assert [found["huge"].code(card) for card in cards[:2]] == [-1, -1]
+
+
+def test_a_number_of_hundreds_of_digits_is_shown_as_it_is(tmp_path):
+    uw.write_run(influence(), tmp_path / "run", *queries(), card=lambda row: {"a": 10**400 + row, "b": row})
+    client = browser(tmp_path / "run")
+    assert client.get("/rows/3.json").json()["row"]["card"]["lines"][0]["value"] == 10**400 + 3
+    for path in ("/rows", "/rows/3", "/queries/0", "/slices"):
+        assert client.get(path).status_code == 200, path

@@ -12,6 +12,7 @@ import upweight as uw
 from explored import TRAIN, WRONG, browser, digits, influence, queries
 from upweight.explore import pages
 from upweight.explore.explorer import Explorer
+from upweight.show.evidence import Dampings
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,10 @@ def test_the_overview_counts(client, run):
     assert told["queries"]["wrong"] == int((run.queries.labels != run.queries.predictions).sum())
     assert told["health"]["good"] is True
     assert sum(told["rows"]["histograms"]["loss"]["counts"]) == TRAIN
+    ends = told["rows"]["histograms"]["loss"]["edges"]
+    beyond = int(((run.rows.losses < ends[0]) | (run.rows.losses > ends[-1])).sum())
+    assert beyond == told["rows"]["histograms"]["loss"]["beyond"] > 0
+    assert "farther out stand in the outermost bars" in client.get("/").text
     np.testing.assert_allclose(told["rows"]["means"]["self_influence"], run.rows.self_influence.mean())
 
 
@@ -66,6 +71,10 @@ def test_why_names_the_rows_that_scores_name(client, run, query):
     values = run.scores.values[query]
     np.testing.assert_allclose(told["total"], values.sum(), rtol=1e-9)
     assert sum(told["histogram"]["counts"]) == TRAIN
+    ends = told["histogram"]["edges"]
+    beyond = int(((values < ends[0]) | (values > ends[-1])).sum())
+    assert beyond == told["histogram"]["beyond"] > 0
+    assert f"{beyond} farther out stand in the outermost bars." in client.get(f"/queries/{query}").text
     sums = {one["name"]: one["value"] for one in told["by_class"]}
     for label in range(10):
         np.testing.assert_allclose(sums[str(label)], values[run.rows.labels == label].sum(), rtol=1e-9)
@@ -148,10 +157,15 @@ def columns(tmp_path_factory):
     path = tmp_path_factory.mktemp("columns") / "run"
     losses = np.arange(TRAIN) % 97 / 7
 
-    def card(row):
-        return {"site": "north" if row % 3 else "south", "beds": row % 4, "cost": float(losses[row]), "note": f"n{row}"}
+    def card(row, beds=4):
+        return {
+            "site": "north" if row % 3 else "south",
+            "beds": row % beds,
+            "cost": float(losses[row]),
+            "note": f"n{row}",
+        }
 
-    uw.write_run(influence(), path, *queries(), card=card, query_card=card)
+    uw.write_run(influence(), path, *queries(), card=card, query_card=lambda query: card(query, 7))
     return path
 
 
@@ -161,7 +175,7 @@ def test_slices_by_a_column(columns):
     assert [way["name"] for way in told["ways"]] == ["label", "site", "beds", "cost"]
     rows = np.arange(TRAIN)
     for line in told["matrix"]:
-        mine = np.arange(60) % 4 == int(line["name"])
+        mine = np.arange(60) % 7 == int(line["name"])
         for column, value in zip(told["columns"], line["values"], strict=True):
             chosen = (rows % 3 > 0) == (column["name"] == "north")
             np.testing.assert_allclose(value, run.scores.values[np.ix_(mine, chosen)].sum(1).mean(), rtol=1e-8)
@@ -185,7 +199,7 @@ def test_the_queries_of_a_row_are_told_beside_the_row(columns):
     assert told["card"]["beside_is"] == "row"
     for line in told["card"]["lines"]:
         if line["name"] == "beds":
-            assert (line["value"], line["beside"]) == (told["id"] % 4, 5 % 4)
+            assert (line["value"], line["beside"]) == (told["id"] % 7, 5 % 4)
     page = client.get("/rows/5").text
     assert '<th scope="col">query</th><th scope="col">this row</th>' in page
     assert '<th scope="col">row</th><th scope="col">query</th>' in client.get("/queries/1").text
@@ -222,6 +236,13 @@ def test_trust_shows_what_was_kept(folder):
     np.testing.assert_allclose(told["removals"]["pearson"], pearsonr(predicted, actual)[0])
     np.testing.assert_allclose(told["subsets"]["lds"], uw.lds(run.scores, subsets).value, rtol=1e-9)
     assert [one["damping"] for one in told["dampings"]] == [1e-3, 1e-2]
+
+
+def test_a_damping_is_the_runs_own_or_another_however_small():
+    many = np.array([1e-12, 1e-10, 1e-9])
+    path = Dampings(many, many, many, many)
+    for own, wanted in ((0.0, [False] * 3), (1e-10, [False, True, False]), (1e-10 + 1e-22, [False, True, False])):
+        assert [one["own"] for one in pages.trust.dampings(path, own)] == wanted
 
 
 def test_two_runs_are_compared(made, tmp_path):

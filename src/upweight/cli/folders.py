@@ -10,7 +10,7 @@ from upweight.cli.outputs import check_folder, named_part
 
 
 @command
-def run(study: StudyName, store: Path, json: Json = False) -> int:
+def run(study: StudyName, store: Path, parts: int | None = None, folds: int | None = None, json: Json = False) -> int:
     """Score every training row on every query of the study into a folder, with what rows and queries are.
 
     The folder holds labels, predictions, losses, self-influence and cards (columns, pictures, or the study's own
@@ -19,6 +19,9 @@ def run(study: StudyName, store: Path, json: Json = False) -> int:
     Args:
         study: file.py:function that returns an upweight.Study.
         store: the folder; the same command goes on where it was stopped.
+        parts: of how many rows that help, and as many that harm a query, it is kept which words, tokens, columns or
+            pixels matter, for the explorer to show; such as 4.
+        folds: train so many models, each without a fold of the rows, whose labels reviews suggest; such as 5.
         json: print a summary as JSON.
     """
     check_folder(store, "--store")
@@ -29,8 +32,9 @@ def run(study: StudyName, store: Path, json: Json = False) -> int:
     ranks.join()
     loaded = load(study)
     card, query_card = cards(loaded)
-    with noted(store, "run", study, {"store": store}):
-        made = write_run(loaded.influence, store, *loaded.queries, card=card, query_card=query_card)
+    asked = {"card": card, "query_card": query_card, "parts": parts or 0, "out_of_fold": folds}
+    with noted(store, "run", study, {"store": store, "parts": parts, "folds": folds}):
+        made = write_run(loaded.influence, store, *loaded.queries, **asked)
     if ranks.first():
         queries, rows = made.scores.values.shape
         show(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # nothing here may import torch before a command runs
 
 SETTINGS = {  # what is told of a command besides places: all that a job.toml can set
     "score": ("top",),
-    "run": (),
+    "run": ("parts", "folds"),
     "index": ("error", "bits"),
     "validate": ("query", "rows"),
     "contrast": ("query", "most", "refits"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from upweight.explore.columns import is_number
 from upweight.explore.explorer import Explorer, Side
 from upweight.explore.tables import LONGEST
 from upweight.show.run import Card
@@ -134,7 +135,7 @@ def _columns(
 
 def _apart(value: Any, other: Any, spread: float | None) -> float | None:
     """How far a value is from another, in standard deviations; 1 or 0 of texts, None where there is no telling."""
-    if _is_number(value) and _is_number(other):
+    if is_number(value) and is_number(other):
         return (value - other) / spread if spread else (0.0 if value == other else None)
     return None if value is None or other is None else float(value != other)
 
@@ -162,7 +163,3 @@ def distance_is(card: Card) -> str:
     if isinstance(card, np.ndarray):
         return "root mean square difference of pixels"
     return "share of words that not both have" if isinstance(card, str | list) else "standard deviations apart"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

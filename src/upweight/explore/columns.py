@@ -25,7 +25,7 @@ class Column:
 
     Args:
         name: as the cards have it.
-        mean, spread: of its numbers, and their standard deviation; None of texts.
+        mean, spread: of the training rows' numbers, and their standard deviation; None of texts.
         levels: what its groups are called: values, or ranges of numbers; empty where it has too many different values.
         edges: between ranges of numbers; empty where levels are values.
         values: of the levels; empty where they are ranges.
@@ -42,7 +42,7 @@ class Column:
         """The number of a card's level; -1 where it has none."""
         value = card.get(self.name) if isinstance(card, Mapping) else None
         if self.edges:
-            return _bin(self.edges, float(value)) if value is not None and _is_number(value) else -1
+            return _bin(self.edges, float(value)) if value is not None and is_number(value) else -1
         key = _key(value)
         return self.values.index(key) if key in self.values else -1
 
@@ -57,13 +57,13 @@ class Seen:
     def __init__(self) -> None:
         self._known: dict[str, _Values] = {}
 
-    def add(self, cards: Iterable[Card]) -> None:
-        """Some more cards."""
+    def add(self, cards: Iterable[Card], *, rows: bool = True) -> None:
+        """Some more cards, of training rows or of queries."""
         for card in cards:
             if isinstance(card, Mapping):
                 for name, value in card.items():
                     if name in self._known or len(self._known) < _COLUMNS:
-                        self._known.setdefault(name, _Values()).add(value)
+                        self._known.setdefault(name, _Values()).add(value, rows)
 
     def columns(self) -> list[Column]:
         """All columns, in the order in which they were seen; those with levels are the first few that have some."""
@@ -76,18 +76,21 @@ class Seen:
 
 
 class _Values:
-    """The values of a column: different ones while they are few, and moments of the numbers among them."""
+    """The values of a column: different ones while they are few, and moments of the rows' numbers among them."""
 
     def __init__(self) -> None:
         self.different: set[Any] = set()
         self.numbers: list[float] = []
         self.count, self.total, self.squares, self.texts = 0, 0.0, 0.0, 0
+        self.near = 0.0  # a number of the column, from which sums are taken: squares of dates would drown their spread
 
-    def add(self, value: Any) -> None:
-        if _is_number(value):
-            self.count += 1
-            self.total += value
-            self.squares += value * value
+    def add(self, value: Any, row: bool) -> None:
+        if is_number(value):
+            if row:
+                self.near = self.near if self.count else float(value)
+                self.count += 1
+                self.total += value - self.near
+                self.squares += (value - self.near) ** 2
             if len(self.numbers) < _SAMPLED:
                 self.numbers.append(float(value))
         elif value is not None:
@@ -96,9 +99,10 @@ class _Values:
             self.different.add(key)
 
     def column(self, name: str, *, grouped: bool) -> Column:
-        numeric = self.count > 0 and not self.texts
-        mean = self.total / self.count if numeric else None
-        spread = None if mean is None else math.sqrt(max(0.0, self.squares / self.count - mean * mean))
+        numeric = bool(self.numbers) and not self.texts
+        apart = self.total / self.count if numeric and self.count else None
+        mean = None if apart is None else self.near + apart
+        spread = None if apart is None else math.sqrt(max(0.0, self.squares / self.count - apart * apart))
         if not grouped or len(self.different) < 2:
             return Column(name, mean, spread, [], [], [])
         if len(self.different) <= _MOST and (not numeric or len(self.different) <= _BINS * 2):
@@ -121,15 +125,21 @@ def _ranges(edges: list[float]) -> list[str]:
     return [f"< {told[0]}", *(f"{low} … {high}" for low, high in itertools.pairwise(told)), f"≥ {told[-1]}"]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value of a card is a number that can be compared: finite, and not too large for a float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def _key(value: Any) -> Any:
     """A value by which rows can be grouped; None of others."""
     if isinstance(value, bool):
         return str(value)
-    if _is_number(value):
+    if is_number(value):
         return value
     return value[:200] if isinstance(value, str) else None
 

@@ -40,7 +40,7 @@ from upweight.runs.store import work_of
 from upweight.show.parts import packed_in
 from upweight.show.run import Items, Run
 
-FORMAT = 5
+FORMAT = 6
 FOLDER, FACTS, ITEMS_FILE = "explorer", "index.json", "items.sqlite"
 VALUES, CODES, SUMS, MARKS = "values.f64", "codes.i32", "sums.f64", "marks.u32"
 CLASSES = 1_000  # at most; more different labels are names or numbers, and no classes
@@ -175,7 +175,7 @@ def _sketch(run: Run, queries: Items, steps: tqdm) -> Sketch:
     classes: set[Any] | None = set()
     seen = tabled.Seen()
     for items in chain([queries], _counted(run.items(), steps)):
-        seen.add(items.cards)
+        seen.add(items.cards, rows=items is not queries)
         if classes is not None:
             classes = _more(classes, items)
     named = None if not classes else sorted(classes, key=lambda name: (isinstance(name, str), name))
@@ -303,12 +303,13 @@ def histogram(values: NDArray[np.float64], bins: int = _BINS) -> dict[str, Any]:
     """Counts and edges of finite values; the outermost thousandth on either side stands in the outermost bins."""
     known = values[np.isfinite(values)]
     if not known.size:
-        return {"counts": [], "edges": []}
+        return {"counts": [], "edges": [], "beyond": 0}
     low, high = np.quantile(known, [0.001, 0.999])
     if low == high:
         low, high = low - 0.5, high + 0.5
     counts, edges = np.histogram(np.clip(known, low, high), bins, (low, high))
-    return {"counts": counts.tolist(), "edges": edges.tolist()}
+    beyond = int(np.count_nonzero(known < low) + np.count_nonzero(known > high))
+    return {"counts": counts.tolist(), "edges": edges.tolist(), "beyond": beyond}
 
 
 def _keep_values(run: Run, folder: Path, shape: tuple[int, int], sketch: Sketch, steps: tqdm) -> None:

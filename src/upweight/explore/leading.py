@@ -33,14 +33,15 @@ def largest(
 
 
 def spread(values: NDArray[np.float64]) -> dict[str, Any]:
-    """A histogram: the outermost thousandth on either side stands in the outermost bins."""
+    """A histogram: the outermost thousandth on either side stands in the outermost bins, and is counted."""
     known = values if not np.isnan(values[:_BINS]).any() and np.isfinite(values.sum()) else values[np.isfinite(values)]
     if not known.size:
-        return {"counts": [], "edges": []}
+        return {"counts": [], "edges": [], "beyond": 0}
     few = known[:: max(1, len(known) // _SAMPLED)]
     low, high = (float(edge) for edge in np.quantile(few, [0.001, 0.999]))
     if low == high:
         low, high = low - 0.5, high + 0.5
     places = ((known - low) * (_BINS / (high - low))).clip(0, _BINS - 1).astype(np.int64)
     counts = np.bincount(places, minlength=_BINS)
-    return {"counts": counts.tolist(), "edges": np.linspace(low, high, _BINS + 1).tolist()}
+    beyond = int(np.count_nonzero(known < low) + np.count_nonzero(known > high))
+    return {"counts": counts.tolist(), "edges": np.linspace(low, high, _BINS + 1).tolist(), "beyond": beyond}

@@ -176,6 +176,7 @@ class Progress:
         controls: of the random ones.
         low, high: 95 % interval of how many labels of the data are wrong, by the controls (hypergeometric), at least
             those that were found.
+        skipped: rows of either kind that could not be told, each once.
     """
 
     rows: int
@@ -186,6 +187,7 @@ class Progress:
     controls: Share
     low: int
     high: int
+    skipped: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, and what they say."""
@@ -208,21 +210,23 @@ class Progress:
             lines.append("No random row was reached yet, so nothing is known about the rest of the data.")
         if self.queue.decided and self.controls.decided:
             lines.append(_compared(self.queue, self.controls))
-        skipped = self.queue.skipped + self.controls.skipped
-        if skipped:
-            lines.append(f"{skipped} could not be told; they count neither as right nor as wrong.")
+        if self.skipped:
+            lines.append(f"{self.skipped} could not be told; they count neither as right nor as wrong.")
         return lines
 
 
 def progress(plan: Planned, verdicts: Mapping[int, Verdict], labels: Labels) -> Progress:
     """What the verdicts about a queue's rows say by now."""
     reached = plan.reached(verdicts)
-    queue = _share(plan.order[: plan.ranked[reached]], verdicts)
-    controls = _share(plan.draws[: plan.drawn[reached]], verdicts)
+    suspicious, random = plan.order[: plan.ranked[reached]], plan.draws[: plan.drawn[reached]]
+    queue, controls = _share(suspicious, verdicts), _share(random, verdicts)
+    skipped = _share(np.union1d(suspicious, random), verdicts).skipped
     found = sum(one.wrong for one in verdicts.values())
     low, high = intervals.total(controls.wrong, controls.decided, labels.n)
     looked = sum(_seen(verdicts, row) for row in plan.rows.tolist())
-    return Progress(labels.n, len(plan.rows), reached, looked, queue, controls, max(low, found), max(high, found))
+    return Progress(
+        labels.n, len(plan.rows), reached, looked, queue, controls, max(low, found), max(high, found), skipped
+    )
 
 
 def _share(rows: NDArray[np.int64], verdicts: Mapping[int, Verdict]) -> Share:

@@ -76,10 +76,16 @@ def shade(value: float | None, largest: float) -> str:
 
 
 def bars(found: Mapping[str, Any], title: str, x: str, *, y: str = "rows", signs: bool = False) -> Markup:
-    """A histogram, as `index.histogram` gives it; where signs count, on a scale that shows single rows far out."""
+    """A histogram, as `index.histogram` gives it; where signs count, on a scale that shows single rows far out.
+
+    It says how many lie beyond its ends, for they stand in the outermost bars.
+    """
     counts, edges = found["counts"], found["edges"]
     zero = [(0.0, "")] if counts and edges[0] < 0 < edges[-1] else []
-    return Markup(svg.histogram(counts, edges, title=title, x=x, y=y, marks=zero, log=signs, signs=signs))
+    drawn = Markup(svg.histogram(counts, edges, title=title, x=x, y=y, marks=zero, log=signs, signs=signs))
+    beyond = found["beyond"]
+    more = Markup('<p class="note">{} farther out {} in the outermost bars.</p>')
+    return drawn + more.format(number(beyond), "stands" if beyond == 1 else "stand") if beyond else drawn
 
 
 def dots(points: Sequence[Mapping[str, Any]], x: str, y: str, title: str, *, diagonal: bool = False) -> Markup:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import upweight as uw
-from small import XQ, X, logistic
+from small import NAMESQ, XQ, X, logistic
 from upweight.cli.jobs import SETTINGS
 from upweight.runs import job
 from upweight.runs.store import JOB
+from upweight.show.parts import packed_in
 
 SOURCE = """
 import upweight as uw
@@ -54,7 +55,7 @@ SOURCE += NETWORK
 STUDY = "cli_studies.py:good"
 COMMANDS = {
     "score": ["--top", "3", "--out", "told"],
-    "run": [],
+    "run": ["--parts", "2", "--folds", "3"],
     "index": ["--error", "0.3", "--bits", "8"],
     "validate": ["--query", "1", "--rows", "3"],
     "contrast": ["--most", "4"],
@@ -126,6 +127,20 @@ def test_parts_of_an_index_are_made_one(upweight):
     assert "chunk-000000.safetensors" in one
     opened = uw.Index.open("parts")
     assert (opened.n, repr(opened) in found) == (len(X), True)
+
+
+def test_a_run_folder_holds_parts_and_labels_out_of_fold_if_they_are_asked_for(upweight):
+    assert upweight("run", STUDY, "--store", "run", "--parts", "2", "--folds", "3")[0] == 0
+    run, own = uw.Run.open("run"), uw.write_run(logistic(), "own", XQ, NAMESQ, parts=2, out_of_fold=3)
+    assert packed_in(run).keys() == packed_in(own).keys()
+    assert run.rows.out_of_fold.tolist() == own.rows.out_of_fold.tolist()
+    assert upweight("run", STUDY, "--store", "run")[0] == 0
+    assert packed_in(uw.Run.open("run")) == {}
+    assert uw.Run.open("run").rows.out_of_fold is None
+    for option, value in (("--parts", "-1"), ("--folds", "1")):
+        code, _, err = upweight("run", STUDY, "--store", "new", option, value)
+        assert code == 3
+        assert value in err
 
 
 def test_an_interrupted_command_goes_on(upweight, monkeypatch):

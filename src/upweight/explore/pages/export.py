@@ -46,6 +46,7 @@ def export(explorer: Explorer, asked: Asked) -> dict[str, Any]:
         "counts": counts,
         "entries": len(desk.reviews.entries()),
         "left": left,
+        "places": len(rows),
         "files": files,
         "asked": {"by": queue.by, "budget": queue.budget, "controls": round(100 * queue.controls), "seed": queue.seed},
     }

@@ -99,7 +99,7 @@ def dampings(found: Dampings, own: float) -> list[dict[str, Any]]:
     return [
         {
             "damping": float(damping),
-            "own": bool(np.isclose(damping, own)),
+            "own": bool(np.isclose(damping, own, rtol=1e-6, atol=0)),
             "residual": float(found.residual[place]),
             "size": float(found.size[place]),
             "correlation": float(found.correlation_with_next[place]),
