@@ -400,6 +400,18 @@ def test_one_query_is_checked_by_several_draws():
     np.testing.assert_allclose(scores.values, through.on_loss(XQ, YQ).values[:1], rtol=1e-12)
 
 
+def test_queries_side_by_side_have_the_same_bits():
+    through = uw.through(recorded("attention", "AdamW", clip=0.5), since=0)
+    alone = through.on_loss(XQ, YQ, check=False).values
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - before)
+        beside = through.on_loss(XQ, YQ, check=False).values
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(beside, alone)
+
+
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_a_last_step_that_is_lost_in_rounding_is_no_other_training(name):
     """The rate of a cosine ends at almost 0, where a float32 parameter moves by its rounding or not at all."""
