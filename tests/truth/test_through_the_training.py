@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import upweight as uw
+from upweight.runs import threads
 
 N, D, BATCH = 24, 3, 6
 DRAW = torch.Generator().manual_seed(0)
@@ -398,6 +399,26 @@ def test_one_query_is_checked_by_several_draws():
     scores = through.on_loss(XQ[:1], YQ[:1])
     assert "slope = 1.0" in str(scores.certificate)
     np.testing.assert_allclose(scores.values, through.on_loss(XQ, YQ).values[:1], rtol=1e-12)
+
+
+def test_queries_side_by_side_have_the_bits_of_one_after_the_other(monkeypatch):
+    through, before = uw.through(recorded("attention", "AdamW", clip=0.5), since=0), torch.get_num_threads()
+    each, counts = threads.each, []
+
+    def last_first(count, task):
+        counts.append(count)
+        for number in reversed(range(count)):
+            each(1, lambda _, number=number: task(number))
+
+    try:
+        torch.set_num_threads(2)
+        beside = through.on_loss(XQ, YQ, check=False).values
+        monkeypatch.setattr(threads, "each", last_first)
+        alone = through.on_loss(XQ, YQ, check=False).values
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [len(XQ)] * len(through.trajectory)
+    np.testing.assert_array_equal(beside, alone)
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])

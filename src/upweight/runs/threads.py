@@ -112,7 +112,7 @@ def each(count: int, task: Callable[[int], None]) -> None:
     most = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # for threads that begin now, too
-        if min(most, count) == 1:
+        if min(most, count) <= 1:
             for number in range(count):
                 task(number)
             return

@@ -17,7 +17,7 @@ from upweight.training.backwards import Backwards
 
 SIZES = (1e-3, 1e-2, 1e-1)  # by how much weights are moved
 PAIRS = 6  # of predicted and actual changes at least, for a correlation that says something
-_AGREES, _SLOPES = 0.9, (0.5, 2.0)  # what each of them must show
+_AGREES, _SLOPE = 0.9, 2.0  # what each of them must show
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,12 @@ class Locality:
     @property
     def holds(self) -> bool:
         """Whether the derivative predicts what changes of all these sizes really do."""
-        low, high = _SLOPES
-        return bool((self.correlation >= _AGREES).all() and ((self.slope >= low) & (self.slope <= high)).all())
+        return self.agrees(_AGREES, _SLOPE)
+
+    def agrees(self, correlation: float, slope: float) -> bool:
+        """Whether all sizes show at least this correlation, and a slope within 1/slope and slope."""
+        near = (self.slope >= 1 / slope) & (self.slope <= slope)
+        return bool((self.correlation >= correlation).all() and near.all())
 
     def __str__(self) -> str:
         told = "; ".join(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Barrier
+
 import numpy as np
 import pytest
 import torch
@@ -104,3 +106,31 @@ def test_a_run_in_a_folder_keeps_the_number_that_its_bits_depend_on(tmp_path, mo
     np.testing.assert_allclose(kept, plain, rtol=1e-8)
     assert seen
     assert set(seen) == {2}
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_independent_tasks_have_a_thread_each(count):
+    """Each is done once, two of them at a time where there are two, and inside of each torch has one thread."""
+    seen, met = [], []
+    meeting = Barrier(2, timeout=30)
+
+    def task(number):
+        if count > 1 and number < 2:  # passes if they run side by side only
+            met.append(meeting.wait())
+        seen.append((number, torch.get_num_threads()))
+
+    threads.each(count, task)
+    assert sorted(seen) == [(number, 1) for number in range(count)]
+    assert len(met) == (2 if count > 1 else 0)
+    assert torch.get_num_threads() == 2
+
+
+def test_a_task_that_fails_fails_for_all():
+    def task(number):
+        if number == 3:
+            message = "three"
+            raise ValueError(message)
+
+    with pytest.raises(ValueError, match="three"):
+        threads.each(5, task)
+    assert torch.get_num_threads() == 2
