@@ -93,7 +93,8 @@ class Index:
         folder: with a manifest, coordinates and chunks, as docs/store-format.md says.
 
     Raises:
-        PathNotFound: if the folder holds no index; InvalidInput if it is not finished.
+        PathNotFound: if the folder holds no finished index; InvalidInput if chunks of it are missing.
+        Damaged: if a file is not that of an index.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -131,7 +132,11 @@ class Index:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Index:
-        """The index in a folder."""
+        """The index in a folder.
+
+        Raises:
+            PathNotFound, InvalidInput, Damaged: as for Index itself.
+        """
         return cls(folder)
 
     @property

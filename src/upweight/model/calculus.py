@@ -60,14 +60,7 @@ def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
 
 
 def first_derivatives(objective: Objective, example: Any) -> tuple[Tensor, list[Tensor]]:
-    """The loss of one example and its gradient in every block of θ, with the graph that a second derivative needs.
-
-    >>> import upweight as uw
-    >>> objective = uw.Objective(lambda theta, example: (theta * example[0]).sum() ** 2, torch.tensor([1.0, 2.0]))
-    >>> value, (gradient,) = first_derivatives(objective, [torch.tensor([3.0, 1.0])])  # (3 + 2)² and 2·5·(3, 1)
-    >>> value.item(), gradient.tolist()
-    (25.0, [30.0, 10.0])
-    """
+    """The loss of one example and its gradient in every block of θ, with the graph that a second derivative needs."""
     params = leaves_of(objective)
     value = objective.loss(params, ready(objective, example))
     if not value.requires_grad:
@@ -463,14 +456,6 @@ def structure(objective: Objective) -> tuple[Callable[[Any, Any], Tensor], Calla
 
     Raises:
         UnsupportedModel: if the objective is one function.
-
-    >>> import upweight as uw
-    >>> criterion = torch.nn.functional.mse_loss
-    >>> influence = uw.explain(torch.nn.Linear(2, 1), torch.eye(2), torch.ones(2, 1), loss=criterion, damping=0.1)
-    >>> objective, example = influence.objective, (torch.eye(2)[0], torch.ones(1))
-    >>> outputs, output_loss = structure(objective)
-    >>> output_loss(outputs(objective.params, example), example).equal(objective.loss(objective.params, example))
-    True
     """
     if objective.outputs is None or objective.output_loss is None:
         message = (

@@ -28,7 +28,11 @@ class Dense:
     of: Curvature = field(default_factory=Hessian)
 
     def bind(self, sweep: Sweep) -> DenseOperator:
-        """The operator of this objective on these examples."""
+        """The operator of this objective on these examples.
+
+        Raises:
+            InvalidInput: if `of` is no curvature.
+        """
         if isinstance(self.of, type) or not hasattr(self.of, "bind"):
             message = f"Dense(of={self.of!r}) is not a curvature. Pass an object, such as Dense(Hessian())."
             raise InvalidInput(message)
