@@ -182,6 +182,22 @@ def test_slices_by_a_column(columns):
     assert twin(client, told["columns"][0]["address"])["total"] == told["columns"][0]["count"]
 
 
+def test_of_many_slices_those_with_most_items_are_shown(tmp_path):
+    kinds = np.sqrt(np.arange(TRAIN) * 1.6).astype(int)  # of 29 kinds the later ones are larger
+    cards = {
+        "card": lambda row: {"kind": f"{kinds[row]:02}"},
+        "query_card": lambda query: {"kind": f"{kinds[query * 8]:02}"},
+    }
+    uw.write_run(influence(), tmp_path / "run", *queries(), **cards)
+    told = twin(browser(tmp_path / "run"), "/slices?rows=1&queries=1")
+    for items, own in ((told["columns"], kinds), (told["matrix"], kinds[np.arange(60) * 8])):
+        levels, counts = np.unique(own, return_counts=True)
+        assert len(levels) > 20
+        wanted = sorted(levels[np.argsort(-counts, kind="stable")[:20]].tolist())
+        assert [int(item["name"]) for item in items] == wanted
+        assert [item["count"] for item in items] == [int((own == level).sum()) for level in wanted]
+
+
 def test_columns_are_told_beside_the_querys(columns):
     told = twin(browser(columns), "/queries/1")["helpful"][0]
     spread = (np.arange(TRAIN) % 4).std()

@@ -75,6 +75,7 @@ def answers(folder: Path) -> dict[str, np.ndarray]:
         "what leads": function().leading(QUERIES, TARGETS, k=3).largest.values,
         "… of a network": network(solver=uw.solvers.CG()).leading(QUERIES, Y[n:], k=3).total,
         "a run folder": uw.write_run(function(), folder / "run", QUERIES, TARGETS, self_influence=False).rows.losses,
+        "labels out of fold": [out_of_fold(folder / "folds") for _ in range(2)][1],  # trained, then kept
         "self-influence": sampled.of_self().values,
         "a sum of rows": sampled.risk_gradient.numpy(),
         "leverage": uw.diagnostics.summary_frame(ridge()).to_numpy(),
@@ -82,6 +83,13 @@ def answers(folder: Path) -> dict[str, np.ndarray]:
         "an index": indexed.on_loss(indexed.coordinates(sampled, QUERIES, Y[n:])).values,
         "few rows": function().sweep.fold(lambda batch, w: batch[0].T @ w, rows=np.arange(CHUNK + 1)).numpy(),
     }
+
+
+def out_of_fold(folder: Path) -> np.ndarray:
+    """Labels by models that were trained without the rows."""
+    run = uw.write_run(logistic(), folder, QUERIES, Y[n:], self_influence=False, out_of_fold=2)
+    assert run.rows is not None
+    return run.rows.out_of_fold
 
 
 def before(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,24 +28,22 @@ def slices(explorer: Explorer, asked: Asked) -> dict[str, Any]:
     field = "class" if queries_by == 0 else f"c{queries_by - 1}"
     found = explorer.ask(f"select {field}, wrong, loss from queries order by id", [])
     place = np.array([-1 if code is None else code for code, _, _ in found])
-    shown = [int(code) for code in np.argsort([-count for count in counts], kind="stable")[:_MOST] if counts[code]]
-    shown.sort()
+    shown = _largest(counts)
     matrix = []
-    for code, name in enumerate(lines):
+    for code in _largest(np.bincount(place[place >= 0], minlength=len(lines)).tolist()):
         mine = np.flatnonzero(place == code)
-        if mine.size and len(matrix) < _MOST:
-            wrong = [found[query][1] for query in mine if found[query][1] is not None]
-            matrix.append(
-                {
-                    "level": code,
-                    "name": name,
-                    "address": _address("queries", queries_by, code),
-                    "count": len(mine),
-                    "wrong": float(np.mean(wrong)) if wrong else None,
-                    "loss": float(np.mean([found[query][2] for query in mine])),
-                    "values": [float(value) for value in np.nanmean(sums[mine][:, shown], 0)],
-                }
-            )
+        wrong = [found[query][1] for query in mine if found[query][1] is not None]
+        matrix.append(
+            {
+                "level": code,
+                "name": lines[code],
+                "address": _address("queries", queries_by, code),
+                "count": len(mine),
+                "wrong": float(np.mean(wrong)) if wrong else None,
+                "loss": float(np.mean([found[query][2] for query in mine])),
+                "values": [float(value) for value in np.nanmean(sums[mine][:, shown], 0)],
+            }
+        )
     largest = max((abs(value) for line in matrix for value in line["values"] if np.isfinite(value)), default=0.0)
     return {
         "ways": ways,
@@ -58,6 +57,12 @@ def slices(explorer: Explorer, asked: Asked) -> dict[str, Any]:
         "left_out": [len(lines) - len(matrix), len(columns) - len(shown)],
         "measure": explorer.measure,
     }
+
+
+def _largest(counts: Sequence[int]) -> list[int]:
+    """The levels that most items have, as many as are shown, in their order; none that no item has."""
+    order = np.argsort([-count for count in counts], kind="stable")[:_MOST].tolist()
+    return sorted(code for code in order if counts[code])
 
 
 def _levels(explorer: Explorer, by: int) -> list[str]:
