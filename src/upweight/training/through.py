@@ -201,6 +201,12 @@ def through(
             "every optimizer.step()."
         )
         raise InvalidInput(message)
+    if length not in trajectory.states:
+        message = (
+            f"The recording has made {length} steps and has not ended: its last parameters are not known. Leave "
+            "`with recording:` first."
+        )
+        raise InvalidInput(message)
     if second_moment not in ("fixed", "through"):
         message = f"second_moment={second_moment!r}. Pass 'fixed' or 'through'."
         raise InvalidInput(message)
