@@ -953,6 +953,18 @@ def test_a_recording_of_nothing():
     through_values(stepping())
 
 
+def test_a_recording_that_has_not_ended():
+    model = nn.Linear(3, 2).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with uw.Recording(model, optimizer, XT, YT, loss=cross_entropy) as recording:
+        cross_entropy(model(XT), YT).backward()
+        recording.batch(np.arange(N))
+        optimizer.step()
+        with refused("and has not ended: its last parameters are not known", "Leave `with recording:` first"):
+            uw.through(recording)
+    through_values(recording)
+
+
 def test_options_of_a_derivative_through_steps():
     recording = stepping()
     with refused("second_moment=", "Pass 'fixed' or 'through'"):

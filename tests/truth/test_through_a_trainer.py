@@ -204,6 +204,21 @@ def test_steps_made_again_end_at_the_same_parameters(name, tmp_path):
     assert float((made - last).norm()) < 1e-4 * float((last - first).norm())
 
 
+def test_a_trainer_that_was_recorded_in_a_folder_is_gone_through_later(tmp_path):
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in rows_for("LoRA")]
+    settings = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
+    trainer = transformers.Trainer(
+        built("LoRA"), arguments(tmp_path, **settings), train_dataset=rows, data_collator=Padding()
+    )
+    with uw.Recording.of_trainer(trainer, store=tmp_path / "training") as recording:
+        trainer.train()
+    queries = rows[:2]
+    later = uw.Recording.open(tmp_path / "training", built("LoRA"), rows, collate_fn=Padding())
+    assert later.digest == recording.trajectory.digest
+    expected = uw.through(recorded("LoRA", tmp_path, rows, **settings), since=0).on_loss(queries, check=False).values
+    np.testing.assert_array_equal(uw.through(later, since=0).on_loss(queries, check=False).values, expected)
+
+
 def transformed(rows):
     datasets = pytest.importorskip("datasets")
     return datasets.Dataset.from_list(rows).with_transform(

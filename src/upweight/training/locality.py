@@ -16,7 +16,7 @@ from upweight.model.objective import Objective
 from upweight.training.backwards import Backwards
 
 SIZES = (1e-3, 1e-2, 1e-1)  # by how much weights are moved
-PAIRS = 6  # of predicted and actual changes at least, for a correlation that says something
+PAIRS = 12  # of predicted and actual changes at least, for a correlation that says something
 _AGREES, _SLOPE = 0.9, 2.0  # what each of them must show
 
 

@@ -54,8 +54,8 @@ class Through:
         """The change of each query's loss had a row had no weight in this training.
 
         Cost: the steps once more, and for each step and query one double backward pass of its batch; the check six
-        trainings from `since` on, of fewer than six queries more: six pairs of changes are compared at least. Where
-        `since` was chosen, those trainings are there already.
+        trainings from `since` on, of fewer than twelve queries more: twelve pairs of changes are compared at least.
+        Where `since` was chosen, twelve of those trainings are there already.
 
         Args:
             Xq: the queries' inputs.
@@ -171,7 +171,7 @@ def through(
         since: the first step that is differentiated. None takes the earliest of a few (the first, a twelfth of the way,
             …, two thirds) from which the derivative predicts what trainings with other weights really do to eight
             training rows, by the check of `Locality`, and the adjoint grows tenfold at most; the certificate says which
-            and why. It costs the way back for eight rows and eight trainings or more.
+            and why. It costs the way back for eight rows and twelve trainings or more.
         second_moment: "fixed" takes Adam's second moment as it was; "through" differentiates it too, which is exact
             and mostly noise.
         settings: of the Influence that reads queries, such as progress or batch_size.
@@ -199,6 +199,12 @@ def through(
         message = (
             "The recording holds no step. Put the training inside `with recording:`, with recording.batch(rows) before "
             "every optimizer.step()."
+        )
+        raise InvalidInput(message)
+    if length not in trajectory.states:
+        message = (
+            f"The recording has made {length} steps and has not ended: its last parameters are not known. Leave "
+            "`with recording:` first."
         )
         raise InvalidInput(message)
     if second_moment not in ("fixed", "through"):
