@@ -8,7 +8,7 @@ solver      of the ways that can be taken, the direct one that costs least (`cos
             linear predictors Dual when rows are fewer than parameters. CG to a relative residual of 1e-6 where that is
             expected to take less: of a network's Gauss–Newton matrix that would take more than 2e10 flops, and of
             linear predictors that a penalty holds, where a factorisation takes more than a tenth of a second. Such a CG
-            gives way to the factorisation when it has spent three tenths of its cost and is not going to end first, or
+            gives way to the factorisation when it has spent a fifth of its cost and is not going to end first, or
             does not converge. Linear predictors have the TwoLevel preconditioner, Approximate where their rows are
             sparse; a CG that is given without a preconditioner gets it too. For many systems, of queries or rows, a
             Cholesky factor of up to 12,000 parameters is taken when it costs less than they would.
@@ -76,7 +76,7 @@ _AT_ONCE = 2e10  # flops of a factorisation that nobody waits for
 _NO_WAIT = 0.1  # seconds of one, of a linear predictor: its factor serves the next question too
 _CLOSE = 1.2  # times what an iteration is expected to take
 _FEWEST = 8  # products before an iteration is asked how far it has come
-_TRIAL = 0.3  # of a factorisation's cost, after which an iteration is asked how far it has come
+_TRIAL = 0.2  # of a factorisation's cost, after which an iteration is asked how far it has come
 AT_MINIMUM = 0.3  # rows' worth of gradient that may be left, as in check()'s verdict
 TRACE_VECTORS = 16
 _DOUBLE_UP_TO = 50_000
@@ -184,7 +184,7 @@ def in_its_place(
 def patience(
     objective: Objective, examples: Examples, curvature: Curvature, budget: int | None = None
 ) -> Callable[[int], int] | None:
-    """From a number of right-hand sides to the products that cost three tenths of what a factorisation does.
+    """From a number of right-hand sides to the products that cost a fifth of what a factorisation does.
 
     None where there is none that could take the iteration's place, or nothing is known of its cost.
     """

@@ -32,7 +32,7 @@ _COARSE_GAIN = 0.1  # a run in float32 must shrink the true residual to this sha
 _SCALE_ROWS = 1024
 _MATRIX_UP_TO = 4000  # parameters: many directions that no row sees are found in a matrix
 _SMALL = 500  # where the matrix takes a few products as long as a solution: the same of models that are not linear
-FURTHER = 4.0  # times the products of a trial
+FURTHER = 5.0  # times the products of a trial
 _MARGIN = 0.9  # of the goal, so that the residual that is recomputed at the end passes too
 
 
@@ -220,7 +220,8 @@ class Iteration:
                 sharpened *= 0.1 if reached else 1.0  # the plain residual is then what is still missing
                 drifted = float((true * D - run.residual).norm() / (true * D).norm().clamp(min=1e-300))
                 X, R = run.x * D, true
-                P = run.direction if drifted < 1e-3 and (self.inverse is None or self.together(V)) else None
+                exactly = self.inverse is None or self.together(V) or coarse is self.operator  # no coarser products
+                P = run.direction if drifted < 1e-3 and exactly else None
                 if pace.look(X, R if P is None else P, run.steps):
                     missed = torch.maximum(_share(R, size), _share(R * D, weighed))
                     break
