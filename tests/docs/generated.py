@@ -20,6 +20,7 @@ COMMANDS = (
     "score",
     "merge",
     "run",
+    "index",
     "resume",
     "top",
     "report",

@@ -26,8 +26,8 @@ def solved(
     Raises:
         NotConverged: if the solver did not keep its promise.
     """
-    system = influence.system
-    solution = system.ask(lambda: system.for_many(systems)[1].solve(V))
+    system = influence.system.for_many(systems)
+    solution = system.ask(lambda: system.prepared.solve(V))
     if not solution.converged and not (estimates and solution.replicas is not None):
         message = (
             f"The solver left a relative residual of {float(solution.residual.max()):.2g} for {what}. Raise the "

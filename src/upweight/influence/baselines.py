@@ -108,7 +108,7 @@ def relative_influence(influence: Explained, Xq: Any, yq: Any = None) -> Scores:
 
     References: Barshan, Brunet and Dziugaite (2020), θ-RelatIF.
     """
-    system = influence.system
+    system = influence.system.for_many(influence.system.n)
 
     def lengths(G: Tensor) -> Tensor:
         return solved(system.prepared, G, repr(system.solver)).x.norm(dim=1)
@@ -142,7 +142,7 @@ def loss_relative_influence(influence: Explained, Xq: Any, yq: Any = None) -> Sc
 
     References: Barshan, Brunet and Dziugaite (2020), ℓ-RelatIF.
     """
-    system = influence.system
+    system = influence.system.for_many(influence.system.n)
 
     def sizes(G: Tensor) -> Tensor:
         prepared = system.prepared

@@ -4,12 +4,14 @@ curvature   Hessian for linear predictors and for losses given as one function; 
             because they are rarely at a minimum and it is positive there. EKFAC, which stands for it and is ready after
             two passes, for more than 100,000 parameters, and for more than 1,000 outputs an example, as language models
             have, where its expectation is over one random vector an example; unless an iterative solver is named.
-solver      of the ways that can be taken, the direct one that costs fewest flops (`costs`): Cholesky for p ≤ 4,000,
-            and for linear predictors Dual when rows are fewer than parameters. A network's Gauss–Newton matrix is
-            factorised where that takes no more than 2e10 flops, or where CG did not converge. Else CG to a relative
-            residual of 1e-6, with the TwoLevel preconditioner for linear predictors, Approximate where their rows are
-            sparse; a CG that is given without a preconditioner gets it too. For the self-influence of many rows a
-            Cholesky factor of up to 12,000 parameters is worth its memory when it costs less than the systems would.
+solver      of the ways that can be taken, the direct one that costs least (`costs`): Cholesky for p ≤ 4,000, and for
+            linear predictors Dual when rows are fewer than parameters. CG to a relative residual of 1e-6 where that is
+            expected to take less: of a network's Gauss–Newton matrix that would take more than 2e10 flops, and of
+            linear predictors that a penalty holds, where a factorisation takes more than a tenth of a second. Such a CG
+            gives way to the factorisation when it has spent a fifth of its cost and is not going to end first, or
+            does not converge. Linear predictors have the TwoLevel preconditioner, Approximate where their rows are
+            sparse; a CG that is given without a preconditioner gets it too. For many systems, of queries or rows, a
+            Cholesky factor of up to 12,000 parameters is taken when it costs less than they would.
             Factored for curvatures that know their eigenvalues: KFAC, EKFAC, Arnoldi, Nystroem, Identity.
 damping     0 for linear predictors, for Hessian() and for Identity(). For GaussNewton, EmpiricalFisher and what stands
             for them (KFAC, EKFAC, Dense) in other models, and for Arnoldi and Nystroem in all: 0 if θ̂ is at a minimum
@@ -26,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,12 +39,23 @@ from numpy.typing import NDArray
 from upweight.data.examples import Examples
 from upweight.data.trees import leaves, like, take, tree_map
 from upweight.errors import InvalidInput, NotPositiveDefinite, UnsupportedModel
+from upweight.influence.costs import (
+    DIRECT_UP_TO,
+    SPECTRAL,
+    Cost,
+    cost,
+    costs,
+    dual_bytes,  # noqa: F401 public as defaults.dual_bytes
+    entries_of,  # noqa: F401 likewise
+    held,
+    preconditioner,
+    product_seconds,
+)
 from upweight.model import calculus, penalties
-from upweight.model.objective import L2, Linear, Objective
+from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
 from upweight.operators import (
     EKFAC,
-    KFAC,
     Arnoldi,
     Curvature,
     DenseOperator,
@@ -56,17 +69,14 @@ from upweight.operators import (
 )
 from upweight.operators.cotangents import MOST, Signs, count, outputs
 from upweight.runs.machine import in_bytes
-from upweight.solvers import CG, Approximate, Cholesky, Dual, Factored, Preconditioner, Solver, TwoLevel
+from upweight.solvers import CG, Cholesky, Factored, Solver
 
-DIRECT_UP_TO = 4000
-DUAL_UP_TO = 8000
 _ITERATED_UP_TO = 100_000
-SPECTRAL = (EKFAC, KFAC, Arnoldi, Identity, Nystroem)
-_FACTOR_UP_TO = 12_000
 _AT_ONCE = 2e10  # flops of a factorisation that nobody waits for
-_PASSES = {True: 12, False: 60}  # products that CG needs for 1e-6: with TwoLevel, without
-_SPARSE_PASSES = 40  # with Approximate
-_MATRIX = {True: 28.0, False: 60.0}  # bytes an entry while C is written out and factorised: linear predictors, others
+_NO_WAIT = 0.1  # seconds of one, of a linear predictor: its factor serves the next question too
+_CLOSE = 1.2  # times what an iteration is expected to take
+_FEWEST = 8  # products before an iteration is asked how far it has come
+_TRIAL = 0.2  # of a factorisation's cost, after which an iteration is asked how far it has come
 AT_MINIMUM = 0.3  # rows' worth of gradient that may be left, as in check()'s verdict
 TRACE_VECTORS = 16
 _DOUBLE_UP_TO = 50_000
@@ -114,83 +124,6 @@ def _is_head(objective: Objective) -> bool:
     return objective.coverage < 1
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a solver costs for some right-hand sides, estimated before anything is computed.
-
-    Args:
-        solver: the specification.
-        flops: floating-point operations, preparation included.
-        memory: bytes beside the data.
-        possible: whether it may be chosen by default: the matrix is not too large, and Dual has what it divides by.
-    """
-
-    solver: Solver
-    flops: float
-    memory: float
-    possible: bool
-
-    def __str__(self) -> str:
-        size = f"{type(self.solver).__name__} {self.flops / 1e9:.3g} GFLOP, {self.memory / 2**30:.2g} GiB"
-        return size if self.possible else f"{size} (not a default here)"
-
-
-def costs(objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1) -> list[Cost]:
-    """What each solver would cost for so many linear systems, by counting flops and bytes."""
-    p, n = objective.size, len(examples)
-    if isinstance(curvature, SPECTRAL):
-        width = min(curvature.rank, p) if isinstance(curvature, Arnoldi | Nystroem) else math.sqrt(p)
-        return [Cost(Factored(), 4.0 * systems * p * width, 8.0 * p * width, True)]
-    if objective.linear is None or not isinstance(curvature, Hessian | GaussNewton):
-        product = 6.0 * n * p
-        direct = p * product + p**3 / 3 + 2.0 * systems * p**2
-        return [
-            Cost(Cholesky(), direct, _MATRIX[False] * p**2, p <= DIRECT_UP_TO),
-            Cost(CG(rtol=1e-6), _PASSES[False] * systems * product, 32.0 * p * systems, True),
-        ]
-    K, entries = objective.linear.n_outputs, entries_of(objective.linear, examples)
-    pairs = K * (K - 1) / 2 if objective.linear.loss.coupling is not None else K
-    order = n * K
-    factor = pairs * entries * entries / n + p**3 / 3 + 2.0 * systems * p**2
-    dual = entries * n + order**3 / 3 + systems * (2.0 * order**2 + 4 * entries * K)
-    limit = DIRECT_UP_TO if systems == 1 else _FACTOR_UP_TO
-    sparse = scipy.sparse.issparse(examples.x)
-    passes = (_SPARSE_PASSES if sparse else _PASSES[True]) * systems * 4 * entries * K
-    return [
-        Cost(Cholesky(), factor, _MATRIX[True] * p**2, p <= limit),
-        Cost(
-            Dual(),
-            dual,
-            dual_bytes(n, K),
-            order < p and order <= DUAL_UP_TO and _every_coefficient_is_held(objective),
-        ),
-        Cost(CG(rtol=1e-6, preconditioner=_preconditioner(examples)), passes, 32.0 * p * systems + 4 * entries, True),
-    ]
-
-
-def cost(solver: Solver, objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1) -> Cost:
-    """What this solver would cost; nothing is known of one that `costs` does not list, as LiSSA."""
-    listed = costs(objective, examples, curvature, systems=systems)
-    return next((one for one in listed if type(one.solver) is type(solver)), Cost(solver, 0.0, 0.0, False))
-
-
-def dual_bytes(n: int, n_outputs: int) -> float:
-    """Bytes while Dual's (nK) × (nK) matrix is made and factorised; several outputs are added up from parts."""
-    return (16.0 if n_outputs == 1 else 36.0) * (n * n_outputs) ** 2
-
-
-def entries_of(structure: Linear, examples: Examples) -> float:
-    """Numbers in X; of a sparse one those that are stored.
-
-    >>> import upweight as uw
-    >>> table = scipy.sparse.csr_array([[0.0, 3.0, 0.0], [1.0, 0.0, 2.0]])
-    >>> entries_of(uw.Linear(uw.losses.squared, 1, 3, intercept=True), uw.Examples(table, [1.0, 2.0]))
-    3.0
-    """
-    x = examples.x
-    return float(x.nnz) if scipy.sparse.issparse(x) else float(len(examples)) * structure.n_features  # type: ignore[union-attr]
-
-
 def refuse_larger(solver: Solver, objective: Objective, examples: Examples, curvature: Curvature, budget: int) -> None:
     """Raises for a solver whose matrix or vectors exceed a budget of bytes, whatever the batch size.
 
@@ -230,23 +163,48 @@ def solver(
     ]
     if not direct:
         return iterative.solver
+    if objective.linear is not None and isinstance(curvature, Hessian | GaussNewton):
+        best = min(direct, key=lambda one: one.seconds)
+        certain = objective.size <= DIRECT_UP_TO and not held(objective)  # where it finds what no row sees
+        quick = best.seconds <= max(_NO_WAIT, _CLOSE * iterative.seconds)
+        return best.solver if certain or quick else iterative.solver
     best = min(direct, key=lambda one: one.flops)
-    always = isinstance(best.solver, Dual) or objective.size <= DIRECT_UP_TO
-    if objective.linear is None and isinstance(curvature, GaussNewton | EmpiricalFisher):  # an iteration cannot fail
+    always = objective.size <= DIRECT_UP_TO
+    if isinstance(curvature, GaussNewton | EmpiricalFisher):  # an iteration cannot fail
         always = best.flops <= _AT_ONCE
     return best.solver if always or best.flops < iterative.flops else iterative.solver
 
 
-def may_be_factorised(solver: Solver, objective: Objective) -> bool:
-    """Whether a factorisation can take the place of an iteration that did not converge: few parameters of a network.
+def in_its_place(
+    solver: Solver, objective: Objective, examples: Examples, curvature: Curvature, budget: int | None = None
+) -> Cost | None:
+    """The factorisation that can take the place of an iteration, if there is one: it is not too large.
 
-    >>> import upweight as uw
-    >>> X, y, criterion = torch.eye(3), torch.eye(3), torch.nn.functional.mse_loss
-    >>> network = uw.explain(torch.nn.Linear(3, 3), X, y, loss=criterion, penalty=0.1)
-    >>> may_be_factorised(CG(), network.objective), may_be_factorised(Cholesky(), network.objective)
-    (True, False)
+    That of a linear predictor may have up to 12,000 parameters, for without it there may be no answer.
     """
-    return isinstance(solver, CG) and objective.linear is None and objective.size <= DIRECT_UP_TO
+    if not isinstance(solver, CG) or isinstance(curvature, SPECTRAL):
+        return None
+    if objective.linear is None:
+        return Cost(Cholesky(), 0.0, 0.0, True) if objective.size <= DIRECT_UP_TO else None
+    listed = costs(objective, examples, curvature, systems=2)[:-1]
+    able = [one for one in listed if one.possible and one.memory <= (budget or math.inf)]
+    return min(able, key=lambda one: one.seconds, default=None)
+
+
+def patience(
+    objective: Objective, examples: Examples, curvature: Curvature, budget: int | None = None
+) -> Callable[[int], int] | None:
+    """From a number of right-hand sides to the products that cost a fifth of what a factorisation does.
+
+    None where there is none that could take the iteration's place, or nothing is known of its cost.
+    """
+    if objective.linear is None or not isinstance(curvature, Hessian | GaussNewton):
+        return None
+    other = in_its_place(CG(), objective, examples, curvature, budget)
+    if other is None:
+        return None
+    structure, spent = objective.linear, _TRIAL * other.seconds
+    return lambda systems: max(_FEWEST, int(spent / product_seconds(structure, examples, systems)))
 
 
 def completed(
@@ -257,22 +215,8 @@ def completed(
         return solver(objective, examples, curvature, budget=budget)
     open_cg = isinstance(given, CG) and given.preconditioner is None
     if open_cg and objective.linear is not None and isinstance(curvature, Hessian | GaussNewton):
-        return replace(given, preconditioner=_preconditioner(examples))  # type: ignore[type-var]
+        return replace(given, preconditioner=preconditioner(examples))  # type: ignore[type-var]
     return given
-
-
-def _preconditioner(examples: Examples) -> Preconditioner:
-    """What pays for linear predictors: a pass over sparse rows costs less than anything that would save one."""
-    return Approximate() if scipy.sparse.issparse(examples.x) else TwoLevel()
-
-
-def _every_coefficient_is_held(objective: Objective) -> bool:
-    """Whether a penalty holds every coefficient, none is projected out, and the loss is convex: what Dual needs."""
-    split = objective.size - (objective.linear.n_outputs if objective.linear and objective.linear.intercept else 0)
-    probe = torch.zeros(1, objective.size, dtype=torch.float64)
-    probe[:, :split] = torch.linspace(1, 2, split, dtype=torch.float64)
-    held = float(penalties.diagonal(objective)[:split].min()) > 0 and objective.linear.loss.convex  # type: ignore[union-attr]
-    return held and bool(torch.equal(objective.project(probe), probe))
 
 
 def damping(objective: Objective, spec: Curvature, operator: Operator, missed: Callable[[], float]) -> float:

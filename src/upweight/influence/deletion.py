@@ -72,7 +72,8 @@ class Removals:
 
 def forms(system: System) -> Vector:
     """x̃ᵀM⁻¹x̃ of every row."""
-    return system.ask(lambda: _forms(system))
+    many = system.for_many(system.n)
+    return many.ask(lambda: _forms(many))
 
 
 def _forms(system: System) -> Vector:
@@ -91,6 +92,7 @@ def _forms(system: System) -> Vector:
 def inverse_diagonal(system: System) -> Float[NDArray[np.float64], " p"]:
     """The diagonal of M⁻¹, in blocks of its columns."""
     p = system.objective.size
+    system = system.for_many(p)
     pieces = []
     for start in range(0, p, BLOCK):
         stop = min(start + BLOCK, p)
@@ -112,7 +114,8 @@ def expected_curvature(objective: Objective, family: Family, batch: Any) -> Floa
 
 def all_removals(system: System, family: Family) -> Removals:
     """Δᵢ and what follows from it, for every row, in one sweep."""
-    return system.ask(lambda: _all_removals(system, family))
+    many = system.for_many(system.n)
+    return many.ask(lambda: _all_removals(many, family))
 
 
 def _all_removals(system: System, family: Family) -> Removals:

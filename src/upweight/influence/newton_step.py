@@ -88,7 +88,9 @@ def newton_steps(system: System, groups: list[NDArray[np.int64]]) -> NewtonStep:
     places = [j for j in range(len(groups)) if j not in lost]
     if not places:
         raise Undefined(lost[0])
-    found = system.ask(lambda: _steps_of_most(system, [groups[j] for j in places]))
+    outputs = system.objective.linear.n_outputs  # type: ignore[union-attr]
+    many = system.for_many(outputs * sum(map(len, groups)))
+    found = many.ask(lambda: _steps_of_most(many, [groups[j] for j in places]))
     impossible = lost | {places[j]: why for j, why in found.impossible.items()}
     if len(impossible) == len(groups):
         raise Undefined(next(iter(lost.values()))) if lost else NotPositiveDefinite(impossible[0])

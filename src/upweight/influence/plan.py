@@ -202,6 +202,8 @@ class Plan:
 def plan_of(system: System, Xq: Any, yq: Any = None) -> Plan:
     """What the scores of these queries will cost: `Influence.plan`."""
     queries = system.encoded(Xq, yq)
+    if system.objective.linear is not None:
+        system = system.planned_for(len(queries))
     n, p, count = system.n, system.objective.size, len(queries)
     size = block(system, count)
     tried = rehearse(system, next(iter(queries.blocks(size))))

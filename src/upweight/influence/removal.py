@@ -134,6 +134,8 @@ def _fitting(system: System, measured: Objective, queries: Examples, store: Any)
 
 
 def _removed(system: System, measured: Objective, queries: Examples, store: Any) -> Scores:
+    if system.objective.linear is not None:  # a network's products are shared by many queries
+        system = system.for_many(len(queries))
     size = block(system, len(queries))
     if store is None and len(queries) > size:
         return Scores.joined([_removed(system, measured, part, None) for part in queries.blocks(size)])

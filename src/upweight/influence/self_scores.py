@@ -41,11 +41,12 @@ _SUMS_TO_0 = 1e-12  # of the largest slope: rounding
 def of_self(system: System, rows: Any) -> SelfScores:
     """The self-influence of these rows: `Influence.of_self`."""
     rows = system.examples.rows(rows)
+    system = system.for_many(len(rows))
     return system.ask(lambda: _of_rows(system, rows))
 
 
 def _of_rows(system: System, rows: NDArray[np.int64]) -> SelfScores:
-    solver, prepared = system.for_many(len(rows))
+    solver, prepared = system.solver, system.prepared
 
     def solve(V: Tensor) -> Solution:
         return solved(prepared, V, repr(solver))

@@ -33,7 +33,7 @@ from upweight.operators.linear import LinearHessian
 from upweight.runs import ranks, threads
 from upweight.runs.machine import budget_of
 from upweight.runs.store import SETTLED, Store
-from upweight.solvers import Cholesky, Prepared, Solution, Solver
+from upweight.solvers import Prepared, Solution, Solver
 from upweight.solvers.base import checked_damping, residuals
 from upweight.solvers.cg import Iteration
 from upweight.solvers.flat import Flat
@@ -154,6 +154,8 @@ class System:
         """The solver, ready for right-hand sides."""
         with undisturbed(), threads.shared():
             prepared = self.solver.prepare(self.operator, self.damping)
+        if isinstance(prepared, Iteration) and not self.solver_is_named:
+            prepared = replace(prepared, patience=defaults.patience(*self._known, self.sweep.budget))
         self._look_at_the_minimum()
         return prepared
 
@@ -184,28 +186,40 @@ class System:
         return penalties.share(self.objective, float(self.examples.weights.sum()), self.n)
 
     @cached_property
-    def _factorised(self) -> dict[str, Prepared]:
-        """Solvers that `for_many` took in place of the own one, prepared; by their names."""
+    def _factorised(self) -> dict[str, System]:
+        """The same with solvers that `for_many` took in place of the own one, prepared; by their names."""
         return {}
 
     # ---- solving -----------------------------------------------------------------------------------------------------
 
-    def for_many(self, systems: int) -> tuple[Solver, Prepared]:
-        """The solver, or a direct one that costs less for so many systems, if the choice was left to `defaults`."""
-        solver = self.solver if self.solver_is_named else self._chosen_for(systems)
-        if solver == self.solver:
-            return solver, self.prepared
-        name = repr(solver)
+    def for_many(self, systems: int) -> System:
+        """Itself, or the same with a direct solver that costs less for so many systems, if `defaults` may choose."""
+        twin = self.planned_for(systems)
+        if twin is self:
+            return self
+        name = repr(twin.solver)
         if name not in self._factorised:
+            twin.__dict__.update(operator=self.operator, damping=self.damping)
+            if self.knows_risk_gradient:
+                twin.__dict__["risk_gradient"] = self.risk_gradient
             try:
-                self._factorised[name] = solver.prepare(self.operator, self.damping)
+                twin.prepared  # noqa: B018  # pyright: ignore[reportUnusedExpression] made when it is asked for
             except NotPositiveDefinite:  # an iteration may still solve what a factorisation must refuse
-                return self.solver, self.prepared
-        return solver, self._factorised[name]
+                twin = self
+            self._factorised[name] = twin
+        return self._factorised[name]
+
+    def planned_for(self, systems: int) -> System:
+        """The same, with nothing prepared."""
+        solver = self.solver if self.solver_is_named else self._chosen_for(systems)
+        return self if solver == self.solver else replace(self, solver=solver, solver_is_named=True)
 
     def _chosen_for(self, systems: int) -> Solver:
-        known = (self.objective, self.examples, self.curvature)
-        return defaults.solver(*known, systems=systems, budget=self.sweep.budget)
+        return defaults.solver(*self._known, systems=systems, budget=self.sweep.budget)
+
+    @property
+    def _known(self) -> tuple[Objective, Examples, Curvature]:
+        return self.objective, self.examples, self.curvature
 
     def ask(self, question: Callable[[], T]) -> T:
         """question(); once more with a factorisation, where an iteration that was chosen does not converge.
@@ -218,9 +232,10 @@ class System:
         try:
             return question()
         except NotConverged:
-            if self.solver_is_named or not defaults.may_be_factorised(self.solver, self.objective):
+            other = defaults.in_its_place(self.solver, *self._known, self.sweep.budget)
+            if self.solver_is_named or other is None:
                 raise
-        self.__dict__.update(solver=Cholesky(), solver_is_named=True)  # every certificate's from now on
+        self.__dict__.update(solver=other.solver, solver_is_named=True)  # every certificate's from now on
         self.__dict__.pop("prepared", None)
         return question()
 

@@ -239,16 +239,19 @@ def outputs(objective: Objective, batch: Any) -> Float[Tensor, "b K"]:
     """The model's output for every example as one flat vector."""
     if objective.linear is not None:
         return linear.predictor(objective, linear.wide(batch[0] if isinstance(batch, tuple | list) else batch))
-    with torch.no_grad():
-        return _outputs(objective, objective.params, ready(objective, batch))
+    values = shaped_outputs(objective, batch)
+    return values.reshape(len(values), -1)
 
 
 def shaped_outputs(objective: Objective, batch: Any) -> Float[Tensor, "b ..."]:
     """The model's output for every example."""
     if objective.linear is not None:
         return outputs(objective, batch)
+    batch = ready(objective, batch)
     with torch.no_grad():
-        return _shaped_outputs(objective, objective.params, ready(objective, batch))
+        if batch_length(batch) == 1:  # as it is, which vmap has nothing to add to
+            return structure(objective)[0](objective.params, take(batch, 0))[None]
+        return _shaped_outputs(objective, objective.params, batch)
 
 
 def depends(values: Tensor, params: Any, names: Iterable[str]) -> dict[str, bool]:
@@ -323,9 +326,12 @@ def output_products(
     return _pull_rows(objective, first, f, U).reshape(U.shape) if first.requires_grad else torch.zeros_like(U)
 
 
-def output_slopes(objective: Objective, batch: Any) -> Float[Tensor, "b K"]:
-    """∂ℓ/∂f of every example, with f the flattened model output.  Cost: one backward pass of the output loss."""
-    return _output_slopes(objective, ready(objective, batch))[0].detach()
+def output_slopes(objective: Objective, batch: Any, f: Float[Tensor, "b ..."] | None = None) -> Float[Tensor, "b K"]:
+    """∂ℓ/∂f of every example, with f the flattened model output, which is computed if it is not given.
+
+    Cost: one backward pass of the output loss.
+    """
+    return _output_slopes(objective, ready(objective, batch), f)[0].detach()
 
 
 def _output_slopes(

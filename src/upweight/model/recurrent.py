@@ -1,6 +1,8 @@
 """Recurrent layers written out step by step, in operations that can be batched, and differentiated more than once.
 
-torch's fused kernels have no batching rule for vmap. With gates over time t, σ the logistic function,
+torch's own kernels have no batching rule for vmap, and nothing looks into them; where neither is asked they run as they
+are, as far as they can be differentiated twice: on a CPU, an LSTM's in float64. With gates over time t, σ the logistic
+function,
 
     RNN    h_t = φ(W x_t + b + U h_{t−1} + c)                     φ = tanh or relu
     LSTM   i, f, g, o = σ, σ, tanh, σ of W x_t + b + U h_{t−1} + c;  s_t = f s_{t−1} + i g;  h_t = o tanh(s_t)
@@ -36,7 +38,7 @@ def written_out() -> Iterator[None]:
         yield
         return
     for name, cell in _CELLS.items():
-        setattr(_VF, name, _layer(own[name], cell))
+        setattr(_VF, name, _layer(name, own[name], cell))
     try:
         yield
     finally:
@@ -44,13 +46,13 @@ def written_out() -> Iterator[None]:
             delattr(_VF, name)
 
 
-def _layer(fused: Callable[..., Any], cell: Cell) -> Callable[..., Any]:
+def _layer(name: str, fused: Callable[..., Any], cell: Cell) -> Callable[..., Any]:
     """A recurrent layer in the signature of torch's fused one."""
 
     def run(x: Tensor, hx: Any, weights: Any, *settings: Any) -> tuple[Tensor, ...]:
         if not isinstance(weights, Sequence) or (isinstance(hx, Tensor) and hx.ndim == 1):  # packed: data, sizes, state
             return fused(x, hx, weights, *settings)
-        if not (torch.is_grad_enabled() or transformed()):
+        if not transformed() and (not torch.is_grad_enabled() or _serves(name, x)):
             return fused(x, hx, weights, *settings)
         biased, layers, dropout, train, both, batch_first = settings
         states: State = (hx,) if isinstance(hx, Tensor) else tuple(hx)
@@ -76,14 +78,21 @@ def _layer(fused: Callable[..., Any], cell: Cell) -> Callable[..., Any]:
     return run
 
 
+def _serves(name: str, x: Tensor) -> bool:
+    """Whether torch's own layer has second derivatives, and nobody watches what is done inside."""
+    watchers = getattr(torch._C, "_len_torch_function_stack", None)
+    smooth = x.device.type == "cpu" and (name != "lstm" or x.dtype == torch.float64)  # else oneDNN's, or cuDNN's
+    return smooth and watchers is not None and watchers() == 0
+
+
 def _direction(
     x: Tensor, state: State, parts: Sequence[Tensor | None], cell: Cell, *, backwards: bool
 ) -> tuple[Tensor, State]:
     """The outputs of one direction of one layer at every step, in the order of the steps, and its last state."""
-    inputs = F.linear(x, parts[0], parts[2])  # type: ignore[arg-type]
+    inputs = F.linear(x, parts[0], parts[2]).unbind(0)  # type: ignore[arg-type]  # a slice's derivative is of full size
     steps = []
-    for t in range(len(x) - 1, -1, -1) if backwards else range(len(x)):
-        state = cell(inputs[t], state, parts)
+    for step in inputs[::-1] if backwards else inputs:
+        state = cell(step, state, parts)
         steps.append(state[0])
     return torch.stack(steps[::-1] if backwards else steps), state
 
@@ -102,9 +111,10 @@ def _lstm(inputs: Tensor, state: State, parts: Sequence[Tensor | None]) -> State
 
 
 def _gru(inputs: Tensor, state: State, parts: Sequence[Tensor | None]) -> State:
-    width, gates = state[0].shape[-1], _gates(state, parts)
-    r, z = (inputs[..., : 2 * width] + gates[..., : 2 * width]).sigmoid().chunk(2, -1)
-    n = torch.addcmul(inputs[..., 2 * width :], r, gates[..., 2 * width :]).tanh()
+    width = state[0].shape[-1]
+    (outer, new), (inner, kept) = (part.split((2 * width, width), -1) for part in (inputs, _gates(state, parts)))
+    r, z = (outer + inner).sigmoid().chunk(2, -1)
+    n = torch.addcmul(new, r, kept).tanh()
     return (torch.lerp(n, state[0], z),)
 
 

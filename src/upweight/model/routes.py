@@ -44,22 +44,24 @@ def probe(objective: Objective, batch: Any) -> Objective:
     with _chance_put_back():
         plainly = _sound(objective, batch)
         truth = _answers(plainly, batch)
+        found: tuple[Tensor, ...] = ()
         reason = ""
         for over_examples, over_vectors in _ROUTES:
             candidate = replace(objective, route=Route(over_examples, over_vectors, reason))
             slow: set[str] = set()
             try:
                 with unbatched(slow):
-                    same = _agree(_answers(candidate, batch), truth, objective.reference.dtype)
+                    found = _answers(candidate, batch)
+                    same = _agree(found, truth, objective.reference.dtype)
             except UpweightError:
                 raise
             except Exception as error:
                 reason = reason or f"vmap or batched backward refused: {first_line(error)}"
                 continue
             if same:
-                _refuse_half_derivatives(candidate, batch)
-                found = replace(candidate.route, plan=layers.plan(candidate, batch), slow=tuple(sorted(slow)))
-                return replace(candidate, route=found)
+                _refuse_half_derivatives(candidate, batch, found)
+                route = replace(candidate.route, plan=layers.plan(candidate, batch, found[1]), slow=tuple(sorted(slow)))
+                return replace(candidate, route=route)
             reason = reason or "vmapped values differ from one-by-one values"
     message = (
         f"The derivatives of {objective.name} were others when they were taken again, and its values were not: "
@@ -77,8 +79,8 @@ def tried(objective: Objective, batch: Any) -> None:
         NotDeterministic, UnsupportedModel, InvalidInput: as `probe` does, which looks for the route, too.
     """
     refuse_inference_mode(objective.name)
-    with _chance_put_back():
-        _answers(_sound(objective, batch), tree_map(lambda leaf: leaf[:1], batch))
+    with _chance_put_back():  # `probe` will ask for the losses more often
+        _answers(_sound(objective, batch, repeats=1), tree_map(lambda leaf: leaf[:1], batch))
 
 
 @contextmanager
@@ -90,12 +92,12 @@ def _chance_put_back() -> Iterator[None]:
         torch.set_rng_state(generator)
 
 
-def _sound(objective: Objective, batch: Any) -> Objective:
+def _sound(objective: Objective, batch: Any, *, repeats: int = _REPEATS) -> Objective:
     """The objective on its plainest route, whose losses are the same when they are asked for again, and move with θ."""
     generator = torch.get_rng_state()
     plainly = replace(objective, route=Route("loop", "loop"))
     once = _checked_losses(plainly, batch)
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         _refuse_chance(once, _checked_losses(plainly, batch))
     if not torch.equal(torch.get_rng_state(), generator):
         for _ in range(_TRIES):
@@ -184,7 +186,7 @@ def _refuse_broken_graphs(objective: Objective, batch: Any) -> None:
         waiting.extend(fresh)
 
 
-def _refuse_half_derivatives(objective: Objective, batch: Any) -> None:
+def _refuse_half_derivatives(objective: Objective, batch: Any, answers: tuple[Tensor, ...]) -> None:
     """Second derivatives must be the slope of the first: a backward pass of one's own may leave a part of them out.
 
     At a kink there is no such slope; what is left out is left out a little further, too. A parameter that no example
@@ -195,9 +197,11 @@ def _refuse_half_derivatives(objective: Objective, batch: Any) -> None:
     """
     if objective.reference.dtype != torch.float64:  # differences of float32 gradients are mostly rounding
         return
+    _, G, _, products = answers
     direction, away = _directions(objective)
-    direction = direction * (calculus.gradients(objective, batch) != 0).any(0)
-    missing = _missing_share(objective, batch, direction)
+    moves = (G != 0).any(0)
+    direction = direction * moves
+    missing = _missing_share(objective, batch, direction, products[0] if bool(moves.all()) else None)
     if missing:
         theta = objective.theta
         moved = objective.at(theta + _AWAY * (float(theta.abs().max()) + 1) * away)
@@ -213,15 +217,15 @@ def _refuse_half_derivatives(objective: Objective, batch: Any) -> None:
     raise UnsupportedModel(message)
 
 
-def _missing_share(objective: Objective, batch: Any, direction: Tensor) -> float:
+def _missing_share(objective: Objective, batch: Any, direction: Tensor, product: Tensor | None = None) -> float:
     """What second derivatives lack of the slope of the first, as a share of it; 0 if nothing, or if none settles."""
     theta = objective.theta
-    product = calculus.hvp(objective, batch, direction[None])[0]
-    size = float(theta.abs().max()) + 1.0
+    product = calculus.hvp(objective, batch, direction[None])[0] if product is None else product
+    size, ones = float(theta.abs().max()) + 1.0, theta.new_ones(1, batch_length(batch))
     before: Tensor | None = None
     for step in _STEPS:
         ahead, behind = (
-            calculus.gradients(objective.at(theta + sign * step * size * direction), batch).sum(0) for sign in (1, -1)
+            calculus.pull(objective.at(theta + sign * step * size * direction), batch, ones)[0] for sign in (1, -1)
         )
         slope = (ahead - behind) / (2 * step * size)
         if not bool(torch.isfinite(slope).all()):
@@ -243,14 +247,12 @@ def _directions(objective: Objective) -> Tensor:
 
 
 def _answers(objective: Objective, batch: Any) -> tuple[Tensor, ...]:
-    V = _directions(objective)
+    V, plainest = _directions(objective), objective.route == Route("loop", "loop")
+    each = V.sum(0, keepdim=True) if plainest else V  # a second backward pass for every row and vector
     try:
-        return (
-            calculus.losses(objective, batch),
-            calculus.gradients(objective, batch),
-            calculus.dots(objective, batch, V),
-            calculus.hvp(objective, batch, V),
-        )
+        G = calculus.gradients(objective, batch)
+        along = G @ V.to(G).T if plainest else calculus.dots(objective, batch, V)
+        return calculus.losses(objective, batch), G, along, calculus.hvp(objective, batch, each)
     except UpweightError:
         raise
     except Exception as error:
@@ -268,6 +270,7 @@ def _answers(objective: Objective, batch: Any) -> tuple[Tensor, ...]:
 
 def _agree(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
     rtol = _TOLERANCE.get(dtype, 1e-3)
+    ours, truth = ((*first, products.sum(0)) for *first, products in (ours, truth))
     return all(
         torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol * float(b.abs().max() + 1e-12))
         for a, b in zip(ours, truth, strict=True)

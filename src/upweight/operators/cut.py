@@ -268,15 +268,25 @@ def same(objective: Objective, other: Objective, batch: Any) -> bool:
     return torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
-def _forms(objective: Objective, batch: Any, around: float) -> tuple[Tensor, Tensor]:
-    """uᵀHu for directions u of length 1, at the outputs or around them, and the slopes there."""
+def _outputs(objective: Objective, batch: Any) -> Tensor:
+    """(b, *shape): what the objective is cut at."""
+    with torch.no_grad():
+        whole, _ = calculus.structure(objective)
+        shape = whole(objective.params, take(batch, 0)).shape
+        f = calculus.outputs(objective, batch)
+    return f.reshape(len(f), *shape)
+
+
+def _moved(f: Tensor, around: float) -> Tensor:
+    """The outputs f, or outputs around them."""
     draw = torch.Generator().manual_seed(0)
-    f = calculus.outputs(objective, batch)
-    b, K = f.shape
-    whole, _ = calculus.structure(objective)
-    shape = whole(objective.params, take(batch, 0)).shape
-    shift = around * torch.randn(shape, generator=draw, dtype=torch.float64).to(f)
-    moved = replace(objective, outputs=lambda params, example: whole(params, example) + shift)
+    return f + around * torch.randn(f.shape[1:], generator=draw, dtype=torch.float64).to(f)
+
+
+def _forms(objective: Objective, batch: Any, f: Tensor) -> Tensor:
+    """uᵀHu for directions u of length 1, at outputs f."""
+    draw = torch.Generator().manual_seed(1)
+    b, K = len(f), f[0].numel()
     count = _DIRECTIONS if 2 * _DIRECTIONS * b * K <= _NUMBERS else 1
     coordinates = torch.randint(0, K, (count, b), generator=draw)
     U = torch.cat(
@@ -285,15 +295,14 @@ def _forms(objective: Objective, batch: Any, around: float) -> tuple[Tensor, Ten
             torch.nn.functional.normalize(torch.randn(count, b, K, generator=draw, dtype=torch.float64), dim=2),
         ]
     ).to(f)
-    forms = (calculus.output_products(moved, batch, U) * U).sum(2)
-    return forms.double(), calculus.output_slopes(moved, batch).double()
+    return (calculus.output_products(objective, batch, U, f) * U).sum(2).double()
 
 
 def _convex(objective: Objective, batch: Any) -> bool:
     """Whether no direction was found in which the loss bends down; where it is not finite, nothing is said."""
-    noise = _NOISE.get(objective.reference.dtype, 1e-3)
+    noise, f = _NOISE.get(objective.reference.dtype, 1e-3), _outputs(objective, batch)
     for around in _AROUND:
-        forms = _forms(objective, batch, around)[0]
+        forms = _forms(objective, batch, _moved(f, around))
         forms = forms[torch.isfinite(forms)]
         if len(forms) and float(forms.min()) < -noise * float(forms.abs().max()):
             return False
@@ -317,9 +326,10 @@ def _refuse_flat(objective: Objective, batch: Any) -> None:
 
 def _flat_slope(objective: Objective, batch: Any) -> float:
     """The largest slope of a criterion without second derivative; 0 if it has one, or is fitted exactly everywhere."""
-    slope = 0.0
+    slope, f = 0.0, _outputs(objective, batch)
     for around in _AROUND:
-        forms, slopes = _forms(objective, batch, around)
+        moved = _moved(f, around)
+        forms, slopes = _forms(objective, batch, moved), calculus.output_slopes(objective, batch, moved)
         slope = max(slope, float(slopes.abs().nan_to_num(0).max()))
         if float(forms.abs().nan_to_num(torch.inf).max()) > _FLAT * slope:
             return 0.0
@@ -328,7 +338,8 @@ def _flat_slope(objective: Objective, batch: Any) -> float:
 
 def _straight(objective: Objective, batch: Any, slope: float) -> bool:
     """Whether the slopes of a flat criterion are the same far away: it has no kinks."""
-    here, there = (_forms(objective, batch, around)[1] for around in (0.0, _FAR))
+    f = _outputs(objective, batch)
+    here, there = (calculus.output_slopes(objective, batch, _moved(f, around)).double() for around in (0.0, _FAR))
     return float((here - there).abs().max()) <= _FLAT * slope
 
 

@@ -19,7 +19,7 @@ from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
 from upweight.operators.cut import cut, refuse_kinks
 from upweight.operators.head import before_head
-from upweight.operators.layered import LayeredGaussNewton, kept_bytes
+from upweight.operators.layered import LayeredGaussNewton, fits
 from upweight.operators.linear import LinearHessian
 
 Product = Callable[[Objective, Any, Tensor, Tensor], Tensor]
@@ -156,8 +156,7 @@ class GaussNewton:
         n_outputs, middle = outputs.shape[1], outputs.element_size() * outputs.shape[1] ** 2 * sweep.n
         few = not calculus.through_parameters(sweep.objective, n_outputs)
         keep = sweep.at_most(self.keep)
-        needed = kept_bytes(sweep.objective, first, sweep.n) if few and middle <= keep else None
-        if needed is not None and needed <= keep:
+        if few and middle <= keep and fits(sweep, first, n_outputs, keep - middle):
             return LayeredGaussNewton(sweep)
         whole = sweep
         if not few:

@@ -18,6 +18,8 @@ from upweight.model.layers.pieces import Piece
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
 
+_FAR = 16  # times what a plan tells
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -122,6 +124,20 @@ def kept(objective: Objective, batch: Any, weights: Float[Tensor, " b"]) -> Kept
     found = layers.capture(objective, objective.route.plan, batch, lambda _: cotangents)
     moved = pieces.mapped(found, lambda x: x.cpu().contiguous())
     return Kept(moved, (middle * weights[:, None, None].to(middle)).cpu())
+
+
+def fits(sweep: Sweep, batch: Any, outputs: int, most: int) -> bool:
+    """Whether a model has layers to go through, and their pieces of all rows fit into so many bytes.
+
+    What the plan tells is enough where they are far smaller; else an example is measured.
+    """
+    found = sweep.objective.route.plan
+    if found is None or not found.structured:
+        return False
+    if _FAR * found.bytes * outputs * sweep.n <= most:
+        return True
+    needed = kept_bytes(sweep.objective, batch, sweep.n)
+    return needed is not None and needed <= most
 
 
 def kept_bytes(objective: Objective, batch: Any, n: int) -> int | None:

@@ -93,7 +93,7 @@ def frequent_inverse(
     largest = float(diagonal.max())
     seen = diagonal > _FLOOR * max(largest, 0.0)
     scale = torch.where(seen, diagonal, largest if largest > 0 else 1.0).rsqrt()
-    columns = frequent(X)
+    columns = frequent(X, K)
     if len(columns) == 0:
         return lambda R: R * (scale * scale)
     places = torch.from_numpy(columns)
@@ -113,15 +113,19 @@ def frequent_inverse(
     return apply
 
 
-def frequent(X: Any) -> NDArray[np.int64]:
-    """The columns with most entries: as many as cost no more than a few passes to multiply with each other."""
+def frequent(X: Any, outputs: int = 1) -> NDArray[np.int64]:
+    """The columns with most entries: as many as cost no more than a few passes to multiply with each other.
+
+    Every output has a matrix of them, with its own weights.
+    """
     n, d = X.shape
+    worth = {kind: ratio * X.nnz / outputs for kind, ratio in _PAIRS.items()}
     counts = np.bincount(X.indices, minlength=d)
     order = np.argsort(-counts, kind="stable")
     for most in _TOGETHER:
-        if most > d or most**3 > _PAIRS["dense"] * X.nnz:
+        if most > d or most**3 > worth["dense"]:
             continue
-        if n * most**2 <= _PAIRS["dense"] * X.nnz or _pairs(X, order[:most]) <= _PAIRS["sparse"] * X.nnz:
+        if n * most**2 <= worth["dense"] or _pairs(X, order[:most]) <= worth["sparse"]:
             return np.sort(order[:most])
     return np.arange(0)
 

@@ -32,6 +32,7 @@ _COARSE_GAIN = 0.1  # a run in float32 must shrink the true residual to this sha
 _SCALE_ROWS = 1024
 _MATRIX_UP_TO = 4000  # parameters: many directions that no row sees are found in a matrix
 _SMALL = 500  # where the matrix takes a few products as long as a solution: the same of models that are not linear
+FURTHER = 5.0  # times the products of a trial
 _MARGIN = 0.9  # of the goal, so that the residual that is recomputed at the end passes too
 
 
@@ -97,13 +98,24 @@ class CG:
 
 @dataclass(frozen=True)
 class Iteration:
-    """(C + λI)⁻¹ by conjugate gradients."""
+    """(C + λI)⁻¹ by conjugate gradients.
+
+    Args:
+        spec: the hyper-parameters.
+        operator: C.
+        damping: λ.
+        inverse: the preconditioner, or None.
+        scale: 1/√diag(C + λI), or None.
+        patience: from the number of right-hand sides to the products after which it looks how far it has come, and
+            gives up if it will need `FURTHER` times as many: something else would be quicker. None goes on.
+    """
 
     spec: CG
     operator: Operator
     damping: float
     inverse: Callable[[Tensor], Tensor] | None = None
     scale: Tensor | None = None
+    patience: Callable[[int], int] | None = None
 
     @cached_property
     def flat(self) -> Flat | None:
@@ -174,6 +186,7 @@ class Iteration:
         D = torch.ones(V.shape[1], dtype=V.dtype) if self.scale is None else self.scale
         size, weighed = V.norm(dim=1), (V * D).norm(dim=1)
         coarse = getattr(self.operator, "coarse", None) if self.inverse is not None else None
+        trial = None if self.patience is None else self.patience(len(V))
         sweeps, sharpened = 0 if state is None else 1, 1.0
         smallest = torch.full((len(V),), torch.inf, dtype=torch.float64)
         with self._steps(float((_share(R * D, weighed)).max()), V) as step:
@@ -182,14 +195,19 @@ class Iteration:
                 if not bool((missed > self.spec.rtol).any()):
                     break
                 goal = sharpened * (_MARGIN if self.inverse is not None else 1.0) * self.spec.rtol * weighed
-                run = self._run(coarse, X / D, R * D, goal, self.spec.max_sweeps - sweeps, P, step, pace)
+                left_to_make = self.spec.max_sweeps - sweeps
+                if trial is not None and sweeps < trial:
+                    left_to_make = min(left_to_make, trial - sweeps)
+                run = self._run(coarse, X / D, R * D, goal, left_to_make, P, step, pace)
                 sweeps += run.steps
                 smallest = torch.minimum(smallest, run.smallest)
                 if run.stopped is not None and coarse is None:
                     raise self._refusal(run, V, sweeps)
                 true = V - self._apply(run.x * D)
                 left = torch.maximum(_share(true, size), _share(true * D, weighed))
-                if sweeps >= self.spec.max_sweeps and bool((left > self.spec.rtol).any()):
+                if self._too_far(trial, sweeps, float(left.max())) or (
+                    sweeps >= self.spec.max_sweeps and bool((left > self.spec.rtol).any())
+                ):
                     raise self._unfinished(run.x * D, run.direction * D, V, sweeps, smallest)
                 sweeps += 1
                 tried = missed > self.spec.rtol
@@ -202,7 +220,8 @@ class Iteration:
                 sharpened *= 0.1 if reached else 1.0  # the plain residual is then what is still missing
                 drifted = float((true * D - run.residual).norm() / (true * D).norm().clamp(min=1e-300))
                 X, R = run.x * D, true
-                P = run.direction if drifted < 1e-3 and (self.inverse is None or self.together(V)) else None
+                exactly = self.inverse is None or self.together(V) or coarse is self.operator  # no coarser products
+                P = run.direction if drifted < 1e-3 and exactly else None
                 if pace.look(X, R if P is None else P, run.steps):
                     missed = torch.maximum(_share(R, size), _share(R * D, weighed))
                     break
@@ -214,6 +233,13 @@ class Iteration:
         return Solution(
             X, missed, True, sweeps, min_curvature=bottom, preconditioner_gap=gap, state=state, settled=pace.left
         )
+
+    def _too_far(self, trial: int | None, made: int, left: float) -> bool:
+        """Whether what else there is would be quicker, by the residual that so many products have left."""
+        if trial is None or made < trial or left <= self.spec.rtol:
+            return False
+        goal = self.spec.rtol
+        return progress.forecast(made, 1 / goal, left / goal) > FURTHER * trial
 
     def at(self, damping: float) -> Iteration:
         """The same with another λ; the eigenvectors of a preconditioner that has them are kept."""

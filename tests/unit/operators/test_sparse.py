@@ -117,7 +117,8 @@ def _dense():
 
 def test_sparse_rows_get_the_inverse_that_costs_by_entries(monkeypatch):
     monkeypatch.setattr("upweight.influence.defaults.DIRECT_UP_TO", 5)
-    monkeypatch.setattr("upweight.influence.defaults.DUAL_UP_TO", 5)
+    monkeypatch.setattr("upweight.influence.costs.DIRECT_UP_TO", 5)
+    monkeypatch.setattr("upweight.influence.costs.DUAL_UP_TO", 5)
     assert influence().solver == CG(rtol=1e-6, preconditioner=Approximate())
     assert influence(solver=CG(1e-7)).solver == CG(1e-7, preconditioner=Approximate())
 

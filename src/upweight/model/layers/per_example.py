@@ -71,10 +71,15 @@ class Plan:
         return self.others[shapes]
 
 
-def plan(objective: Objective, batch: Any) -> Plan:
+def plan(objective: Objective, batch: Any, truth: Float[Tensor, "b p"] | None = None) -> Plan:
     """The uses of every parameter, found on a few examples and compared with plain autograd on them.
 
     Cost: one forward and backward pass over `batch`, twice.
+
+    Args:
+        objective: whose θ̂ it is.
+        batch: some examples.
+        truth: their gradients by plain autograd, if they are known.
     """
     sizes = {name: block.numel() for name, block in objective.blocks.items()}
     batch = calculus.ready(objective, batch)
@@ -86,7 +91,7 @@ def plan(objective: Objective, batch: Any) -> Plan:
     if objective.route.examples != "vmap":
         return unstructured(objective.route.reason or "vmap cannot follow the loss")
     try:
-        return _structured(objective, batch, sizes, shapes, unstructured)
+        return _structured(objective, batch, truth, sizes, shapes, unstructured)
     except _UNWATCHED as error:
         return unstructured(f"the loss cannot be watched: {first_line(error)}")
 
@@ -94,6 +99,7 @@ def plan(objective: Objective, batch: Any) -> Plan:
 def _structured(
     objective: Objective,
     batch: Any,
+    truth: Tensor | None,
     sizes: dict[str, int],
     shapes: tuple[tuple[int, ...], ...],
     unstructured: Callable[[str], Plan],
@@ -111,7 +117,7 @@ def _structured(
         name: " + ".join(dict.fromkeys(found)) if found else "not used by the loss" for name, found in rules.items()
     }
     found = Plan(uses, words, True, "", sizes, watch.bytes, shapes)
-    truth = calculus.gradients(objective, batch)
+    truth = calculus.gradients(objective, batch) if truth is None else truth
     ours = pieces.rows(capture(objective, found, batch), sizes)[:, 0]
     rtol = _TOLERANCE.get(objective.reference.dtype, 1e-3)
     if torch.allclose(ours, truth, rtol=rtol, atol=rtol * float(truth.abs().max() + 1e-12)):

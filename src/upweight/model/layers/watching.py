@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,8 +81,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        names = [id(leaf) for leaf in _tensors((args, kwargs)) if id(leaf) in self.held]
-        if not names:
+        if not _holds(args, self.held) and not (kwargs and _holds(kwargs.values(), self.held)):
             return func(*args, **kwargs)
         if func in _VIEWS and len(_tensors((args, kwargs))) == 1:
             return self._view(func, args, kwargs)
@@ -150,6 +149,20 @@ class Watch(TorchFunctionMode):
             self.bytes += 4 * (x.numel() * positions + 2 * tensor.numel())
             return tensor
         return tensor + self.offsets[number]
+
+
+def _holds(parts: Iterable[Any], held: dict[int, _Held]) -> bool:
+    """Whether one of the tensors is held; asked of every call, so it makes no list."""
+    for part in parts:
+        if isinstance(part, Tensor):
+            if id(part) in held:
+                return True
+        elif isinstance(part, tuple | list):
+            if _holds(part, held):
+                return True
+        elif isinstance(part, dict) and _holds(part.values(), held):
+            return True
+    return False
 
 
 def _tensors(tree: Any) -> list[Tensor]:
