@@ -61,17 +61,33 @@ def network() -> nn.Sequential:
     )
 
 
-def trained(X: Tensor, y: Tensor, seed: int) -> nn.Sequential:
-    """SGD on whole shuffled batches from a start of its own."""
-    torch.manual_seed(seed)
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=STEP, weight_decay=DECAY)
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(X))[: len(X) // BATCH * BATCH].split(BATCH):
-            optimizer.zero_grad()
-            mse_loss(model(X[rows]), y[rows]).backward()
-            optimizer.step()
-    return model.eval()
+def trained(X: Tensor, y: Tensor, kept: list[np.ndarray], seeds: list[int]) -> list[Tensor]:
+    """Its training for each set of rows and seed: weights and biases, of all models side by side.
+
+    Every model has a start and an order of its own, as SGD one by one would give it.
+    """
+    starts, orders = [], []
+    for rows, seed in zip(kept, seeds, strict=True):
+        torch.manual_seed(seed)
+        starts.append([one.detach().clone() for one in network().parameters()])
+        whole = len(rows) // BATCH * BATCH
+        epochs = [torch.from_numpy(rows)[torch.randperm(len(rows))[:whole]].view(-1, BATCH) for _ in range(EPOCHS)]
+        orders.append(torch.cat(epochs))
+    theta = [torch.stack(parts).requires_grad_() for parts in zip(*starts, strict=True)]
+    optimizer = torch.optim.SGD(theta, lr=STEP, weight_decay=DECAY)
+    for rows in torch.stack(orders, 1):  # (models, batch)
+        optimizer.zero_grad()
+        ((predicted(theta, X[rows]) - y[rows]) ** 2).mean((1, 2)).sum().backward()
+        optimizer.step()
+    return [one.detach() for one in theta]
+
+
+def predicted(theta: list[Tensor], X: Tensor) -> Tensor:
+    """What each model says of its rows, (models, rows, 1)."""
+    for k in range(0, len(theta), 2):
+        X = torch.baddbmm(theta[k + 1][:, None], X, theta[k].transpose(1, 2))
+        X = X.relu() if k + 2 < len(theta) else X
+    return X
 
 
 def theirs(folder: Path) -> None:
@@ -92,7 +108,9 @@ def theirs(folder: Path) -> None:
             return self.compute_train_loss(batch, model)
 
     X, y, Xq, yq = tensors(folder)
-    model = trained(X, y, 1004)
+    model = network()
+    for place, values in zip(model.parameters(), trained(X, y, [np.arange(len(X))], [1004]), strict=True):
+        place.data = values[0]
     torch.save(model.state_dict(), folder / "weights.pt")
     task = Regression()
     analyzer = Analyzer(
@@ -136,33 +154,31 @@ def ours(folder: Path) -> None:
 def measured(folder: Path) -> None:
     """The mean of the queries' squared errors without the rows, less that with all rows and the same seeds."""
     X, y, Xq, yq = tensors(folder)
+    every = np.arange(len(X))
 
-    def error(left_out: Any, query: slice, seed: int) -> float:
-        kept = np.delete(np.arange(len(X)), left_out)
-        with torch.no_grad():
-            return float(mse_loss(trained(X[kept], y[kept], seed)(Xq[query]), yq[query]))
+    def errors(left_out: list[np.ndarray]) -> np.ndarray:
+        """(sets, queries): squared errors, means over the seeds."""
+        sets = [np.setdiff1d(every, rows) for rows in left_out for _ in range(SEEDS)]
+        theta = trained(X, y, sets, list(range(SEEDS)) * len(left_out))
+        squares = (predicted(theta, Xq.expand(len(sets), -1, -1)) - yq) ** 2
+        return squares.view(len(left_out), SEEDS, QUERIES).mean(1).numpy()
 
-    seeds, all_queries = range(SEEDS), slice(None)
-    base = np.mean([error([], all_queries, seed) for seed in seeds])
+    base = errors([every[:0]])[0]
     rows: list[list[Any]] = []
     for facts, scores in steps.every(folder):
         if scores is None:
-            rows.append([facts["name"], facts["error"], *[None] * (len(COUNTS) - 1), None])
+            rows.append([facts["name"], facts["error"], *[None] * len(COUNTS)])
             continue
         order = np.argsort(-scores, 1)
-        rises = [
-            np.mean([error(order[q, :k], slice(q, q + 1), seed) for q in range(QUERIES) for seed in seeds]) - base
-            for k in COUNTS
-        ]
-        rows.append([facts["name"], *map(float, rises), facts["processor_seconds"]])
-    chance = np.random.default_rng(0).permutation(len(X))
-    rises = [np.mean([error(chance[:k], all_queries, seed) for seed in seeds]) - base for k in COUNTS]
-    rows.append(["random rows", *map(float, rises), None])
+        rises = [errors([order[q, :k] for q in range(QUERIES)]).diagonal() - base for k in COUNTS]
+        rows.append([facts["name"], *(float(rise.mean()) for rise in rises), facts["processor_seconds"]])
+    chance = np.random.default_rng(0).permutation(every)
+    rises = errors([chance[:k] for k in COUNTS]) - base
+    rows.append(["random rows", *map(float, rises.mean(1)), None])
     columns = ["library, method", *(f"{k} rows" for k in COUNTS), "processor s"]
     steps.told(folder, columns, rows)
-    (folder / "note.txt").write_text(
-        f"The squared error with all rows is {base:.3g}; the cells are what is added to it."
-    )
+    note = f"The mean squared error with all rows is {base.mean():.3g}; the cells are what is added to it."
+    (folder / "note.txt").write_text(note)
 
 
 STEPS = (("", "data"), ("kronfluence", "theirs"), ("upweight", "ours"), ("upweight", "measured"))
