@@ -23,8 +23,8 @@ DOCUMENTED = (
     "batches of 32, step 0.03, weight decay 1e-5); of one query's scores the largest 5, 10, …, 30 rows are left out, "
     "the model is trained again, and the query's squared error is looked at; random rows beside them."
 )
-SMALLER = "4 queries instead of one, 3 trainings each, with the same seeds for every method"
-COUNTS, QUERIES, SEEDS = (5, 10, 15, 20, 25, 30), 4, 3
+SMALLER = "nothing; 8 queries instead of one, 3 trainings each, with the same seeds for every method"
+COUNTS, QUERIES, SEEDS = (5, 10, 15, 20, 25, 30), 8, 3
 EPOCHS, BATCH, STEP, DECAY = 40, 32, 0.03, 1e-5
 
 
@@ -120,7 +120,11 @@ def theirs(folder: Path) -> None:
     def pairs(strategy: str) -> Tensor:
         torch.manual_seed(0)
         analyzer.fit_all_factors(
-            strategy, TensorDataset(X, y), factor_args=FactorArguments(strategy=strategy), per_device_batch_size=len(X)
+            strategy,
+            TensorDataset(X, y),
+            factor_args=FactorArguments(strategy=strategy),
+            per_device_batch_size=len(X),
+            overwrite_output_dir=True,
         )
         analyzer.compute_pairwise_scores(
             f"{strategy} pairs",
@@ -129,11 +133,12 @@ def theirs(folder: Path) -> None:
             TensorDataset(X, y),
             per_device_query_batch_size=QUERIES,
             per_device_train_batch_size=len(X),
+            overwrite_output_dir=True,
         )
         return analyzer.load_pairwise_scores(f"{strategy} pairs")["all_modules"]
 
-    steps.scored(folder, "kronfluence, ekfac, its defaults", partial(pairs, "ekfac"))
-    steps.scored(folder, "kronfluence, identity", partial(pairs, "identity"))
+    steps.scored(folder, "kronfluence, ekfac, its defaults", partial(pairs, "ekfac"), again=True)
+    steps.scored(folder, "kronfluence, identity", partial(pairs, "identity"), again=True)
 
 
 def ours(folder: Path) -> None:
@@ -147,8 +152,8 @@ def ours(folder: Path) -> None:
     def values(**settings: Any) -> Any:
         return uw.explain(model.eval(), X, y, loss=mse_loss, penalty=DECAY, **settings).on_loss(Xq, yq).values
 
-    steps.scored(folder, "upweight, its defaults", values)
-    steps.scored(folder, "upweight, EKFAC", partial(values, curvature=uw.operators.EKFAC()))
+    steps.scored(folder, "upweight, its defaults", values, again=True)
+    steps.scored(folder, "upweight, EKFAC", partial(values, curvature=uw.operators.EKFAC()), again=True)
 
 
 def measured(folder: Path) -> None:
@@ -157,11 +162,15 @@ def measured(folder: Path) -> None:
     every = np.arange(len(X))
 
     def errors(left_out: list[np.ndarray]) -> np.ndarray:
-        """(sets, queries): squared errors, means over the seeds."""
+        """(sets, seeds, queries): squared errors."""
         sets = [np.setdiff1d(every, rows) for rows in left_out for _ in range(SEEDS)]
         theta = trained(X, y, sets, list(range(SEEDS)) * len(left_out))
         squares = (predicted(theta, Xq.expand(len(sets), -1, -1)) - yq) ** 2
-        return squares.view(len(left_out), SEEDS, QUERIES).mean(1).numpy()
+        return squares.view(len(left_out), SEEDS, QUERIES).numpy()
+
+    def shown(rises: np.ndarray) -> str:
+        """Of (queries, seeds): the mean, and its standard error over queries."""
+        return f"{rises.mean():.3f} ± {rises.mean(1).std(ddof=1) / QUERIES**0.5:.3f}"
 
     base = errors([every[:0]])[0]
     rows: list[list[Any]] = []
@@ -169,15 +178,18 @@ def measured(folder: Path) -> None:
         if scores is None:
             rows.append([facts["name"], facts["error"], *[None] * len(COUNTS)])
             continue
-        order = np.argsort(-scores, 1)
-        rises = [errors([order[q, :k] for q in range(QUERIES)]).diagonal() - base for k in COUNTS]
-        rows.append([facts["name"], *(float(rise.mean()) for rise in rises), facts["processor_seconds"]])
+        order, cells = np.argsort(-scores, 1), []
+        for k in COUNTS:
+            found = errors([order[q, :k] for q in range(QUERIES)])
+            cells.append(shown(np.stack([found[q, :, q] - base[:, q] for q in range(QUERIES)])))
+        rows.append([facts["name"], *cells, facts["processor_seconds"]])
     chance = np.random.default_rng(0).permutation(every)
-    rises = errors([chance[:k] for k in COUNTS]) - base
-    rows.append(["random rows", *map(float, rises.mean(1)), None])
+    cells = [shown((found - base).T) for found in errors([chance[:k] for k in COUNTS])]
+    rows.append(["random rows", *cells, None])
     columns = ["library, method", *(f"{k} rows" for k in COUNTS), "processor s"]
     steps.told(folder, columns, rows)
-    note = f"The mean squared error with all rows is {base.mean():.3g}; the cells are what is added to it."
+    told = f"The mean squared error with all rows is {base.mean():.3g}"
+    note = f"{told}; the cells are what is added to it, ± its standard error over queries."
     (folder / "note.txt").write_text(note)
 
 
