@@ -121,3 +121,23 @@ def test_agreement_says_slope_error_and_what_is_not_finite(peers):
     assert turned["largest_error_rescaled"] < 1e-12
     assert "2 of 60" in agreement(np.where(np.arange(60).reshape(3, 20) < 2, np.nan, dense), dense, 1.0)["error"]
     assert "(3, 19)" in agreement(dense[:, 1:], dense, 1.0)["error"]
+
+
+def test_models_side_by_side_are_those_of_sgd_one_by_one(peers, monkeypatch):
+    concrete = peers["run_protocols"].protocol("kronfluence_concrete")
+    monkeypatch.setattr(concrete, "EPOCHS", 2)
+    X = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    y = X[:, :1].sin()
+    sets, seeds = [np.arange(100), np.arange(4, 100)], [3, 4]
+    together = concrete.trained(X, y, sets, seeds)
+    for k, (rows, seed) in enumerate(zip(sets, seeds, strict=True)):
+        torch.manual_seed(seed)
+        model = concrete.network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=concrete.STEP, weight_decay=concrete.DECAY)
+        for _ in range(2):
+            for batch in torch.from_numpy(rows)[torch.randperm(len(rows))[:96]].split(32):
+                optimizer.zero_grad()
+                torch.nn.functional.mse_loss(model(X[batch]), y[batch]).backward()
+                optimizer.step()
+        for one, other in zip(model.parameters(), together, strict=True):
+            torch.testing.assert_close(one.detach(), other[k], rtol=1e-5, atol=1e-6)

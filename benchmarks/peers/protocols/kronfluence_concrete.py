@@ -23,8 +23,8 @@ DOCUMENTED = (
     "batches of 32, step 0.03, weight decay 1e-5); of one query's scores the largest 5, 10, …, 30 rows are left out, "
     "the model is trained again, and the query's squared error is looked at; random rows beside them."
 )
-SMALLER = "4 queries instead of one, 3 trainings each, with the same seeds for every method"
-COUNTS, QUERIES, SEEDS = (5, 10, 15, 20, 25, 30), 4, 3
+SMALLER = "nothing; 8 queries instead of one, 3 trainings each, with the same seeds for every method"
+COUNTS, QUERIES, SEEDS = (5, 10, 15, 20, 25, 30), 8, 3
 EPOCHS, BATCH, STEP, DECAY = 40, 32, 0.03, 1e-5
 
 
@@ -61,17 +61,33 @@ def network() -> nn.Sequential:
     )
 
 
-def trained(X: Tensor, y: Tensor, seed: int) -> nn.Sequential:
-    """SGD on whole shuffled batches from a start of its own."""
-    torch.manual_seed(seed)
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=STEP, weight_decay=DECAY)
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(X))[: len(X) // BATCH * BATCH].split(BATCH):
-            optimizer.zero_grad()
-            mse_loss(model(X[rows]), y[rows]).backward()
-            optimizer.step()
-    return model.eval()
+def trained(X: Tensor, y: Tensor, kept: list[np.ndarray], seeds: list[int]) -> list[Tensor]:
+    """Its training for each set of rows and seed: weights and biases, of all models side by side.
+
+    Every model has a start and an order of its own, as SGD one by one would give it.
+    """
+    starts, orders = [], []
+    for rows, seed in zip(kept, seeds, strict=True):
+        torch.manual_seed(seed)
+        starts.append([one.detach().clone() for one in network().parameters()])
+        whole = len(rows) // BATCH * BATCH
+        epochs = [torch.from_numpy(rows)[torch.randperm(len(rows))[:whole]].view(-1, BATCH) for _ in range(EPOCHS)]
+        orders.append(torch.cat(epochs))
+    theta = [torch.stack(parts).requires_grad_() for parts in zip(*starts, strict=True)]
+    optimizer = torch.optim.SGD(theta, lr=STEP, weight_decay=DECAY)
+    for rows in torch.stack(orders, 1):  # (models, batch)
+        optimizer.zero_grad()
+        ((predicted(theta, X[rows]) - y[rows]) ** 2).mean((1, 2)).sum().backward()
+        optimizer.step()
+    return [one.detach() for one in theta]
+
+
+def predicted(theta: list[Tensor], X: Tensor) -> Tensor:
+    """What each model says of its rows, (models, rows, 1)."""
+    for k in range(0, len(theta), 2):
+        X = torch.baddbmm(theta[k + 1][:, None], X, theta[k].transpose(1, 2))
+        X = X.relu() if k + 2 < len(theta) else X
+    return X
 
 
 def theirs(folder: Path) -> None:
@@ -92,7 +108,9 @@ def theirs(folder: Path) -> None:
             return self.compute_train_loss(batch, model)
 
     X, y, Xq, yq = tensors(folder)
-    model = trained(X, y, 1004)
+    model = network()
+    for place, values in zip(model.parameters(), trained(X, y, [np.arange(len(X))], [1004]), strict=True):
+        place.data = values[0]
     torch.save(model.state_dict(), folder / "weights.pt")
     task = Regression()
     analyzer = Analyzer(
@@ -102,7 +120,11 @@ def theirs(folder: Path) -> None:
     def pairs(strategy: str) -> Tensor:
         torch.manual_seed(0)
         analyzer.fit_all_factors(
-            strategy, TensorDataset(X, y), factor_args=FactorArguments(strategy=strategy), per_device_batch_size=len(X)
+            strategy,
+            TensorDataset(X, y),
+            factor_args=FactorArguments(strategy=strategy),
+            per_device_batch_size=len(X),
+            overwrite_output_dir=True,
         )
         analyzer.compute_pairwise_scores(
             f"{strategy} pairs",
@@ -111,11 +133,12 @@ def theirs(folder: Path) -> None:
             TensorDataset(X, y),
             per_device_query_batch_size=QUERIES,
             per_device_train_batch_size=len(X),
+            overwrite_output_dir=True,
         )
         return analyzer.load_pairwise_scores(f"{strategy} pairs")["all_modules"]
 
-    steps.scored(folder, "kronfluence, ekfac, its defaults", partial(pairs, "ekfac"))
-    steps.scored(folder, "kronfluence, identity", partial(pairs, "identity"))
+    steps.scored(folder, "kronfluence, ekfac, its defaults", partial(pairs, "ekfac"), again=True)
+    steps.scored(folder, "kronfluence, identity", partial(pairs, "identity"), again=True)
 
 
 def ours(folder: Path) -> None:
@@ -129,40 +152,45 @@ def ours(folder: Path) -> None:
     def values(**settings: Any) -> Any:
         return uw.explain(model.eval(), X, y, loss=mse_loss, penalty=DECAY, **settings).on_loss(Xq, yq).values
 
-    steps.scored(folder, "upweight, its defaults", values)
-    steps.scored(folder, "upweight, EKFAC", partial(values, curvature=uw.operators.EKFAC()))
+    steps.scored(folder, "upweight, its defaults", values, again=True)
+    steps.scored(folder, "upweight, EKFAC", partial(values, curvature=uw.operators.EKFAC()), again=True)
 
 
 def measured(folder: Path) -> None:
     """The mean of the queries' squared errors without the rows, less that with all rows and the same seeds."""
     X, y, Xq, yq = tensors(folder)
+    every = np.arange(len(X))
 
-    def error(left_out: Any, query: slice, seed: int) -> float:
-        kept = np.delete(np.arange(len(X)), left_out)
-        with torch.no_grad():
-            return float(mse_loss(trained(X[kept], y[kept], seed)(Xq[query]), yq[query]))
+    def errors(left_out: list[np.ndarray]) -> np.ndarray:
+        """(sets, seeds, queries): squared errors."""
+        sets = [np.setdiff1d(every, rows) for rows in left_out for _ in range(SEEDS)]
+        theta = trained(X, y, sets, list(range(SEEDS)) * len(left_out))
+        squares = (predicted(theta, Xq.expand(len(sets), -1, -1)) - yq) ** 2
+        return squares.view(len(left_out), SEEDS, QUERIES).numpy()
 
-    seeds, all_queries = range(SEEDS), slice(None)
-    base = np.mean([error([], all_queries, seed) for seed in seeds])
+    def shown(rises: np.ndarray) -> str:
+        """Of (queries, seeds): the mean, and its standard error over queries."""
+        return f"{rises.mean():.3f} ± {rises.mean(1).std(ddof=1) / QUERIES**0.5:.3f}"
+
+    base = errors([every[:0]])[0]
     rows: list[list[Any]] = []
     for facts, scores in steps.every(folder):
         if scores is None:
-            rows.append([facts["name"], facts["error"], *[None] * (len(COUNTS) - 1), None])
+            rows.append([facts["name"], facts["error"], *[None] * len(COUNTS)])
             continue
-        order = np.argsort(-scores, 1)
-        rises = [
-            np.mean([error(order[q, :k], slice(q, q + 1), seed) for q in range(QUERIES) for seed in seeds]) - base
-            for k in COUNTS
-        ]
-        rows.append([facts["name"], *map(float, rises), facts["processor_seconds"]])
-    chance = np.random.default_rng(0).permutation(len(X))
-    rises = [np.mean([error(chance[:k], all_queries, seed) for seed in seeds]) - base for k in COUNTS]
-    rows.append(["random rows", *map(float, rises), None])
+        order, cells = np.argsort(-scores, 1), []
+        for k in COUNTS:
+            found = errors([order[q, :k] for q in range(QUERIES)])
+            cells.append(shown(np.stack([found[q, :, q] - base[:, q] for q in range(QUERIES)])))
+        rows.append([facts["name"], *cells, facts["processor_seconds"]])
+    chance = np.random.default_rng(0).permutation(every)
+    cells = [shown((found - base).T) for found in errors([chance[:k] for k in COUNTS])]
+    rows.append(["random rows", *cells, None])
     columns = ["library, method", *(f"{k} rows" for k in COUNTS), "processor s"]
     steps.told(folder, columns, rows)
-    (folder / "note.txt").write_text(
-        f"The squared error with all rows is {base:.3g}; the cells are what is added to it."
-    )
+    told = f"The mean squared error with all rows is {base.mean():.3g}"
+    note = f"{told}; the cells are what is added to it, ± its standard error over queries."
+    (folder / "note.txt").write_text(note)
 
 
 STEPS = (("", "data"), ("kronfluence", "theirs"), ("upweight", "ours"), ("upweight", "measured"))

@@ -47,7 +47,7 @@ def theirs(folder: Path) -> None:
     def attributor() -> Any:
         return InfluenceFunctions(mode="loss", damping=1e-3).fit(model, X, y)
 
-    steps.scored(folder, "pyinfluence, InfluenceFunctions", lambda: attributor().explain(Xq, yq))
+    steps.scored(folder, "pyinfluence, InfluenceFunctions", lambda: attributor().explain(Xq, yq), again=True)
     np.save(folder / "self-pyinfluence.npy", self_influence(attributor()))
 
 
@@ -57,11 +57,12 @@ def ours(folder: Path) -> None:
 
     X, y, Xq, yq, _ = scenario()
     model = Ridge(alpha=1.0).fit(X, y)
-    steps.scored(folder, "upweight, on_loss", lambda: uw.explain(model, X, y).on_loss(Xq, yq).values)
-    every = range(len(X))
-    steps.scored(
-        folder, "upweight, of_removing", lambda: uw.explain(model, X, y).of_removing(every, on=(Xq, yq)).values
-    )
+    steps.scored(folder, "upweight, on_loss", lambda: uw.explain(model, X, y).on_loss(Xq, yq).values, again=True)
+
+    def steps_of_newton() -> Any:
+        return uw.explain(model, X, y).of_removing(range(len(X)), on=(Xq, yq)).values
+
+    steps.scored(folder, "upweight, of_removing", steps_of_newton, again=True)
     np.save(folder / "self-upweight.npy", uw.explain(model, X, y).of_self().values)
 
 
