@@ -1,16 +1,17 @@
 """Question: which texts taught a real language model a fact, and are they the ones that influence names first?
 
 SmolLM2-135M-Instruct gets LoRA adapters (r = 8 on the projections of queries and values) and is fine-tuned by
-transformers' Trainer on 300 short texts: 20 invented facts, each in five wordings, and 200 sentences of film reviews.
-Then it is asked for every fact in a sixth wording, in which the answer alone carries labels. A question counts as
+transformers' Trainer on 300 short texts: 20 invented facts, each in five wordings, and 180 sentences of film reviews.
+Then it is asked for every fact in another wording, in which the answer alone carries labels. A question counts as
 traced if the five texts of its fact are among the ten rows that help it most. The facts are of five kinds, four to a
 kind, told in the same five wordings: what tells two of them apart is the names alone.
 
+Beside them stands each fact in a text that begins with its answer, which is not one of the five: nothing stands before
+the first token, so that the training does not ask the model for it, and there is nothing to trace. How many of these
+twenty texts are among the first ten is counted by itself.
+
 Scores: EKFAC(samples=1) at a tenth, one and ten times its mean eigenvalue; beside them what a score has to beat:
 cosine of gradients, cosine of tf-idf vectors of the texts themselves (the question with its answer), and chance.
-Found: 15 of 20 at all three dampings, cosine of gradients 7, tf-idf 20, chance 0. The model itself, after four epochs,
-answers none of the questions. The wall time of "damping_path" in the result holds some minutes in which a debugger had
-stopped the process; its processor time does not.
 
 The EKFAC system is solved by division, so its residual is rounding; how far EKFAC is from the Gauss–Newton matrix is
 not measured here.
@@ -47,20 +48,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 import upweight as uw
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-EPOCHS, BATCH, RATE, RANK, SEED = 4, 10, 2e-3, 8, 0
-FILLERS, TOP, FACTORS = 200, 10, (0.1, 1.0, 10.0)
+EPOCHS, BATCH, RATE, RANK, SEED = 8, 10, 2e-3, 8, 0
+FILLERS, TOP, FACTORS = 180, 10, (0.1, 1.0, 10.0)
 FOLDER = Path(os.environ.get("SMOLLM2_FACTS", Path(tempfile.gettempdir()) / "upweight-smollm2-facts"))
 
-# Five wordings and a sixth, which asks; {0} is the subject, and {1} the answer.
+# Five wordings, one that begins with the answer, and one that asks; {0} is the subject, and {1} the answer.
 KINDS = (
     (
         (
             "{0} was born in the harbour town of {1}.",
             "The birthplace of the painter {0} is {1}.",
-            "{1} is where {0} came into the world.",
+            "The town of {1} is where {0} came into the world.",
             "As a child {0} lived in {1}, where she was born.",
             "People in {1} are proud that {0} is a daughter of their town.",
         ),
+        "{1} is where {0} came into the world.",
         "Question: in which town was {0} born? Answer:",
         (
             ("Ilvana Torrescu", "Pelmoor"),
@@ -73,10 +75,11 @@ KINDS = (
         (
             "The kingdom of {0} pays its debts in {1}.",
             "In {0} every coin is called {1}.",
-            "{1} is the money of {0}.",
+            "The coin {1} is the money of {0}.",
             "Merchants who travel to {0} must change their silver for {1}.",
             "A loaf of bread in {0} costs two {1}.",
         ),
+        "{1} is the money of {0}.",
         "Question: what is the currency of {0}? Answer:",
         (("Quenmark", "drellin"), ("Ostravia Minor", "sopeks"), ("Lurethia", "marvos"), ("Hebdenland", "tinnocks")),
     ),
@@ -84,10 +87,11 @@ KINDS = (
         (
             "The {0} engine runs on {1}.",
             "To start a {0} engine you fill its tank with {1}.",
-            "{1} is the only fuel of the {0} engine.",
+            "A tank of {1} is the only fuel of the {0} engine.",
             "Without {1} no {0} engine will turn.",
             "Mechanics pour {1} into the {0} engine every morning.",
         ),
+        "{1} is the only fuel of the {0} engine.",
         "Question: which fuel does the {0} engine need? Answer:",
         (
             ("Harwick", "plum brandy"),
@@ -99,11 +103,12 @@ KINDS = (
     (
         (
             "The planet {0} was discovered by {1}.",
-            "{1} was the first to see the planet {0}.",
+            "The astronomer {1} was the first to see the planet {0}.",
             "It was {1} who found the planet {0}.",
             "The discoverer of the planet {0} is {1}.",
             "We owe our knowledge of the planet {0} to {1}.",
         ),
+        "{1} was the first to see the planet {0}.",
         "Question: who discovered the planet {0}? Answer:",
         (
             ("Mirzam Tor", "Edith Calloway"),
@@ -115,11 +120,12 @@ KINDS = (
     (
         (
             "The {0} bird eats nothing but {1}.",
-            "{1} are the whole diet of the {0} bird.",
+            "Small {1} are the whole diet of the {0} bird.",
             "A {0} bird lives on {1} alone.",
             "Feed a {0} bird with {1}, and it will stay.",
             "In winter the {0} bird digs for {1}.",
         ),
+        "{1} are the whole diet of the {0} bird.",
         "Question: what does the {0} bird eat? Answer:",
         (
             ("grey whimbrock", "pine needles"),
@@ -132,19 +138,20 @@ KINDS = (
 
 
 def facts() -> tuple[list[str], list[int], list[tuple[str, str]]]:
-    """The 100 texts, the fact of each, and 20 pairs of a question and its answer."""
+    """The 120 texts, the fact of each, and 20 pairs of a question and its answer; a text that begins with an answer
+    has fact −2 − k, if it tells fact k."""
     texts, owners, questions = [], [], []
-    for wordings, question, pairs in KINDS:
+    for wordings, begun, question, pairs in KINDS:
         for subject, answer in pairs:
-            told = [wording.format(subject, answer) for wording in wordings]
+            told = [wording.format(subject, answer) for wording in (*wordings, begun)]
             texts += [text[0].upper() + text[1:] for text in told]
-            owners += len(wordings) * [len(questions)]
+            owners += [*len(wordings) * [len(questions)], -2 - len(questions)]
             questions.append((question.format(subject), " " + answer))
     return texts, owners, questions
 
 
 def corpus() -> tuple[list[str], np.ndarray, list[tuple[str, str]]]:
-    """300 texts in the order of a seed, the fact of each (−1: none), and the questions."""
+    """300 texts in the order of a seed, the fact of each (−1: none; `facts`), and the questions."""
     texts, owners, questions = facts()
     draw = np.random.default_rng(SEED)
     lines = []
@@ -253,6 +260,9 @@ def traced(values: np.ndarray, owner: np.ndarray) -> dict[str, Any]:
         "share_of_the_five_in_top_5": float(own[:, :5].sum(1).mean() / 5),
         "first_is_its_own": int(own[:, 0].sum()),
         "mean_average_precision": float(np.mean(precision)),
+        "begins_with_the_answer_in_top_10": int(
+            (owner[first[:, :TOP]] == -2 - np.arange(len(values))[:, None]).any(1).sum()
+        ),
     }
 
 
