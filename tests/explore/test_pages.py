@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import re
+import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -45,6 +48,15 @@ def test_every_page_opens_and_links_to_pages_that_are_there(client):
         seen |= set(waiting)
         waiting = sorted(set(found) - seen)[:60]
     assert {page.path for page in pages.PAGES if page.tab} <= seen
+
+
+def test_commands_on_pages_can_be_typed_as_they_stand(made, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "my digits; run")
+    client = browser(folder)
+    for path in ("/export", "/proof", "/compare", "/review?by=loss&budget=1"):
+        commands = re.findall(r"upweight (?:apply|reviews|prove|explore) [^<]*", html.unescape(client.get(path).text))
+        assert commands, path
+        assert all(str(folder) in shlex.split(command) for command in commands), commands
 
 
 def test_the_overview_counts(client, run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
@@ -118,5 +119,6 @@ FILTERS: dict[str, Any] = {
     "direction": direction,
     "size": size,
     "shortened": shortened,
+    "typed": shlex.quote,
 }
 GLOBALS: dict[str, Any] = {"with_query": with_query, "bars": bars, "dots": dots}
