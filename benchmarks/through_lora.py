@@ -7,12 +7,13 @@ begins is chosen by `uw.through` itself, and later where its check refuses the q
 certified solve is the share of EKFAC's mean eigenvalue that did best in `tiny_llama/methods.py`; TracIn takes six of
 the states that the recording kept.
 
-    UPWEIGHT_DATA=… python benchmarks/through_lora.py
+    UPWEIGHT_DATA=… python benchmarks/through_lora.py WORK    # WORK keeps the table of each model
 """
 
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import sys
 import time
@@ -316,14 +317,23 @@ def told(study: Study) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def kept(study: Study, folder: Path) -> dict[str, Any]:
+    """The table of one model, from the folder if it was made before."""
+    file = folder / f"{study.build.__name__}.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(told(study)))
+    return json.loads(file.read_text())
+
+
+def main(work: str) -> None:
     """Both models, one table each."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     settings = {"rows": ROWS, "queries": QUERIES, "halves": HALVES, "trainings of each half": SEEDS, "runs": RUNS}
     settings |= {"epochs": EPOCHS, "batch": BATCH, "lr": LR, "damping": DAMPING}
-    report(__file__, settings, {study.name: told(study) for study in studies()})
+    report(__file__, settings, {study.name: kept(study, Path(work)) for study in studies()})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
