@@ -181,6 +181,14 @@ def in_its_place(
     """The factorisation that can take the place of an iteration, if there is one: it is not too large.
 
     That of a linear predictor may have up to 12,000 parameters, for without it there may be no answer.
+
+    >>> import upweight as uw
+    >>> X, criterion = torch.eye(3), torch.nn.functional.mse_loss
+    >>> network = uw.explain(torch.nn.Linear(3, 3), X, X, loss=criterion, penalty=0.1)
+    >>> in_its_place(CG(), network.objective, network.examples, Hessian()).solver
+    Cholesky()
+    >>> in_its_place(Cholesky(), network.objective, network.examples, Hessian()) is None
+    True
     """
     if not isinstance(solver, CG) or isinstance(curvature, SPECTRAL):
         return None
@@ -197,6 +205,14 @@ def patience(
     """From a number of right-hand sides to the products that cost a fifth of what a factorisation does.
 
     None where there is none that could take the iteration's place, or nothing is known of its cost.
+
+    >>> import numpy as np, upweight as uw
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> X, y = np.random.default_rng(0).normal(size=(2_000, 300)), np.arange(2_000) % 2
+    >>> influence = uw.explain(LogisticRegression().fit(X, y), X, y)
+    >>> products = patience(influence.objective, influence.examples, Hessian())
+    >>> products(1) >= products(20)
+    True
     """
     if objective.linear is None or not isinstance(curvature, Hessian | GaussNewton):
         return None
