@@ -14,6 +14,7 @@ from scipy.stats import pearsonr, spearmanr
 import upweight as uw
 from explored import TRAIN, WRONG, browser, digits, influence, queries
 from upweight.explore import pages
+from upweight.explore.comparing import alike
 from upweight.explore.explorer import Explorer
 from upweight.show.evidence import Dampings
 
@@ -288,6 +289,13 @@ def test_two_runs_are_compared(made, tmp_path):
     assert [one["id"] for one in moved] == np.argsort(-np.abs(here[5] - there[5]), kind="stable")[:20].tolist()
     for one in moved:
         assert (one["here"], one["there"]) == (here[5, one["id"]], there[5, one["id"]])
+
+
+def test_what_no_row_leads_is_no_overlap_of_nothing():
+    harms = -np.arange(1.0, 31.0)
+    told = alike(0, harms, harms[::-1])
+    assert (told["helpful"], told["harmful"]) == (None, 10 / 20)
+    assert alike(0, harms, -harms)["helpful"] == 0
 
 
 def test_ranks_are_those_of_spearman():

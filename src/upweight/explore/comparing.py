@@ -50,12 +50,15 @@ def compared(explorer: Explorer, other: Explorer, *, progress: bool | None = Non
 
 
 def alike(query: int, here: NDArray[np.float64], there: NDArray[np.float64]) -> dict[str, Any]:
-    """Pearson's r of a query's values, their slope, and the shares of the leading rows that both name."""
+    """Pearson's r of a query's values, their slope, and the shares of the leading rows that both name.
+
+    A share is None where no row of either run leads on that side.
+    """
     k = min(_FEW, len(here))
     a, b = here - here.mean(), there - there.mean()
     size = float(np.sqrt((a @ a) * (b @ b)))
     shares = [
-        len(np.intersect1d(one, two)) / max(len(one), len(two), 1)
+        len(np.intersect1d(one, two)) / most if (most := max(len(one), len(two))) else None
         for one, two in zip(largest(here, k), largest(there, k), strict=True)
     ]
     known = np.isfinite(size) and size > 0

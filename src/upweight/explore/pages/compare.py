@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from upweight.explore.cards import shown
@@ -25,15 +26,14 @@ def compare(explorer: Explorer, asked: Asked) -> dict[str, Any]:
     page = min(asked.page(), pages - 1)
     some = found[page * LONG : (page + 1) * LONG]
     items = shown(explorer, "queries", explorer.some("queries", [one["query"] for one in some]))
-    known = [one["pearson"] for one in found if one["pearson"] is not None]
     return {
         "other": _told(other),
         "this": _told(explorer),
         "asked": {"sort": order if order != _ORDERS[0] else ""},
         "page": page,
         "pages": pages,
-        "pearson": sum(known) / len(known) if known else None,
-        "overlap": sum(one["helpful"] + one["harmful"] for one in found) / (2 * len(found)),
+        "pearson": _mean(found, "pearson"),
+        "overlap": _mean(found, "helpful", "harmful"),
         "items": [{**item, **one} for item, one in zip(items, some, strict=True)],
     }
 
@@ -58,6 +58,12 @@ def compare_query(explorer: Explorer, asked: Asked) -> dict[str, Any]:
         "next": query["id"] + 1 if query["id"] + 1 < explorer.q else None,
         "items": [{**item, "here": float(here[item["id"]]), "there": float(there[item["id"]])} for item in items],
     }
+
+
+def _mean(found: Iterable[dict[str, Any]], *names: str) -> float | None:
+    """Of what is known."""
+    known = [one[name] for one in found for name in names if one[name] is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _told(explorer: Explorer) -> dict[str, Any]:
