@@ -962,6 +962,7 @@ def test_a_recording_that_has_not_ended():
         optimizer.step()
         with refused("and has not ended: its last parameters are not known", "Leave `with recording:` first"):
             uw.through(recording)
+        assert len(recording.steps) == 1
     through_values(recording)
 
 
