@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import report
+from matplotlib.ticker import NullFormatter
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -76,6 +77,8 @@ def drawn(found: dict[str, dict[str, Any]]) -> None:
         for row, (what, unit, color) in enumerate((("seconds", "s", BLUE), ("megabytes", "MB", COLORS[1]))):
             ax = style(panels[row, column], title=f"slope {line[f'slope_of_{what}']:.2f}")
             ax.loglog(line["at"], line[what], marker=MARKERS[row], color=color, linewidth=1.4, markersize=4.5)
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.set_xticks(line["at"][::2], [f"{value:,}" for value in line["at"][::2]])
             if row:
                 ax.set_xlabel(name)
             if not column:
