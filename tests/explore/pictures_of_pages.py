@@ -29,7 +29,7 @@ PLACE = Path(__file__).parents[2] / "docs" / "explorer"
 WIDE, NARROW = (1280, 860), (390, 844)
 ROWS = 900
 QUALITIES, LARGEST = (60, 50, 40, 30, 20), 40_000  # bytes of a picture
-_PRIVATE = re.compile(r"\b(my|phone|personal|home|sex\w*|pill\w*|drug\w*|girl\w*|adult|\d{3} - \d{4})\b")
+_PRIVATE = re.compile(r"\b(my|phone|personal|home|sex\w*|pill\w*|drug\w*|girl\w*|adult|\d{3} ?[-.) ]+ ?\d{3,4})\b")
 CUT = {"words": 420, "columns": 620}  # pixels of a wide picture that is mostly text
 PAGES = {  # name of the picture: run, page, sizes
     "queries": ("digits", "queries?truth=wrong&sort=loss&down=1", (NARROW,)),
