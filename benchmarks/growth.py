@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from common import report
+from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from grid import Problem, Shape, problem
-from upweight.show.plots.style import BLUE, COLORS, MARKERS, new_axes, style
+from upweight.show.plots.style import BLUE, COLORS, MARKERS, style
 
 BASE = Shape(8192, 128, 1, queries=8)
 GROWN = {
@@ -70,8 +71,7 @@ def slope(x: list[int], y: list[float]) -> float:
 
 def drawn(found: dict[str, dict[str, Any]]) -> None:
     """One picture: time and memory for each thing that grows."""
-    figure = new_axes(11, 5.4).figure
-    figure.clear()
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
     panels = figure.subplots(2, len(found), sharey="row")
     for column, (name, line) in enumerate(found.items()):
         for row, (what, unit, color) in enumerate((("seconds", "s", BLUE), ("megabytes", "MB", COLORS[1]))):
