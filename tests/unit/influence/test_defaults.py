@@ -13,6 +13,7 @@ import cases
 import upweight as uw
 from small import XQ, YQ, D, X, Y, Z, classifier, logistic, regressor, ridge, seeded
 from upweight import defaults
+from upweight.influence.rehearsal import CURVATURE, DAMPING
 from upweight.operators import EKFAC, Dense, EmpiricalFisher, GaussNewton, Hessian, Identity, Nystroem
 from upweight.solvers import CG, Cholesky
 
@@ -99,6 +100,18 @@ def test_many_systems_take_their_own_factorisation_after_an_iteration_gave_way(m
     many = chosen.system.for_many(9)
     assert before == repr(many.begun_with) == "Cholesky()"
     assert many.prepared is chosen.system.prepared
+
+
+def test_what_is_prepared_already_is_not_planned_again(monkeypatch):
+    monkeypatch.setattr(defaults, "solver", lambda *_, systems=1, **__: Cholesky() if systems > 2 else CG())
+    influence = logistic()
+    influence.on_loss(XQ[:1], ["no"])
+    assert isinstance(influence.solver, CG)
+    first = influence.plan(XQ[:4], ["no"] * 4)
+    assert first.solver == "Cholesky()"
+    assert not {CURVATURE, DAMPING} & {step.name for step in first.steps}
+    influence.on_loss(XQ[:4], ["no"] * 4)
+    assert len(influence.plan(XQ[:4], ["no"] * 4).steps) < len(first.steps)
 
 
 def test_what_takes_the_place_of_an_iteration_keeps_to_the_budget():
