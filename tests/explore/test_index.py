@@ -176,6 +176,14 @@ def test_the_spread_of_a_column_is_that_of_the_rows_numbers_however_far_from_zer
     assert [found["huge"].code(card) for card in cards[:2]] == [-1, -1]
 
 
+@pytest.mark.parametrize("far", [1e200, -1e308, 10**200])
+def test_numbers_whose_squares_are_too_large_leave_a_column_without_spread(far):
+    seen = Seen()
+    seen.add([{"a": 1.0, "b": 1.0}, {"a": far, "b": 3.0}])
+    a, b = seen.columns()
+    assert (a.mean, a.spread, b.mean, b.spread) == (None, None, 2.0, 1.0)
+
+
 def test_a_number_of_hundreds_of_digits_is_shown_as_it_is(tmp_path):
     uw.write_run(influence(), tmp_path / "run", *queries(), card=lambda row: {"a": 10**400 + row, "b": row})
     client = browser(tmp_path / "run")

@@ -133,6 +133,29 @@ def test_it_is_the_derivative_of_real_trainings(model, optimizer, settings):
     np.testing.assert_allclose(scores.values[:, ROWS], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
+def test_parameters_in_bfloat16():
+    model, rows = built("linear").bfloat16(), torch.tensor([4, 9, 2])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    before = [block.detach().double() for block in model.parameters()]
+    recording = uw.Recording(model, optimizer, X.bfloat16(), Y, loss=cross_entropy)
+    with recording:
+        cross_entropy(model(X.bfloat16()[rows]), Y[rows]).backward()
+        recording.batch(rows)
+        optimizer.step()
+    found = uw.through(recording, since=0).on_loss(XQ.bfloat16(), YQ, check=False)
+
+    def gradients(blocks, x, y):
+        leaves = [block.clone().requires_grad_() for block in blocks]
+        losses = cross_entropy(x.bfloat16().double() @ leaves[0].T + leaves[1], y, reduction="none")
+        return torch.stack(
+            [torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]) for loss in losses]
+        )
+
+    after = [block.detach().double() for block in model.parameters()]
+    expected = 0.25 / 3 * gradients(after, XQ, YQ) @ gradients(before, X[rows], Y[rows]).T
+    np.testing.assert_allclose(found.values[:, rows], expected.numpy(), rtol=1e-3)
+
+
 def test_one_step_is_a_product_of_gradients():
     model, rows = built("MLP"), torch.tensor([4, 9, 2])
     before = uw.explain(built("MLP"), X, Y, loss=cross_entropy)

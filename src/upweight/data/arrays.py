@@ -162,6 +162,12 @@ def as_tensor(values: Any) -> Any:
     return torch.from_numpy(array)
 
 
+def of_tensor(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's numbers as an array; bfloat16, which NumPy has not, as float32."""
+    known = tensor.detach().cpu()
+    return (known.float() if known.dtype == torch.bfloat16 else known).numpy()
+
+
 def refuse_sparse_targets(y: Any) -> None:
     """Raises InvalidInput when targets are a sparse matrix.
 
@@ -219,13 +225,13 @@ def _sums_to_a_number(block: Any) -> bool:
 
 
 def checked_weights(sample_weight: Any, n: int) -> NDArray[np.float64]:
-    """(n,) finite, non-negative float64 weights, not all zero; where none are given one 1, read n times.
+    """(n,) finite, non-negative float64 weights, not all zero; one 1 in n places where none are given.
 
     Raises:
         InvalidInput: if they are anything else.
     """
     if sample_weight is None:
-        return np.lib.stride_tricks.as_strided(np.ones(1), (n,), (0,))
+        return np.broadcast_to(1.0, (n,))
     weights = np.array(as_array(sample_weight, "sample_weight"), dtype=np.float64)
     check_finite(weights, "sample_weight")
     if weights.shape != (n,):

@@ -25,6 +25,7 @@ from upweight.data.arrays import (
     check_finite,
     checked_rows,
     checked_weights,
+    of_tensor,
     refuse_sparse_targets,
     with_lines,
 )
@@ -265,7 +266,7 @@ class Examples:
         if self.x is not None:
             digest.update(f"{self._weighted_sum():.8g}".encode())
         for leaf in leaves(self.batch(self.spread(PROBE_ROWS))):
-            array = leaf.toarray() if scipy.sparse.issparse(leaf) else leaf.detach().cpu().numpy()
+            array = leaf.toarray() if scipy.sparse.issparse(leaf) else of_tensor(leaf)
             digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         for start in range(0, self.length, _HASHED_ROWS):
             digest.update(self.weights[start : start + _HASHED_ROWS].tobytes())
@@ -282,7 +283,7 @@ class Examples:
         for start in range(0, self.length, _SUMMED_ROWS):
             block = self.x[start : start + _SUMMED_ROWS]  # type: ignore[index]
             if isinstance(block, Tensor):
-                block = block.cpu().numpy()
+                block = of_tensor(block)
             if not scipy.sparse.issparse(block):
                 block = block.reshape(len(block), -1).astype(np.float64)
             across = block @ np.cos(np.arange(block.shape[1]))

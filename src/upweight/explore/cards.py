@@ -136,7 +136,7 @@ def _columns(
 def _apart(value: Any, other: Any, spread: float | None) -> float | None:
     """How far a value is from another, in standard deviations; 1 or 0 of texts, None where there is no telling."""
     if is_number(value) and is_number(other):
-        return (value - other) / spread if spread else (0.0 if value == other else None)
+        return (float(value) - float(other)) / spread if spread else (0.0 if value == other else None)
     return None if value is None or other is None else float(value != other)
 
 

@@ -89,8 +89,9 @@ class _Values:
             if row:
                 self.near = self.near if self.count else float(value)
                 self.count += 1
-                self.total += value - self.near
-                self.squares += (value - self.near) ** 2
+                apart = float(value) - self.near
+                self.total += apart
+                self.squares += apart * apart  # infinite where it is too large: ** would raise
             if len(self.numbers) < _SAMPLED:
                 self.numbers.append(float(value))
         elif value is not None:
@@ -100,7 +101,7 @@ class _Values:
 
     def column(self, name: str, *, grouped: bool) -> Column:
         numeric = bool(self.numbers) and not self.texts
-        apart = self.total / self.count if numeric and self.count else None
+        apart = self.total / self.count if numeric and self.count and math.isfinite(self.squares) else None
         mean = None if apart is None else self.near + apart
         spread = None if apart is None else math.sqrt(max(0.0, self.squares / self.count - apart * apart))
         if not grouped or len(self.different) < 2:

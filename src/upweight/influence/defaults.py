@@ -69,7 +69,7 @@ from upweight.operators import (
 )
 from upweight.operators.cotangents import MOST, Signs, count, outputs
 from upweight.runs.machine import in_bytes
-from upweight.solvers import CG, Cholesky, Factored, Solver
+from upweight.solvers import CG, Factored, Solver
 
 _ITERATED_UP_TO = 100_000
 _AT_ONCE = 2e10  # flops of a factorisation that nobody waits for
@@ -192,8 +192,6 @@ def in_its_place(
     """
     if not isinstance(solver, CG) or isinstance(curvature, SPECTRAL):
         return None
-    if objective.linear is None:
-        return Cost(Cholesky(), 0.0, 0.0, True) if objective.size <= DIRECT_UP_TO else None
     listed = costs(objective, examples, curvature, systems=2)[:-1]
     able = [one for one in listed if one.possible and one.memory <= (budget or math.inf)]
     return min(able, key=lambda one: one.seconds, default=None)

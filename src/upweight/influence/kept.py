@@ -181,5 +181,5 @@ def work(system: System) -> dict[str, Any]:
 
 def _fingerprint(system: System, queries: Examples, measure: str) -> dict[str, Any]:
     """What scores on these queries depend on."""
-    asked = {"queries": queries.fingerprint(), "measure": measure, "solver": repr(system.solver)}
+    asked = {"queries": queries.fingerprint(), "measure": measure, "solver": repr(system.begun_with)}
     return work(system) | asked

@@ -150,6 +150,11 @@ class System:
         return self.__dict__.get("damping", self.named_damping)
 
     @cached_property
+    def begun_with(self) -> Solver:
+        """The solver that was named or chosen, whatever has taken its place since: it tells a folder what is asked."""
+        return self.solver
+
+    @cached_property
     def prepared(self) -> Prepared:
         """The solver, ready for right-hand sides."""
         with undisturbed(), threads.shared():
@@ -195,24 +200,30 @@ class System:
     def for_many(self, systems: int) -> System:
         """Itself, or the same with a direct solver that costs less for so many systems, if `defaults` may choose."""
         twin = self.planned_for(systems)
-        if twin is self:
-            return self
+        if twin is self or twin in self._factorised.values():
+            return twin
+        twin.__dict__.update(operator=self.operator, damping=self.damping)
+        if twin.solver == self.solver:  # which has taken an iteration's place
+            twin.__dict__["prepared"] = self.prepared
         name = repr(twin.solver)
-        if name not in self._factorised:
-            twin.__dict__.update(operator=self.operator, damping=self.damping)
-            if self.knows_risk_gradient:
-                twin.__dict__["risk_gradient"] = self.risk_gradient
-            try:
-                twin.prepared  # noqa: B018  # pyright: ignore[reportUnusedExpression] made when it is asked for
-            except NotPositiveDefinite:  # an iteration may still solve what a factorisation must refuse
-                twin = self
-            self._factorised[name] = twin
-        return self._factorised[name]
+        try:
+            twin.prepared  # noqa: B018  # pyright: ignore[reportUnusedExpression] made when it is asked for
+        except NotPositiveDefinite:  # an iteration may still solve what a factorisation must refuse
+            twin = self
+        self._factorised[name] = twin
+        return twin
 
     def planned_for(self, systems: int) -> System:
-        """The same, with nothing prepared."""
-        solver = self.solver if self.solver_is_named else self._chosen_for(systems)
-        return self if solver == self.solver else replace(self, solver=solver, solver_is_named=True)
+        """The same, with what is prepared already and no more."""
+        solver = self.begun_with if self.solver_is_named else self._chosen_for(systems)
+        if solver == self.begun_with:
+            return self
+        if repr(solver) in self._factorised:
+            return self._factorised[repr(solver)]
+        twin = replace(self, solver=solver, solver_is_named=True)
+        known = ("operator", "damping", "risk_gradient")
+        twin.__dict__.update({name: self.__dict__[name] for name in known if name in self.__dict__})
+        return twin
 
     def _chosen_for(self, systems: int) -> Solver:
         return defaults.solver(*self._known, systems=systems, budget=self.sweep.budget)
@@ -235,7 +246,7 @@ class System:
             other = defaults.in_its_place(self.solver, *self._known, self.sweep.budget)
             if self.solver_is_named or other is None:
                 raise
-        self.__dict__.update(solver=other.solver, solver_is_named=True)  # every certificate's from now on
+        self.__dict__.update(begun_with=self.solver, solver=other.solver)  # every certificate's from now on
         self.__dict__.pop("prepared", None)
         return question()
 

@@ -481,7 +481,7 @@ class Sweep:
             rows = slice(inside.start, inside.stop) if isinstance(inside, range) else inside
             try:
                 with undisturbed():
-                    weights = torch.from_numpy(np.ascontiguousarray(self.examples.weights[rows]))
+                    weights = torch.from_numpy(np.array(self.examples.weights[rows]))
                     values = function(self.examples.batch(rows), weights, inside)
             except UpweightError:
                 raise

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upweight.errors import InvalidInput, UnsupportedModel
 from upweight.influence.face import Influence
+from upweight.training.counterfactuals import factors_of
 from upweight.training.minibatch import SGD
 from upweight.training.moves import RULES
 from upweight.training.stacked import BoundStackedTraining, Stack, StackedTraining
@@ -58,14 +59,9 @@ def recorded(
             "that; scores at the end of any training are uw.explain(model, …)."
         )
         raise UnsupportedModel(message)
-    line = np.ones(influence.n) if weights is None else np.asarray(weights, dtype=np.float64)
-    if line.shape != (influence.n,):
-        message = (
-            f"weights has shape {line.shape}, and there are {influence.n} rows. It is recorded with one factor for "
-            "each row. Pass such an array, or None."
-        )
-        raise InvalidInput(message)
-    if not isinstance(seeds, Sequence | np.ndarray) or not len(seeds):
+    line = factors_of(influence, None, weights)
+    several = isinstance(seeds, Sequence | np.ndarray) and len(seeds) > 0
+    if not several or not all(isinstance(seed, int | np.integer) for seed in seeds):
         message = f"seeds={seeds!r}. A training is recorded for each of a list of seeds, such as [0, 1, 2]."
         raise InvalidInput(message)
     watches: list[_Watch] = []

@@ -131,7 +131,7 @@ class Trajectory:
             told.update(self.shares.tobytes())
         for at in (0, len(self.steps)):
             for name, block in self.states[at].parameters.items():
-                told.update(name.encode() + block.numpy().tobytes())
+                told.update(name.encode() + block.contiguous().view(torch.uint8).numpy().tobytes())
         return told.hexdigest()[:16]
 
     def begun(self, at: int, names: Sequence[str]) -> tuple[Tensor, Memory]:

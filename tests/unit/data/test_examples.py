@@ -79,6 +79,18 @@ def test_weights_are_copies():
     assert np.array_equal(uw.Examples(X).weights, np.ones(N))
 
 
+def test_the_weight_of_all_rows_is_not_that_of_one():
+    examples = uw.Examples(X)
+    with pytest.raises(ValueError, match="read-only"):
+        examples.weights[0] = 0.0
+    assert uw.Examples(X[:1]).weights.sum() == 1
+
+
+def test_inputs_in_bfloat16_have_a_fingerprint():
+    x = torch.arange(2.0 * N, dtype=torch.bfloat16).reshape(N, 2)
+    assert uw.Examples(x, Y).fingerprint() != uw.Examples(x + x, Y).fingerprint()
+
+
 @pytest.mark.parametrize("examples", [uw.Examples(X, Y), uw.Examples(pairs()), uw.Examples(X)], ids=repr)
 def test_only_is_one_row(examples):
     one = examples.only(7)

@@ -13,6 +13,7 @@ import cases
 import upweight as uw
 from small import XQ, YQ, D, X, Y, Z, classifier, logistic, regressor, ridge, seeded
 from upweight import defaults
+from upweight.influence.rehearsal import CURVATURE, DAMPING
 from upweight.operators import EKFAC, Dense, EmpiricalFisher, GaussNewton, Hessian, Identity, Nystroem
 from upweight.solvers import CG, Cholesky
 
@@ -78,6 +79,47 @@ def test_an_iteration_that_was_chosen_and_does_not_converge_gives_way_to_a_facto
     exact = ask(classifier(solver=Cholesky()), tmp_path / "exact")
     np.testing.assert_allclose(numbers(found), numbers(exact), rtol=1e-8)
     assert chosen.of_self([0]).certificate.solver == "Cholesky()"
+
+
+@pytest.mark.parametrize("asked", ["on_loss in a folder", "leading in a folder"])
+def test_the_same_question_is_the_same_work_before_and_after_its_iteration_gave_way(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(defaults, "solver", lambda *_, **__: CG(max_sweeps=2))
+    ask = ASKED[asked]
+    chosen, another_process = given_up(left=True), given_up(left=True)
+    first = ask(chosen, tmp_path / "asked before")
+    np.testing.assert_array_equal(numbers(ask(chosen, tmp_path / "asked before")), numbers(first))
+    ask(chosen, tmp_path / "asked after")
+    np.testing.assert_allclose(numbers(ask(another_process, tmp_path / "asked after")), numbers(first), rtol=1e-6)
+
+
+def test_many_systems_take_their_own_factorisation_after_an_iteration_gave_way(monkeypatch):
+    monkeypatch.setattr(defaults, "solver", lambda *_, systems=1, **__: Cholesky() if systems > 5 else CG(max_sweeps=2))
+    chosen = given_up(left=True)
+    before = repr(chosen.system.planned_for(9).begun_with)
+    chosen.on_loss(XQ, YQ)
+    many = chosen.system.for_many(9)
+    assert before == repr(many.begun_with) == "Cholesky()"
+    assert many.prepared is chosen.system.prepared
+
+
+def test_what_is_prepared_already_is_not_planned_again(monkeypatch):
+    monkeypatch.setattr(defaults, "solver", lambda *_, systems=1, **__: Cholesky() if systems > 2 else CG())
+    influence = logistic()
+    influence.on_loss(XQ[:1], ["no"])
+    assert isinstance(influence.solver, CG)
+    first = influence.plan(XQ[:4], ["no"] * 4)
+    assert first.solver == "Cholesky()"
+    assert not {CURVATURE, DAMPING} & {step.name for step in first.steps}
+    influence.on_loss(XQ[:4], ["no"] * 4)
+    assert len(influence.plan(XQ[:4], ["no"] * 4).steps) < len(first.steps)
+
+
+def test_what_takes_the_place_of_an_iteration_keeps_to_the_budget():
+    influence = classifier()
+    known = (influence.objective, influence.examples, GaussNewton())
+    matrix = defaults.cost(Cholesky(), *known).memory
+    assert defaults.in_its_place(CG(), *known, int(matrix)).solver == Cholesky()
+    assert defaults.in_its_place(CG(), *known, int(matrix) - 1) is None
 
 
 def test_check_factorises_what_a_query_would_be_factorised_for(monkeypatch):
