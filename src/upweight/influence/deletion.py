@@ -81,7 +81,7 @@ def _forms(system: System) -> Vector:
 
     def form(batch: Any, w: Tensor) -> Tensor:
         U = linear.unit_solutions(system.objective, batch[0])  # (b, p)
-        known = prepared.forms(U) if isinstance(prepared, Quadratic) else (U * solve(system, U)).sum(1)
+        known = prepared.forms(U) if isinstance(prepared, Quadratic) else (U * _solution(system, U).x).sum(1)
         # a row without weight may lean on what the others do not determine
         return torch.where((w == 0) & known.isnan(), 0.0, known) / system.n
 
@@ -123,7 +123,7 @@ def _all_removals(system: System, family: Family) -> Removals:
     total = float(system.examples.weights.sum())
     b = n * penalties.gradient(objective)
     curved = _penalty_curvature(system)
-    plain = solve(system, b[None])[0] / n if objective.folded else None
+    plain = _solution(system, b[None]).x[0] / n if objective.folded else None
 
     def removals(batch: Any, w: Tensor) -> Tensor:
         x = linear.unit_solutions(objective, batch[0])  # (b, p)
@@ -165,7 +165,7 @@ def _without_share(
         return U
     now = U
     for _ in range(_SHARE_STEPS):
-        before, now = now, U + share * solve(system, curved(now)) / system.n
+        before, now = now, U + share * _solution(system, curved(now)).x / system.n
         if float((now - before).abs().max()) <= 1e-15 * float(now.abs().max()):
             break
     return now
@@ -215,16 +215,16 @@ def _solve_for_removal(system: System, X: Float[Tensor, "b p"], weights: Float[T
 
 
 def solve(system: System, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
-    """C⁻¹v for every row v.
+    """C⁻¹v for every row v, outside of sweeps: all ranks come here alike.
 
     Raises:
         NotConverged: if a residual is larger than the solver's promise.
     """
-    return _solution(system, V).x
+    return system.ask(lambda: _solution(system, V).x)
 
 
 def _solution(system: System, V: Float[Tensor, "k p"]) -> Solution:
-    """The same with its residual.
+    """The same with its residual, inside of a question.
 
     Raises:
         NotConverged: if a residual is larger than the solver's promise.

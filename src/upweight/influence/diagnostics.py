@@ -152,8 +152,8 @@ def ij_standard_errors(influence: Explained) -> Float[NDArray[np.float64], " p"]
 
     References: Jaeckel (1972); White (1980); Efron (1982), chapter 6.
     """
-    system = influence.system
-    refuse_estimates(system)
+    refuse_estimates(influence.system)
+    system = influence.system.for_many(influence.system.n)
     share = system.penalty_share
     total = torch.zeros(system.objective.size, dtype=torch.float64)
     for start in range(0, system.n, BLOCK):
@@ -267,7 +267,7 @@ def _edf_without(system: System, edf: float, own: Vector) -> Vector:
     rank = p if system.flat is None else p - system.flat.plain.shape[1]
     w = system.examples.weights
     eye = torch.eye(p, dtype=torch.float64)
-    product = solve(system, system.project(penalties.hvp(system.objective, eye)))  # rows of D M⁻¹
+    product = solve(system.for_many(p), system.project(penalties.hvp(system.objective, eye)))  # rows of D M⁻¹
     eigenvalues = torch.linalg.eigvals(product).real.numpy()
     shares, place = np.unique(w / w.sum(), return_inverse=True)
     traces = np.array([np.sum(eigenvalues / (1 - share * eigenvalues)) for share in shares])

@@ -248,8 +248,8 @@ class Iteration:
         return replace(self, damping=checked_damping(damping), inverse=self.inverse.at(damping))
 
     def loosely(self, rtol: float) -> Iteration:
-        """The same with a larger residual."""
-        found = replace(self, spec=replace(self.spec, rtol=max(rtol, self.spec.rtol)))
+        """The same with a larger residual, which nothing is quicker than."""
+        found = replace(self, spec=replace(self.spec, rtol=max(rtol, self.spec.rtol)), patience=None)
         found.__dict__["flat"] = self.flat  # a frozen dataclass's cache
         return found
 

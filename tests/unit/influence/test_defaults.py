@@ -13,9 +13,10 @@ import cases
 import upweight as uw
 from small import XQ, YQ, D, X, Y, Z, classifier, logistic, regressor, ridge, seeded
 from upweight import defaults
+from upweight.influence import deletion
 from upweight.influence.rehearsal import CURVATURE, DAMPING
 from upweight.operators import EKFAC, Dense, EmpiricalFisher, GaussNewton, Hessian, Identity, Nystroem
-from upweight.solvers import CG, Cholesky
+from upweight.solvers import CG, Cholesky, TwoLevel
 
 
 def one_function():
@@ -79,6 +80,24 @@ def test_an_iteration_that_was_chosen_and_does_not_converge_gives_way_to_a_facto
     exact = ask(classifier(solver=Cholesky()), tmp_path / "exact")
     np.testing.assert_allclose(numbers(found), numbers(exact), rtol=1e-8)
     assert chosen.of_self([0]).certificate.solver == "Cholesky()"
+
+
+NUMBERS = {
+    "leverage": uw.diagnostics.leverage,
+    "standard errors": uw.diagnostics.ij_standard_errors,
+    "summary": lambda influence: uw.diagnostics.summary_frame(influence).to_numpy(),
+    "diagonal of the inverse": lambda influence: deletion.inverse_diagonal(influence.system),
+}
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["the penalty stays", "it goes with the rows"])
+@pytest.mark.parametrize("asked", NUMBERS)
+def test_diagnostics_are_factorised_where_the_iteration_that_was_chosen_does_not_converge(asked, folded, monkeypatch):
+    exact = NUMBERS[asked](ridge(solver=Cholesky(), penalty_per_example=folded))
+    with pytest.raises(uw.errors.NotConverged):
+        NUMBERS[asked](ridge(solver=CG(max_sweeps=1, preconditioner=TwoLevel()), penalty_per_example=folded))
+    monkeypatch.setattr(defaults, "solver", lambda *_, **__: CG(max_sweeps=1, preconditioner=TwoLevel()))
+    np.testing.assert_allclose(NUMBERS[asked](ridge(penalty_per_example=folded)), exact, rtol=1e-8)
 
 
 @pytest.mark.parametrize("asked", ["on_loss in a folder", "leading in a folder"])
