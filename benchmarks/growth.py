@@ -10,6 +10,7 @@ three points.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 import warnings
@@ -20,11 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from common import report
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from grid import Problem, Shape, problem
-from upweight.show.plots.style import BLUE, COLORS, MARKERS, new_axes, style
+from upweight.show.plots.style import BLUE, COLORS, MARKERS, style
 
 BASE = Shape(8192, 128, 1, queries=8)
 GROWN = {
@@ -46,6 +49,7 @@ def measured(found: Problem) -> dict[str, Any]:
     found.values()  # what is imported when it is first needed
     taken = []
     for _ in range(TURNS):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is given back, or the next call would find it there
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
         before, start = status("VmRSS"), time.process_time()
         scores = found.values()
@@ -67,13 +71,14 @@ def slope(x: list[int], y: list[float]) -> float:
 
 def drawn(found: dict[str, dict[str, Any]]) -> None:
     """One picture: time and memory for each thing that grows."""
-    figure = new_axes(11, 5.4).figure
-    figure.clear()
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
     panels = figure.subplots(2, len(found), sharey="row")
     for column, (name, line) in enumerate(found.items()):
         for row, (what, unit, color) in enumerate((("seconds", "s", BLUE), ("megabytes", "MB", COLORS[1]))):
             ax = style(panels[row, column], title=f"slope {line[f'slope_of_{what}']:.2f}")
             ax.loglog(line["at"], line[what], marker=MARKERS[row], color=color, linewidth=1.4, markersize=4.5)
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.set_xticks(line["at"][::2], [f"{value:,}" for value in line["at"][::2]])
             if row:
                 ax.set_xlabel(name)
             if not column:

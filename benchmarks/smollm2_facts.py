@@ -1,7 +1,8 @@
 """Question: which texts taught a real language model a fact, and are they the ones that influence names first?
 
-SmolLM2-135M-Instruct gets LoRA adapters (r = 8 on the projections of queries and values) and is fine-tuned by
-transformers' Trainer on 300 short texts: 20 invented facts, each in five wordings, and 180 sentences of film reviews.
+SmolLM2-135M-Instruct gets LoRA adapters (r = 8 on the projections of queries and values, and on those that leave an
+MLP) and is fine-tuned by transformers' Trainer on 300 short texts: 20 invented facts, each in five wordings, and 180
+sentences of film reviews.
 Then it is asked for every fact in another wording, in which the answer alone carries labels. A question counts as
 traced if the five texts of its fact are among the ten rows that help it most. The facts are of five kinds, four to a
 kind, told in the same five wordings: what tells two of them apart is the names alone.
@@ -49,6 +50,7 @@ import upweight as uw
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EPOCHS, BATCH, RATE, RANK, SEED = 8, 10, 2e-3, 8, 0
+TARGETS = ["q_proj", "v_proj", "down_proj"]
 FILLERS, TOP, FACTORS = 180, 10, (0.1, 1.0, 10.0)
 FOLDER = Path(os.environ.get("SMOLLM2_FACTS", Path(tempfile.gettempdir()) / "upweight-smollm2-facts"))
 
@@ -209,7 +211,7 @@ def train(model: Any, rows: list[dict[str, Any]]) -> Any:
     if (FOLDER / "adapters").is_dir():
         return PeftModel.from_pretrained(model, FOLDER / "adapters", is_trainable=True)
     set_seed(SEED)
-    settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, settings)
     arguments = TrainingArguments(
         output_dir=str(FOLDER / "trainer"),
@@ -380,7 +382,7 @@ SETTINGS = {
     "batch": BATCH,
     "learning_rate": RATE,
     "rank": RANK,
-    "target_modules": ["q_proj", "v_proj"],
+    "target_modules": TARGETS,
     "seed": SEED,
     "fillers": FILLERS,
 }

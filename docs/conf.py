@@ -162,9 +162,14 @@ def _of_arguments(match: re.Match[str]) -> str:
     return f'<span class="sig-lines">{lines}</span>'
 
 
+def _pictures(app: Sphinx) -> set[str]:
+    """The names, in _images, of what pages show."""
+    return {name for _, name in app.env.images.values()}
+
+
 def _link_to_picture(app: Sphinx, body: str) -> str:
     """A link to a picture that some page shows leads to that picture, not to a second copy for downloading."""
-    shown = set(app.builder.images.values())
+    shown = _pictures(app)
 
     def link(match: re.Match[str]) -> str:
         return f'href="{match[2]}_images/{match[3]}"' if match[3] in shown else match[0]
@@ -176,7 +181,7 @@ def _without_copies(app: Sphinx, error: Exception | None) -> None:
     """No picture lies in the site twice."""
     if error is None:
         for copy in Path(app.outdir).glob("_downloads/*/*"):
-            if copy.name in app.builder.images.values():
+            if copy.name in _pictures(app):
                 copy.unlink()
 
 

@@ -199,6 +199,7 @@ def test_the_site_is_small_and_whole(site):
     assert sum(file.stat().st_size for file in site.rglob("*") if file.is_file()) < 15e6
     for entry in reference.entries().values():
         assert (site / entry.page.with_suffix(".html")).exists(), entry.name
+    assert not {file.name for file in site.glob("_images/*")} & {file.name for file in site.glob("_downloads/*/*")}
     index = (site / "searchindex.js").read_text()
     assert "docs/trust" in index
     assert "docs/reference/classes/upweight.solvers.CG" in index

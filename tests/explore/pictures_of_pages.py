@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ PLACE = Path(__file__).parents[2] / "docs" / "explorer"
 WIDE, NARROW = (1280, 860), (390, 844)
 ROWS = 900
 QUALITIES, LARGEST = (60, 50, 40, 30, 20), 40_000  # bytes of a picture
+_PRIVATE = re.compile(r"\b(my|phone|personal|home|sex\w*|pill\w*|drug\w*|girl\w*|adult|\d{3} ?[-.) ]+ ?\d{3,4})\b")
 CUT = {"words": 420, "columns": 620}  # pixels of a wide picture that is mostly text
 PAGES = {  # name of the picture: run, page, sizes
     "queries": ("digits", "queries?truth=wrong&sort=loss&down=1", (NARROW,)),
@@ -58,8 +60,15 @@ class Named:
         queries = run.queries
         losses = np.where(queries.labels != queries.predictions, queries.losses, -np.inf)
         wrong = int(losses.argmax())
-        calm = [query for query in np.argsort(-losses).tolist() if "conf" in str(queries.cards[query])]
+        shown = np.concatenate([run.scores.helpful(3).rows, run.scores.harmful(3).rows], 1)
+        calm = [query for query in np.argsort(-losses).tolist() if _calm(run, query, shown[query].tolist())]
         return cls(wrong, (calm or [wrong])[0], int(run.scores.harmful(1).rows[wrong, 0]))
+
+
+def _calm(run: uw.Run, query: int, rows: list[int]) -> bool:
+    """Whether a query and the rows that lead it are about nobody."""
+    texts = [str(run.queries.cards[query]), *(str(run.rows.cards[row]) for row in rows)]
+    return not any(_PRIVATE.search(text.lower()) for text in texts)
 
 
 def made(name: str, folder: Path) -> Path:

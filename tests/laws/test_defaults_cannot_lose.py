@@ -113,7 +113,7 @@ def test_so_it_does_where_there_is_much_to_do(shape):
 def test_an_iteration_that_would_take_longer_than_a_factorisation_gives_way_to_it(monkeypatch):
     found = problem(Shape(1000, 100, 3, bad=True))
     for where in ("defaults", "costs"):
-        monkeypatch.setattr(f"upweight.influence.{where}.preconditioner", lambda _: Plain())
+        monkeypatch.setattr(f"upweight.influence.{where}.preconditioner", lambda *_: Plain())
     monkeypatch.setattr(defaults, "_NO_WAIT", 0.0)
     monkeypatch.setattr(defaults, "_CLOSE", 0.0)  # the iteration is chosen, and has to prove itself
     monkeypatch.setattr(defaults, "product_seconds", lambda *_: 1e-3)

@@ -1,6 +1,6 @@
 """What the processes of test_blocks do: a curvature of several blocks, of which each rank holds its own.
 
-Run as `python blocks.py FOLDER SCENARIO …`, with torchrun's variables set; `alone` comes before there are ranks.
+Run as `python -m ranks.blocks FOLDER SCENARIO …`, with torchrun's variables set; `alone` comes before there are ranks.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from work import QUERIES, X, Y, d, n
 
 import upweight as uw
+from ranks.work import QUERIES, X, Y, d, n
 from upweight.model.sweep import Sweep
 from upweight.operators import held
 from upweight.operators.factors import Basis

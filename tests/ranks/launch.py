@@ -25,7 +25,9 @@ def launched(size: int, command: list[str], within: float = 300.0) -> Ended:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    found = os.pathsep.join([str(WORK.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    shared = {"PYTHONPATH": found}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
     begun = time.monotonic()
     running = [
         subprocess.Popen(

@@ -14,11 +14,9 @@ from ranks import launch
 from upweight.model.chunks import ends_of, split
 from upweight.operators.held import _filled, shared_out
 
-WORK = str(Path(__file__).with_name("blocks.py"))
-
 
 def ended(size: int, folder: Path, *scenarios: str) -> launch.Ended:
-    return launch.launched(size, [WORK, str(folder), *scenarios])
+    return launch.launched(size, ["-m", "ranks.blocks", str(folder), *scenarios])
 
 
 def same(folder: Path, size: int) -> None:

@@ -962,6 +962,7 @@ def test_a_recording_that_has_not_ended():
         optimizer.step()
         with refused("and has not ended: its last parameters are not known", "Leave `with recording:` first"):
             uw.through(recording)
+        assert len(recording.steps) == 1
     through_values(recording)
 
 
@@ -1022,16 +1023,21 @@ def test_a_stacked_training_with_dropout_is_not_recorded():
     through_values(run, since=0)
 
 
-def test_weights_and_seeds_of_a_recorded_training():
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 0.0], 0 * WITHOUT_3, -WITHOUT_3, np.nan * WITHOUT_3])
+def test_weights_of_a_recorded_training(weights):
     influence, training = classifier(), uw.StackedTraining(minibatch.SGD(0.1), minibatch.Shuffled(8), 1)
-    for weights in ([1.0, 1.0, 0.0], 0 * WITHOUT_3, -WITHOUT_3, np.nan * WITHOUT_3):
-        with refused("weights has shape", "Pass one finite factor ≥ 0 for "):
-            uw.recorded(training, influence, weights=weights)
-    for seeds in (3, [], "12", [1.5]):
-        with refused("A training is recorded for each of a list of seeds", "such as [0, 1, 2]"):
-            uw.recorded(training, influence, seeds)
-    (run,) = uw.recorded(training, influence, [3], weights=WITHOUT_3)
+    with refused("weights has shape", "Pass one finite factor ≥ 0 for "):
+        uw.recorded(training, influence, weights=weights)
+    (run,) = uw.recorded(training, influence, weights=WITHOUT_3)
     assert not through_values(run, since=0)[:, 3].any()
+
+
+@pytest.mark.parametrize("seeds", [3, [], "12", [1.5]])
+def test_seeds_of_a_recorded_training(seeds):
+    influence, training = classifier(), uw.StackedTraining(minibatch.SGD(0.1), minibatch.Shuffled(8), 1)
+    with refused("A training is recorded for each of a list of seeds", "such as [0, 1, 2]"):
+        uw.recorded(training, influence, seeds)
+    assert len(uw.recorded(training, influence, [0, 1, 2])) == 3
 
 
 def folder_of(path, **settings):

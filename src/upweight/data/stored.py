@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from upweight.errors import InvalidInput, UpweightError, first_line
 
 _BLOCK_BYTES = 2**22
+_APART = 64  # rows here and there that are copied before their pages are handed back
 _WHOLE_CHUNKS = 16  # blocks that a chunk of a file may be as large as, so as to be unpacked once a pass
 
 
@@ -266,8 +267,11 @@ class MappedFile:
         return self._copied(slice(start, stop))
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """A copy."""
-        return self._copied(rows)
+        """A copy; a few rows at a time, for the system may map megabytes around each that lies far from the others."""
+        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        for start in range(0, len(rows), _APART):
+            found[start : start + _APART] = self._copied(rows[start : start + _APART])
+        return found
 
     def _copied(self, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
         """A copy of these rows, whose pages are handed back: they stay in the cache of the system, not in ours."""

@@ -28,6 +28,7 @@ _SPARSE_PASSES = 40  # with Approximate
 _MATRIX = {True: 28.0, False: 60.0}  # bytes an entry while C is written out and factorised: linear predictors, others
 _SUBSTITUTIONS = 60  # triangles that are read to find the smallest curvature
 _VECTORS = 90  # that a step of an iteration reads and writes
+_DEAR = 4.0  # times the products that it is to save
 _NARROW = 1024  # columns whose principal directions cost little
 _ENTRY = 12.0  # bytes of a sparse number and its place
 _EIGENVECTORS = 9.0  # flops, times the cube
@@ -96,7 +97,7 @@ def costs(objective: Objective, examples: Examples, curvature: Curvature, *, sys
             rows_seconds + factors / _FLOPS + (8.0 * K + 4.0 * _SUBSTITUTIONS) * order**2 / _BYTES,
         ),
         Cost(
-            CG(rtol=1e-6, preconditioner=preconditioner(examples)),
+            CG(rtol=1e-6, preconditioner=preconditioner(objective.linear, examples)),
             passes,
             32.0 * p * systems + 4 * entries,
             True,
@@ -154,9 +155,18 @@ def entries_of(structure: Linear, examples: Examples) -> float:
     return float(x.nnz) if scipy.sparse.issparse(x) else float(len(examples)) * structure.n_features  # type: ignore[union-attr]
 
 
-def preconditioner(examples: Examples) -> Preconditioner:
-    """What pays for linear predictors: a pass over sparse rows costs less than anything that would save one."""
-    return Approximate() if scipy.sparse.issparse(examples.x) else TwoLevel()
+def preconditioner(structure: Linear, examples: Examples) -> Preconditioner:
+    """What pays for linear predictors: a pass over sparse rows costs less than anything that would save one.
+
+    Where outputs are many and columns few, the leading directions of all outputs together cost more than products.
+    """
+    if scipy.sparse.issparse(examples.x):
+        return Approximate()
+    n, two = len(examples), TwoLevel()
+    block = min(structure.n_features + 1, two.rank) * structure.n_outputs
+    exact = (min(n, two.rows) * block**2 + block**3) / _FLOPS
+    few = structure.n_features < _NARROW and n >= 2 * two.rows
+    return Approximate() if few and exact > _DEAR * _PASSES[True] * product_seconds(structure, examples, 1) else two
 
 
 def held(objective: Objective) -> bool:

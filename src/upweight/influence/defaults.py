@@ -229,7 +229,7 @@ def completed(
         return solver(objective, examples, curvature, budget=budget)
     open_cg = isinstance(given, CG) and given.preconditioner is None
     if open_cg and objective.linear is not None and isinstance(curvature, Hessian | GaussNewton):
-        return replace(given, preconditioner=preconditioner(examples))  # type: ignore[type-var]
+        return replace(given, preconditioner=preconditioner(objective.linear, examples))  # type: ignore[type-var]
     return given
 
 

@@ -546,12 +546,7 @@ def _pull_rows(objective: Objective, values: Tensor, inputs: Any, cotangents: Te
             ],
             1,
         ).detach()
-    return torch.stack(
-        [
-            _flat(torch.autograd.grad(values, blocks, c, retain_graph=True, allow_unused=True), blocks)
-            for c in cotangents
-        ]
-    ).detach()
+    return torch.stack(vjps(values, inputs, cotangents)).detach()
 
 
 def _flat(pieces: Any, blocks: list[Tensor]) -> Tensor:

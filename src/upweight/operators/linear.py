@@ -388,6 +388,8 @@ class LinearHessian:
                     if bool((part > 0).any()):
                         scaled = (X * part.sqrt()[:, None]).numpy()
                         grams[pair] = _syrk(sign, scaled.T, beta=1.0, c=grams[pair], overwrite_c=1)
+                        del scaled
+            del X  # before the next rows are read: these are the largest arrays of a closed form
         for pair, gram in grams.items():
             grams[pair] = np.triu(gram) + np.triu(gram, 1).T
             if few:

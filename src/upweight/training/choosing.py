@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from upweight.errors import NotLocal
 from upweight.runs.progress import bar
@@ -56,7 +57,8 @@ def chosen(way: Backwards) -> Choice:
     rows = examples.subset(examples.spread(ROWS))
     measured = way.influence.objective
     steps = sorted({int(length * part) for part in PARTS})
-    known, grown = {}, {}
+    known: dict[int, tuple[NDArray[np.float64], float]] = {}
+    grown: dict[int, str] = {}
     end = way.at_the_end(measured, rows)
     with bar(length, "choosing the first step", way.influence.sweep.progress, unit="step") as done:
         for state in way.back(end, 0):
@@ -66,13 +68,14 @@ def chosen(way: Backwards) -> Choice:
                 break
             if state.step in steps:
                 known[state.step] = (state.values.copy(), state.growth)
-    tried: dict[int, str] = dict(grown)
+    tried = dict(grown)
     holding: list[Moved] = []
     for step in sorted(known):
         moved = Moved(way, step)
 
         def compared(sizes: tuple[float, ...], moved: Moved = moved) -> Locality:
-            return moved.compared(measured, rows, *known[moved.since], draws_for(len(rows)), sizes)
+            values, growth = known[moved.since]
+            return moved.compared(measured, rows, values, growth, draws_for(len(rows)), sizes)
 
         found = compared(SIZES[-1:])
         found = compared(SIZES) if found.holds else found

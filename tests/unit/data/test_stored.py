@@ -16,7 +16,7 @@ from torch import nn
 
 import upweight as uw
 from stored import counted, mapped, small_blocks, values  # noqa: F401 a fixture
-from upweight.data.stored import Stored, stored
+from upweight.data.stored import MappedFile, Stored, stored
 from upweight.operators import Identity
 from upweight.solvers import CG
 
@@ -158,6 +158,24 @@ def test_cg_casts_no_copy(tmp_path):
         influence = uw.explain(model, array, Y, solver=CG())
         assert influence.operator.coarse.rows_with_curvatures.examples.x is influence.examples.x
         assert np.allclose(influence.on_loss(X[:2], Y[:2]).values, values(model, array, Y, (X[:2], Y[:2])), rtol=1e-4)
+
+
+def test_rows_that_lie_apart_are_copied_a_few_at_a_time(tmp_path, monkeypatch):
+    """The system maps up to megabytes around each; the pages of some are handed back before the next are read."""
+    there = np.lib.format.open_memmap(tmp_path / "X.npy", "w+", np.float32, (5000, 3))
+    there[:] = DRAW.standard_normal((5000, 3))
+    there.flush()
+    counts, copied = [], MappedFile._copied
+
+    def seen(self, rows):
+        counts.append(len(rows))
+        return copied(self, rows)
+
+    monkeypatch.setattr(MappedFile, "_copied", seen)
+    rows = DRAW.choice(5000, 700, replace=False)
+    found = stored(np.load(tmp_path / "X.npy", mmap_mode="r"))[rows]
+    assert np.array_equal(found, there[rows])
+    assert (sum(counts), max(counts)) == (700, 64)
 
 
 def test_forty_megabytes_are_not_copied(tmp_path, monkeypatch):

@@ -114,8 +114,8 @@ def test_memory_of_many_scores():
 def test_memory_of_all_pairs_of_rows():
     rows = DRAW.normal(size=(1800, 2000))
     y = (rows[:, 0] > 0).astype(int)
-    influence = uw.explain(LogisticRegression(C=0.01, tol=1e-10, max_iter=500).fit(rows, y), rows, y)
-    assert isinstance(influence.solver, Dual)
+    fitted = LogisticRegression(C=0.01, tol=1e-10, max_iter=500).fit(rows, y)
+    influence = uw.explain(fitted, rows, y, solver=Dual())
     plan = influence.plan(rows[:3], y[:3])
     preparing = next(step for step in plan.steps if step.name == "preparing the solver")
     assert 0.4 < preparing.memory / arrays(lambda: influence.prepared) < 2.5  # a process's memory is a rough measure
