@@ -47,6 +47,7 @@ from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
 from upweight.operators import Curvature, Operator
 from upweight.solvers import Prepared, Solver
+from upweight.solvers.cg import Iteration
 
 Rows = Any  # one row number, several, a mask of n booleans, or None for all
 Queries = Any  # inputs, or Examples, or a Dataset
@@ -184,7 +185,8 @@ class Influence:
     @property
     def prepared(self) -> Prepared:
         """The solver, ready for right-hand sides."""
-        return self.system.prepared
+        found = self.system.prepared
+        return found.patiently() if isinstance(found, Iteration) and found.patience is not None else found
 
     @property
     def risk_gradient(self) -> Float[Tensor, " p"]:

@@ -235,7 +235,8 @@ class System:
     def ask(self, question: Callable[[], T]) -> T:
         """question(); once more with a factorisation, where an iteration that was chosen does not converge.
 
-        The one owner of that change: whatever solves with `prepared` does so inside of a question.
+        The one owner of that change: whatever solves with `prepared` does so inside of a question. An iteration that
+        gave way because a factorisation would be quicker goes on to its end where the factorisation must refuse.
 
         Raises:
             NotConverged: if the user named the solver, or a factorisation would be too large.
@@ -246,8 +247,14 @@ class System:
             other = defaults.in_its_place(self.solver, *self._known, self.sweep.budget)
             if self.solver_is_named or other is None:
                 raise
+        begun = self.__dict__.pop("prepared", None)
         self.__dict__.update(begun_with=self.solver, solver=other.solver)  # every certificate's from now on
-        self.__dict__.pop("prepared", None)
+        try:
+            return question()
+        except NotPositiveDefinite:
+            if not isinstance(begun, Iteration) or begun.patience is None:
+                raise
+        self.__dict__.update(solver=self.begun_with, prepared=begun.patiently())
         return question()
 
     def solve(self, V: Float[Tensor, "k p"]) -> Solution:

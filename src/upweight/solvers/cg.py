@@ -249,9 +249,16 @@ class Iteration:
 
     def loosely(self, rtol: float) -> Iteration:
         """The same with a larger residual, which nothing is quicker than."""
-        found = replace(self, spec=replace(self.spec, rtol=max(rtol, self.spec.rtol)), patience=None)
-        found.__dict__["flat"] = self.flat  # a frozen dataclass's cache
-        return found
+        return replace(self.patiently(), spec=replace(self.spec, rtol=max(rtol, self.spec.rtol)))._with_flat_of(self)
+
+    def patiently(self) -> Iteration:
+        """The same, which goes on to its end."""
+        return replace(self, patience=None)._with_flat_of(self)
+
+    def _with_flat_of(self, other: Iteration) -> Iteration:
+        if "flat" in other.__dict__:  # a frozen dataclass's cache
+            self.__dict__["flat"] = other.flat
+        return self
 
     def together(self, V: Tensor) -> bool:
         """Whether these right-hand sides are solved in one Krylov space.

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 from torch import nn
 
 import cases
@@ -16,7 +17,7 @@ from upweight import defaults
 from upweight.influence import deletion
 from upweight.influence.rehearsal import CURVATURE, DAMPING
 from upweight.operators import EKFAC, Dense, EmpiricalFisher, GaussNewton, Hessian, Identity, Nystroem
-from upweight.solvers import CG, Cholesky, TwoLevel
+from upweight.solvers import CG, Approximate, Cholesky, TwoLevel, cg
 
 
 def one_function():
@@ -80,6 +81,35 @@ def test_an_iteration_that_was_chosen_and_does_not_converge_gives_way_to_a_facto
     exact = ask(classifier(solver=Cholesky()), tmp_path / "exact")
     np.testing.assert_allclose(numbers(found), numbers(exact), rtol=1e-8)
     assert chosen.of_self([0]).certificate.solver == "Cholesky()"
+
+
+def test_an_iteration_goes_on_to_its_end_where_a_factorisation_must_refuse(monkeypatch):
+    draw = np.random.default_rng(0)
+    few = draw.normal(size=(200, 8))
+    x, z = few @ draw.normal(size=(8, 20)), few[:, 0]
+    fitted = Ridge(alpha=1e-11, solver="svd").fit(x, z)
+    chosen, named = CG(preconditioner=TwoLevel()), uw.explain(fitted, x, z, solver=CG(preconditioner=TwoLevel()))
+    monkeypatch.setattr(cg, "FURTHER", 0.0)
+    monkeypatch.setattr(defaults, "patience", lambda *_: lambda _: 1)
+    monkeypatch.setattr(defaults, "solver", lambda *_, **__: chosen)
+    with pytest.raises(uw.errors.NotPositiveDefinite):
+        uw.explain(fitted, x, z, solver=Cholesky()).on_loss(x[:2], z[:2] + 1)
+    influence = uw.explain(fitted, x, z)
+    found = influence.on_loss(x[:2], z[:2] + 1)
+    np.testing.assert_allclose(found.values, named.on_loss(x[:2], z[:2] + 1).values, rtol=1e-6)
+    assert found.certificate.solver == repr(influence.solver) == repr(chosen)
+
+
+def test_a_solver_that_is_taken_by_hand_goes_on_to_its_end(monkeypatch):
+    monkeypatch.setattr(cg, "FURTHER", 0.0)
+    monkeypatch.setattr(defaults, "patience", lambda *_: lambda _: 1)
+    monkeypatch.setattr(defaults, "solver", lambda *_, **__: CG(preconditioner=Approximate()))
+    influence = ridge()
+    V = influence.risk_gradient[None] + 1
+    assert influence.prepared.solve(V).converged
+    assert isinstance(influence.solver, CG)
+    influence.on_loss(X[:1], Z[:1])
+    assert influence.solver == Cholesky()
 
 
 NUMBERS = {
