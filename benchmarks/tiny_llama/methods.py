@@ -120,11 +120,11 @@ def spearman(predicted: NDArray[np.float64], actual: NDArray[np.float64]) -> NDA
     return np.array([spearmanr(predicted[:, q], actual[:, q]).statistic for q in range(actual.shape[1])])
 
 
-def truth() -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """The halves that both seeds have run, the mean losses (halves, q), and each seed's."""
+def truth(seeds: int = 2) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """The halves that so many seeds have run, the mean losses (halves, q), and each seed's."""
     found = json.loads((RESULTS / "retrained.json").read_text())["losses"]
-    numbers = [k for k in range(1000) if f"{k}/0" in found and f"{k}/1" in found]
-    each = np.array([[found[f"{k}/{seed}"] for k in numbers] for seed in (0, 1)])
+    numbers = [k for k in range(1000) if all(f"{k}/{seed}" in found for seed in range(seeds))]
+    each = np.array([[found[f"{k}/{seed}"] for k in numbers] for seed in range(seeds)])
     return np.array(numbers), each.mean(0), each
 
 

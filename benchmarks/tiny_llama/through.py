@@ -2,8 +2,8 @@
 
 The tiny Llama of `llama`, fine-tuned on its 1,000 sequences and recorded, several times with other seeds. Every run
 gives EKFAC scores of its last parameters and the derivative through its own steps, of 20 queries; both are judged
-against really fine-tuning on halves (`retrained`). From which step on, and how much of EKFAC is added, is chosen for
-each query by the others.
+against really fine-tuning on halves (`retrained.py 30 3`). From which step on, and how much of EKFAC is added, is
+chosen for each query by the others.
 
     UPWEIGHT_DATA=… python benchmarks/tiny_llama/through.py WORK [runs] [checks]
 
@@ -31,6 +31,7 @@ import upweight as uw
 from upweight.training.locality import Moved
 
 SINCE = (170, 150, 130, 110, 90, 75, 63)  # the steps from which it is differentiated; the last is a third of the way
+SEEDS = 3  # of the trainings of a half: those of `retrained.py 30 3`
 DAMPING = 0.1  # of EKFAC, as a share of its mean eigenvalue: the best of `methods`
 
 
@@ -88,12 +89,12 @@ def ekfac(model: torch.nn.Module, queries: list[Any]) -> NDArray[np.float64]:
 
 
 def outcomes() -> uw.SubsetOutcomes:
-    """What fine-tuning on halves, with two seeds each, did to the queries."""
-    numbers, _, each = truth()
+    """What fine-tuning on halves, with three seeds each, did to the queries."""
+    numbers, _, each = truth(SEEDS)
     masks = np.zeros((len(numbers), 1000), bool)
     for line, number in enumerate(numbers):
         masks[line, subset(int(number))] = True
-    return uw.SubsetOutcomes(each.transpose(2, 1, 0), masks, (0, 1))
+    return uw.SubsetOutcomes(each.transpose(2, 1, 0), masks, tuple(range(SEEDS)))
 
 
 def scores(values: NDArray[np.float64], what: str) -> uw.Scores:
@@ -148,7 +149,7 @@ def told(folder: Path, runs: int) -> dict[str, Any]:
         methods[f"EKFAC and through, mean of {runs} runs"] = {**judged(both, actual), "how": str(both.certificate)}
     whole = uw.lds(curvature[0], actual)
     return {
-        "settings": {"runs": runs, "halves": actual.subsets.shape[0], "trainings of each half": 2, "since": SINCE},
+        "settings": {"runs": runs, "halves": actual.subsets.shape[0], "trainings of each half": SEEDS, "since": SINCE},
         "ceiling": round(whole.ceiling, 3),
         "processor seconds": {
             "training, then 20 queries back to the last step": [p["seconds"].tolist() for p in parts]
