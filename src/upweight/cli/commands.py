@@ -9,6 +9,7 @@ line, shows the traceback of an error.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -218,7 +219,7 @@ def _shard(study: Study, store: Path, part: tuple[int, int], json: bool) -> int:
     i, n = part
     if ranks.first():
         found = f"rows {rows[0]:,} to {rows[-1]:,} are" if rows else "no rows are left for it, and nothing is"
-        done = f"upweight merge {store} --out FILE"
+        done = f"upweight merge {shlex.quote(str(store))} --out FILE"
         show(
             {"store": str(store), "shard": i, "shards": n, "first_row": rows.start, "rows": len(rows)},
             f"Shard {i} of {n}: {found} in {store.resolve()}. When all {n} have ended: {done}",

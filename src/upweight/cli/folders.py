@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from upweight.cli.console import Folder, Json, OptionOfStudy, StudyName, app, command, load, show
@@ -79,7 +80,9 @@ def index(
         rows = influence.index_shard(store, i, n, error=error, bits=bits)
         if ranks.first():
             found = f"rows {rows[0]:,} to {rows[-1]:,} are" if rows else "no rows are left for it, and nothing is"
-            again = f"upweight index {study} --store {store} --error {error} --bits {bits}"
+            again = shlex.join(
+                ["upweight", "index", study, "--store", str(store), "--error", f"{error}", "--bits", f"{bits}"]
+            )
             show(
                 {"store": str(store), "shard": i, "shards": n, "first_row": rows.start, "rows": len(rows)},
                 f"Part {i} of {n}: {found} in {store.resolve()}. When all {n} have ended: {again}",

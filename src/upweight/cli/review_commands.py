@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,7 +219,7 @@ def _refuse_nothing(run: Path, changes: int) -> None:
         message = (
             f"Nothing in the reviews of {run} changes a label, so there is nothing to prove. Review some rows first: "
         )
-        raise InvalidInput(message + f"upweight explore {run}.")
+        raise InvalidInput(message + f"upweight explore {shlex.quote(str(run))}.")
 
 
 def _run(folder: Path) -> Run:

@@ -7,6 +7,7 @@ They tell what a disk did, not what a person did: whoever can write the folder c
 
 from __future__ import annotations
 
+import shlex
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,6 +57,6 @@ def check(file: Path, wanted: Iterable[int], found: Iterable[int]) -> None:
     if list(wanted) != list(found):
         message = (
             f"{file} is not what was written: some of its bits are others. It is derived from the run: delete "
-            f"{file.parent}, and `upweight explore {file.parent.parent}` makes it again."
+            f"{file.parent}, and `upweight explore {shlex.quote(str(file.parent.parent))}` makes it again."
         )
         raise Damaged(message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -113,19 +114,20 @@ def test_parts_of_an_index_are_made_one(upweight):
     asked = ("index", "cli_studies.py:network", "--error", "0.3")
     answered(upweight, *asked, "--store", "whole")
     for i in (1, 0):
-        code, out, err = upweight(*asked, "--store", "parts", "--shard", f"{i}/2", "--json")
+        code, out, err = upweight(*asked, "--store", "the parts", "--shard", f"{i}/2", "--json")
         assert (code, err) == (0, "")
         told = json.loads(out)
-        assert (told["shard"], told["shards"], told["store"]) == (i, 2, "parts")
-    assert not (Path("parts") / JOB).exists()
-    _, said, _ = upweight(*asked, "--store", "parts", "--shard", "1/2")
-    found, _ = answered(upweight, *said.partition("upweight ")[2].split())
+        assert (told["shard"], told["shards"], told["store"]) == (i, 2, "the parts")
+    assert not (Path("the parts") / JOB).exists()
+    _, said, _ = upweight(*asked, "--store", "the parts", "--shard", "1/2")
+    found, _ = answered(upweight, *shlex.split(said.partition("upweight ")[2]))
     one, parts = (
-        {file.name: file.read_bytes() for file in Path(name).glob("[cb]*.safetensors")} for name in ("whole", "parts")
+        {file.name: file.read_bytes() for file in Path(name).glob("[cb]*.safetensors")}
+        for name in ("whole", "the parts")
     )
     assert one == parts
     assert "chunk-000000.safetensors" in one
-    opened = uw.Index.open("parts")
+    opened = uw.Index.open("the parts")
     assert (opened.n, repr(opened) in found) == (len(X), True)
 
 
