@@ -61,7 +61,7 @@ myst_heading_anchors = 4
 # Tutorials are notebooks without outputs: the build runs them, and keeps what they gave beside the pages.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "build" / "notebooks")
-nb_execution_timeout = 120
+nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 nb_output_stderr = "remove"  # warnings about the machine that built it
