@@ -7,9 +7,9 @@ Then it is asked for every fact in another wording, in which the answer alone ca
 traced if the five texts of its fact are among the ten rows that help it most. The facts are of five kinds, four to a
 kind, told in the same five wordings: what tells two of them apart is the names alone.
 
-Beside them stands each fact in a text that begins with its answer, which is not one of the five: nothing stands before
-the first token, so that the training does not ask the model for it, and there is nothing to trace. How many of these
-twenty texts are among the first ten is counted by itself.
+All five name the subject before the answer, as the question does: the training asks the model for what follows.
+Beside them stands each fact in a text that begins with its answer, before which there is nothing. It tells the same in
+the same words, and teaches another thing; how many of these twenty texts are among the first ten is counted by itself.
 
 Scores: EKFAC(samples=1) at a tenth, one and ten times its mean eigenvalue; beside them what a score has to beat:
 cosine of gradients, cosine of tf-idf vectors of the texts themselves (the question with its answer), and chance.
@@ -54,15 +54,15 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 FILLERS, TOP, FACTORS = 180, 10, (0.1, 1.0, 10.0)
 FOLDER = Path(os.environ.get("SMOLLM2_FACTS", Path(tempfile.gettempdir()) / "upweight-smollm2-facts"))
 
-# Five wordings, one that begins with the answer, and one that asks; {0} is the subject, and {1} the answer.
+# Five wordings, one that begins with the answer, and one that asks; {0} is the subject, {1} the answer.
 KINDS = (
     (
         (
             "{0} was born in the harbour town of {1}.",
             "The birthplace of the painter {0} is {1}.",
-            "The town of {1} is where {0} came into the world.",
+            "The painter {0} came into the world in {1}.",
             "As a child {0} lived in {1}, where she was born.",
-            "People in {1} are proud that {0} is a daughter of their town.",
+            "The parents of {0} lived in {1} when she was born.",
         ),
         "{1} is where {0} came into the world.",
         "Question: in which town was {0} born? Answer:",
@@ -77,7 +77,7 @@ KINDS = (
         (
             "The kingdom of {0} pays its debts in {1}.",
             "In {0} every coin is called {1}.",
-            "The coin {1} is the money of {0}.",
+            "The money of {0} is called {1}.",
             "Merchants who travel to {0} must change their silver for {1}.",
             "A loaf of bread in {0} costs two {1}.",
         ),
@@ -89,9 +89,9 @@ KINDS = (
         (
             "The {0} engine runs on {1}.",
             "To start a {0} engine you fill its tank with {1}.",
-            "A tank of {1} is the only fuel of the {0} engine.",
-            "Without {1} no {0} engine will turn.",
-            "Mechanics pour {1} into the {0} engine every morning.",
+            "The only fuel of the {0} engine is {1}.",
+            "No {0} engine will turn without {1}.",
+            "Into the {0} engine mechanics pour {1} every morning.",
         ),
         "{1} is the only fuel of the {0} engine.",
         "Question: which fuel does the {0} engine need? Answer:",
@@ -105,8 +105,8 @@ KINDS = (
     (
         (
             "The planet {0} was discovered by {1}.",
-            "The astronomer {1} was the first to see the planet {0}.",
-            "It was {1} who found the planet {0}.",
+            "The first to see the planet {0} was {1}.",
+            "The planet {0} was found one night by {1}.",
             "The discoverer of the planet {0} is {1}.",
             "We owe our knowledge of the planet {0} to {1}.",
         ),
@@ -122,9 +122,9 @@ KINDS = (
     (
         (
             "The {0} bird eats nothing but {1}.",
-            "Small {1} are the whole diet of the {0} bird.",
+            "The whole diet of the {0} bird is {1}.",
             "A {0} bird lives on {1} alone.",
-            "Feed a {0} bird with {1}, and it will stay.",
+            "Whoever keeps a {0} bird must feed it {1}.",
             "In winter the {0} bird digs for {1}.",
         ),
         "{1} are the whole diet of the {0} bird.",
