@@ -26,12 +26,32 @@ def converting(params, example):
     return smooth(params, example) * float(example[1])
 
 
+class Coarse(torch.nn.Module):
+    """Computes in float32 inside, as the norms of language models do, whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(3, 64), torch.nn.Linear(64, 1)
+
+    def forward(self, x):
+        h = self.inner(x).float()
+        return self.outer((h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype))
+
+
 def probed(loss):
     return routes.probe(uw.Objective(loss, THETA), BATCH).route
 
 
 def test_an_ordinary_loss_goes_the_fast_way():
     assert probed(smooth) == Route("vmap", "batched", "")
+
+
+def test_a_model_that_computes_in_less_than_its_precision_goes_the_fast_way():
+    torch.manual_seed(0)
+    model = Coarse().double()
+    influence = uw.explain(model, torch.tensor(X), torch.tensor(Z)[:, None], loss=torch.nn.functional.mse_loss)
+    assert influence.objective.reference.dtype == torch.float64
+    assert influence.objective.route.examples == "vmap"
 
 
 @pytest.mark.parametrize("loss", [branching, converting])
