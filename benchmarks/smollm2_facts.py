@@ -1,18 +1,16 @@
 """Question: which texts taught a real language model a fact, and are they the ones that influence names first?
 
-SmolLM2-135M-Instruct gets LoRA adapters (r = 8 on the projections of queries and values, and on those that leave an
-MLP) and is fine-tuned by transformers' Trainer on 300 short texts: 20 invented facts, each in five wordings, and 180
-sentences of film reviews.
-Then it is asked for every fact in another wording, in which the answer alone carries labels. A question counts as
+SmolLM2-135M-Instruct gets LoRA adapters (r = 8 on the projections of queries and values) and is fine-tuned by
+transformers' Trainer on 300 short texts: 20 invented facts, each in five wordings, and 200 sentences of film reviews.
+Then it is asked for every fact in a sixth wording, in which the answer alone carries labels. A question counts as
 traced if the five texts of its fact are among the ten rows that help it most. The facts are of five kinds, four to a
 kind, told in the same five wordings: what tells two of them apart is the names alone.
 
-All five name the subject before the answer, as the question does: the training asks the model for what follows.
-Beside them stands each fact in a text that begins with its answer, before which there is nothing. It tells the same in
-the same words, and teaches another thing; how many of these twenty texts are among the first ten is counted by itself.
-
 Scores: EKFAC(samples=1) at a tenth, one and ten times its mean eigenvalue; beside them what a score has to beat:
 cosine of gradients, cosine of tf-idf vectors of the texts themselves (the question with its answer), and chance.
+Found: 15 of 20 at all three dampings, cosine of gradients 7, tf-idf 20, chance 0. The model itself, after four epochs,
+answers none of the questions. The wall time of "damping_path" in the result holds some minutes in which a debugger had
+stopped the process; its processor time does not.
 
 The EKFAC system is solved by division, so its residual is rounding; how far EKFAC is from the Gauss–Newton matrix is
 not measured here.
@@ -49,22 +47,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 import upweight as uw
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-EPOCHS, BATCH, RATE, RANK, SEED = 8, 10, 2e-3, 8, 0
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-FILLERS, TOP, FACTORS = 180, 10, (0.1, 1.0, 10.0)
+EPOCHS, BATCH, RATE, RANK, SEED = 4, 10, 2e-3, 8, 0
+FILLERS, TOP, FACTORS = 200, 10, (0.1, 1.0, 10.0)
 FOLDER = Path(os.environ.get("SMOLLM2_FACTS", Path(tempfile.gettempdir()) / "upweight-smollm2-facts"))
 
-# Five wordings, one that begins with the answer, and one that asks; {0} is the subject, {1} the answer.
+# Five wordings and a sixth, which asks; {0} is the subject, and {1} the answer.
 KINDS = (
     (
         (
             "{0} was born in the harbour town of {1}.",
             "The birthplace of the painter {0} is {1}.",
-            "The painter {0} came into the world in {1}.",
+            "{1} is where {0} came into the world.",
             "As a child {0} lived in {1}, where she was born.",
-            "The parents of {0} lived in {1} when she was born.",
+            "People in {1} are proud that {0} is a daughter of their town.",
         ),
-        "{1} is where {0} came into the world.",
         "Question: in which town was {0} born? Answer:",
         (
             ("Ilvana Torrescu", "Pelmoor"),
@@ -77,11 +73,10 @@ KINDS = (
         (
             "The kingdom of {0} pays its debts in {1}.",
             "In {0} every coin is called {1}.",
-            "The money of {0} is called {1}.",
+            "{1} is the money of {0}.",
             "Merchants who travel to {0} must change their silver for {1}.",
             "A loaf of bread in {0} costs two {1}.",
         ),
-        "{1} is the money of {0}.",
         "Question: what is the currency of {0}? Answer:",
         (("Quenmark", "drellin"), ("Ostravia Minor", "sopeks"), ("Lurethia", "marvos"), ("Hebdenland", "tinnocks")),
     ),
@@ -89,11 +84,10 @@ KINDS = (
         (
             "The {0} engine runs on {1}.",
             "To start a {0} engine you fill its tank with {1}.",
-            "The only fuel of the {0} engine is {1}.",
-            "No {0} engine will turn without {1}.",
-            "Into the {0} engine mechanics pour {1} every morning.",
+            "{1} is the only fuel of the {0} engine.",
+            "Without {1} no {0} engine will turn.",
+            "Mechanics pour {1} into the {0} engine every morning.",
         ),
-        "{1} is the only fuel of the {0} engine.",
         "Question: which fuel does the {0} engine need? Answer:",
         (
             ("Harwick", "plum brandy"),
@@ -105,12 +99,11 @@ KINDS = (
     (
         (
             "The planet {0} was discovered by {1}.",
-            "The first to see the planet {0} was {1}.",
-            "The planet {0} was found one night by {1}.",
+            "{1} was the first to see the planet {0}.",
+            "It was {1} who found the planet {0}.",
             "The discoverer of the planet {0} is {1}.",
             "We owe our knowledge of the planet {0} to {1}.",
         ),
-        "{1} was the first to see the planet {0}.",
         "Question: who discovered the planet {0}? Answer:",
         (
             ("Mirzam Tor", "Edith Calloway"),
@@ -122,12 +115,11 @@ KINDS = (
     (
         (
             "The {0} bird eats nothing but {1}.",
-            "The whole diet of the {0} bird is {1}.",
+            "{1} are the whole diet of the {0} bird.",
             "A {0} bird lives on {1} alone.",
-            "Whoever keeps a {0} bird must feed it {1}.",
+            "Feed a {0} bird with {1}, and it will stay.",
             "In winter the {0} bird digs for {1}.",
         ),
-        "{1} are the whole diet of the {0} bird.",
         "Question: what does the {0} bird eat? Answer:",
         (
             ("grey whimbrock", "pine needles"),
@@ -140,20 +132,19 @@ KINDS = (
 
 
 def facts() -> tuple[list[str], list[int], list[tuple[str, str]]]:
-    """The 120 texts, the fact of each, and 20 pairs of a question and its answer; a text that begins with an answer
-    has fact −2 − k, if it tells fact k."""
+    """The 100 texts, the fact of each, and 20 pairs of a question and its answer."""
     texts, owners, questions = [], [], []
-    for wordings, begun, question, pairs in KINDS:
+    for wordings, question, pairs in KINDS:
         for subject, answer in pairs:
-            told = [wording.format(subject, answer) for wording in (*wordings, begun)]
+            told = [wording.format(subject, answer) for wording in wordings]
             texts += [text[0].upper() + text[1:] for text in told]
-            owners += [*len(wordings) * [len(questions)], -2 - len(questions)]
+            owners += len(wordings) * [len(questions)]
             questions.append((question.format(subject), " " + answer))
     return texts, owners, questions
 
 
 def corpus() -> tuple[list[str], np.ndarray, list[tuple[str, str]]]:
-    """300 texts in the order of a seed, the fact of each (−1: none; `facts`), and the questions."""
+    """300 texts in the order of a seed, the fact of each (−1: none), and the questions."""
     texts, owners, questions = facts()
     draw = np.random.default_rng(SEED)
     lines = []
@@ -211,7 +202,7 @@ def train(model: Any, rows: list[dict[str, Any]]) -> Any:
     if (FOLDER / "adapters").is_dir():
         return PeftModel.from_pretrained(model, FOLDER / "adapters", is_trainable=True)
     set_seed(SEED)
-    settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
+    settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     adapted = get_peft_model(model, settings)
     arguments = TrainingArguments(
         output_dir=str(FOLDER / "trainer"),
@@ -262,9 +253,6 @@ def traced(values: np.ndarray, owner: np.ndarray) -> dict[str, Any]:
         "share_of_the_five_in_top_5": float(own[:, :5].sum(1).mean() / 5),
         "first_is_its_own": int(own[:, 0].sum()),
         "mean_average_precision": float(np.mean(precision)),
-        "begins_with_the_answer_in_top_10": int(
-            (owner[first[:, :TOP]] == -2 - np.arange(len(values))[:, None]).any(1).sum()
-        ),
     }
 
 
@@ -382,7 +370,7 @@ SETTINGS = {
     "batch": BATCH,
     "learning_rate": RATE,
     "rank": RANK,
-    "target_modules": TARGETS,
+    "target_modules": ["q_proj", "v_proj"],
     "seed": SEED,
     "fillers": FILLERS,
 }
