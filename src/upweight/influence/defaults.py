@@ -183,6 +183,7 @@ def in_its_place(
     That of a linear predictor may have up to 12,000 parameters, for without it there may be no answer.
 
     >>> import upweight as uw
+    >>> from upweight.solvers import Cholesky
     >>> X, criterion = torch.eye(3), torch.nn.functional.mse_loss
     >>> network = uw.explain(torch.nn.Linear(3, 3), X, X, loss=criterion, penalty=0.1)
     >>> in_its_place(CG(), network.objective, network.examples, Hessian()).solver
