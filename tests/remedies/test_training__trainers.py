@@ -50,7 +50,7 @@ def trainer(folder, model=None, rows=None, collate=transformers.default_data_col
 def trained(one):
     with uw.Recording.of_trainer(one) as recording:
         one.train()
-    return uw.through(recording).on_loss(ROWS[:1], check=False).values
+    return uw.through(recording, since=0).on_loss(ROWS[:1], check=False).values
 
 
 def test_what_is_no_trainer(tmp_path):

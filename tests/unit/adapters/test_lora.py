@@ -115,7 +115,7 @@ def test_flat_directions_are_told_and_hold_nothing_of_a_value(kind):
     projected = Q[:, kept] / (eigenvalues[kept] + influence.damping) @ Q[:, kept].T
     lost = G - G @ Q[:, kept] @ Q[:, kept].T  # of gradients outside of what C sees
     expected = G[:2] @ (projected @ G.T + lost.T / influence.damping)
-    weights = torch.from_numpy(influence.examples.weights)
+    weights = torch.tensor(influence.examples.weights)
     np.testing.assert_allclose(values, (expected * weights / len(data)).numpy(), rtol=1e-6, atol=1e-12)
 
 
