@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,8 @@ __all__ = ["functional_call", "grad", "pushed", "quietly", "refuse_inference_mod
 
 _NO_RULE = "There is a performance drop because we have not yet implemented the batching rule"  # how torch begins
 _LISTENING: list[bool] = []  # while `unbatched` gathers
-_WARNS = [True]  # torch has a switch and does not tell how it stands
+_QUIET = [0]  # how many are inside of `quietly`, in all threads: torch has one switch, and does not tell how it stands
+_SWITCHING = threading.Lock()
 _SAID: dict[Any, Any] = {}  # warnings of a user's code that were passed on
 
 
@@ -47,12 +49,14 @@ def refuse_inference_mode(what: str) -> None:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without torch's warnings that vmap takes an operation row by row, which `unbatched` gathers once for `check`."""
-    before = _warns(False) if not _LISTENING else None
+    if _LISTENING:
+        yield
+        return
+    _count(1)
     try:
         yield
     finally:
-        if before is not None:
-            _warns(before)
+        _count(-1)
 
 
 @contextmanager
@@ -61,10 +65,12 @@ def unbatched(operations: set[str]) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         _LISTENING.append(True)
+        _warn(True)
         try:
             yield
         finally:
             _LISTENING.pop()
+            _count(0)
     for one in seen:
         if str(one.message).startswith(_NO_RULE):
             operations.update(re.findall(r"aten::\w+", str(one.message))[:1])
@@ -72,15 +78,18 @@ def unbatched(operations: set[str]) -> Iterator[None]:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno, registry=_SAID)
 
 
-def _warns(on: bool) -> bool:
-    """Whether torch warns of a missing rule from now on; how it was before."""
-    inner = getattr(torch._C, "_functorch", None)
-    switch = getattr(inner, "_set_vmap_fallback_warning_enabled", None)
-    before = _WARNS[0]
+def _count(more: int) -> None:
+    """So many more are inside of `quietly`; torch warns where nobody is."""
+    with _SWITCHING:
+        _QUIET[0] += more
+        _warn(not _QUIET[0])
+
+
+def _warn(on: bool) -> None:
+    """Whether torch warns of a missing rule from now on."""
+    switch = getattr(getattr(torch._C, "_functorch", None), "_set_vmap_fallback_warning_enabled", None)
     if switch is not None:
         switch(on)
-        _WARNS[0] = on
-    return before
 
 
 def vmap(function: Callable[..., Any], in_dims: Any = 0) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 import upweight as uw
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel
+from upweight.model import transforms
 
 DRAW = torch.Generator().manual_seed(0)
 X = torch.randn(40, 3, generator=DRAW, dtype=torch.float64)
@@ -219,6 +221,20 @@ def test_a_forward_of_ones_own_on_the_instance_is_one():
 
 
 def test_torchs_warnings_of_missing_rules_are_hidden_and_check_says_them():
+    inside, entered = threading.Event(), threading.Event()
+
+    def longer():
+        with transforms.quietly():
+            entered.set()
+            inside.wait(10)
+
+    thread = threading.Thread(target=longer)  # is quiet before and after another is
+    with transforms.quietly():
+        thread.start()
+        entered.wait(10)
+    inside.set()
+    thread.join()
+
     def towards(z, target):
         return F.triplet_margin_loss(z, target[:, :2], target[:, 2:], margin=3.0)
 
