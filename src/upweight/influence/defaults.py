@@ -45,8 +45,8 @@ from upweight.influence.costs import (
     Cost,
     cost,
     costs,
-    dual_bytes,  # noqa: F401 public as defaults.dual_bytes
-    entries_of,  # noqa: F401 likewise
+    dual_bytes,
+    entries_of,
     held,
     preconditioner,
     product_seconds,
@@ -70,6 +70,25 @@ from upweight.operators import (
 from upweight.operators.cotangents import MOST, Signs, count, outputs
 from upweight.runs.machine import in_bytes
 from upweight.solvers import CG, Factored, Solver
+
+__all__ = [
+    "Cost",
+    "completed",
+    "cost",
+    "costs",
+    "curvature",
+    "damping",
+    "dampings",
+    "dual_bytes",
+    "entries_of",
+    "example_bytes",
+    "in_its_place",
+    "mean_eigenvalue",
+    "patience",
+    "precision",
+    "refuse_larger",
+    "solver",
+]
 
 _ITERATED_UP_TO = 100_000
 _AT_ONCE = 2e10  # flops of a factorisation that nobody waits for
