@@ -11,12 +11,9 @@ damping. Then both scores, and those of the exact damped Gauss–Newton, against
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import report, seconds
+from kronfluence_scores import ekfac_scores
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -77,59 +75,11 @@ def trained(X: Tensor, y: Tensor) -> torch.nn.Sequential:
     return model.eval()
 
 
-def kronfluence_scores(
-    model: torch.nn.Module, X: Tensor, y: Tensor, Xq: Tensor, yq: Tensor
-) -> Callable[[], NDArray[np.float64]]:
-    """What computes kronfluence's factors and pairwise scores, (q, n): its documented calls, its own defaults."""
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
-    from kronfluence.task import Task
-
-    class Regression(Task):
-        def compute_train_loss(self, batch: Any, model: torch.nn.Module, sample: bool = False) -> Tensor:
-            outputs = model(batch[0])
-            target = batch[1] if not sample else torch.normal(outputs.detach(), 0.5**0.5)
-            return mse_loss(outputs, target, reduction="sum")
-
-        def compute_measurement(self, batch: Any, model: torch.nn.Module) -> Tensor:
-            return self.compute_train_loss(batch, model)
-
-    train, queries = torch.utils.data.TensorDataset(X, y), torch.utils.data.TensorDataset(Xq, yq)
-    task = Regression()
-    prepared = prepare_model(model, task)
-    folder = tempfile.mkdtemp()
-    analyzer = Analyzer(
-        "concrete",
-        prepared,
-        task,
-        cpu=True,
-        output_dir=folder,
-        disable_tqdm=True,
-        disable_model_save=True,
-        log_level=logging.ERROR,
-    )
-
-    def run() -> NDArray[np.float64]:
-        analyzer.fit_all_factors(
-            "ekfac",
-            train,
-            per_device_batch_size=len(X),
-            factor_args=FactorArguments(strategy="ekfac"),
-            overwrite_output_dir=True,
-        )
-        analyzer.compute_pairwise_scores(
-            "pairs",
-            "ekfac",
-            queries,
-            train,
-            per_device_query_batch_size=len(Xq),
-            per_device_train_batch_size=len(X),
-            score_args=ScoreArguments(damping_factor=DAMPING),
-            overwrite_output_dir=True,
-        )
-        return analyzer.load_pairwise_scores("pairs")["all_modules"].double().numpy()
-
-    return run
+def summed_loss(model: torch.nn.Module, batch: Any, sample: bool) -> Tensor:
+    """Squared errors of a batch, of targets that are drawn from the model if a sample is asked for."""
+    outputs = model(batch[0])
+    target = batch[1] if not sample else torch.normal(outputs.detach(), 0.5**0.5)
+    return mse_loss(outputs, target, reduction="sum")
 
 
 def explained(model: torch.nn.Module, X: Tensor, y: Tensor, damping: float, **settings: Any) -> uw.Influence:
@@ -143,7 +93,7 @@ def speed(
     """Both in turns: seconds and their ratio, and the scores of both."""
     twin = network()
     twin.load_state_dict(model.state_dict())
-    theirs = kronfluence_scores(twin, X, y, Xq, yq)
+    theirs = ekfac_scores(twin, summed_loss, (X, y), (Xq, yq), batch=len(X), damping=DAMPING)
 
     def ours() -> uw.Scores:
         curvature = uw.operators.EKFAC(samples=1)

@@ -10,9 +10,7 @@ process on one thread, in turns: kronfluence's factors, eigenvectors and pairwis
 
 from __future__ import annotations
 
-import logging
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import report
+from kronfluence_scores import ekfac_scores
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -75,57 +74,11 @@ def trained(X: Tensor, y: Tensor) -> nn.Module:
     return model.eval()
 
 
-def kronfluence_scores(
-    model: nn.Module, X: Tensor, y: Tensor, Xq: Tensor, yq: Tensor
-) -> Callable[[], NDArray[np.float64]]:
-    """What computes kronfluence's factors and pairwise scores, (q, n)."""
-    from kronfluence.analyzer import Analyzer, prepare_model
-    from kronfluence.arguments import FactorArguments, ScoreArguments
-    from kronfluence.task import Task
-
-    class Classification(Task):
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            logits = model(batch[0])
-            labels = torch.multinomial(logits.detach().softmax(1), 1)[:, 0] if sample else batch[1]
-            return cross_entropy(logits, labels, reduction="sum")
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return self.compute_train_loss(batch, model)
-
-    train, queries = torch.utils.data.TensorDataset(X, y), torch.utils.data.TensorDataset(Xq, yq)
-    task = Classification()
-    analyzer = Analyzer(
-        "resnet",
-        prepare_model(model, task),
-        task,
-        cpu=True,
-        output_dir=tempfile.mkdtemp(),
-        disable_tqdm=True,
-        disable_model_save=True,
-        log_level=logging.ERROR,
-    )
-
-    def run() -> NDArray[np.float64]:
-        analyzer.fit_all_factors(
-            "ekfac",
-            train,
-            per_device_batch_size=BATCH,
-            factor_args=FactorArguments(strategy="ekfac"),
-            overwrite_output_dir=True,
-        )
-        analyzer.compute_pairwise_scores(
-            "pairs",
-            "ekfac",
-            queries,
-            train,
-            per_device_query_batch_size=QUERIES,
-            per_device_train_batch_size=BATCH,
-            score_args=ScoreArguments(damping_factor=DAMPING),
-            overwrite_output_dir=True,
-        )
-        return analyzer.load_pairwise_scores("pairs")["all_modules"].double().numpy()
-
-    return run
+def summed_loss(model: nn.Module, batch: Any, sample: bool) -> Tensor:
+    """Cross-entropy of a batch, of labels that are drawn from the model if a sample is asked for."""
+    logits = model(batch[0])
+    labels = torch.multinomial(logits.detach().softmax(1), 1)[:, 0] if sample else batch[1]
+    return cross_entropy(logits, labels, reduction="sum")
 
 
 def busy(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -142,7 +95,7 @@ def main() -> None:
     model, twin = trained(X, y), network()
     twin.load_state_dict(model.state_dict())
     twin.eval()
-    theirs = kronfluence_scores(twin, X, y, Xq, yq)
+    theirs = ekfac_scores(twin, summed_loss, (X, y), (Xq, yq), batch=BATCH, damping=DAMPING)
     objective = uw.Objective.from_module(model, cross_entropy, dtype=torch.float32)
 
     def ours() -> NDArray[np.float64]:
