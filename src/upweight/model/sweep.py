@@ -45,6 +45,7 @@ from upweight.runs.sums import Sums
 MEMORY = 2**30
 _WINDOW = (4, 64)  # chunks that each of several ranks visits, the first time and at most, before all rows are exchanged
 _WINDOW_BYTES = 2**27  # of the rows of such a window, which every rank has
+_NARROW_BYTES = 2**26  # of a chunk of a linear predictor: threads that share smaller ones wait more than they work
 
 T = TypeVar("T")
 Numbers = range | NDArray[np.int64]
@@ -358,6 +359,10 @@ class Sweep:
         label: str,
     ) -> Iterator[tuple[int, NDArray[np.float64]]]:
         """The output rows of chunks, one after the other."""
+        if store is None and sums is None:
+            numbers = range(begun, len(chunks))
+            yield from zip(numbers, self._of_chunks(function, chunks, numbers, vectors, label), strict=True)
+            return
         for file in files_of(len(chunks), 1 if store is None else store.span, begun):
             yield from self._of_file(function, chunks, file, vectors, store, sums, label, ranks.Alone())
 
@@ -414,6 +419,9 @@ class Sweep:
         """The output rows of chunks that lie in one file of the store, if there is one."""
 
         def computed() -> Iterator[NDArray[np.float64]]:
+            if sums is None and isinstance(work, ranks.Alone):
+                yield from self._of_chunks(function, chunks, file, vectors, label)
+                return
             for number in file:
                 work.at(number)
                 yield self._of_chunk(function, chunks[number], number, vectors, label, sums)
@@ -434,6 +442,19 @@ class Sweep:
         for values in store.passing(which, rows, computed()):
             yield next(numbers), values
         stop_here(f"chunk {which + 1} of {-(-len(chunks) // store.span)}")
+
+    def _of_chunks(
+        self, function: Callable[[Any, Tensor], Tensor], chunks: list[Place], numbers: range, vectors: int, label: str
+    ) -> Iterator[NDArray[np.float64]]:
+        """The output rows of these chunks, in order; of a linear predictor several narrow ones at once."""
+
+        def of(number: int) -> NDArray[np.float64]:
+            return self._of_chunk(function, chunks[number], number, vectors, label, None)
+
+        each = CHUNK * self.example_bytes * (1 + vectors)
+        if self.objective.linear is None or each > _NARROW_BYTES:
+            return map(of, numbers)
+        return threads.in_turn(of, numbers, self.at_most(self.memory, 4) // each)
 
     @threads.shared()
     def _of_chunk(

@@ -13,18 +13,22 @@ With OMP_WAIT_POLICY=PASSIVE, which the commands set and which has to be there b
 at barriers, and all of them can be had beside others.
 
 SciPy's and NumPy's BLAS have threads of their own, which wait in the same way: they are never more than torch's.
+
+Where regions are small and their order is known, threads share none: each has tasks of its own (`in_turn`), whose bits
+are those of one thread, nobody waits, and nothing is tried.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -34,6 +38,8 @@ _LEAST, _SECONDS = 0.25, 2.0  # for which a trial holds
 _REGIONS = 24  # of a trial: a few milliseconds where nothing else runs
 _ROWS, _WIDTH, _COLUMNS = 1024, 256, 16
 _LOST = 3.0  # times as long as one thread takes, and a trial ends
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -120,6 +126,41 @@ def each(count: int, task: Callable[[int], None]) -> None:
             list(pool.map(task, range(count)))
     finally:
         torch.set_num_threads(most)
+
+
+def in_turn(task: Callable[[int], T], numbers: Sequence[int], at_once: int) -> Iterator[T]:
+    """task(number) of each number, in their order; up to so many side by side, each on one thread.
+
+    One more than that are at hand at most. The bits are those of one thread, whatever the number of them.
+    """
+    most = torch.get_num_threads()
+    several = min(most, at_once, len(numbers))
+    if several > 1:
+        yield from _side_by_side(task, numbers, several)
+        return
+    for number in numbers:
+        torch.set_num_threads(1)
+        try:
+            found = task(number)
+        finally:
+            torch.set_num_threads(most)
+        yield found
+
+
+def _side_by_side(task: Callable[[int], T], numbers: Sequence[int], several: int) -> Iterator[T]:
+    most, waiting = torch.get_num_threads(), deque[Future[T]]()
+    pool = ThreadPoolExecutor(several, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with blas_at_most(1):
+            for number in numbers:
+                waiting.append(pool.submit(task, number))
+                if len(waiting) > several:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(most)  # for threads that begin later
 
 
 def named() -> bool:

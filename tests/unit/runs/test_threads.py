@@ -7,9 +7,12 @@ from threading import Barrier
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_info, threadpool_limits
 
+import upweight as uw
 from small import XQ, YQ, classifier
+from upweight.model.chunks import CHUNK
 from upweight.runs import threads
 from upweight.runs.store import Store
 
@@ -133,4 +136,65 @@ def test_a_task_that_fails_fails_for_all():
 
     with pytest.raises(ValueError, match="three"):
         threads.each(5, task)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("at_once", "count", "side_by_side"), [(8, 5, True), (1, 5, False), (8, 1, False)])
+def test_tasks_in_turn_have_one_thread_each_and_keep_their_order(at_once, count, side_by_side):
+    seen, met = [], []
+    meeting = Barrier(2, timeout=30)
+
+    def task(number):
+        if side_by_side and number < 2:  # passes if they run side by side only
+            met.append(meeting.wait())
+        seen.append(torch.get_num_threads())
+        return number
+
+    found = threads.in_turn(task, range(count), at_once)
+    assert next(found) == 0
+    assert torch.get_num_threads() == 2  # where the values are taken
+    assert list(found) == list(range(1, count))
+    assert seen == [1] * count
+    assert len(met) == (2 if side_by_side else 0)
+    assert torch.get_num_threads() == 2
+
+
+def test_tasks_in_turn_are_no_more_ahead_than_there_are_threads():
+    begun = []
+    found = threads.in_turn(lambda number: begun.append(number) or number, range(100), 2)
+    next(found)
+    found.close()
+    assert len(begun) <= 3
+    assert torch.get_num_threads() == 2
+
+
+def test_a_task_in_turn_that_fails_fails_where_it_is_asked_for():
+    def task(number):
+        if number == 2:
+            message = "two"
+            raise ValueError(message)
+        return number
+
+    found = threads.in_turn(task, range(50), 2)
+    assert [next(found), next(found)] == [0, 1]
+    with pytest.raises(ValueError, match="two"):
+        next(found)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("begun", [0, 2])
+def test_narrow_rows_of_linear_models_come_from_one_thread_each(begun, monkeypatch):
+    """Where all chunks are asked for as where one is left, so that a run that goes on has the same bits."""
+    X, y = np.arange(12.0).reshape(6, 2), np.array([0, 1, 0, 1, 1, 0])
+    sweep = uw.explain(LogisticRegression().fit(X, y), X, y).system.sweep
+    monkeypatch.setattr(threads, "tried", lambda _: pytest.fail("tried"))
+    rows, seen = np.zeros(3 * CHUNK, np.int64), []
+
+    def counted(batch, weights):
+        seen.append(torch.get_num_threads())
+        return weights
+
+    found = list(sweep.chunks(counted, rows=rows, begun=begun))
+    assert [number for number, _ in found] == list(range(begun, 3))
+    assert seen == [1] * (3 - begun)
     assert torch.get_num_threads() == 2
