@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.solvers.recurrence import Progress, positive
+from upweight.solvers.recurrence import Progress, norms, positive
 
 _DEPENDENT = 1e-13  # share of a direction that those before it do not span, below which it is dropped: rounding
 _SUSPECT = 1e-12  # of the Gram matrix: half the digits are enough to suspect
@@ -52,7 +52,7 @@ def descend_together(
         goal: the norm at which a row has arrived.
         max_steps: products to make at most.
         direction: directions to go on from; rows of zeros are none.
-        watch: is told the residuals after every product.
+        watch: is told the norms of the residuals after every product.
     """
     x, R = x.clone(), residual.clone()
     smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
@@ -71,7 +71,7 @@ def descend_together(
         x += length @ P
         R -= length @ Q
         if watch is not None:
-            watch(R)
+            watch(norms(R))
         if _arrived(R, goal):
             return Progress(x, R, _padded(P, R), step + 1, smallest)
         Z = _preconditioned(precondition, R[R.norm(dim=1) > _LONG_ARRIVED * goal])

@@ -16,6 +16,7 @@ from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, che
 from upweight.model import penalties
 from upweight.model.objective import Objective
 from upweight.operators.base import Operator
+from upweight.operators.eliminated import Eliminated, eliminated
 from upweight.operators.linear import LinearHessian
 from upweight.runs import progress
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
@@ -24,10 +25,11 @@ from upweight.solvers.direct import Cholesky
 from upweight.solvers.flat import LEANS, PROBES, Flat, probed
 from upweight.solvers.lanczos import suggest_damping
 from upweight.solvers.pacing import Keep, Pace
-from upweight.solvers.precondition import ByEigenvalues, Plain, Preconditioner
+from upweight.solvers.precondition import Approximate, ByEigenvalues, Plain, Preconditioner
 from upweight.solvers.recurrence import Progress, descend
 
 _RECOMPUTE = 50  # the recurrence for r drifts from v − Ax in floating point; every so often it is replaced by the truth
+_RARELY = 500  # the same where little is added to r: that of sparse rows, reduced
 _COARSE_GAIN = 0.1  # a run in float32 must shrink the true residual to this share, else products become float64
 _SCALE_ROWS = 1024
 _MATRIX_UP_TO = 4000  # parameters: many directions that no row sees are found in a matrix
@@ -92,6 +94,10 @@ class CG:
         """The iteration, with its preconditioner built."""
         damping = checked_damping(damping)
         plain = self.preconditioner is None or isinstance(self.preconditioner, Plain)
+        if isinstance(self.preconditioner, Approximate) and isinstance(operator, LinearHessian):
+            reduced = eliminated(operator, damping)
+            if reduced is not None:
+                return Iteration(self, operator, damping, None, _scale(operator, damping), reduced=reduced)
         inverse = None if plain else self.preconditioner.prepare(operator, damping)  # type: ignore[union-attr]
         return Iteration(self, operator, damping, inverse, None if inverse is None else _scale(operator, damping))
 
@@ -106,6 +112,7 @@ class Iteration:
         damping: λ.
         inverse: the preconditioner, or None.
         scale: 1/√diag(C + λI), or None.
+        reduced: the system without the columns of sparse rows that are solved for exactly, in place of an inverse.
         patience: from the number of right-hand sides to the products after which it looks how far it has come, and
             gives up if it will need `FURTHER` times as many: something else would be quicker. None goes on.
     """
@@ -116,6 +123,7 @@ class Iteration:
     inverse: Callable[[Tensor], Tensor] | None = None
     scale: Tensor | None = None
     patience: Callable[[int], int] | None = None
+    reduced: Eliminated | None = None
 
     @cached_property
     def flat(self) -> Flat | None:
@@ -181,7 +189,7 @@ class Iteration:
         """The solution of right-hand sides that need no other treatment, run by run of the recurrence."""
         X = torch.zeros_like(V) if state is None else state["x"].clone()
         R = V.clone() if state is None else V - self._apply(X)
-        P = None if state is None else state.get("p")
+        P = None if state is None or self.reduced is not None else state.get("p")
         P = P if P is None or self.together(V) else _continued(P, R)
         D = torch.ones(V.shape[1], dtype=V.dtype) if self.scale is None else self.scale
         size, weighed = V.norm(dim=1), (V * D).norm(dim=1)
@@ -194,7 +202,8 @@ class Iteration:
                 missed = torch.maximum(_share(R, size), _share(R * D, weighed))
                 if not bool((missed > self.spec.rtol).any()):
                     break
-                goal = sharpened * (_MARGIN if self.inverse is not None else 1.0) * self.spec.rtol * weighed
+                exact = self.inverse is None and self.reduced is None
+                goal = sharpened * (1.0 if exact else _MARGIN) * self.spec.rtol * weighed
                 left_to_make = self.spec.max_sweeps - sweeps
                 if trial is not None and sweeps < trial:
                     left_to_make = min(left_to_make, trial - sweeps)
@@ -212,7 +221,9 @@ class Iteration:
                 sweeps += 1
                 tried = missed > self.spec.rtol
                 gain = float(((true * D).norm(dim=1) / (R * D).norm(dim=1))[tried].max())
-                paused = run.steps < _RECOMPUTE and bool((run.residual.norm(dim=1) > goal).any())
+                paused = run.steps < (_RECOMPUTE if self.reduced is None else _RARELY) and bool(
+                    (run.residual.norm(dim=1) > goal).any()
+                )
                 if coarse is not None and (run.stopped is not None or not (paused or gain <= _COARSE_GAIN)):
                     coarse = None  # float32 has given what it can
                     smallest = torch.full_like(smallest, torch.inf)
@@ -266,7 +277,7 @@ class Iteration:
         Not for linear predictors of dense rows with a preconditioner: ten cheap products leave nothing that would pay
         for it.
         """
-        return len(V) > 1 and (self.scale is None or getattr(self.operator, "sparse", False))
+        return len(V) > 1 and (self.scale is None or getattr(self.operator, "sparse", False)) and self.reduced is None
 
     def _mixed(self, basis: Tensor, mixing: Tensor, V: Tensor, keep: Keep | None) -> Solution:
         """Dependent right-hand sides through a basis of them: copies differ by rounding, which is no direction."""
@@ -318,6 +329,8 @@ class Iteration:
         pace: Pace,
     ) -> Progress:
         """Steps on D (C + λI) D y = D v until the recurrence believes in the goal, or it is time to look again."""
+        if self.reduced is not None:
+            return self._run_reduced(self.reduced, Y, R, goal, left, direction, step, pace)
         operator, project = self.operator if coarse is None else coarse, self._project
         D = torch.ones_like(R[0]) if self.scale is None else self.scale
 
@@ -330,12 +343,46 @@ class Iteration:
         precondition = None if inverse is None else lambda R: project(inverse(R / D)) / D
         steps = pace.steps(min(left, _RECOMPUTE))
 
-        def watch(R: Tensor) -> None:
-            step(float((R.norm(dim=1) / goal.clamp(min=1e-300)).max()))
+        def watch(left: Tensor) -> None:
+            step(float((left / goal.clamp(min=1e-300)).max()))
 
         if self.together(R):
             return descend_together(product, precondition, Y, R, goal, steps, direction, watch=watch)
         return descend(product, precondition, Y, R, goal, steps, direction, scale=D, watch=watch)
+
+    def _run_reduced(
+        self,
+        reduced: Eliminated,
+        Y: Tensor,
+        R: Tensor,
+        goal: Tensor,
+        left: int,
+        direction: Tensor | None,
+        step: Callable[[float], None],
+        pace: Pace,
+    ) -> Progress:
+        """The same on what is left of the system; the solution of the rest follows from it."""
+        D: Tensor = self.scale  # type: ignore[assignment]
+        side = reduced.side(R / D)
+        run = descend(
+            reduced.product,
+            None if reduced.spread is None else reduced.precondition,
+            torch.zeros_like(side.middle),
+            side.middle,
+            goal,
+            pace.steps(min(left, _RARELY)),
+            None if direction is None else reduced.taken_from(direction),
+            scale=reduced.scale.repeat(reduced.shape[1]),
+            weights=reduced.weights,
+            watch=lambda norms: step(float((norms / goal.clamp(min=1e-300)).max())),
+        )
+        residual = run.residual if reduced.weights is None else run.residual * reduced.weights
+        return replace(
+            run,
+            x=Y + reduced.whole(side, run.x) / D,
+            residual=reduced.spread_out(residual),
+            direction=reduced.spread_out(run.direction),
+        )
 
     def _apply(self, V: Tensor) -> Tensor:
         return self._project(self.operator.apply(V)) + self.damping * V
