@@ -150,7 +150,7 @@ class Eliminated:
         return self._back(linear.curved(self.curvatures, along))
 
     def _back(self, R: Float[Tensor, "n k K"]) -> Float[Tensor, "k Km"]:
-        return self.X.back(R.flatten(1)).T.reshape(R.shape[1], -1)
+        return self.X.back(R.flatten(1)).T.contiguous().reshape(R.shape[1], -1)
 
     def _of_few(self, few: Float[Tensor, "k K f"]) -> Float[Tensor, "n k K"]:
         across = np.ascontiguousarray(few.flatten(0, 1).numpy().T)

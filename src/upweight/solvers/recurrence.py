@@ -42,6 +42,7 @@ def descend(
     *,
     scale: Float[Tensor, " p"] | None = None,
     weights: Float[Tensor, " p"] | None = None,
+    besides: Callable[[Tensor], Tensor] | None = None,
     watch: Callable[[Tensor], None] | None = None,
 ) -> Progress:
     """Conjugate gradients from x, with v − A x = residual, until ‖residual‖ ≤ goal for every row, or max_steps.
@@ -60,6 +61,7 @@ def descend(
         direction: the directions to go on from, for a continued run without preconditioner.
         scale: what turns x into the parameters, in whose units the smallest curvature is counted.
         weights: what residuals are multiplied by before their norm is compared with the goal; None for nothing.
+        besides: from residuals whose norms have all arrived to numbers that must, too.
         watch: is told the norms of the residuals after every product.
     """
     x, R = x.clone(), residual.clone()
@@ -73,6 +75,8 @@ def descend(
     rho = dots(R, Z)
     for step in range(max_steps):
         active = torch.nonzero(left > goal)[:, 0]
+        if len(active) == 0 and besides is not None:
+            active = torch.nonzero(besides(R) > goal)[:, 0]
         if len(active) == 0:
             return Progress(x, R, P, step, smallest)
         every = len(active) == len(R)
