@@ -41,13 +41,13 @@ class Side:
         middle: (k, K·m) of the columns that are left, scaled.
         few: (k, K, f) of those with at most one entry, over what holds them.
         rows: (n, k, K) what `few` gives the rows.
-        intercepts: (k, K).
+        intercepts: (k, K), or nothing.
     """
 
     middle: Float[Tensor, "k m"]
     few: Float[Tensor, "k K f"]
     rows: Float[Tensor, "n k K"]
-    intercepts: Float[Tensor, "k K"]
+    intercepts: Float[Tensor, "k b"]
 
 
 @dataclass(frozen=True)
