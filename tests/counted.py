@@ -97,7 +97,7 @@ def _sparse_product(X, other):
         left, right = np.diff(X.tocsc().indptr), np.diff(other.tocsr().indptr)
         pairs = float(left @ right.astype(float))
         return 2 * pairs, 12.0 * pairs
-    vectors = other.size / X.shape[1]
+    vectors = other.size / max(1, X.shape[1])
     return 2 * X.nnz * vectors, 12.0 * X.nnz + 8.0 * X.nnz * vectors + 16.0 * X.shape[0] * vectors
 
 

@@ -29,6 +29,7 @@ from upweight.operators.linear import LinearHessian
 from upweight.runs import ranks
 
 _COPIES = 2**30  # bytes that the columns which are left may take, once as rows and once as columns
+_BLOCK = 2**22  # entries that are scaled at once
 _SINGULAR = 1e-12  # of the intercepts' block: what is smaller is rounding
 _ENTRY = 12  # bytes of a number and its place
 
@@ -180,7 +181,7 @@ def eliminated(operator: LinearHessian, damping: float) -> Eliminated | None:
     softened = _softened(torch.cat([h[:, :K] / n, h[:, K:] / n**0.5], 1), alone, held[:, few], K)
     own = operator.diagonal()[: K * d].unflatten(0, (K, d))[:, columns] + damping
     scale = own.mean(0).rsqrt()
-    left.data *= scale.numpy()[left.indices]
+    _scale_columns(left, scale.numpy())
     entries = Entries(left, transposed=2 * _ENTRY * left.nnz <= room)
     coupled = K > 1 and operator.shift is not None
     bordered = _bordered(operator, entries, softened, strengths[K * d :], K)
@@ -204,21 +205,37 @@ def eliminated(operator: LinearHessian, damping: float) -> Eliminated | None:
 
 
 def _columns(X: Any, chosen: NDArray[np.int64]) -> Any:
-    """Some columns of a CSR matrix, as one of their own."""
+    """Some columns of a CSR matrix, as one of their own whose numbers are a copy."""
+    if len(chosen) == X.shape[1]:
+        return _matrix(X.data.copy(), X.indices, X.indptr, X.shape)
     place = np.full(X.shape[1], -1, dtype=X.indices.dtype)
     place[chosen] = np.arange(len(chosen))
     places = place[X.indices]
     kept = places >= 0
-    ends = np.concatenate([[0], np.cumsum(kept)])[X.indptr].astype(X.indptr.dtype)
-    part = scipy.sparse.csr_matrix((X.shape[0], len(chosen)), dtype=np.float64)
-    part.data, part.indices, part.indptr = X.data[kept], places[kept], ends
-    return part
+    before = np.cumsum(kept, dtype=X.indptr.dtype)
+    ends = np.where(X.indptr > 0, before[X.indptr - 1], 0).astype(X.indptr.dtype)
+    return _matrix(X.data[kept], places[kept], ends, (X.shape[0], len(chosen)))
+
+
+def _matrix(data: Any, indices: Any, indptr: Any, shape: tuple[int, int]) -> Any:
+    """A CSR matrix of these arrays; SciPy's constructor would look at all of them."""
+    made = scipy.sparse.csr_matrix(shape, dtype=np.float64)
+    made.data, made.indices, made.indptr = data, indices, indptr
+    return made
+
+
+def _scale_columns(X: Any, scale: NDArray[np.float64]) -> None:
+    """X · diag(scale), in place."""
+    for start in range(0, X.nnz, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        X.data[part] *= scale[X.indices[part]]
 
 
 def _softened(h: Tensor, alone: Any, held: Float[Tensor, "K f"], K: int) -> Float[Tensor, "n c"]:
     """h̃ᵢ."""
-    squared = scipy.sparse.csr_matrix(alone.shape, dtype=np.float64)
-    squared.data, squared.indices, squared.indptr = alone.data**2, alone.indices, alone.indptr
+    if not alone.nnz:
+        return h
+    squared = _matrix(alone.data**2, alone.indices, alone.indptr, alone.shape)
     sigma = torch.from_numpy(squared @ np.ascontiguousarray((1 / held).T.numpy()))  # (n, K)
     less = 1 / (1 + h[:, :K] * sigma)
     if h.shape[1] == K:
