@@ -24,7 +24,7 @@ from torch import Tensor
 
 from upweight.model import linear, penalties
 from upweight.model.objective import L2
-from upweight.operators.entries import Entries
+from upweight.operators.entries import SEVERAL, Entries
 from upweight.operators.linear import LinearHessian
 from upweight.runs import ranks
 
@@ -164,17 +164,12 @@ def eliminated(operator: LinearHessian, damping: float) -> Eliminated | None:
     Cost: that of some ten products.
     """
     objective, sweep, structure = operator.sweep.objective, operator.sweep, operator.sweep.objective.linear
-    if structure is None or not operator.sparse or ranks.several() or sweep.batch_size is not None:
+    copies = _copies(operator, damping)
+    if structure is None or not copies or not bool((operator.curvatures[:, : structure.n_outputs] >= 0).all()):
         return None
-    if not isinstance(objective.penalty, L2 | None):
-        return None
-    X, K, d, n = sweep.examples.x, structure.n_outputs, structure.n_features, sweep.n
+    K, d, n, h = structure.n_outputs, structure.n_features, sweep.n, operator.curvatures
     strengths = penalties.diagonal(objective) + damping
-    held, h = strengths[: K * d].unflatten(0, (K, d)), operator.curvatures
-    room = sweep.at_most(_COPIES, 4)
-    if not bool((held > 0).all()) or not bool((h[:, :K] >= 0).all()) or _ENTRY * X.nnz > room:  # type: ignore[union-attr]
-        return None
-    X = linear.wide(X)
+    held, X = strengths[: K * d].unflatten(0, (K, d)), linear.wide(sweep.examples.x)
     counts = np.bincount(X.indices, minlength=d)
     few, columns = np.flatnonzero(counts <= 1), np.flatnonzero(counts > 1)
     alone, left = _columns(X, few), _columns(X, columns)
@@ -182,7 +177,7 @@ def eliminated(operator: LinearHessian, damping: float) -> Eliminated | None:
     own = operator.diagonal()[: K * d].unflatten(0, (K, d))[:, columns] + damping
     scale = own.mean(0).rsqrt()
     _scale_columns(left, scale.numpy())
-    entries = Entries(left, transposed=2 * _ENTRY * left.nnz <= room)
+    entries = Entries(left, transposed=copies > 1)
     coupled = K > 1 and operator.shift is not None
     bordered = _bordered(operator, entries, softened, strengths[K * d :], K)
     if bordered is None:
@@ -202,6 +197,29 @@ def eliminated(operator: LinearHessian, damping: float) -> Eliminated | None:
         spread=(1 / (own * scale * scale)).flatten() if K > 1 else None,
         coupled=coupled,
     )
+
+
+def kept_bytes(operator: LinearHessian, damping: float, vectors: int) -> int:
+    """Memory that the copies of the entries take where systems of so many vectors are solved."""
+    copies, structure = _copies(operator, damping), operator.sweep.objective.linear
+    if structure is None or not copies:
+        return 0
+    several = vectors * structure.n_outputs >= SEVERAL
+    return (copies if several else 1) * _ENTRY * operator.sweep.examples.x.nnz  # type: ignore[union-attr]
+
+
+def _copies(operator: LinearHessian, damping: float) -> int:
+    """How many copies of the entries there may be: as rows, and as columns; 0 where nothing can be eliminated."""
+    objective, sweep = operator.sweep.objective, operator.sweep
+    if not operator.sparse or ranks.several() or sweep.batch_size is not None:
+        return 0
+    structure = objective.linear
+    if structure is None or not isinstance(objective.penalty, L2 | None):
+        return 0
+    strengths = penalties.diagonal(objective)[: structure.n_outputs * structure.n_features] + damping
+    if not bool((strengths > 0).all()):
+        return 0
+    return min(2, sweep.at_most(_COPIES, 4) // max(1, _ENTRY * sweep.examples.x.nnz))  # type: ignore[union-attr]
 
 
 def _columns(X: Any, chosen: NDArray[np.int64]) -> Any:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_SEVERAL = 3  # vectors from which torch's kernel is the faster
+SEVERAL = 3  # vectors from which torch's kernel is the faster
 
 
 class Entries:
@@ -32,12 +32,12 @@ class Entries:
 
     def across(self, V: Float[Tensor, "m k"]) -> Float[Tensor, "n k"]:
         """X V."""
-        pair = self._pair if V.shape[1] >= _SEVERAL else None
+        pair = self._pair if V.shape[1] >= SEVERAL else None
         return torch.from_numpy(self.X @ V.numpy()) if pair is None else pair[0] @ V
 
     def back(self, R: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
         """Xᵀ R."""
-        pair = self._pair if R.shape[1] >= _SEVERAL else None
+        pair = self._pair if R.shape[1] >= SEVERAL else None
         return torch.from_numpy(self._back @ R.numpy()) if pair is None else pair[1] @ R
 
     @cached_property
@@ -50,7 +50,7 @@ class Entries:
             warnings.simplefilter("ignore")  # torch says once that sparse tensors may change
             try:
                 pair = _in_torch(self.X), _in_torch(self._back.tocsr())
-                pair[0] @ torch.zeros(self.X.shape[1], _SEVERAL, dtype=torch.float64)
+                pair[0].matmul(torch.zeros(self.X.shape[1], SEVERAL, dtype=torch.float64))
             except (RuntimeError, NotImplementedError):  # a torch without such a kernel
                 return None
         return pair
