@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -72,8 +72,8 @@ class Eliminated:
     """
 
     shape: tuple[int, int, int]
-    columns: NDArray[np.int64]
-    few: NDArray[np.int64]
+    columns: Int[Tensor, " m"]
+    few: Int[Tensor, " f"]
     X: Entries
     alone: Any
     held: Float[Tensor, "K f"]
@@ -104,14 +104,19 @@ class Eliminated:
         inner = ((R - shift) * self.spread).unflatten(1, (K, -1))
         return (inner - inner.mean(1, keepdim=True)).flatten(1).add_(shift / self.diagonal)
 
+    def inverse(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k p"]:
+        """(C + λI)⁻¹ of every row, but for what is left, of which the diagonal is taken.  Cost: two products."""
+        side = self.side(V)
+        return self.whole(side, self.precondition(side.middle))
+
     def side(self, V: Float[Tensor, "k p"]) -> Side:
         """Right-hand sides for what is left."""
         _, K, d = self.shape
         coef = V[:, : K * d].unflatten(1, (K, d))
-        few = coef[:, :, self.few] / self.held
+        few = coef.index_select(2, self.few) / self.held
         rows = self._of_few(few)
         curved = linear.curved(self.curvatures, rows)
-        middle = (coef[:, :, self.columns] * self.scale).flatten(1) - self._back(curved)
+        middle = (coef.index_select(2, self.columns) * self.scale).flatten(1) - self._back(curved)
         intercepts = V[:, K * d :] - curved.sum(0)[:, : V.shape[1] - K * d]
         return Side(middle - (intercepts @ self.corner) @ self.border, few, rows, intercepts)
 
@@ -123,9 +128,9 @@ class Eliminated:
         curved = linear.curved(self.curvatures, along)
         x = torch.empty(len(Y), p, dtype=torch.float64)
         coef = x[:, : K * d].unflatten(1, (K, d))
-        coef[:, :, self.columns] = Y.unflatten(1, (K, -1)) * self.scale
+        coef.index_copy_(2, self.columns, Y.unflatten(1, (K, -1)) * self.scale)
         lifted = torch.from_numpy(self.alone.T @ curved.flatten(1).numpy())  # (f, kK)
-        coef[:, :, self.few] = side.few - lifted.T.unflatten(0, (len(Y), K)) / self.held
+        coef.index_copy_(2, self.few, side.few - lifted.T.unflatten(0, (len(Y), K)) / self.held)
         x[:, K * d :] = free
         return x
 
@@ -133,13 +138,13 @@ class Eliminated:
         """What is left in its places, and 0 elsewhere."""
         p, K, d = self.shape
         x = torch.zeros(len(Y), p, dtype=torch.float64)
-        x[:, : K * d].unflatten(1, (K, d))[:, :, self.columns] = Y.unflatten(1, (K, -1))
+        x[:, : K * d].unflatten(1, (K, d)).index_copy_(2, self.columns, Y.unflatten(1, (K, -1)))
         return x
 
     def taken_from(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k Km"]:
         """The places of what is left."""
         _, K, d = self.shape
-        return V[:, : K * d].unflatten(1, (K, d))[:, :, self.columns].flatten(1)
+        return V[:, : K * d].unflatten(1, (K, d)).index_select(2, self.columns).flatten(1)
 
     def _predicted(self, Y: Tensor, free: Tensor) -> Float[Tensor, "n k K"]:
         """What every row's outputs change by."""
@@ -184,8 +189,8 @@ def eliminated(operator: LinearHessian, damping: float) -> Eliminated | None:
         return None
     return Eliminated(
         shape=(operator.size, K, d),
-        columns=columns,
-        few=few,
+        columns=torch.from_numpy(columns),
+        few=torch.from_numpy(few),
         X=entries,
         alone=alone,
         held=held[:, few],

@@ -126,6 +126,11 @@ class Iteration:
     patience: Callable[[int], int] | None = None
     reduced: Eliminated | None = None
 
+    @property
+    def nearly(self) -> Callable[[Tensor], Tensor] | None:
+        """An approximate (C + λI)⁻¹, which another iteration can take as its preconditioner; None if there is none."""
+        return self.inverse if self.reduced is None else self.reduced.inverse
+
     @cached_property
     def flat(self) -> Flat | None:
         """The directions that no row sees, of an exact Hessian without damping; `_held` says where there are none.

@@ -91,7 +91,21 @@ def test_the_inverse_of_the_diagonal_is_positive_and_leaves_shifts_apart(kind):
         torch.testing.assert_close((M @ A).diagonal(), torch.ones(42, dtype=torch.float64), rtol=0.5, atol=0)
 
 
-def test_rounds_are_the_same_with_an_entry_in_two_parts():
+@pytest.mark.parametrize("kind", range(5))
+def test_the_approximate_inverse_is_symmetric_positive_and_near(kind):
+    operator = one_of_each()[kind].operator
+    left = eliminated(operator, 0.02)
+    M = left.inverse(torch.eye(operator.size, dtype=torch.float64))
+    torch.testing.assert_close(M, M.T, rtol=1e-9, atol=1e-9 * float(M.abs().max()))
+    spectrum = torch.linalg.eigvals(M @ dense(operator, 0.02)).real
+    assert float(spectrum.min()) > 0
+    assert float(spectrum.max()) < 100 * float(spectrum.min())
+    alone = torch.zeros(2, operator.size, dtype=torch.float64)
+    alone[:, left.few[:2]] = torch.eye(2, dtype=torch.float64)  # columns of one entry, in the product with C too
+    torch.testing.assert_close((alone @ dense(operator, 0.02)) @ M, alone, rtol=1e-9, atol=1e-9)
+
+
+def test_scores_are_the_same_with_an_entry_in_two_parts():
     X = table()
     parts = (np.repeat(X.data / 2, 2), np.repeat(X.indices, 2), 2 * X.indptr)
     twice = scipy.sparse.csr_matrix(parts, shape=X.shape)
@@ -187,3 +201,11 @@ def test_all_kernels_agree(vectors):
     for entries in (Entries(X, transposed=True), Entries(X, transposed=False), Entries(long, transposed=True)):
         torch.testing.assert_close(entries.across(V), dense @ V)
         torch.testing.assert_close(entries.back(R), dense.T @ R)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_group_is_removed_as_by_a_factorisation(classes):
+    on, groups = (table()[:3], np.arange(3) % classes), [[0, 1, 5], [7]]
+    near, exact = (influence(classes, solver=one) for one in (CG(1e-9, preconditioner=Approximate()), Cholesky()))
+    found, expected = near.of_removing(groups, on=on), exact.of_removing(groups, on=on)
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-5, atol=1e-8 * np.abs(expected.values).max())
