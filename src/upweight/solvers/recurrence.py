@@ -85,19 +85,21 @@ def descend(
         curvature = dots(p, image)
         unscaled = p if scale is None else p * scale
         quotient = curvature / dots(unscaled, unscaled)
-        smallest[active] = torch.minimum(smallest[active], quotient)
+        lowest = quotient if every else torch.minimum(smallest[active], quotient)
+        smallest = torch.minimum(smallest, lowest) if every else smallest.index_copy(0, active, lowest)
         if not bool((quotient > 0).all()):
             return Progress(
                 x, R, P, step + 1, smallest, stopped=int(active[int(quotient.nan_to_num(-torch.inf).argmin())])
             )
-        length = ((rho[active] if precondition is None else dots(p, r)) / curvature)[:, None]
+        last = rho if every else rho[active]
+        length = ((last if precondition is None else dots(p, r)) / curvature)[:, None]
         before = None if precondition is None else r.clone()
         y.addcmul_(length, p)
         r.addcmul_(length, image, value=-1)
         z, along = (r, dots(r, r)) if precondition is None else positive(precondition(r), r)
         gained = along if before is None else dots(r - before, z)
-        p.mul_((gained / rho[active].clamp(min=1e-300))[:, None]).add_(z)
-        rho[active] = along
+        p.mul_((gained / last.clamp(min=1e-300))[:, None]).add_(z)
+        rho = along if every else rho.index_copy(0, active, along)
         if not every:
             x[active], P[active], R[active] = y, p, r
         own = along.sqrt() if precondition is None and weights is None else norms(r, weights)
