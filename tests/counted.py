@@ -97,7 +97,7 @@ def _sparse_product(X, other):
         left, right = np.diff(X.tocsc().indptr), np.diff(other.tocsr().indptr)
         pairs = float(left @ right.astype(float))
         return 2 * pairs, 12.0 * pairs
-    vectors = other.size / X.shape[1]
+    vectors = other.size / max(1, X.shape[1])
     return 2 * X.nnz * vectors, 12.0 * X.nnz + 8.0 * X.nnz * vectors + 16.0 * X.shape[0] * vectors
 
 
@@ -157,10 +157,18 @@ class _Torch(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if not made or function.is_view or name in _FREE:
             return out
-        moved = sum(tensor.numel() * tensor.element_size() for tensor in (*given, *made))
-        cost = _TORCH.get(name)
+        moved = sum(_bytes(tensor) for tensor in (*given, *made))
+        sparse = next((tensor for tensor in given if tensor.layout == torch.sparse_csr), None)
+        cost = _TORCH.get(name) if sparse is None else lambda given: 2.0 * sparse.values().numel() * given[-1].shape[-1]
         self.found.add(0.0 if cost is None else cost(given), moved, double=made[0].dtype == torch.float64)
         return out
+
+
+def _bytes(tensor):
+    """Of a sparse matrix its entries and their places."""
+    if tensor.layout == torch.sparse_csr:
+        return 12.0 * tensor.values().numel()
+    return tensor.numel() * tensor.element_size()
 
 
 def _product(given):

@@ -27,7 +27,7 @@ _PASSES = {True: 12, False: 60}  # products that CG needs for 1e-6: with TwoLeve
 _SPARSE_PASSES = 40  # with Approximate
 _MATRIX = {True: 28.0, False: 60.0}  # bytes an entry while C is written out and factorised: linear predictors, others
 _SUBSTITUTIONS = 60  # triangles that are read to find the smallest curvature
-_VECTORS = 90  # that a step of an iteration reads and writes
+_VECTORS = {True: 24, False: 90}  # that a step of an iteration reads and writes: sparse rows, others
 _DEAR = 4.0  # times the products that it is to save
 _NARROW = 1024  # columns whose principal directions cost little
 _ENTRY = 12.0  # bytes of a sparse number and its place
@@ -109,8 +109,9 @@ def costs(objective: Objective, examples: Examples, curvature: Curvature, *, sys
 def product_seconds(structure: Linear, examples: Examples, systems: int) -> float:
     """Of a step with so many vectors: C times them, in float32 where rows are dense, and what is done with vectors."""
     entries, across = entries_of(structure, examples), structure.n_outputs * systems
-    vectors = _VECTORS * 8.0 * across * (structure.n_features + 1) / _BYTES
-    if scipy.sparse.issparse(examples.x):
+    sparse = scipy.sparse.issparse(examples.x)
+    vectors = _VECTORS[sparse] * 8.0 * across * (structure.n_features + 1) / _BYTES
+    if sparse:
         return vectors + (_ENTRY + 16.0 * across) * entries / _BYTES
     return vectors + max(2.0 * entries * across / _FLOPS, 4 * entries / _BYTES)
 

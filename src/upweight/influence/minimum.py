@@ -32,7 +32,7 @@ from torch import Tensor
 from upweight.data.examples import Examples
 from upweight.errors import TheoryWarning, UpweightError
 from upweight.influence.system import System
-from upweight.model import calculus, layers, per_row
+from upweight.model import calculus, layers, linear, per_row
 from upweight.model.sweep import Sweep
 from upweight.operators import GaussNewton, Hessian
 from upweight.operators.implicit import Implicit
@@ -89,8 +89,10 @@ def rows_by_scale(system: System, operator: LinearHessian) -> float:
     diagonal = operator.diagonal()
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     rows = _weighing(system, _ROWS)
-    G = per_row.gradients(system.sweep, rows) * torch.from_numpy(system.examples.weights[rows] / system.n)[:, None]
-    typical = float((G * scale).square().sum(1).mean().sqrt())
+    squares = system.sweep.emit(
+        lambda batch, _: linear.weighed_squares(system.objective, batch, scale * scale), rows=rows, label="typical row"
+    )
+    typical = math.sqrt(float(np.mean(squares * (system.examples.weights[rows] / system.n) ** 2)))
     return float((operator.project(system.risk_gradient[None])[0] * scale).norm()) / max(typical, 1e-300)
 
 

@@ -222,7 +222,7 @@ def _warm_rest(system: System, group: NDArray[np.int64]) -> _Rest:
         return project(system.operator.apply(V) - gone) + system.damping * V
 
     prepared = system.prepared
-    inverse = prepared.substitute if isinstance(prepared, Substitution) else getattr(prepared, "inverse", None)
+    inverse = prepared.substitute if isinstance(prepared, Substitution) else getattr(prepared, "nearly", None)
     precondition = None if inverse is None else lambda R: project(inverse(R))
 
     def inverse_of(sides: Tensor) -> tuple[Tensor, Progress]:

@@ -39,7 +39,7 @@ from upweight.influence.rehearsal import (
 from upweight.influence.removal import block
 from upweight.influence.system import System
 from upweight.model.chunks import CHUNK
-from upweight.operators import EKFAC, KFAC, DenseOperator
+from upweight.operators import EKFAC, KFAC, DenseOperator, eliminated
 from upweight.operators.layered import LayeredGaussNewton, kept_bytes
 from upweight.operators.linear import LinearHessian
 from upweight.runs import machine
@@ -317,8 +317,15 @@ class _Extrapolation:
         total = 0.0 if has_operator(system) else self._kept_by_the_curvature
         if structure is not None and STEPS.index(name) >= STEPS.index(SYSTEMS):
             known = type(system.operator) is LinearHessian and isinstance(system.solver, CG)
-            total += system.operator.kept_bytes(self.size) / system.n if known else 0.0  # type: ignore[attr-defined]
+            total += self._kept_by_products / system.n if known else 0.0
         return total + (8.0 * self.queries if name == SCORES else 0.0)
+
+    @property
+    def _kept_by_products(self) -> float:
+        """Bytes: what a linear predictor's products keep of all rows, and what CG copies of sparse ones."""
+        operator: LinearHessian = self.system.operator  # type: ignore[assignment]
+        copied = eliminated.kept_bytes(operator, self.system.known_damping or 0.0, self.size)
+        return float(operator.kept_bytes(self.size) + copied)
 
     @property
     def _kept_by_the_curvature(self) -> float:

@@ -34,6 +34,7 @@ from upweight.solvers.outer import OuterForms
 
 _BLOCK = 256  # rows whose systems are solved together, if their gradients fit
 _BLOCK_NUMBERS = 2**24
+_SPARSE_BLOCK = 32  # the same where rows are sparse: their vectors stay in cache
 _WORTH, _FEWEST = 2, 2  # rows for each parameter, and outputs, from which an inverse pays
 _SUMS_TO_0 = 1e-12  # of the largest slope: rounding
 
@@ -162,7 +163,9 @@ def _by_solutions(
     system: System, rows: NDArray[np.int64], solve: Callable[[Tensor], Solution]
 ) -> tuple[Products, Certificate]:
     means, replicas, certificates = [], [], []
-    size = max(1, min(_BLOCK, _BLOCK_NUMBERS // system.objective.size))
+    operator = scoring.closed(system)
+    block = _SPARSE_BLOCK if operator is not None and operator.sparse else _BLOCK
+    size = max(1, min(block, _BLOCK_NUMBERS // system.objective.size))
     for start in range(0, len(rows), size):
         G = per_row.gradients(system.sweep, rows[start : start + size])
         solution = solve(G + system.penalty_share)

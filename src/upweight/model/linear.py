@@ -114,6 +114,15 @@ def squares(objective: Objective, batch: Any) -> Float[Tensor, " b"]:
     return (slopes(objective, batch) ** 2).sum(1) * _lengths(objective, X)
 
 
+def weighed_squares(objective: Objective, batch: Any, weights: Float[Tensor, " p"]) -> Float[Tensor, " b"]:
+    """Σⱼ wⱼ(∇L)ⱼ² of every example; no gradient is written out."""
+    X, _ = _inputs(objective, batch)
+    coef, intercept = _parts(_structure(objective), weights[None])
+    squared = X.multiply(X).tocsr() if scipy.sparse.issparse(X) else X * X
+    sizes = times(squared, coef[0].T.contiguous())
+    return (slopes(objective, batch) ** 2 * (sizes if intercept is None else sizes + intercept[0])).sum(1)
+
+
 def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Tensor, "b k"]:
     """∇Lᵀ v for every example and vector."""
     X, _ = _inputs(objective, batch)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from upweight.data.arrays import as_tensor
 from upweight.data.stored import Stored
+from upweight.errors import UpweightError
 from upweight.model import linear, penalties
 from upweight.model.objective import Linear
 from upweight.model.sweep import Sweep, finite
@@ -109,6 +110,9 @@ class LinearHessian:
         objective, K = self.sweep.objective, self._structure.n_outputs
         label = "derivatives of the rows"
         if self.sparse:
+            at_once = self._derived_at_once()
+            if at_once is not None:
+                return at_once, None
             found = self.sweep.emit(lambda batch, weights: linear.derivatives(objective, batch, weights), label=label)
             return torch.from_numpy(found), None
 
@@ -119,6 +123,25 @@ class LinearHessian:
 
         found, total = self.sweep.emit_with_sum(look, label=label)
         return torch.from_numpy(found), total
+
+    def _derived_at_once(self) -> Tensor | None:
+        """`_derivatives` of sparse rows by whole chunks; None where one fails, for the sweep says which row it is."""
+        sweep, X, y = self.sweep, self._x, self.sweep.examples.y
+        if not self._by_whole_chunks(1) or y is None:
+            return None
+        weights, targets = torch.from_numpy(np.array(sweep.examples.weights)), as_tensor(y)
+        try:
+            found = torch.cat(
+                [
+                    linear.derivatives(
+                        sweep.objective, (sparse.rows(X, *part), targets[slice(*part)]), weights[slice(*part)]
+                    )
+                    for part in self._ends
+                ]
+            )
+        except (UpweightError, MemoryError, RuntimeError, ValueError, TypeError, IndexError, KeyError):
+            return None
+        return found if bool(torch.isfinite(found.sum())) else None
 
     def dots(self, V: Float[Tensor, "k p"]) -> tuple[Sweep, Callable[[Any, Tensor], Tensor]]:
         """A sweep, and what gives ∇Lᵢᵀ v for every row of its batches and vector, (b, k).
@@ -171,10 +194,7 @@ class LinearHessian:
 
         None where rows are dense or shared with other ranks, or a chunk does not fit.
         """
-        if not self.sparse or ranks.several() or self.sweep.batch_size is not None:
-            return None
-        needed = min(self._chunk, self.sweep.n) * (1 + vectors) * sparse.row_bytes(self._x, self._structure.n_outputs)
-        if needed > self.sweep.at_most(self.sweep.memory, 4):
+        if not self._by_whole_chunks(vectors):
             return None
         sums = Sums()
         try:
@@ -184,10 +204,20 @@ class LinearHessian:
             return None
         return finite(sums.total(), "curvature product")
 
+    def _by_whole_chunks(self, vectors: int) -> bool:
+        """Whether sparse rows are taken by whole chunks: they are this process's own, and a chunk fits."""
+        if not self.sparse or ranks.several() or self.sweep.batch_size is not None:
+            return False
+        needed = min(self._chunk, self.sweep.n) * (1 + vectors) * sparse.row_bytes(self._x, self._structure.n_outputs)
+        return needed <= self.sweep.at_most(self.sweep.memory, 4)
+
+    @property
+    def _ends(self) -> list[tuple[int, int]]:
+        return [(start, min(start + self._chunk, self.sweep.n)) for start in range(0, self.sweep.n, self._chunk)]
+
     @cached_property
     def _whole_chunks(self) -> list[tuple[Any, Tensor]]:
-        ends = [(start, min(start + self._chunk, self.sweep.n)) for start in range(0, self.sweep.n, self._chunk)]
-        return [(sparse.rows(self._x, *part), self.curvatures[slice(*part)]) for part in ends]
+        return [(sparse.rows(self._x, *part), self.curvatures[slice(*part)]) for part in self._ends]
 
     def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:
         """(1/b) Σ_{i in rows} wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ v + ∇²r v."""

@@ -70,9 +70,11 @@ def product(
 def squares(X: Any, spread: Float[Tensor, "b K"]) -> Float[Tensor, "K d"]:
     """Σ_b a_b x_b², the diagonal of Σ_b a_b x_b x_bᵀ, for every output's a."""
     X = linear.wide(X)
-    squared = X.copy()
-    squared.sum_duplicates()  # an entry in two parts squares as their sum
-    squared.data **= 2
+    if not X.has_canonical_format:  # an entry in two parts squares as their sum
+        X = X.copy()
+        X.sum_duplicates()
+    squared = scipy.sparse.csr_matrix(X.shape, dtype=X.dtype)
+    squared.data, squared.indices, squared.indptr = X.data**2, X.indices, X.indptr
     return torch.from_numpy((squared.T @ spread.numpy()).T.copy())
 
 

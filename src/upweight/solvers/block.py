@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from upweight.solvers.recurrence import Progress, positive
+from upweight.solvers.recurrence import Progress, norms, positive
 
 _DEPENDENT = 1e-13  # share of a direction that those before it do not span, below which it is dropped: rounding
 _SUSPECT = 1e-12  # of the Gram matrix: half the digits are enough to suspect
@@ -34,6 +34,7 @@ def descend_together(
     max_steps: int,
     direction: Float[Tensor, "k p"] | None = None,
     *,
+    weights: Float[Tensor, " p"] | None = None,
     watch: Callable[[Tensor], None] | None = None,
 ) -> Progress:
     """As `recurrence.descend`, in one shared space.
@@ -52,29 +53,32 @@ def descend_together(
         goal: the norm at which a row has arrived.
         max_steps: products to make at most.
         direction: directions to go on from; rows of zeros are none.
-        watch: is told the residuals after every product.
+        weights: what residuals are multiplied by before their norm is compared with the goal; None for nothing.
+        watch: is told the norms of the residuals after every product.
     """
     x, R = x.clone(), residual.clone()
     smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
-    if _arrived(R, goal):
+    if bool((norms(R, weights) <= goal).all()):
         return Progress(x, R, R.clone(), 0, smallest)
     P = orthonormal(_preconditioned(precondition, R) if direction is None else direction)
     for step in range(max_steps):
         Q = product(P)
         G = P @ Q.T
-        lowest, witness = _lowest((G + G.T) / 2, P)
+        lowest, along = _lowest((G + G.T) / 2)
         factor, failed = torch.linalg.cholesky_ex((G + G.T) / 2)
         if not lowest > 0 or bool(failed):
-            return Progress(x, R, _padded(witness, R), step + 1, smallest.clamp(max=lowest), stopped=0)
+            return Progress(x, R, _padded(along @ P, R), step + 1, smallest.clamp(max=lowest), stopped=0)
         smallest = smallest.clamp(max=lowest)
         length = torch.cholesky_solve(P @ R.T, factor).T  # (k, directions)
         x += length @ P
         R -= length @ Q
+        left = norms(R, weights)
         if watch is not None:
-            watch(R)
-        if _arrived(R, goal):
+            watch(left)
+        if bool((left <= goal).all()):
             return Progress(x, R, _padded(P, R), step + 1, smallest)
-        Z = _preconditioned(precondition, R[R.norm(dim=1) > _LONG_ARRIVED * goal])
+        near = left <= _LONG_ARRIVED * goal
+        Z = _preconditioned(precondition, R[~near] if bool(near.any()) else R)
         P = orthonormal(Z - torch.cholesky_solve(Q @ Z.T, factor).T @ P)
     return Progress(x, R, _padded(P, R), max_steps, smallest)
 
@@ -106,20 +110,16 @@ def orthonormal(Y: Float[Tensor, "k p"]) -> Float[Tensor, "r p"]:
         rows = rows[adds]  # a column that is noise takes a part of later rows along, so the factors are made again
 
 
-def _arrived(R: Tensor, goal: Tensor) -> bool:
-    return bool((R.norm(dim=1) <= goal).all())
-
-
 def _preconditioned(precondition: Callable[[Tensor], Tensor] | None, R: Tensor) -> Tensor:
     return R if precondition is None else positive(precondition(R), R)[0]
 
 
-def _lowest(G: Tensor, P: Tensor) -> tuple[float, Tensor]:
-    """The smallest curvature in the span of P, and where it is met; NaN if a product was."""
+def _lowest(G: Tensor) -> tuple[float, Tensor]:
+    """The smallest curvature in a space, and where in it that is met; NaN if a product was."""
     if not bool(torch.isfinite(G).all()):
-        return float("nan"), P[:1]
+        return float("nan"), torch.eye(len(G), dtype=G.dtype)[:1]
     values, U = torch.linalg.eigh(G)
-    return float(values[0]), U[:, :1].T @ P
+    return float(values[0]), U[:, :1].T
 
 
 def _padded(P: Tensor, R: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from upweight.errors import InvalidInput, NotConverged, NotPositiveDefinite, che
 from upweight.model import penalties
 from upweight.model.objective import Objective
 from upweight.operators.base import Operator
+from upweight.operators.eliminated import Eliminated, eliminated
 from upweight.operators.linear import LinearHessian
 from upweight.runs import progress
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
@@ -24,10 +25,12 @@ from upweight.solvers.direct import Cholesky
 from upweight.solvers.flat import LEANS, PROBES, Flat, probed
 from upweight.solvers.lanczos import suggest_damping
 from upweight.solvers.pacing import Keep, Pace
-from upweight.solvers.precondition import ByEigenvalues, Plain, Preconditioner
-from upweight.solvers.recurrence import Progress, descend
+from upweight.solvers.precondition import Approximate, ByEigenvalues, Plain, Preconditioner
+from upweight.solvers.recurrence import Progress, descend, norms
 
 _RECOMPUTE = 50  # the recurrence for r drifts from v − Ax in floating point; every so often it is replaced by the truth
+_MANY, _ALONE = 32, 32  # right-hand sides that share a space, if after so many steps of their own some have not arrived
+_RARELY = 500  # the same where little is added to r: that of sparse rows, reduced
 _COARSE_GAIN = 0.1  # a run in float32 must shrink the true residual to this share, else products become float64
 _SCALE_ROWS = 1024
 _MATRIX_UP_TO = 4000  # parameters: many directions that no row sees are found in a matrix
@@ -92,6 +95,10 @@ class CG:
         """The iteration, with its preconditioner built."""
         damping = checked_damping(damping)
         plain = self.preconditioner is None or isinstance(self.preconditioner, Plain)
+        if isinstance(self.preconditioner, Approximate) and isinstance(operator, LinearHessian):
+            reduced = eliminated(operator, damping)
+            if reduced is not None:
+                return Iteration(self, operator, damping, None, _scale(operator, damping), reduced=reduced)
         inverse = None if plain else self.preconditioner.prepare(operator, damping)  # type: ignore[union-attr]
         return Iteration(self, operator, damping, inverse, None if inverse is None else _scale(operator, damping))
 
@@ -106,6 +113,7 @@ class Iteration:
         damping: λ.
         inverse: the preconditioner, or None.
         scale: 1/√diag(C + λI), or None.
+        reduced: the system without the columns of sparse rows that are solved for exactly, in place of an inverse.
         patience: from the number of right-hand sides to the products after which it looks how far it has come, and
             gives up if it will need `FURTHER` times as many: something else would be quicker. None goes on.
     """
@@ -116,6 +124,12 @@ class Iteration:
     inverse: Callable[[Tensor], Tensor] | None = None
     scale: Tensor | None = None
     patience: Callable[[int], int] | None = None
+    reduced: Eliminated | None = None
+
+    @property
+    def nearly(self) -> Callable[[Tensor], Tensor] | None:
+        """An approximate (C + λI)⁻¹, which another iteration can take as its preconditioner; None if there is none."""
+        return self.inverse if self.reduced is None else self.reduced.inverse
 
     @cached_property
     def flat(self) -> Flat | None:
@@ -181,7 +195,7 @@ class Iteration:
         """The solution of right-hand sides that need no other treatment, run by run of the recurrence."""
         X = torch.zeros_like(V) if state is None else state["x"].clone()
         R = V.clone() if state is None else V - self._apply(X)
-        P = None if state is None else state.get("p")
+        P = None if state is None or self.reduced is not None else state.get("p")
         P = P if P is None or self.together(V) else _continued(P, R)
         D = torch.ones(V.shape[1], dtype=V.dtype) if self.scale is None else self.scale
         size, weighed = V.norm(dim=1), (V * D).norm(dim=1)
@@ -194,11 +208,12 @@ class Iteration:
                 missed = torch.maximum(_share(R, size), _share(R * D, weighed))
                 if not bool((missed > self.spec.rtol).any()):
                     break
-                goal = sharpened * (_MARGIN if self.inverse is not None else 1.0) * self.spec.rtol * weighed
+                exact = self.inverse is None and self.reduced is None
+                goal = sharpened * (1.0 if exact else _MARGIN) * self.spec.rtol * weighed
                 left_to_make = self.spec.max_sweeps - sweeps
                 if trial is not None and sweeps < trial:
                     left_to_make = min(left_to_make, trial - sweeps)
-                run = self._run(coarse, X / D, R * D, goal, left_to_make, P, step, pace)
+                run = self._run(coarse, X / D, R * D, goal, left_to_make, P, step, pace, weighed / size)
                 sweeps += run.steps
                 smallest = torch.minimum(smallest, run.smallest)
                 if run.stopped is not None and coarse is None:
@@ -212,7 +227,9 @@ class Iteration:
                 sweeps += 1
                 tried = missed > self.spec.rtol
                 gain = float(((true * D).norm(dim=1) / (R * D).norm(dim=1))[tried].max())
-                paused = run.steps < _RECOMPUTE and bool((run.residual.norm(dim=1) > goal).any())
+                paused = run.steps < (_RECOMPUTE if self.reduced is None else _RARELY) and bool(
+                    (run.residual.norm(dim=1) > goal).any()
+                )
                 if coarse is not None and (run.stopped is not None or not (paused or gain <= _COARSE_GAIN)):
                     coarse = None  # float32 has given what it can
                     smallest = torch.full_like(smallest, torch.inf)
@@ -220,7 +237,8 @@ class Iteration:
                 sharpened *= 0.1 if reached else 1.0  # the plain residual is then what is still missing
                 drifted = float((true * D - run.residual).norm() / (true * D).norm().clamp(min=1e-300))
                 X, R = run.x * D, true
-                exactly = self.inverse is None or self.together(V) or coarse is self.operator  # no coarser products
+                alone = self.inverse is None and not self._shared_later(V)
+                exactly = alone or self.together(V) or coarse is self.operator  # no coarser products
                 P = run.direction if drifted < 1e-3 and exactly else None
                 if pace.look(X, R if P is None else P, run.steps):
                     missed = torch.maximum(_share(R, size), _share(R * D, weighed))
@@ -266,7 +284,7 @@ class Iteration:
         Not for linear predictors of dense rows with a preconditioner: ten cheap products leave nothing that would pay
         for it.
         """
-        return len(V) > 1 and (self.scale is None or getattr(self.operator, "sparse", False))
+        return len(V) > 1 and (self.scale is None or getattr(self.operator, "sparse", False)) and self.reduced is None
 
     def _mixed(self, basis: Tensor, mixing: Tensor, V: Tensor, keep: Keep | None) -> Solution:
         """Dependent right-hand sides through a basis of them: copies differ by rounding, which is no direction."""
@@ -316,8 +334,11 @@ class Iteration:
         direction: Tensor | None,
         step: Callable[[float], None],
         pace: Pace,
+        larger: Tensor,
     ) -> Progress:
         """Steps on D (C + λI) D y = D v until the recurrence believes in the goal, or it is time to look again."""
+        if self.reduced is not None:
+            return self._run_reduced(self.reduced, Y, R, goal, left, direction, step, pace, larger)
         operator, project = self.operator if coarse is None else coarse, self._project
         D = torch.ones_like(R[0]) if self.scale is None else self.scale
 
@@ -330,12 +351,70 @@ class Iteration:
         precondition = None if inverse is None else lambda R: project(inverse(R / D)) / D
         steps = pace.steps(min(left, _RECOMPUTE))
 
-        def watch(R: Tensor) -> None:
-            step(float((R.norm(dim=1) / goal.clamp(min=1e-300)).max()))
+        def watch(left: Tensor) -> None:
+            step(float((left / goal.clamp(min=1e-300)).max()))
 
         if self.together(R):
             return descend_together(product, precondition, Y, R, goal, steps, direction, watch=watch)
         return descend(product, precondition, Y, R, goal, steps, direction, scale=D, watch=watch)
+
+    def _run_reduced(
+        self,
+        reduced: Eliminated,
+        Y: Tensor,
+        R: Tensor,
+        goal: Tensor,
+        left: int,
+        direction: Tensor | None,
+        step: Callable[[float], None],
+        pace: Pace,
+        larger: Tensor,
+    ) -> Progress:
+        """The same on what is left of the system; the solution of the rest follows from it.
+
+        Of many right-hand sides each goes its own way first: where that is short, a shared space costs more than it
+        saves.
+        """
+        D: Tensor = self.scale  # type: ignore[assignment]
+        side, steps = reduced.side(R / D), pace.steps(min(left, _RARELY))
+        many, scale = self._shared_later(R), reduced.scale.repeat(reduced.shape[1])
+        precondition = None if reduced.spread is None else reduced.precondition
+        first, plainly = min(steps, _ALONE) if many else steps, 1 / scale
+
+        def watch(left: Tensor) -> None:
+            step(float((left / goal.clamp(min=1e-300)).max()))
+
+        run = descend(
+            reduced.product,
+            precondition,
+            torch.zeros_like(side.middle),
+            side.middle,
+            goal,
+            first,
+            None if direction is None else reduced.taken_from(direction),
+            scale=scale,
+            weights=reduced.weights,
+            besides=lambda R: norms(R, plainly) * larger,  # ‖r‖/‖v‖, in units of the goal
+            watch=watch,
+        )
+        if first < steps and run.steps == first:
+            lowest, begun = run.smallest, (run.x, run.residual)
+            weights = reduced.weights
+            run = descend_together(
+                reduced.product, precondition, *begun, goal, steps - first, weights=weights, watch=watch
+            )
+            run = replace(run, steps=first + run.steps, smallest=lowest)
+        residual = run.residual if reduced.weights is None else run.residual * reduced.weights
+        return replace(
+            run,
+            x=Y + reduced.whole(side, run.x) / D,
+            residual=reduced.spread_out(residual),
+            direction=reduced.spread_out(run.direction),
+        )
+
+    def _shared_later(self, V: Tensor) -> bool:
+        """Whether so many right-hand sides share a space if their own ways are long."""
+        return self.reduced is not None and len(V) >= _MANY and self.spec.settled is None
 
     def _apply(self, V: Tensor) -> Tensor:
         return self._project(self.operator.apply(V)) + self.damping * V

@@ -61,6 +61,9 @@ class Plain:
 class Approximate:
     """The operator's own approximate inverse: Kronecker factors of its mean, or its diagonal.
 
+    Where rows are sparse and every coefficient is held by a penalty or a damping, CG solves for the columns of at most
+    one entry, and for the intercepts, exactly, and iterates on the others alone (`operators.eliminated`).
+
     Cost: one pass over the data and two small eigendecompositions, once; 4·p·(d + K) flops per vector afterwards.
 
     >>> from sklearn.datasets import load_digits

@@ -41,6 +41,8 @@ def descend(
     direction: Float[Tensor, "k p"] | None = None,
     *,
     scale: Float[Tensor, " p"] | None = None,
+    weights: Float[Tensor, " p"] | None = None,
+    besides: Callable[[Tensor], Tensor] | None = None,
     watch: Callable[[Tensor], None] | None = None,
 ) -> Progress:
     """Conjugate gradients from x, with v − A x = residual, until ‖residual‖ ≤ goal for every row, or max_steps.
@@ -58,18 +60,23 @@ def descend(
         max_steps: products to make at most.
         direction: the directions to go on from, for a continued run without preconditioner.
         scale: what turns x into the parameters, in whose units the smallest curvature is counted.
-        watch: is told the residuals after every product.
+        weights: what residuals are multiplied by before their norm is compared with the goal; None for nothing.
+        besides: from residuals whose norms have all arrived to numbers that must, too.
+        watch: is told the norms of the residuals after every product.
     """
     x, R = x.clone(), residual.clone()
     smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
-    active = torch.nonzero(R.norm(dim=1) > goal)[:, 0]
+    left = norms(R, weights)
+    active = torch.nonzero(left > goal)[:, 0]
     Z = R if precondition is None else torch.zeros_like(R)
     if precondition is not None and len(active):
         Z[active] = positive(precondition(R[active]), R[active])[0]
     P = Z.clone() if direction is None else direction.clone()
     rho = dots(R, Z)
     for step in range(max_steps):
-        active = torch.nonzero(R.norm(dim=1) > goal)[:, 0]
+        active = torch.nonzero(left > goal)[:, 0]
+        if len(active) == 0 and besides is not None:
+            active = torch.nonzero(besides(R) > goal)[:, 0]
         if len(active) == 0:
             return Progress(x, R, P, step, smallest)
         every = len(active) == len(R)
@@ -78,24 +85,34 @@ def descend(
         curvature = dots(p, image)
         unscaled = p if scale is None else p * scale
         quotient = curvature / dots(unscaled, unscaled)
-        smallest[active] = torch.minimum(smallest[active], quotient)
+        lowest = quotient if every else torch.minimum(smallest[active], quotient)
+        smallest = torch.minimum(smallest, lowest) if every else smallest.index_copy(0, active, lowest)
         if not bool((quotient > 0).all()):
             return Progress(
                 x, R, P, step + 1, smallest, stopped=int(active[int(quotient.nan_to_num(-torch.inf).argmin())])
             )
-        length = ((rho[active] if precondition is None else dots(p, r)) / curvature)[:, None]
+        last = rho if every else rho[active]
+        length = ((last if precondition is None else dots(p, r)) / curvature)[:, None]
         before = None if precondition is None else r.clone()
         y.addcmul_(length, p)
         r.addcmul_(length, image, value=-1)
         z, along = (r, dots(r, r)) if precondition is None else positive(precondition(r), r)
         gained = along if before is None else dots(r - before, z)
-        p.mul_((gained / rho[active].clamp(min=1e-300))[:, None]).add_(z)
-        rho[active] = along
+        p.mul_((gained / last.clamp(min=1e-300))[:, None]).add_(z)
+        rho = along if every else rho.index_copy(0, active, along)
         if not every:
             x[active], P[active], R[active] = y, p, r
+        own = along.sqrt() if precondition is None and weights is None else norms(r, weights)
+        left = own if every else left.index_copy(0, active, own)
         if watch is not None:
-            watch(R)
+            watch(left)
     return Progress(x, R, P, max_steps, smallest)
+
+
+def norms(R: Float[Tensor, "k p"], weights: Float[Tensor, " p"] | None = None) -> Float[Tensor, " k"]:
+    """‖r‖ of every row, or ‖r·w‖."""
+    weighed = R if weights is None else R * weights
+    return dots(weighed, weighed).sqrt()
 
 
 def positive(Z: Float[Tensor, "k p"], R: Float[Tensor, "k p"]) -> tuple[Float[Tensor, "k p"], Float[Tensor, " k"]]:
