@@ -290,6 +290,19 @@ def mapped(pieces: Sequence[Piece], function: Callable[[Tensor], Tensor]) -> lis
     return [one(piece) for piece in pieces]
 
 
+def taken(pieces: Sequence[Piece], index: Int[Tensor, " r"]) -> list[Piece]:
+    """The pieces of some of the examples."""
+
+    def one(piece: Piece) -> Piece:
+        if isinstance(piece, Product):
+            return replace(piece, inputs=piece.inputs[index], slopes=piece.slopes[:, index])
+        if isinstance(piece, Lookup):
+            return replace(piece, indices=piece.indices[index], slopes=piece.slopes[:, index])
+        return replace(piece, values=piece.values[:, index])
+
+    return [one(piece) for piece in pieces]
+
+
 def _summed(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for part in parts:
