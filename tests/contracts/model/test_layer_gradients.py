@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import upweight as uw
 from upweight.model import layers, routes
-from upweight.model.layers import per_example, pieces
+from upweight.model.layers import convolution, pieces
 
 n = 5
 pytestmark = [
@@ -414,8 +414,8 @@ def test_check_says_which_gradients_are_written_out():
 
 
 def test_a_rule_that_is_wrong_for_a_model_is_seen_and_autograd_stands_in(monkeypatch):
-    windows = per_example._windows
-    monkeypatch.setattr(per_example, "_windows", lambda images, *rest: windows(images, *rest) * 1.001)
+    windows = convolution.windows
+    monkeypatch.setattr(convolution, "windows", lambda images, *rest: windows(images, *rest) * 1.001)
     model, objective, batch, _ = _made("conv2d", torch.float64)
     assert not objective.route.plan.structured
     assert "captured gradients differ from autograd's by" in objective.route.plan.reason
