@@ -8,8 +8,7 @@ matrix is written out, 2·t·i·o flops once and 2·i·o a vector, and its input
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,23 +120,30 @@ class Convolution:
         return found.reshape(self.examples, -1, k).sum(1).T
 
     def _written(self, W: Float[Tensor, "k entries"]) -> Float[Tensor, "k b"]:
-        """The same by the matrices of the examples."""
-        first = next(self._parts(1))
-        across = tiles(W.reshape(len(W), *first.sizes), self.examples)
-        each = first.inputs[0].numel() * first.inputs.element_size()
-        found = [
-            written(part.inputs, part.slopes[0], across, len(W)) for part in self._parts(max(1, _UNROLLED // each))
-        ]
+        """The same by the matrices of the examples, whose columns are in the order kernel, channel."""
+        k, groups, (outputs, channels, *kernel) = len(W), self.settings["groups"], self._weight
+        kernels = W.reshape(k, groups, outputs // groups, channels, -1).transpose(3, 4)
+        across = tiles(kernels.reshape(k, groups, outputs // groups, -1), self.examples)
+        each = self._positions * groups * channels * math.prod(kernel) * W.element_size()
+        size, N = max(1, _UNROLLED // each), len(self.images) // self.examples
+        found = []
+        for start in range(0, self.examples, size):
+            b = min(size, self.examples - start)
+            inside = slice(N * start, N * (start + b))
+            apart = self.slopes[0, inside].reshape(b, N, groups, outputs // groups, -1)
+            slopes = apart.permute(0, 2, 1, 4, 3).reshape(b, groups, -1, outputs // groups)
+            found.append(written(self._unrolled(inside, N), slopes, across, k))
         return torch.cat(found, 1)
 
-    def _parts(self, size: int) -> Iterator[Product]:
-        """The same of so many examples after the other."""
-        N = len(self.images) // self.examples
-        for start in range(0, self.examples, size):
-            stop = min(start + size, self.examples)
-            inside = slice(N * start, N * stop)
-            part = replace(self, images=self.images[inside], slopes=self.slopes[:, inside], examples=stop - start)
-            yield part.product()
+    def _unrolled(self, inside: slice, N: int) -> Float[Tensor, "b g t i"]:
+        """What each position sees, kernel before channel: whole pixels are copied, not numbers."""
+        groups, count = self.settings["groups"], tuple(self.slopes.shape[3:])
+        pixels = self.images[inside].movedim(1, -1).contiguous().movedim(-1, 1)
+        seen, axes = windows(pixels, self.settings, count), len(count)
+        apart = seen.unflatten(1, (groups, -1)).unflatten(0, (-1, N))  # (b, N, groups, C/groups, *count, *kernel)
+        order = (0, 2, 1, *range(4, 4 + 2 * axes), 3)
+        b, positions = len(apart), N * math.prod(count)
+        return apart.permute(order).reshape(b, groups, positions, -1)
 
 
 def windows(images: Tensor, settings: dict[str, Any], count: tuple[int, ...]) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_TILE_BYTES, _TILE_ROWS, _TILE_LINES = 2**20, 32, 64  # of gradients written out at once: they stay near a processor
+_TILE_BYTES, _TILE_ROWS, _TILE_LINES = 2**21, 32, 128  # of gradients written out at once: they stay near a processor
 _TILE_BYTES_AWAY = 2**25  # on a device, where every tile is a launch
 
 
