@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from upweight.data import markup
-from upweight.data.trees import batch_length, take, tree_map
+from upweight.data.trees import tree_map
 from upweight.errors import SolverError, TheoryWarning, UpweightError
 from upweight.influence import defaults
 from upweight.influence.minimum import Distance, look, of_few_rows
 from upweight.influence.system import System
 from upweight.model import calculus, layers, penalties, per_row
+from upweight.model.objective import Route
 from upweight.operators import Arnoldi, EmpiricalFisher, GaussNewton, Hessian, Identity, Nystroem
 from upweight.operators.implicit import Implicit
 from upweight.operators.layered import LayeredGaussNewton
@@ -215,7 +216,7 @@ def examine(system: System, on: Any = None) -> Report:
     Cost: about that of the scores of three queries.
     """
     asked = system.examples.subset(np.arange(min(system.n, _ROWS))) if on is None else system.queries(on)
-    objective, gradient = system.objective, system.risk_gradient
+    objective = system.objective
     asked = asked.subset(np.arange(min(len(asked), _QUERIES if objective.size <= _WIDE else _ROWS)))
     V = per_row.gradients(system.sweep.over(objective, asked))
     problem, summed, residual, drift, total, suggested = "", False, float("nan"), float("nan"), float("nan"), None
@@ -233,7 +234,7 @@ def examine(system: System, on: Any = None) -> Report:
         solved = ~solution.x.isnan().any(1)
         x, own = solution.x[solved], seen.sides[solved]
         if len(x):
-            drift, total = float(seen.drift.nan_to_num(0).max()), float((x @ gradient).abs().max())
+            drift, total = float(seen.drift.nan_to_num(0).max()), float((x @ system.risk_gradient).abs().max())
             held = float((damping * x.square().sum(1) / (x * own).sum(1).clamp(min=1e-300)).clamp(0, 1).max())
         if not solution.converged:
             problem = f"{system.solver} did not converge: residual {residual:.2g}"
@@ -242,6 +243,7 @@ def examine(system: System, on: Any = None) -> Report:
     bound = bool(np.isfinite(lowest)) and bool(flat or (not problem and _known(system)))
     if not bound:
         lowest = _lowest(system, bool(flat), max(_FEWEST, sweeps))
+    gradient = system.risk_gradient
     acting = damping if np.isfinite(damping) else 0.0  # none could be chosen
     if lowest + acting <= 0 and not flat:
         suggested, lowest = suggest_damping(system.operator, acting)
@@ -271,7 +273,7 @@ def examine(system: System, on: Any = None) -> Report:
         problem=problem,
         costs="; ".join(map(str, defaults.costs(objective, system.examples, system.curvature))),
         rules=layers.rules(objective),
-        written_out=layers.written_out(objective, asked.batch(slice(0, _QUERIES))),
+        written_out=layers.written_out(objective, tree_map(lambda leaf: leaf[:1], asked.batch(slice(0, _QUERIES)))),
     )
 
 
@@ -288,7 +290,7 @@ def _beside_the_hessian(system: System, V: Tensor) -> tuple[float, float] | None
     signs = 2.0 * torch.randint(0, 2, (_COMPARED, system.objective.size), generator=draw, dtype=torch.float64) - 1
     both = torch.cat([signs, V[torch.arange(_COMPARED) % len(V)]])
     try:
-        exact = of_few_rows(Hessian().bind(system.sweep)).apply(both)
+        exact = of_few_rows(_hessian(system)).apply(both)
         ours = system.operator
         ours = of_few_rows(ours) if isinstance(ours, Implicit | LayeredGaussNewton | LinearHessian) else ours
         images = ours.apply(both)
@@ -297,6 +299,17 @@ def _beside_the_hessian(system: System, V: Tensor) -> tuple[float, float] | None
     curved, truly = ((both * image).sum(1).reshape(2, -1).sum(1) for image in (images, exact))
     quotients = (curved / truly).tolist()
     return (quotients[0], quotients[1]) if np.isfinite(quotients).all() else None
+
+
+def _hessian(system: System) -> Implicit | LinearHessian:
+    """The Hessian; what curvature with outputs there is was bound to a criterion that bends, so that it is not asked.
+
+    Raises:
+        UnsupportedModel: if the criterion bends at its kinks only.
+    """
+    if isinstance(system.exact_curvature, GaussNewton) and system.objective.linear is None:
+        return Implicit(system.sweep, calculus.hvp, None)
+    return Hessian().bind(system.sweep)
 
 
 def _grouped(rules: dict[str, str]) -> list[str]:
@@ -317,8 +330,7 @@ def _batch_drift(system: System) -> float:
         return 0.0
     batch = system.examples.batch(np.arange(min(8, system.n)))
     together = calculus.losses(system.objective, batch)
-    singles = [tree_map(lambda leaf: leaf[None], take(batch, b)) for b in range(batch_length(batch))]
-    alone = torch.cat([calculus.losses(system.objective, single) for single in singles])
+    alone = calculus.losses(replace(system.objective, route=Route("loop", "loop")), batch)
     return float((together - alone).abs().max())
 
 

@@ -33,11 +33,13 @@ from upweight.data.examples import Examples
 from upweight.errors import TheoryWarning, UpweightError
 from upweight.influence.system import System
 from upweight.model import calculus, layers, linear, per_row
-from upweight.model.sweep import Sweep
+from upweight.model.layers import pieces
+from upweight.model.sweep import Sweep, finite
 from upweight.operators import GaussNewton, Hessian
-from upweight.operators.implicit import Implicit
+from upweight.operators.implicit import Implicit, once
 from upweight.operators.layered import LayeredGaussNewton
 from upweight.operators.linear import LinearHessian
+from upweight.runs import ranks
 from upweight.solvers import Solution
 from upweight.solvers.cg import Iteration
 from upweight.solvers.flat import LEANS
@@ -119,24 +121,29 @@ class Looked:
     solution: Solution
 
 
-def distance(system: System, queries: Examples | None = None) -> Distance:
+def distance(system: System, queries: Examples | None = None, V: Float[Tensor, "q p"] | None = None) -> Distance:
     """The distance, with the values of a few queries, or of rows in their place.
+
+    Args:
+        system: the model and its rows.
+        queries: the queries; None takes rows.
+        V: their gradients, if they are known.
 
     Cost: of a direct solver products with the curvature of 512 rows at another θ; else as for `by_iteration`.
     """
     if isinstance(system.prepared, Recursion):  # what is stochastic tells no difference of a few per cent
         return _plain(system)
     try:
-        return system.ask(lambda: _distance(system, queries))
+        return system.ask(lambda: _distance(system, queries, V))
     except UpweightError:
         return _plain(system)
 
 
-def _distance(system: System, queries: Examples | None) -> Distance:
+def _distance(system: System, queries: Examples | None, V: Tensor | None) -> Distance:
     if not isinstance(system.prepared, Iteration):
-        return _directly(system, queries)
+        return _directly(system, queries, V)
     asked = system.examples.subset(_weighing(system, _QUERIES)) if queries is None else queries
-    V = per_row.gradients(system.sweep.over(system.objective, asked))
+    V = per_row.gradients(system.sweep.over(system.objective, asked)) if V is None else V
     return by_iteration(system, system.prepared, asked, V).missed
 
 
@@ -159,7 +166,7 @@ def _look(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
         return by_iteration(system, system.prepared, asked, V)
     sides = V[:_STOCHASTIC] if isinstance(system.prepared, Recursion) else V
     solution = system.prepared.solve(sides)
-    return Looked(distance(system, asked), (solution.x @ system.risk_gradient).abs(), sides, solution)
+    return Looked(distance(system, asked, V), (solution.x @ system.risk_gradient).abs(), sides, solution)
 
 
 def by_iteration(system: System, prepared: Iteration, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
@@ -175,7 +182,8 @@ def by_iteration(system: System, prepared: Iteration, asked: Examples, V: Float[
     here, gradient = system.sweep, system.risk_gradient
     draw, rows = np.random.default_rng(0), _weighing(system, _GROUP)
     signs = draw.choice([-1.0, 1.0], size=len(rows)) * system.examples.weights[rows] / system.n
-    group = _group(system, here, rows, signs)
+    few = _Few.of(here, rows)
+    group = few.summed(system, signs)
     leaning = torch.zeros(len(V)) if prepared.flat is None else prepared.flat.leaning(V)
     able = np.flatnonzero((leaning <= LEANS).numpy())
     asks = torch.from_numpy(draw.choice([-1.0, 1.0], size=len(able)))
@@ -194,14 +202,14 @@ def by_iteration(system: System, prepared: Iteration, asked: Examples, V: Float[
         return looked
     try:
         there, some = replace(here, objective=here.objective.at(here.objective.theta - step)), asked.subset(able)
-        V_there = per_row.gradients(there.over(there.objective, some))
-        sides_there = torch.stack([_group(system, there, rows, signs), asks @ V_there])
+        V_there, few_there = per_row.gradients(there.over(there.objective, some)), _Few.of(there, rows)
+        sides_there = torch.stack([few_there.summed(system, signs), asks @ V_there])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TheoryWarning)
             wrong = system.project(sides_there - sides[1:] - _bent(system, there, found.x[1:]))
             x_there = found.x[1:] + prepared.loosely(_LOOSE).solve(wrong).x
-        before = torch.cat([V[able] @ found.x[1], _along(system, here, rows, found.x[2])])
-        after = torch.cat([V_there @ x_there[0], _along(system, there, rows, x_there[1])])
+        before = torch.cat([V[able] @ found.x[1], few.along(system, found.x[2])])
+        after = torch.cat([V_there @ x_there[0], few_there.along(system, x_there[1])])
     except UpweightError:  # the loss is not defined where the step leads, or its curvature is not
         return looked
     change = float((after - before).norm() / before.norm()) if bool(before.any()) else math.nan
@@ -215,22 +223,55 @@ def _summed_up(system: System, found: Solution, forms: Float[Tensor, " k"]) -> S
     return Solution(found.x[2:], found.residual.max()[None], found.converged, found.sweeps, min_curvature=lowest)
 
 
-def _group(system: System, at: Sweep, rows: NDArray[np.int64], signs: NDArray[np.float64]) -> Float[Tensor, " p"]:
-    """Σᵢ sᵢ(∇Lᵢ + share) over some rows, at some θ."""
-    objective, few = at.objective, at.over(at.objective, system.examples.subset(rows))
-    numbered = few.fold(
-        lambda batch, _, numbers: calculus.pull(objective, batch, torch.from_numpy(signs[numbers])[None]),
-        label="group",
-        numbered=True,
-    )
-    return numbered[0] + float(signs.sum()) * system.penalty_share
+@dataclass(frozen=True)
+class _Few:
+    """Gradients of a few rows at some θ: where layers give them, from one pass, whatever is asked of them.
 
+    Args:
+        at: their sweep.
+        kept: the pieces of every batch, and how many rows it has; None where gradients are found anew.
+    """
 
-def _along(system: System, at: Sweep, rows: NDArray[np.int64], x: Float[Tensor, " p"]) -> Float[Tensor, " r"]:
-    """wᵢ xᵀ(∇Lᵢ + share) of some rows, at some θ."""
-    objective = at.objective
-    found = at.emit(lambda batch, _: layers.dots(objective, batch, x[None].to(objective.reference)), rows=rows)[:, 0]
-    return torch.from_numpy((found + float(x @ system.penalty_share)) * system.examples.weights[rows])
+    at: Sweep
+    kept: list[tuple[int, list[pieces.Piece]]] | None
+
+    @classmethod
+    def of(cls, sweep: Sweep, rows: NDArray[np.int64]) -> _Few:
+        """These rows of a sweep."""
+        objective, examples = sweep.objective, sweep.examples.subset(rows)
+        at = sweep.over(objective, examples)
+        if not layers.structured(objective) or ranks.several():
+            return cls(at, None)
+        plan, vectors = objective.route.plan, layers.vectors(objective, sweep.example_bytes)
+        found = at.keep(
+            lambda batch, w: (len(w), layers.capture(objective, plan, batch)), vectors=vectors, label="gradients"
+        )
+        return cls(at, [batch for batches in found.values() for batch in batches])
+
+    def summed(self, system: System, signs: NDArray[np.float64]) -> Float[Tensor, " p"]:
+        """Σᵢ sᵢ(∇Lᵢ + share)."""
+        objective, s = self.at.objective, torch.from_numpy(signs)
+        if self.kept is None:
+            total = self.at.fold(
+                lambda batch, _, numbers: calculus.pull(objective, batch, s[numbers][None]),
+                label="group",
+                numbered=True,
+            )[0]
+        else:
+            sizes, total = objective.route.plan.sizes, torch.zeros(objective.size, dtype=torch.float64)
+            for own, (_, part) in zip(s.split([count for count, _ in self.kept]), self.kept, strict=True):
+                total += pieces.onto(part, own[None, :, None].to(objective.reference), sizes)[0].double().cpu()
+        return finite(total, "group") + float(signs.sum()) * system.penalty_share
+
+    def along(self, system: System, x: Float[Tensor, " p"]) -> Float[Tensor, " r"]:
+        """wᵢ xᵀ(∇Lᵢ + share)."""
+        objective, v = self.at.objective, x[None].to(self.at.objective.reference)
+        if self.kept is None:
+            found = torch.from_numpy(self.at.emit(lambda batch, _: layers.dots(objective, batch, v)))[:, 0]
+        else:
+            sizes = objective.route.plan.sizes
+            found = torch.cat([pieces.along(part, v, sizes)[0, :, 0] for _, part in self.kept]).double().cpu()
+        return (finite(found, "group") + float(x @ system.penalty_share)) * torch.from_numpy(self.at.examples.weights)
 
 
 def _bent(system: System, there: Sweep, S: Tensor) -> Tensor:
@@ -241,27 +282,37 @@ def _bent(system: System, there: Sweep, S: Tensor) -> Tensor:
     if not isinstance(operator, LinearHessian | Implicit | LayeredGaussNewton):
         operator = system.exact_curvature.bind(system.sweep)
     here = of_few_rows(operator)
+    sweep = here.sweep.over(here.sweep.objective.at(there.objective.theta), here.sweep.examples)
     if isinstance(here, LinearHessian):
-        return LinearHessian(here.sweep.over(there.objective, here.sweep.examples)).apply(S) - here.apply(S)
-    moved = here.sweep.objective.at(there.objective.theta)  # which may be cut elsewhere than the one that is asked
-    return replace(here, sweep=here.sweep.over(moved, here.sweep.examples)).apply(S) - here.apply(S)
+        return LinearHessian(sweep).apply(S) - here.apply(S)
+    if isinstance(here, LayeredGaussNewton):
+        return once(sweep, len(S)).apply(S) - here.apply(S)
+    return replace(here, sweep=sweep).apply(S) - here.apply(S)
 
 
 def of_few_rows(
     operator: LinearHessian | Implicit | LayeredGaussNewton,
 ) -> LinearHessian | Implicit | LayeredGaussNewton:
-    """The same curvature of 512 rows that stand for all; itself if there are no more."""
-    if len(operator.sweep.examples) <= FEW:
+    """The same curvature of 512 rows that stand for all; itself if there are no more.
+
+    What an operator has kept of these rows serves again.
+    """
+    examples = operator.sweep.examples
+    if len(examples) <= FEW:
         return operator
-    sweep = operator.sweep.over(operator.sweep.objective, _standing_for(operator.sweep.examples))
+    rows, weights = _standing_for(examples.weights)
+    if isinstance(operator, LayeredGaussNewton):
+        return operator.of(rows, weights)
+    few = examples.subset(rows)
+    few.weights = weights
+    sweep = operator.sweep.over(operator.sweep.objective, few)
     if isinstance(operator, LinearHessian):
         return LinearHessian(replace(sweep, progress=False), operator.precision)
     return replace(operator, sweep=sweep)
 
 
-def _standing_for(examples: Examples) -> Examples:
+def _standing_for(weights: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """512 rows spread evenly through the weight of the data, each of which stands for as much: means stay means."""
-    weights = examples.weights
     if np.count_nonzero(weights) > FEW:
         drawn, total = _spread(weights)
         rows, times = np.unique(drawn, return_counts=True)
@@ -269,9 +320,7 @@ def _standing_for(examples: Examples) -> Examples:
     else:
         rows = np.flatnonzero(weights)
         share = weights[rows]
-    few = examples.subset(rows)
-    few.weights = share * (len(rows) / len(examples))
-    return few
+    return rows, share * (len(rows) / len(weights))
 
 
 def _spread(weights: NDArray[np.float64]) -> tuple[NDArray[np.int64], float]:
@@ -293,7 +342,7 @@ def _plain(system: System) -> Distance:
     return Distance(per_row.rows_from_minimum(system.sweep, system.risk_gradient))
 
 
-def _directly(system: System, queries: Examples | None) -> Distance:
+def _directly(system: System, queries: Examples | None, V: Float[Tensor, "q p"] | None) -> Distance:
     """The same by some 30 systems, of a solver that has them for nothing."""
     chosen = _weighing(system, _ROWS + _QUERIES)
     asked, rows = chosen[1::3], np.delete(chosen, np.s_[1::3])
@@ -303,7 +352,8 @@ def _directly(system: System, queries: Examples | None) -> Distance:
     sources = system.examples.subset(rows)
     weights = torch.from_numpy(sources.weights / system.n)[:, None]
     here = system.sweep
-    F, G = (per_row.gradients(here.over(here.objective, some)) for some in (targets, sources))
+    G = per_row.gradients(here.over(here.objective, sources))
+    F = per_row.gradients(here.over(here.objective, targets)) if V is None else V[:_QUERIES]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TheoryWarning)

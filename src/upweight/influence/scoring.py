@@ -134,7 +134,7 @@ def in_chunks(
     every = closed(system) is None and rows is None and store is None and not begun  # so that ∇R comes with them
     wanted = every and layers.structured(system.objective) and not system.knows_risk_gradient
     leaning = S.isnan().any(1)
-    S, sums = torch.where(leaning[:, None], 0.0, S), Sums() if wanted else None
+    S, sums = torch.where(leaning[:, None], 0.0, S) if bool(leaning.any()) else S, Sums() if wanted else None
     if wanted:
         sweep, products = system.sweep, _with_gradients_summed(system.objective, S, constant)
     else:

@@ -29,6 +29,7 @@ from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
 from upweight.model.transforms import undisturbed
 from upweight.operators import Curvature, Dense, Hessian, Kronecker, Operator
+from upweight.operators.layered import LayeredGaussNewton
 from upweight.operators.linear import LinearHessian
 from upweight.runs import ranks, threads
 from upweight.runs.machine import budget_of
@@ -166,10 +167,12 @@ class System:
 
     @cached_property
     def risk_gradient(self) -> Float[Tensor, " p"]:
-        """∇R(θ̂), which is 0 at a minimum.  Cost: one sweep, once."""
-        objective = self.objective
+        """∇R(θ̂), which is 0 at a minimum.  Cost: one sweep, once; none where a solver's operator visits the rows."""
+        objective, known = self.objective, self.__dict__.get("operator")
         if objective.linear is not None and isinstance(self.operator, LinearHessian):
             mean = self.operator.gradient()
+        elif isinstance(known, LayeredGaussNewton) and (known.ready or "prepared" in self.__dict__):
+            mean = known.gradient()
         else:
             pulled = self.sweep.fold(lambda batch, w: calculus.pull(objective, batch, w[None]), label="gradient")
             mean = pulled[0] / self.n

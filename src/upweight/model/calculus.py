@@ -301,6 +301,16 @@ def output_hessians(
 
     Cost: K backward passes of the output loss.
     """
+    return output_derivatives(objective, batch, f)[1]
+
+
+def output_derivatives(
+    objective: Objective, batch: Any, f: Float[Tensor, "b ..."] | None = None
+) -> tuple[Float[Tensor, "b K"], Float[Tensor, "b K K"]]:
+    """∂ℓ/∂f and ∂²ℓ/∂f² of every example, with f the model output, which is computed if it is not given.
+
+    Cost: K + 1 backward passes of the output loss.
+    """
     first, f = _output_slopes(objective, ready(objective, batch), f)
     rows = []
     for j in range(f.shape[1]):
@@ -309,7 +319,7 @@ def output_hessians(
             if first.requires_grad
             else torch.zeros_like(f)
         )
-    return torch.stack(rows, 1).detach()
+    return first.detach(), torch.stack(rows, 1).detach()
 
 
 def output_products(

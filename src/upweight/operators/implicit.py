@@ -167,6 +167,15 @@ class GaussNewton:
         return Implicit(sweep, calculus.ggnvp, calculus.gauss_newton, matrices + columns, whole)
 
 
+def once(sweep: Sweep, vectors: int) -> Implicit | LayeredGaussNewton:
+    """The Gauss–Newton matrix of an objective with layers, cut already, for one product with so many vectors.
+
+    What a product needs is kept where its K backward passes cost less than the two for each vector without.
+    """
+    n_outputs = calculus.outputs(sweep.objective, sweep.examples.batch([0])).shape[1]
+    return LayeredGaussNewton(sweep) if n_outputs <= 2 * vectors else Implicit(sweep, calculus.ggnvp, None)
+
+
 @dataclass(frozen=True)
 class EmpiricalFisher:
     """The empirical Fisher matrix: C = (1/n) Σᵢ wᵢ ∇Lᵢ ∇Lᵢᵀ + ∇²r.

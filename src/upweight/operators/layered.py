@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,24 +14,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.model import calculus, layers, penalties
+from upweight.model.chunks import CHUNK
 from upweight.model.layers import pieces
 from upweight.model.layers.pieces import Piece
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
+from upweight.runs import ranks
 
 _FAR = 16  # times what a plan tells
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a product needs of a batch: J as pieces, with one cotangent per output, and wᵢ ∂²ℓ/∂f²."""
+    """What a product needs of a batch: J as pieces, with one cotangent per output, wᵢ ∂²ℓ/∂f² and wᵢ ∂ℓ/∂f."""
 
     pieces: list[Piece]
     middle: Float[Tensor, "b K K"]
+    slopes: Float[Tensor, "b K"]
 
     def to(self, precision: torch.dtype) -> Kept:
         """The same in another precision."""
-        return Kept(pieces.mapped(self.pieces, lambda x: x.to(precision)), self.middle.to(precision))
+        changed = pieces.mapped(self.pieces, lambda x: x.to(precision))
+        return Kept(changed, self.middle.to(precision), self.slopes.to(precision))
+
+    def of(self, places: NDArray[np.int64], share: Float[Tensor, " r"]) -> Kept:
+        """What is kept of some of the rows, each of which counts so many times."""
+        index, share = torch.from_numpy(places), share.to(self.middle)
+        middle, slopes = self.middle[index] * share[:, None, None], self.slopes[index] * share[:, None]
+        return Kept(pieces.taken(self.pieces, index), middle, slopes)
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,39 @@ class LayeredGaussNewton:
         total = self.sweep.fold_kept(self.kept, lambda batch: self._product(batch, V), label="curvature product")
         return total / self.sweep.n + penalties.hvp(self.sweep.objective, V)
 
+    def gradient(self) -> Float[Tensor, " p"]:
+        """(1/n) Σᵢ wᵢ∇Lᵢ, from what is kept: no pass over the rows."""
+
+        def pulled(batch: Kept) -> Tensor:
+            return pieces.onto(batch.pieces, batch.slopes[None], self._sizes)[0]
+
+        return self.sweep.fold_kept(self.kept, pulled, label="gradient") / self.sweep.n
+
+    @property
+    def ready(self) -> bool:
+        """Whether the rows were visited, so that nothing that is asked of them costs another pass."""
+        return "kept" in self.__dict__
+
+    def of(self, rows: NDArray[np.int64], weights: NDArray[np.float64]) -> LayeredGaussNewton:
+        """The same matrix of some rows, in order, with other weights; what is kept of them serves again."""
+        examples = self.sweep.examples.subset(rows)
+        before, examples.weights = examples.weights, weights
+        few = replace(self, sweep=self.sweep.over(self.sweep.objective, examples))
+        if self.ready and not ranks.several() and len(rows) <= CHUNK and bool(before.all()):
+            few.__dict__["kept"] = {0: list(self._of_kept(rows, weights / before))}  # a frozen dataclass's cache
+        return few
+
+    def _of_kept(self, rows: NDArray[np.int64], share: NDArray[np.float64]) -> Iterator[Kept]:
+        """What is kept of these rows, batch by batch."""
+        for number, batches in self.kept.items():
+            start = number * CHUNK
+            for batch in batches:
+                stop = start + len(batch.middle)
+                inside = (rows >= start) & (rows < stop)
+                if inside.any():
+                    yield batch.of(rows[inside] - start, torch.from_numpy(share[inside]))
+                start = stop
+
     def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:
         """(1/b) Σ_{i in rows} wᵢ cᵢ v + ∇²r v."""
         examples = self.sweep.examples
@@ -117,13 +161,19 @@ class LayeredGaussNewton:
 
 
 def kept(objective: Objective, batch: Any, weights: Float[Tensor, " b"]) -> Kept:
-    """What products need of a batch."""
-    middle = calculus.output_hessians(objective, batch)
-    b, K = middle.shape[:2]
-    cotangents = torch.eye(K, dtype=middle.dtype, device=middle.device)[:, None].expand(K, b, K)
-    found = layers.capture(objective, objective.route.plan, batch, lambda _: cotangents)
+    """What products need of a batch.  Cost: a forward pass, and a backward pass for each of the K outputs."""
+    bent: list[Tensor] = []
+
+    def units(f: Float[Tensor, "b ..."]) -> Float[Tensor, "K b K"]:
+        bent[:] = calculus.output_derivatives(objective, batch, f)
+        b, K = bent[0].shape
+        return torch.eye(K, dtype=f.dtype, device=f.device)[:, None].expand(K, b, K)
+
+    found = layers.capture(objective, objective.route.plan, batch, units)
+    slopes, middle = bent
     moved = pieces.mapped(found, lambda x: x.cpu().contiguous())
-    return Kept(moved, (middle * weights[:, None, None].to(middle)).cpu())
+    w = weights.to(middle)
+    return Kept(moved, (middle * w[:, None, None]).cpu(), (slopes * w[:, None]).cpu())
 
 
 def fits(sweep: Sweep, batch: Any, outputs: int, most: int) -> bool:

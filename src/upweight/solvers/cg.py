@@ -199,7 +199,7 @@ class Iteration:
         P = P if P is None or self.together(V) else _continued(P, R)
         D = torch.ones(V.shape[1], dtype=V.dtype) if self.scale is None else self.scale
         size, weighed = V.norm(dim=1), (V * D).norm(dim=1)
-        coarse = getattr(self.operator, "coarse", None) if self.inverse is not None else None
+        coarse = None if isinstance(self.spec.preconditioner, Plain) else getattr(self.operator, "coarse", None)
         trial = None if self.patience is None else self.patience(len(V))
         sweeps, sharpened = 0 if state is None else 1, 1.0
         smallest = torch.full((len(V),), torch.inf, dtype=torch.float64)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import upweight as uw
 from upweight.model import layers, routes
-from upweight.model.layers import per_example, pieces
+from upweight.model.layers import convolution, pieces
 
 n = 5
 pytestmark = [
@@ -293,13 +294,44 @@ def test_gradients(case):
     close(layers.gradients(objective, batch), by_hand(model, batch)[:, 0])
 
 
-@pytest.mark.parametrize(("k", "tile"), [(1, None), (4, None), (4, 1), (4, 1024)])
-def test_dots(case, k, tile, monkeypatch):
+@pytest.mark.parametrize(
+    ("k", "tile", "rate", "unrolled"),
+    [(1, None, 3.0, 1), (4, None, 3.0, 1), (4, 1, 0.0, 1), (4, 1024, 0.0, 4096), (4, None, 1e9, 1)],
+)
+def test_dots(case, k, tile, rate, unrolled, monkeypatch):
+    """By factors, by convolving or by matrices that are written out, in tiles and parts of any size."""
     model, objective, batch, _ = case
-    if tile:  # bytes of gradients that are written out at once
+    monkeypatch.setattr(convolution, "_RATE", rate)
+    monkeypatch.setattr(convolution, "_UNROLLED", unrolled)
+    if tile is not None:
         monkeypatch.setattr(pieces, "_TILE_BYTES", tile)
+        monkeypatch.setattr(pieces, "_TILE_ROWS", 2)
+        monkeypatch.setattr(pieces, "_TILE_LINES", 3)
+    V, weights, G = draw(k, objective.size), torch.rand(n, dtype=torch.float64), by_hand(model, batch)[:, 0]
+    close(layers.dots(objective, batch, V), G @ V.T)
+    products, total = layers.dots_and_sum(objective, batch, weights, V)
+    close(products, G @ V.T)
+    close(total, weights @ G)
+
+
+@pytest.mark.parametrize(("k", "convolved"), [(1, 1), (3, 1), (12, 0)])
+def test_a_convolution_convolves_for_few_vectors_and_writes_out_for_many(k, convolved, monkeypatch):
+    """Counted: what is unrolled, and what is convolved, beside the model's own two convolutions."""
+    _, objective, batch, _ = _made("conv2d", torch.float64)
+    unrolled, seen = [], convolution.windows
+    monkeypatch.setattr(convolution, "windows", lambda images, *rest: unrolled.append(images) or seen(images, *rest))
     V = draw(k, objective.size)
-    close(layers.dots(objective, batch, V), by_hand(model, batch)[:, 0] @ V.T)
+    with _Convolutions() as found:
+        layers.dots(objective, batch, V)
+    assert (len(unrolled), found.count) == (0, 4) if convolved else (2, 2)
+
+
+class _Convolutions(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ == "convolution"
+        return function(*args, **(kwargs or {}))
 
 
 def test_jacobians_along_onto_and_squares(case):
@@ -414,8 +446,8 @@ def test_check_says_which_gradients_are_written_out():
 
 
 def test_a_rule_that_is_wrong_for_a_model_is_seen_and_autograd_stands_in(monkeypatch):
-    windows = per_example._windows
-    monkeypatch.setattr(per_example, "_windows", lambda images, *rest: windows(images, *rest) * 1.001)
+    windows = convolution.windows
+    monkeypatch.setattr(convolution, "windows", lambda images, *rest: windows(images, *rest) * 1.001)
     model, objective, batch, _ = _made("conv2d", torch.float64)
     assert not objective.route.plan.structured
     assert "captured gradients differ from autograd's by" in objective.route.plan.reason

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from upweight.data.trees import batch_length, leaves, tree_map
 from upweight.errors import first_line
 from upweight.model import calculus, linear
 from upweight.model.layers import pieces
+from upweight.model.layers.convolution import Convolution, unrolled, windows
 from upweight.model.layers.pieces import Direct, Lookup, Piece, Product, merged
 from upweight.model.layers.watching import Use, Watch
 from upweight.model.objective import Objective
@@ -141,16 +141,23 @@ def capture(
         batch: b examples.
         cotangents: u, from the outputs (b, …); None means the loss.
     """
+    seen = _captured(objective, found, batch, cotangents)
+    return merged([piece.product() if isinstance(piece, Convolution) else piece for piece in seen])
+
+
+def _captured(
+    objective: Objective,
+    found: Plan,
+    batch: Any,
+    cotangents: Callable[[Tensor], Float[Tensor, "m b K"]] | None = None,
+) -> list[Piece | Convolution]:
+    """The pieces of a batch as they are met: a shared weight's one by one, and convolutions without their matrices."""
     batch = calculus.ready(objective, batch)
     found = found.at(objective, batch)
     if not found.structured:
-        return _by_autograd(objective, found, batch, cotangents)
-    offsets = [
-        torch.zeros(
-            batch_length(batch), *use.offset, dtype=objective.reference.dtype, device=objective.reference.device
-        )
-        for use in found.uses
-    ]
+        return [*_by_autograd(objective, found, batch, cotangents)]
+    zero = objective.reference.new_zeros(())
+    offsets = [zero.expand(batch_length(batch), *use.offset) for use in found.uses]
     for offset in offsets:
         offset.requires_grad_()
     function = objective.loss if cotangents is None else calculus.structure(objective)[0]
@@ -165,8 +172,8 @@ def capture(
         slopes = calculus.slopes(objective, values, offsets, None)
     else:
         slopes = calculus.slopes(objective, values.reshape(len(values), -1), offsets, cotangents(values.detach()))
-    found_pieces = [_piece(use, x.detach(), slope) for use, x, slope in zip(found.uses, inputs, slopes, strict=True)]
-    return merged([piece for group in found_pieces for piece in group])
+    met = [_piece(use, x.detach(), slope) for use, x, slope in zip(found.uses, inputs, slopes, strict=True)]
+    return [piece for group in met for piece in group]
 
 
 def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
@@ -185,7 +192,7 @@ def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Ten
     """
     if not structured(objective):
         return calculus.dots(objective, batch, V)
-    captured = capture(objective, objective.route.plan, batch)
+    captured = _captured(objective, objective.route.plan, batch)
     return pieces.along(captured, V.to(objective.reference), objective.route.plan.sizes)[:, :, 0].T
 
 
@@ -194,7 +201,7 @@ def dots_and_sum(
 ) -> tuple[Float[Tensor, "b k"], Float[Tensor, " p"]]:
     """The same, and Σ_b w_b ∇L(z_b) from the same passes, for a model that is `structured`."""
     found = objective.route.plan
-    captured = capture(objective, found, batch)
+    captured = _captured(objective, found, batch)
     V = V.to(objective.reference)
     total = pieces.onto(captured, weights.to(V)[None, :, None], found.sizes)[0]
     return pieces.along(captured, V, found.sizes)[:, :, 0].T, total
@@ -281,7 +288,7 @@ def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
 # ---- from uses to pieces ---------------------------------------------------------------------------------------------
 
 
-def _piece(use: Use, x: Tensor, slope: Tensor) -> list[Piece]:
+def _piece(use: Use, x: Tensor, slope: Tensor) -> list[Piece | Convolution]:
     """What an input (b, …) and a slope (m, b, …) say about the parameters of a use."""
     m, b = slope.shape[:2]
     if use.rule.startswith("autograd"):
@@ -295,8 +302,10 @@ def _piece(use: Use, x: Tensor, slope: Tensor) -> list[Piece]:
         lone = [] if use.bias is None else [_lone_bias(use, _over_positions(use, slope))]
         return [Product(use.block, None, inputs, slopes, use.shape, use.where), *lone]
     if use.rule.startswith("conv"):
-        inputs, slopes = _convolution_factors(use, x, slope)
-    elif use.settings.get("columns"):  # W X: positions are columns
+        found = _convolution(use, x, slope)
+        lone = [] if use.bias_where is None else [_lone_bias(use, _over_positions(use, slope))]
+        return [found, *lone]
+    if use.settings.get("columns"):  # W X: positions are columns
         inputs, slopes = x.transpose(-1, -2)[:, None], slope.transpose(-1, -2)[:, :, None]
     else:
         inputs = x.reshape(b, 1, -1, x.shape[-1])
@@ -312,15 +321,11 @@ def _lone_bias(use: Use, values: Tensor) -> Direct:
     return Direct(use.bias, values, use.bias_shape, use.bias_where)
 
 
-def _convolution_factors(use: Use, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    axes, groups = len(use.settings["kernel"]), use.settings["groups"]
-    b, m = len(x), len(slope)
-    images = x.reshape(-1, *x.shape[-axes - 1 :])
-    N = len(images) // b
-    inputs = _unrolled(_windows(images, use.settings, slope.shape[-axes:]), N, groups)
-    outputs = slope.reshape(m, b, N, groups, slope.shape[-axes - 1] // groups, -1)
-    slopes = outputs.permute(0, 1, 3, 2, 5, 4).reshape(m, b, groups, -1, outputs.shape[4])
-    return inputs, slopes
+def _convolution(use: Use, x: Tensor, slope: Tensor) -> Convolution:
+    axes, (m, b) = len(use.settings["kernel"]), slope.shape[:2]
+    images, slopes = x.reshape(-1, *x.shape[-axes - 1 :]), slope.reshape(m, -1, *slope.shape[-axes - 1 :])
+    bias = use.bias if use.bias_where is None else None
+    return Convolution(use.block, bias, images, slopes, b, use.settings, use.shape, use.where)
 
 
 def _transposed_factors(use: Use, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,7 +335,7 @@ def _transposed_factors(use: Use, x: Tensor, slope: Tensor) -> tuple[Tensor, Ten
     inputs = x.reshape(b, N, groups, x.shape[-axes - 1] // groups, positions)
     inputs = inputs.permute(0, 2, 1, 4, 3).reshape(b, groups, N * positions, -1)
     images = slope.reshape(-1, *slope.shape[-axes - 1 :])
-    slopes = _unrolled(_windows(images, use.settings, x.shape[-axes:]), N, groups)
+    slopes = unrolled(windows(images, use.settings, tuple(x.shape[-axes:])), N, groups)
     return inputs, slopes.unflatten(0, (m, b))
 
 
@@ -339,30 +344,6 @@ def _over_positions(use: Use, slope: Tensor) -> Tensor:
     axes, (m, b) = len(use.settings["kernel"]), slope.shape[:2]
     channels = slope.shape[-axes - 1]
     return slope.reshape(m, b, -1, channels, math.prod(slope.shape[-axes:])).sum((2, 4))
-
-
-def _windows(images: Tensor, settings: dict[str, Any], count: Any) -> Tensor:
-    """(images, C, *count, *kernel): what a convolution's kernel sees at each of `count` positions along the axes."""
-    kernel, dilation, stride = settings["kernel"], settings["dilation"], settings["stride"]
-    spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    padding = settings["padding"]
-    if padding == "same":
-        sides = [(span // 2, span - span // 2) for span in spans]
-    else:
-        sides = [(side, side) for side in ((0,) * len(kernel) if padding == "valid" else padding)]
-    out = functional.pad(images, [side for pair in reversed(sides) for side in pair])
-    for axis, (span, step, every, positions) in enumerate(zip(spans, stride, dilation, count, strict=True)):
-        out = out.unfold(2 + axis, span + 1, step)[..., ::every].narrow(2 + axis, 0, positions)
-    return out
-
-
-def _unrolled(windows: Tensor, N: int, groups: int) -> Tensor:
-    """Windows of b·N images as (b, groups, N·positions, C/groups·kernel), copied once; positions lie last in memory."""
-    axes = (windows.ndim - 2) // 2
-    apart = windows.unflatten(1, (groups, -1)).unflatten(0, (-1, N))  # (b, N, groups, C/groups, *count, *kernel)
-    order = (0, 2, 3, *range(4 + axes, 4 + 2 * axes), 1, *range(4, 4 + axes))
-    b, inner = len(apart), math.prod(windows.shape[2 + axes :]) * apart.shape[3]
-    return apart.permute(order).reshape(b, groups, inner, -1).transpose(-1, -2)
 
 
 def _by_autograd(

@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_TILE_BYTES = 2**25  # of gradients written out at once; beyond it malloc fetches fresh pages, which cost more
+_TILE_BYTES, _TILE_ROWS, _TILE_LINES = 2**21, 32, 128  # of gradients written out at once: they stay near a processor
+_TILE_BYTES_AWAY = 2**25  # on a device, where every tile is a launch
 
 
 @dataclass(frozen=True)
@@ -78,28 +80,18 @@ class Product:
         W = self.matrices(V[self.block])  # (k, g, o, i)
         k, o, m = len(W), W.shape[2], len(self.slopes)
         if t > 1 and k > 1 and m == 1:
-            out = self._written_along(W)[:, :, None]
+            out = written(self.inputs, self.slopes[0], tiles(W, b), k)[:, :, None]
+            if self.bias is not None:
+                out = out + torch.einsum("kc,mbc->kbm", V[self.bias], self.slopes.sum(3).flatten(2))
+            return out
+        across = W.permute(1, 3, 0, 2).reshape(g, i, k * o)
+        rows = self.inputs.transpose(0, 1).reshape(g, b * t, i)  # one product of matrices, not one for every row
+        if self.bias is None:
+            Z = rows @ across
         else:
-            across = W.permute(1, 3, 0, 2).reshape(g, i, k * o)
-            Z = (self.inputs @ across).reshape(b, g, t, k, o).permute(0, 3, 1, 2, 4).reshape(b, k, g * t * o)
-            out = (Z @ self.slopes.permute(1, 2, 3, 4, 0).reshape(b, g * t * o, m)).transpose(0, 1)
-        if self.bias is not None:
-            summed = self.slopes.sum(3).flatten(2)  # (m, b, g·o)
-            out = out + torch.einsum("kc,mbc->kbm", V[self.bias], summed)
-        return out
-
-    def _written_along(self, W: Float[Tensor, "k g o i"]) -> Float[Tensor, "k b"]:
-        """J w by writing the matrices out, a few of their lines at a time."""
-        g, o, i = self.sizes
-        b, left, out = len(self.inputs), self.slopes[0].transpose(-1, -2), W.new_zeros(len(self.inputs), len(W))
-        lines = max(1, _TILE_BYTES // (b * i * self.inputs.element_size()))
-        groups = max(1, lines // o)
-        for group in range(0, g, groups):
-            inputs = self.inputs[:, group : group + groups]
-            for line in range(0, o, min(lines, o)):
-                at = (slice(None), slice(group, group + groups), slice(line, line + lines))
-                out += (left[at] @ inputs).reshape(b, -1) @ W[at].reshape(len(W), -1).T
-        return out.T
+            Z = torch.baddbmm(V[self.bias].reshape(k, g, o).transpose(0, 1).reshape(g, 1, k * o), rows, across)
+        Z = Z.reshape(g, b, t, k, o).permute(1, 3, 0, 2, 4).reshape(b, k, g * t * o)
+        return (Z @ self.slopes.permute(1, 2, 3, 4, 0).reshape(b, g * t * o, m)).transpose(0, 1)
 
     def onto(self, U: Float[Tensor, "k b m"]) -> dict[str, Tensor]:
         """Jᵀ u for weight and bias, (k, size)."""
@@ -220,6 +212,72 @@ class Direct:
         return self.rows()[self.block].square().sum(2)
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Some lines and columns of every vector's matrices: across is (k, lines·columns)."""
+
+    group: int
+    lines: slice
+    columns: slice
+    across: Float[Tensor, "k entries"]
+
+
+def tiles(W: Float[Tensor, "k g o i"], rows: int) -> list[Tile]:
+    """The matrices of k vectors in parts whose gradients, of some of so many rows, are written out at once."""
+    k, groups, o, i = W.shape
+    near = W.device.type == "cpu"
+    rows, most = (min(rows, _TILE_ROWS), _TILE_LINES) if near else (rows, o)
+    entries = max(1, (_TILE_BYTES if near else _TILE_BYTES_AWAY) // (rows * W.element_size()))
+    lines = min(o, most, entries)
+    columns = min(i, max(1, entries // lines))
+    found = []
+    for group in range(groups):
+        for line in range(0, o, lines):
+            for column in range(0, i, columns):
+                at = (slice(line, line + lines), slice(column, column + columns))
+                found.append(Tile(group, *at, W[:, group, *at].reshape(k, -1)))
+    return found
+
+
+def written(
+    inputs: Float[Tensor, "b g t i"], slopes: Float[Tensor, "b g t o"], across: Sequence[Tile], k: int
+) -> Float[Tensor, "k b"]:
+    """Σ_t slopes ⊗ inputs of every example times k matrices, by writing it out, a tile at a time.
+
+    A tile is read again while it is still in the cache, by as many vectors as there are.
+    """
+    b = len(inputs)
+    rows = min(b, _TILE_ROWS) if inputs.device.type == "cpu" else b
+    out = inputs.new_zeros(k, b)
+    room = inputs.new_empty(rows * max(tile.across.shape[1] for tile in across))
+    for start in range(0, b, rows):
+        at = slice(start, min(start + rows, b))
+        for tile in across:
+            left = slopes[at, tile.group, :, tile.lines].transpose(-1, -2)
+            right = inputs[at, tile.group, :, tile.columns]
+            M = room[: len(left) * tile.across.shape[1]].view(len(left), left.shape[1], right.shape[2])
+            torch.bmm(left, right, out=M)
+            out[:, at].addmm_(tile.across, M.view(len(left), -1).T)
+    return out
+
+
+class Gradients(Protocol):
+    """What gradients of examples know of themselves, whatever holds them."""
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The names of the blocks that it holds gradients of."""
+        ...
+
+    def along(self, V: dict[str, Tensor]) -> Float[Tensor, "k b m"]:
+        """J v."""
+        ...
+
+    def onto(self, U: Float[Tensor, "k b m"]) -> dict[str, Tensor]:
+        """Jᵀ u."""
+        ...
+
+
 Piece = Product | Lookup | Direct
 
 
@@ -231,7 +289,7 @@ def rows(pieces: Sequence[Piece], sizes: dict[str, int]) -> Float[Tensor, "b m p
     return torch.cat(joined, 2).transpose(0, 1)
 
 
-def along(pieces: Sequence[Piece], V: Float[Tensor, "k p"], sizes: dict[str, int]) -> Float[Tensor, "k b m"]:
+def along(pieces: Sequence[Gradients], V: Float[Tensor, "k p"], sizes: dict[str, int]) -> Float[Tensor, "k b m"]:
     """J v for every vector."""
     split = _split(V, sizes)
     total: Tensor | None = None
@@ -242,7 +300,7 @@ def along(pieces: Sequence[Piece], V: Float[Tensor, "k p"], sizes: dict[str, int
     return total
 
 
-def onto(pieces: Sequence[Piece], U: Float[Tensor, "k b m"], sizes: dict[str, int]) -> Float[Tensor, "k p"]:
+def onto(pieces: Sequence[Gradients], U: Float[Tensor, "k b m"], sizes: dict[str, int]) -> Float[Tensor, "k p"]:
     """Jᵀ u for every u."""
     out = _summed([piece.onto(U) for piece in pieces])
     return torch.cat([out.get(name, U.new_zeros(len(U), size)) for name, size in sizes.items()], 1)
@@ -286,6 +344,19 @@ def mapped(pieces: Sequence[Piece], function: Callable[[Tensor], Tensor]) -> lis
         if isinstance(piece, Lookup):
             return replace(piece, slopes=function(piece.slopes))
         return replace(piece, values=function(piece.values))
+
+    return [one(piece) for piece in pieces]
+
+
+def taken(pieces: Sequence[Piece], index: Int[Tensor, " r"]) -> list[Piece]:
+    """The pieces of some of the examples."""
+
+    def one(piece: Piece) -> Piece:
+        if isinstance(piece, Product):
+            return replace(piece, inputs=piece.inputs[index], slopes=piece.slopes[:, index])
+        if isinstance(piece, Lookup):
+            return replace(piece, indices=piece.indices[index], slopes=piece.slopes[:, index])
+        return replace(piece, values=piece.values[:, index])
 
     return [one(piece) for piece in pieces]
 
