@@ -35,6 +35,7 @@ def descend_together(
     direction: Float[Tensor, "k p"] | None = None,
     *,
     watch: Callable[[Tensor], None] | None = None,
+    follow: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Progress:
     """As `recurrence.descend`, in one shared space.
 
@@ -53,6 +54,7 @@ def descend_together(
         max_steps: products to make at most.
         direction: directions to go on from; rows of zeros are none.
         watch: is told the residuals after every product.
+        follow: is told the directions and their images.
     """
     x, R = x.clone(), residual.clone()
     smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
@@ -61,6 +63,8 @@ def descend_together(
     P = orthonormal(_preconditioned(precondition, R) if direction is None else direction)
     for step in range(max_steps):
         Q = product(P)
+        if follow is not None:
+            follow(P, Q)
         G = P @ Q.T
         lowest, witness = _lowest((G + G.T) / 2, P)
         factor, failed = torch.linalg.cholesky_ex((G + G.T) / 2)

@@ -42,6 +42,7 @@ def descend(
     *,
     scale: Float[Tensor, " p"] | None = None,
     watch: Callable[[Tensor], None] | None = None,
+    follow: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Progress:
     """Conjugate gradients from x, with v − A x = residual, until ‖residual‖ ≤ goal for every row, or max_steps.
 
@@ -59,6 +60,7 @@ def descend(
         direction: the directions to go on from, for a continued run without preconditioner.
         scale: what turns x into the parameters, in whose units the smallest curvature is counted.
         watch: is told the residuals after every product.
+        follow: is told the directions and their images.
     """
     x, R = x.clone(), residual.clone()
     smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
@@ -75,6 +77,8 @@ def descend(
         every = len(active) == len(R)
         y, p, r = (x, P, R) if every else (x[active], P[active], R[active])  # copies, where some have arrived
         image = product(p)
+        if follow is not None:
+            follow(p, image)
         curvature = dots(p, image)
         unscaled = p if scale is None else p * scale
         quotient = curvature / dots(unscaled, unscaled)
