@@ -291,6 +291,8 @@ def slopes(
         pieces = torch.autograd.grad(values, inputs, cotangents, is_grads_batched=True, allow_unused=True)
         return [_or_zero(piece, x.expand(len(cotangents), *x.shape)) for piece, x in zip(pieces, inputs, strict=True)]
     every = [torch.autograd.grad(values, inputs, c, retain_graph=True, allow_unused=True) for c in cotangents]
+    if len(every) == 1:  # which is not copied
+        return [_or_zero(piece, x)[None] for piece, x in zip(every[0], inputs, strict=True)]
     return [torch.stack([_or_zero(one[j], x) for one in every]) for j, x in enumerate(inputs)]
 
 

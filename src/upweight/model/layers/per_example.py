@@ -13,7 +13,7 @@ every parameter has a rule, shared and functional uses included, and the model i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -141,18 +141,30 @@ def capture(
         batch: b examples.
         cotangents: u, from the outputs (b, …); None means the loss.
     """
+    each = None if cotangents is None else lambda f: [cotangents(f)]
+    return captured(objective, found, batch, each)[0]
+
+
+def captured(
+    objective: Objective,
+    found: Plan,
+    batch: Any,
+    cotangents: Callable[[Tensor], Sequence[Float[Tensor, "m b K"]]] | None,
+) -> list[list[Piece]]:
+    """The same of several sets of cotangents, which share the forward pass and what they have in common.
+
+    Args:
+        objective: whose θ̂ it is.
+        found: of `plan`.
+        batch: b examples.
+        cotangents: the sets, from the outputs (b, …); None means one, the loss.
+    """
     batch = calculus.ready(objective, batch)
     found = found.at(objective, batch)
     if not found.structured:
         return _by_autograd(objective, found, batch, cotangents)
-    offsets = [
-        torch.zeros(
-            batch_length(batch), *use.offset, dtype=objective.reference.dtype, device=objective.reference.device
-        )
-        for use in found.uses
-    ]
-    for offset in offsets:
-        offset.requires_grad_()
+    zero = torch.zeros((), dtype=objective.reference.dtype, device=objective.reference.device)
+    offsets = [zero.expand(batch_length(batch), *use.offset).requires_grad_() for use in found.uses]
     function = objective.loss if cotangents is None else calculus.structure(objective)[0]
 
     def one(example: Any, *offsets: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -162,11 +174,12 @@ def capture(
 
     values, inputs = vmap(one)(batch, *offsets)
     if cotangents is None:
-        slopes = calculus.slopes(objective, values, offsets, None)
+        every = [calculus.slopes(objective, values, offsets, None)]
     else:
-        slopes = calculus.slopes(objective, values.reshape(len(values), -1), offsets, cotangents(values.detach()))
-    found_pieces = [_piece(use, x.detach(), slope) for use, x, slope in zip(found.uses, inputs, slopes, strict=True)]
-    return merged([piece for group in found_pieces for piece in group])
+        flat = values.reshape(len(values), -1)
+        every = [calculus.slopes(objective, flat, offsets, u) for u in cotangents(values.detach())]
+    inputs = [x.detach() for x in inputs]
+    return [_pieces(found, inputs, slopes) for slopes in every]
 
 
 def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
@@ -281,6 +294,12 @@ def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
 # ---- from uses to pieces ---------------------------------------------------------------------------------------------
 
 
+def _pieces(found: Plan, inputs: Sequence[Tensor], slopes: Sequence[Tensor]) -> list[Piece]:
+    """What inputs (b, …) and slopes (m, b, …) say about the parameters of all uses."""
+    groups = [_piece(use, x, slope) for use, x, slope in zip(found.uses, inputs, slopes, strict=True)]
+    return merged([piece for group in groups for piece in group])
+
+
 def _piece(use: Use, x: Tensor, slope: Tensor) -> list[Piece]:
     """What an input (b, …) and a slope (m, b, …) say about the parameters of a use."""
     m, b = slope.shape[:2]
@@ -366,14 +385,23 @@ def _unrolled(windows: Tensor, N: int, groups: int) -> Tensor:
 
 
 def _by_autograd(
-    objective: Objective, found: Plan, batch: Any, cotangents: Callable[[Tensor], Tensor] | None
-) -> list[Piece]:
+    objective: Objective,
+    found: Plan,
+    batch: Any,
+    cotangents: Callable[[Tensor], Sequence[Tensor]] | None,
+) -> list[list[Piece]]:
     """Every block as a Direct, example by example."""
     if cotangents is None:
-        J = calculus.gradients(objective, batch)[None]
+        every = [calculus.gradients(objective, batch)[None]]
     else:
-        u = cotangents(calculus.shaped_outputs(objective, batch))
-        J = torch.einsum("mbk,bkp->mbp", u, calculus.output_jacobians(objective, batch).to(u))
+        sets = cotangents(calculus.shaped_outputs(objective, batch))
+        jacobians = calculus.output_jacobians(objective, batch)
+        every = [torch.einsum("mbk,bkp->mbp", u, jacobians.to(u)) for u in sets]
     shapes = {name: tuple(block.shape) for name, block in objective.blocks.items()}
-    parts = J.split(list(found.sizes.values()), 2)
-    return [Direct(name, part, shapes[name]) for name, part in zip(found.sizes, parts, strict=True)]
+    return [
+        [
+            Direct(name, part, shapes[name])
+            for name, part in zip(found.sizes, J.split(list(found.sizes.values()), 2), strict=True)
+        ]
+        for J in every
+    ]
