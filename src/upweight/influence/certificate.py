@@ -34,9 +34,14 @@ class Certificate:
             C + λI with x₀ = (Ĉ + λI)⁻¹v, as a fraction; None where no other curvature preconditioned.
         settled: (q,) what is estimated to be still to come to the values, relative to a query's; None where the solver
             did not follow them.
+        settled_bound: (q,) what can still come to these values at most, proven: an upper bound on the norm of what is
+            missing over that of the values, on the rows that were followed. None where they were not, and where C is
+            not known to be positive semidefinite.
+        error_bound: (q,) a proven bound on ‖S − (C + λI)⁻¹∇f‖: a row's value is off by at most |scale|·‖∇L(zᵢ)‖ times
+            this. None likewise.
         members: the certificates of the models that were averaged, one each; empty for a single model. The numbers
             above are then the worst of them: largest residual, damping and gradient, smallest curvature and coverage;
-            drift is their mean.
+            drift is their mean; bounds are the members' own.
     """
 
     residual: Float[NDArray[np.float64], " q"] = field(repr=False)
@@ -52,6 +57,8 @@ class Certificate:
     truncation: float = 0.0
     preconditioner_gap: Float[NDArray[np.float64], " q"] | None = field(default=None, repr=False)
     settled: Float[NDArray[np.float64], " q"] | None = field(default=None, repr=False)
+    settled_bound: Float[NDArray[np.float64], " q"] | None = field(default=None, repr=False)
+    error_bound: Float[NDArray[np.float64], " q"] | None = field(default=None, repr=False)
     members: tuple[Certificate, ...] = field(default=(), repr=False)
 
     @staticmethod
@@ -65,6 +72,8 @@ class Certificate:
             truncation=max(part.truncation for part in parts),
             preconditioner_gap=_each(parts, "preconditioner_gap", np.concatenate),
             settled=_each(parts, "settled", np.concatenate),
+            settled_bound=_each(parts, "settled_bound", np.concatenate),
+            error_bound=_each(parts, "error_bound", np.concatenate),
             sweeps=sum(part.sweeps for part in parts),
             min_curvature=float(np.fmin.reduce([part.min_curvature for part in parts])),
             members=tuple(Certificate.joined(blocks) for blocks in zip(*(part.members for part in parts), strict=True)),
@@ -127,7 +136,9 @@ class Certificate:
             gap = float(np.max(self.preconditioner_gap))
             said.insert(2, ("preconditioner", f"its preconditioner alone was off by up to {gap:.2g}"))
         if self.settled is not None:
-            said.insert(2, ("values", f"values settled to {float(np.max(self.settled)):.1%} (estimated)"))
+            proven = "" if self.settled_bound is None else f"; proven: {float(np.max(self.settled_bound)):.2g} times"
+            told = f"values settled to {float(np.max(self.settled)):.1%} (estimated{proven})"
+            said.insert(2, ("values", told))
         if self.truncation:
             said.append(("truncation", f"truncation bias ≤ {self.truncation:.1%}"))
         return said

@@ -121,7 +121,7 @@ def compared(system: System, folder: Store, solution: Solution) -> Solution:
     rtol = rounding(solution.residual.numpy()) if solution.replicas is None else 1e-6
     kept = _agreed(folder, SOLUTIONS, solution.x.numpy(), rtol)
     if ranks.first():
-        folder.end_state(None if solution.settled is None else solution.settled.numpy())
+        folder.end_state({name: x.numpy() for name, x in solution.looked.items()})
     return replace(solution, x=torch.from_numpy(kept))
 
 

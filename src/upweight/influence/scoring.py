@@ -32,6 +32,7 @@ from upweight.runs import ranks
 from upweight.runs.store import Store
 from upweight.runs.sums import Sums
 from upweight.solvers import Solution
+from upweight.solvers.base import LOOKED
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,9 @@ def with_gradients(solution: Solution, G: Float[Tensor, "r p"]) -> Products:
     return Products((solution.x @ G.T).numpy(), replicas)
 
 
+_OF_SOLUTION = ("preconditioner_gap", *LOOKED)
+
+
 def certificate(system: System, solution: Solution) -> Certificate:
     """What is known about how far a solution can be trusted."""
     return Certificate(
@@ -213,8 +217,7 @@ def certificate(system: System, solution: Solution) -> Certificate:
         solver=repr(system.solver),
         sweeps=solution.sweeps,
         truncation=solution.truncation,
-        settled=None if solution.settled is None else solution.settled.numpy(),
-        preconditioner_gap=None if solution.preconditioner_gap is None else solution.preconditioner_gap.numpy(),
+        **{name: None if (found := getattr(solution, name)) is None else found.numpy() for name in _OF_SOLUTION},
     )
 
 

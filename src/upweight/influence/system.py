@@ -33,9 +33,9 @@ from upweight.operators.layered import LayeredGaussNewton
 from upweight.operators.linear import LinearHessian
 from upweight.runs import ranks, threads
 from upweight.runs.machine import budget_of
-from upweight.runs.store import SETTLED, Store
+from upweight.runs.store import Store
 from upweight.solvers import Prepared, Solution, Solver
-from upweight.solvers.base import checked_damping, residuals
+from upweight.solvers.base import LOOKED, checked_damping, residuals
 from upweight.solvers.cg import Iteration
 from upweight.solvers.flat import Flat
 from upweight.solvers.lissa import Recursion
@@ -290,10 +290,10 @@ class System:
             reading = "reading the state of the solution"
             kept = ranks.by_first(reading, lambda: store.estimates if stochastic else store.state)
             state = None if kept is None else {name: as_tensor(x) for name, x in kept.items()}
-            settled = None if state is None else state.pop(SETTLED, None)
-            if state is not None and settled is not None:  # it had ended before its residual was small
+            looked = {} if state is None else {name: state.pop(name) for name in LOOKED if name in state}
+            if state is not None and looked:  # it had ended before its residual was small
                 missed = residuals(self.operator, self.damping, state["x"], self.project(V))
-                return Solution(state["x"], missed, True, sweeps=1, settled=settled)
+                return Solution(state["x"], missed, True, sweeps=1, **looked)
 
             def keep(state: Mapping[str, Tensor]) -> None:
                 if ranks.first():

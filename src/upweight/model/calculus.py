@@ -274,7 +274,7 @@ def slopes(
 ) -> list[Float[Tensor, "m b ..."]]:
     """The gradients of Σ_b values[b], or of Σ_b u_b·values[b] for m cotangents u, with respect to every input.
 
-    Cost: one backward pass, or m (batched where autograd can).
+    Cost: one backward pass, or m (batched where autograd can). The graph is kept for other cotangents.
 
     >>> import upweight as uw
     >>> objective = uw.Objective(lambda theta, example: theta.sum(), torch.zeros(1))
@@ -288,9 +288,12 @@ def slopes(
         return [_or_zero(piece, x)[None] for piece, x in zip(pieces, inputs, strict=True)]
     cotangents = cotangents.to(values)
     if objective.route.cotangents == "batched" and len(cotangents) > 1:
-        pieces = torch.autograd.grad(values, inputs, cotangents, is_grads_batched=True, allow_unused=True)
+        settings = {"retain_graph": True, "allow_unused": True}
+        pieces = torch.autograd.grad(values, inputs, cotangents, is_grads_batched=True, **settings)
         return [_or_zero(piece, x.expand(len(cotangents), *x.shape)) for piece, x in zip(pieces, inputs, strict=True)]
     every = [torch.autograd.grad(values, inputs, c, retain_graph=True, allow_unused=True) for c in cotangents]
+    if len(every) == 1:  # which is not copied
+        return [_or_zero(piece, x)[None] for piece, x in zip(every[0], inputs, strict=True)]
     return [torch.stack([_or_zero(one[j], x) for one in every]) for j, x in enumerate(inputs)]
 
 

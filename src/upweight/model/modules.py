@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upweight.errors import InvalidInput, UnsupportedModel
+from upweight.model.attention import ShortAttention
 from upweight.model.recurrent import written_out
 from upweight.model.transforms import functional_call
 
@@ -28,7 +29,7 @@ def forward(model: torch.nn.Module, state: Mapping[str, Tensor], x: Any) -> Tens
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), _whole_masks(), written_out():
+        with sdpa_kernel(SDPBackend.MATH), _whole_masks(), written_out(), ShortAttention():
             return plainly(model, state, x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -12,7 +12,6 @@ Which of them holds is not taken from the criterion's name: it is checked on eve
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,17 +32,12 @@ _NOISE = {torch.float64: 1e-8}  # of products with H, relative to the largest; 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ over the golden ratio: the step of splitmix64
 
 Root = Callable[[Tensor], Tensor]  # maps (m, b, K) to L times each row
-Cotangents = Callable[[Tensor], Tensor]  # from the outputs (b, …) of a batch to u, (m, b, K)
 
 
 class Observed:
     """No cotangents: the gradients of the losses themselves."""
 
     name = "observed"
-
-    def at(self, objective: Objective, batch: Any, numbers: Sequence[int]) -> None:  # noqa: ARG002
-        """None, which `layers.capture` reads as the loss."""
-        return
 
     def count(self, objective: Objective, batch: Any) -> int:  # noqa: ARG002
         """1 gradient per example."""
@@ -58,10 +52,6 @@ class Exact:
     def count(self, objective: Objective, batch: Any) -> int:
         """K cotangents per example."""
         return count(objective, batch)
-
-    def at(self, objective: Objective, batch: Any, numbers: Sequence[int]) -> Cotangents:  # noqa: ARG002
-        """The cotangents of a batch, as a function of its outputs."""
-        return partial(self.of, objective, batch)
 
     def of(self, objective: Objective, batch: Any, f: Float[Tensor, "b ..."]) -> Float[Tensor, "m b K"]:
         """The cotangents of a batch whose outputs are f.
@@ -101,10 +91,6 @@ class Signs:
         self.name = f"signs-{samples}-{seed}-{stream}"
         self._start = _mixed(_mixed(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(stream))[0]
 
-    def at(self, objective: Objective, batch: Any, numbers: Sequence[int]) -> Cotangents:
-        """The cotangents of a batch of rows with these numbers, as a function of its outputs."""
-        return partial(self.of, objective, batch, numbers)
-
     def of(
         self, objective: Objective, batch: Any, numbers: Sequence[int], f: Float[Tensor, "b ..."]
     ) -> Float[Tensor, "m b K"]:
@@ -113,12 +99,11 @@ class Signs:
         Raises:
             UnsupportedModel: if there are too many outputs for a loss of unknown kind, or it is not convex in them.
         """
-        K = f[0].numel()
-        if K <= FORMED:
-            L = _formed(objective, batch, f)
-            return torch.einsum("bij,mbj->mbi", L, self._signs(numbers, K, L)) / self.samples**0.5
-        signs = self._signs(numbers, K, f)
-        return _root(objective, batch, f)(signs if self.samples == 1 else signs / self.samples**0.5)
+        return self._drawn(_root(objective, batch, f), numbers, f)
+
+    def _drawn(self, root: Root, numbers: Sequence[int], f: Float[Tensor, "b ..."]) -> Float[Tensor, "m b K"]:
+        signs = self._signs(numbers, f[0].numel(), f)
+        return root(signs if self.samples == 1 else signs / self.samples**0.5)
 
     def count(self, objective: Objective, batch: Any) -> int:  # noqa: ARG002
         """`samples` cotangents per example."""
@@ -132,6 +117,28 @@ class Signs:
         drawn = _mixed(_mixed(rows + self._start)[..., None] + words)
         bits = np.unpackbits(drawn.astype("<u8").view(np.uint8), axis=-1, count=K, bitorder="little")
         return torch.from_numpy(bits).to(like).mul_(2).sub_(1)
+
+
+Source = Exact | Signs | Observed
+
+
+def of_each(
+    sources: Sequence[Source], objective: Objective, batch: Any, numbers: Sequence[int]
+) -> Callable[[Tensor], list[Float[Tensor, "m b K"]]] | None:
+    """The cotangents of several sources, from the outputs of a batch; equal ones, and L, are made once.
+
+    None, in place of a function, means the loss, as for `Observed`.
+    """
+    if any(isinstance(source, Observed) for source in sources):
+        return None
+
+    def every(f: Tensor) -> list[Tensor]:
+        if all(isinstance(source, Signs) for source in sources):
+            root = _root(objective, batch, f)
+            return [source._drawn(root, numbers, f) for source in sources if isinstance(source, Signs)]
+        return [source.of(objective, batch, f) for source in sources[:1] if isinstance(source, Exact)]
+
+    return every
 
 
 def outputs(objective: Objective, batch: Any) -> Float[Tensor, "b ..."]:
@@ -177,11 +184,11 @@ def _formed(objective: Objective, batch: Any, f: Tensor) -> Float[Tensor, "b K K
 
 
 def _root(objective: Objective, batch: Any, f: Float[Tensor, "b ..."]) -> Root:
-    """L as a function, for outputs too many to form H: the closed form that products with H confirm."""
+    """L as a function; for outputs too many to form H the closed form that products with H confirm."""
     K = f[0].numel()
-    if objective.linear is not None:
+    if objective.linear is not None or K <= FORMED:
         L = _formed(objective, batch, f)
-        return lambda E: torch.einsum("bij,mbj->mbi", L, E)
+        return lambda E: torch.einsum("bij,mbj->mbi", L, E.to(L))
     draw = torch.Generator().manual_seed(0)
     z = (torch.rand(2, K, generator=draw) + 1) * (2.0 * torch.randint(0, 2, (2, K), generator=draw) - 1)
     z = z.to(f)  # away from 0, and of both signs

@@ -187,7 +187,7 @@ class EmpiricalFisher:
 
     def bind(self, sweep: Sweep) -> Implicit:
         """The operator of this objective on these examples."""
-        return Implicit(sweep, _fisher_product, _assemble_fisher, assembly_bytes=16 * sweep.objective.size)
+        return Implicit(sweep, fisher_product, _assemble_fisher, assembly_bytes=16 * sweep.objective.size)
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,8 @@ class IdentityOperator:
         return V
 
 
-def _fisher_product(objective: Objective, batch: Any, V: Tensor, weights: Tensor) -> Tensor:
+def fisher_product(objective: Objective, batch: Any, V: Tensor, weights: Tensor) -> Tensor:
+    """Σ wᵢ ∇Lᵢ ∇Lᵢᵀ v over a batch, for every row v."""
     found = objective.route.plan
     if objective.linear is not None or found is None or not found.structured:
         products = calculus.dots(objective, batch, V).double()

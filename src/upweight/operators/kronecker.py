@@ -35,9 +35,10 @@ from upweight.model import penalties
 from upweight.model.layers.pieces import Direct, Piece, rows
 from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
+from upweight.operators.ahead import ROOM, Ahead
 from upweight.operators.base import Curvature
 from upweight.operators.blocks import layers_of
-from upweight.operators.cotangents import Exact, Observed, Signs
+from upweight.operators.cotangents import Exact, Observed, Signs, Source, of_each
 from upweight.operators.cut import cut
 from upweight.operators.factors import DENSE, Basis, Layer, Whole
 from upweight.operators.held import Held, kept_bytes, needed, rounds, shared_out, summed_bytes
@@ -134,7 +135,8 @@ class EKFAC(_Factors):
     The best diagonal in that basis: its error in Frobenius norm is never larger than KFAC's. Exact where KFAC is, and
     its diagonal in the eigenbasis is that of the layer's true block, positions included.
 
-    Cost: KFAC's, and a second sweep like the first.
+    Cost: KFAC's, and a second sweep like the first, which shares its forward passes for as many rows as 2 GB of
+    activations and output gradients allow.
     References: George et al. (2018); Grosse et al. (2023), section 2.2.
 
     Args:
@@ -157,7 +159,8 @@ class EKFAC(_Factors):
             UnsupportedModel: if the objective does not know its outputs, has too many for an exact expectation, or is
                 not convex in them; or its penalty is not separable.
         """
-        return _corrected(_factored(self.cut(sweep), self.source()), self.source(stream=1))
+        ahead = Ahead(self.source(stream=1))
+        return _corrected(_factored(self.cut(sweep), self.source(), ahead), ahead)
 
 
 class Kronecker:
@@ -324,10 +327,9 @@ def in_order(columns: Float[Tensor, "b k"]) -> Float[Tensor, " b"]:
 
 
 Read = tuple[str, Callable[..., list[Tensor]]]  # a layer's name, and what it reads from (pieces, weights)
-Source = Exact | Signs | Observed
 
 
-def _factored(sweep: Sweep, source: Source) -> Kronecker:
+def _factored(sweep: Sweep, source: Source, ahead: Ahead | None = None) -> Kronecker:
     """KFAC: the factors in one sweep, and their eigenvectors, each on the rank whose they are."""
     objective = sweep.objective
     uses, blocks, rest = Kronecker.blocks_of(sweep)
@@ -338,11 +340,15 @@ def _factored(sweep: Sweep, source: Source) -> Kronecker:
     sizes = [*(kept_bytes(layer) for layer in blocks), *(24 * len(rest) for _ in at[len(blocks) :])]
     owners = shared_out(sizes, among) if among > 1 else None
     strengths = _penalty_diagonal(objective)
+    if ahead is not None:
+        room = (ROOM if sweep.budget is None else min(ROOM, sweep.budget // 4 * 3)) - needed(blocks, sweep, 1)
+        ahead.make_room(uses.first, source.count(objective, sweep.examples.batch([0])), room)
     own: dict[int, Basis] = {}
     for numbers in rounds([summed_bytes(layer) for layer in blocks], sweep) if owners else [range(len(blocks))]:
         some = blocks[numbers.start : numbers.stop]
         read: list[Read] = [(layer.name, layer.sums) for layer in some]
-        factors = _swept(sweep, uses, source, lambda _, read=read: read, "Kronecker factors", owners, numbers)
+        first = None if numbers.start else ahead
+        factors = _swept(sweep, uses, source, lambda _, read=read: read, "Kronecker factors", owners, numbers, first)
         for number, sums in zip(numbers, factors, strict=True):
             if sums is not None:
                 own[number] = blocks[number].basis(sums, sweep.n, strengths)
@@ -387,7 +393,7 @@ def _warn_of_diagonals(blocks: Sequence[Layer], size: int) -> None:
         warnings.warn(message, TheoryWarning, stacklevel=6)
 
 
-def _corrected(operator: Kronecker, source: Source) -> Kronecker:
+def _corrected(operator: Kronecker, ahead: Ahead) -> Kronecker:
     """EKFAC: the same eigenvectors, with the curvature along each pair measured in a second sweep."""
     values: dict[int, Tensor] = {}
     for some in operator.rounds():
@@ -403,8 +409,8 @@ def _corrected(operator: Kronecker, source: Source) -> Kronecker:
             ]
 
         with operator.here(numbers, operator.sweep.objective.reference):
-            known = (operator.sweep, operator.uses, source, reading, "Kronecker eigenvalues")
-            totals = _swept(*known, operator.held.owners, numbers)
+            known = (operator.sweep, operator.uses, ahead.source, reading, "Kronecker eigenvalues")
+            totals = _swept(*known, operator.held.owners, numbers, taken=ahead)
         for number, total in zip(numbers, totals, strict=True):
             if total is not None:
                 values[number] = total[0] / operator.sweep.n
@@ -419,14 +425,27 @@ def _swept(
     label: str,
     owners: Sequence[int] | None,
     numbers: Sequence[int],
+    ahead: Ahead | None = None,
+    taken: Ahead | None = None,
 ) -> list[list[Tensor] | None]:
     """For some layers the sums over all rows of what each reads from the pieces of a batch, in one sweep.
 
-    Of several ranks each gets those of its own layers.
+    Of several ranks each gets those of its own layers. On its way it keeps what a sweep `ahead` will ask for, or takes
+    what one before it kept.
     """
 
+    def made(batch: Any, numbers: Any) -> list[Piece]:
+        kept = None if taken is None else taken.take(numbers)
+        if kept is not None:
+            return kept
+        sources = [source] if ahead is None else ahead.sources(source, numbers)
+        every = uses.several(sweep.objective, batch, of_each(sources, sweep.objective, batch, numbers))
+        if ahead is not None:
+            ahead.keep(every[-1], numbers)
+        return every[0]
+
     def read(batch: Any, weights: Tensor, numbers: Any) -> list[list[Tensor]]:
-        pieces = uses.pieces(sweep.objective, batch, source.at(sweep.objective, batch, numbers))
+        pieces = made(batch, numbers)
         found = [(name, read(pieces, weights.to(_reference(pieces)))) for name, read in reading(pieces)]
         if not bool(torch.stack([torch.isfinite(part).all() for _, parts in found for part in parts]).all()):
             raise _not_finite(label, found)

@@ -7,7 +7,7 @@ of any batch in the order of the first; where a weight is used in another way th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,10 @@ from upweight.model import calculus, layers, linear
 from upweight.model.layers.pieces import Direct, Piece, Product
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
-from upweight.operators.cotangents import Cotangents, outputs
+from upweight.operators.cotangents import outputs
 
 _PROBE = 2
+Several = Callable[[Tensor], Sequence[Tensor]]  # from the outputs (b, …) of a batch to sets of cotangents, (m, b, K)
 
 
 @dataclass(frozen=True)
@@ -76,18 +77,26 @@ class Uses:
     @classmethod
     def _in(cls, objective: Objective, batch: Any) -> Uses:
         plan = None if objective.linear is not None else layers.plan(objective, batch)
-        first = _pieces(objective, plan, batch, None)
+        first = _pieces(objective, plan, batch, None)[0]
         return cls(plan, first, tuple(map(Slot.of, first)))
 
-    def pieces(self, objective: Objective, batch: Any, cotangents: Cotangents | None = None) -> list[Piece]:
-        """The pieces of a batch, one for each slot.
+    def pieces(self, objective: Objective, batch: Any) -> list[Piece]:
+        """The pieces of the losses of a batch, one for each slot.
 
         Raises:
             UnsupportedModel: if it uses parameters in another way.
         """
-        pieces = self.found(objective, batch, cotangents)
-        aligned = self.aligned(pieces)
-        if aligned is not None:
+        return self.several(objective, batch, None)[0]
+
+    def several(self, objective: Objective, batch: Any, cotangents: Several | None) -> list[list[Piece]]:
+        """The pieces of a batch for every set of cotangents, one for each slot; of its losses, if there are none.
+
+        Raises:
+            UnsupportedModel: if it uses parameters in another way.
+        """
+        every = [self.aligned(pieces) for pieces in _pieces(objective, self.plan, batch, cotangents)]
+        aligned = [pieces for pieces in every if pieces is not None]
+        if len(aligned) == len(every):
             return aligned
         shapes = ", ".join(str(tuple(leaf.shape[1:])) for leaf in leaves(batch) if isinstance(leaf, Tensor))
         message = (
@@ -96,9 +105,9 @@ class Uses:
         )
         raise UnsupportedModel(message)
 
-    def found(self, objective: Objective, batch: Any, cotangents: Cotangents | None = None) -> list[Piece]:
-        """The pieces of a batch as they come."""
-        return _pieces(objective, self.plan, batch, cotangents)
+    def found(self, objective: Objective, batch: Any) -> list[Piece]:
+        """The pieces of the losses of a batch as they come."""
+        return _pieces(objective, self.plan, batch, None)[0]
 
     def aligned(self, pieces: Sequence[Piece]) -> list[Piece] | None:
         """The same gradients, one piece for each slot; None where the slots do not hold them."""
@@ -145,15 +154,17 @@ def _longest(examples: Examples) -> int:
     return sizes.index(max(sizes))
 
 
-def _pieces(objective: Objective, plan: layers.Plan | None, batch: Any, cotangents: Cotangents | None) -> list[Piece]:
+def _pieces(
+    objective: Objective, plan: layers.Plan | None, batch: Any, cotangents: Several | None
+) -> list[list[Piece]]:
     """The pieces of a batch; for a linear predictor its inputs and the cotangents themselves."""
     if plan is not None:
-        return layers.capture(objective, plan, batch, cotangents)
+        return layers.captured(objective, plan, batch, cotangents)
     structure = objective.linear
     assert structure is not None  # every other objective has a plan
-    slopes = linear.slopes(objective, batch)[None] if cotangents is None else cotangents(outputs(objective, batch))
-    X = calculus.ready(objective, batch)[0].to(slopes)
+    every = [linear.slopes(objective, batch)[None]] if cotangents is None else cotangents(outputs(objective, batch))
+    X = calculus.ready(objective, batch)[0].to(every[0])
     coef, bias = [*objective.blocks, None][:2]  # a linear predictor's blocks, in this order, whatever their names
     assert coef is not None
     shape = (structure.n_outputs, structure.n_features)
-    return [Product(coef, bias, X[:, None, None], slopes[:, :, None, None], shape)]
+    return [[Product(coef, bias, X[:, None, None], slopes[:, :, None, None], shape)] for slopes in every]

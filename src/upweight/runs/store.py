@@ -43,7 +43,7 @@ from upweight.runs.stopping import Stopped, finishing
 
 FORMAT = 2
 MANIFEST, JOB, EVENTS, LOCK, SUFFIX = "manifest.json", "job.toml", "events.jsonl", ".lock", ".safetensors"
-STATE, ESTIMATES, SOLUTIONS, SETTLED, SCORES = "state", "estimates", "solutions", "settled", "scores"
+STATE, ESTIMATES, SOLUTIONS, SCORES = "state", "estimates", "solutions", "scores"
 _LOOK = 5.0  # seconds that a part waits for others that look, as it does, whether the whole is taken
 WORK, NAME = "work", "name"  # of a file: what ties it to its folder
 
@@ -264,12 +264,12 @@ class Store:
         """Keep where an iteration has come to, in place of what was kept before."""
         self.keep(self._state, state)
 
-    def end_state(self, settled: NDArray[np.float64] | None) -> None:
+    def end_state(self, settled: Mapping[str, NDArray[np.float64]]) -> None:
         """The iteration has ended, and its solutions are kept; of its state only how far their values had settled."""
-        if settled is None:
-            self._named(self._state).unlink(missing_ok=True)
+        if settled:
+            self.keep_state(settled)
         else:
-            self.keep_state({SETTLED: settled})
+            self._named(self._state).unlink(missing_ok=True)
 
     @property
     def estimates(self) -> dict[str, NDArray[Any]] | None:

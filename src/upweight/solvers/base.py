@@ -20,6 +20,8 @@ from torch import Tensor
 from upweight.errors import InvalidInput
 from upweight.operators.base import Operator
 
+LOOKED = ("settled", "settled_bound", "error_bound")  # of a Solution: what an iteration says that followed its values
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -40,6 +42,8 @@ class Solution:
         state: what `solve(V, state=…)` needs in order to go on.
         settled: (k,) what is estimated to be still to come to a query's values, relative to their size; None where that
             was not followed.
+        settled_bound: (k,) what can still come at most, proven; None where C is not known to be positive semidefinite.
+        error_bound: (k,) a proven bound on ‖x − (C + λI)⁻¹v‖; None likewise.
 
     >>> import upweight as uw
     >>> C = uw.operators.DenseOperator(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
@@ -59,6 +63,14 @@ class Solution:
     preconditioner_gap: Float[Tensor, " k"] | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     settled: Float[Tensor, " k"] | None = None
+    settled_bound: Float[Tensor, " k"] | None = None
+    error_bound: Float[Tensor, " k"] | None = None
+
+    @property
+    def looked(self) -> dict[str, Tensor]:
+        """What is said of the values, where they had settled before the residual was small; nothing elsewhere."""
+        found = {name: getattr(self, name) for name in LOOKED}
+        return {} if self.settled is None else {name: x for name, x in found.items() if x is not None}
 
 
 @runtime_checkable

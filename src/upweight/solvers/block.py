@@ -36,6 +36,7 @@ def descend_together(
     *,
     weights: Float[Tensor, " p"] | None = None,
     watch: Callable[[Tensor], None] | None = None,
+    follow: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Progress:
     """As `recurrence.descend`, in one shared space.
 
@@ -55,6 +56,7 @@ def descend_together(
         direction: directions to go on from; rows of zeros are none.
         weights: what residuals are multiplied by before their norm is compared with the goal; None for nothing.
         watch: is told the norms of the residuals after every product.
+        follow: is told the directions and their images.
     """
     x, R = x.clone(), residual.clone()
     smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
@@ -63,6 +65,8 @@ def descend_together(
     P = orthonormal(_preconditioned(precondition, R) if direction is None else direction)
     for step in range(max_steps):
         Q = product(P)
+        if follow is not None:
+            follow(P, Q)
         G = P @ Q.T
         lowest, along = _lowest((G + G.T) / 2)
         factor, failed = torch.linalg.cholesky_ex((G + G.T) / 2)

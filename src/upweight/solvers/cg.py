@@ -18,7 +18,9 @@ from upweight.model.objective import Objective
 from upweight.operators.base import Operator
 from upweight.operators.eliminated import Eliminated, eliminated
 from upweight.operators.linear import LinearHessian
+from upweight.operators.lowest import lowest_eigenvalue
 from upweight.runs import progress
+from upweight.solvers import bounds
 from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
 from upweight.solvers.block import descend_together, spanning
 from upweight.solvers.direct import Cholesky
@@ -61,7 +63,8 @@ class CG:
         max_sweeps: products after which NotConverged is raised.
         settled: stop earlier, when what is still to come to the values (relative to all of a query's, on 64 rows spread
             through the data) is estimated to be no more than this, such as 0.01; the residual that is left is reported.
-            Values settle long before the residual is small. None stops at rtol only.
+            Values settle long before the residual is small. Beside the estimate stands a proven bound, where C is known
+            to be positive semidefinite (`Solution.settled_bound`). None stops at rtol only.
         preconditioner: `Preconditioned(EKFAC())` or another curvature, `TwoLevel()`, `Approximate()` or `Plain()`,
             which is none. None lets `defaults` choose: TwoLevel for linear predictors, Approximate where their rows are
             sparse, none otherwise.
@@ -189,9 +192,17 @@ class Iteration:
             basis, mixing = spanning(V)
             if len(basis) < len(V):
                 return self._mixed(basis, mixing, V, keep)
-        return self._descended(V, state, Pace(self.spec.settled, self.operator, keep))
+        lowest = None if self.spec.settled is None else lowest_eigenvalue(self.operator, self.damping)
+        searched = None if lowest is None else bounds.Searched(lowest)
+        return self._descended(V, state, Pace(self.spec.settled, self.operator, keep), searched)
 
-    def _descended(self, V: Float[Tensor, "k p"], state: Mapping[str, Tensor] | None, pace: Pace) -> Solution:
+    def _descended(
+        self,
+        V: Float[Tensor, "k p"],
+        state: Mapping[str, Tensor] | None,
+        pace: Pace,
+        searched: bounds.Searched | None,
+    ) -> Solution:
         """The solution of right-hand sides that need no other treatment, run by run of the recurrence."""
         X = torch.zeros_like(V) if state is None else state["x"].clone()
         R = V.clone() if state is None else V - self._apply(X)
@@ -213,7 +224,8 @@ class Iteration:
                 left_to_make = self.spec.max_sweeps - sweeps
                 if trial is not None and sweeps < trial:
                     left_to_make = min(left_to_make, trial - sweeps)
-                run = self._run(coarse, X / D, R * D, goal, left_to_make, P, step, pace, weighed / size)
+                follow = searched if coarse is None and self.scale is None else None
+                run = self._run(coarse, X / D, R * D, goal, left_to_make, P, step, pace, weighed / size, follow)
                 sweeps += run.steps
                 smallest = torch.minimum(smallest, run.smallest)
                 if run.stopped is not None and coarse is None:
@@ -248,8 +260,18 @@ class Iteration:
         state = {"x": X, "p": R if P is None else P}
         gap = self._gap(X, V, R)
         sweeps += 0 if gap is None else 1
+        energy = None if searched is None else searched.energy(R)
         return Solution(
-            X, missed, True, sweeps, min_curvature=bottom, preconditioner_gap=gap, state=state, settled=pace.left
+            X,
+            missed,
+            True,
+            sweeps,
+            min_curvature=bottom,
+            preconditioner_gap=gap,
+            state=state,
+            settled=pace.left,
+            error_bound=None if energy is None or searched is None else energy / searched.lowest**0.5,
+            settled_bound=None if energy is None or searched is None else pace.bound(X, R, V, energy, searched.lowest),
         )
 
     def _too_far(self, trial: int | None, made: int, left: float) -> bool:
@@ -335,6 +357,7 @@ class Iteration:
         step: Callable[[float], None],
         pace: Pace,
         larger: Tensor,
+        searched: bounds.Searched | None,
     ) -> Progress:
         """Steps on D (C + λI) D y = D v until the recurrence believes in the goal, or it is time to look again."""
         if self.reduced is not None:
@@ -354,9 +377,10 @@ class Iteration:
         def watch(left: Tensor) -> None:
             step(float((left / goal.clamp(min=1e-300)).max()))
 
+        follow = None if searched is None else searched.follow
         if self.together(R):
-            return descend_together(product, precondition, Y, R, goal, steps, direction, watch=watch)
-        return descend(product, precondition, Y, R, goal, steps, direction, scale=D, watch=watch)
+            return descend_together(product, precondition, Y, R, goal, steps, direction, watch=watch, follow=follow)
+        return descend(product, precondition, Y, R, goal, steps, direction, scale=D, watch=watch, follow=follow)
 
     def _run_reduced(
         self,

@@ -21,6 +21,7 @@ from upweight.model import per_row
 from upweight.operators.base import Operator
 from upweight.runs import ranks
 from upweight.runs.stopping import asked, stop_here
+from upweight.solvers import bounds
 
 Keep = Callable[[Mapping[str, Tensor]], None]
 STEPS = 8  # between two looks at the values
@@ -87,6 +88,15 @@ class Pace:
             self._change = change
         self._values = values
         return self.left is not None and bool((self.left <= (self.settled or 0.0)).all())
+
+    def bound(
+        self, X: Float[Tensor, "k p"], R: Float[Tensor, "k p"], V: Float[Tensor, "k p"], energy: Tensor, lowest: float
+    ) -> Float[Tensor, " k"] | None:
+        """What can still come to the values at most, relative to their size; see `bounds.of_values`."""
+        if self.rows is None:
+            return None
+        size = (X @ self.rows.T).norm(dim=1).clamp(min=torch.finfo(X.dtype).tiny)
+        return bounds.of_values(self.rows, X, R, V, energy, lowest) / size
 
 
 def _gradients(operator: Operator) -> Float[Tensor, "r p"]:

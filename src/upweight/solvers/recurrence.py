@@ -44,6 +44,7 @@ def descend(
     weights: Float[Tensor, " p"] | None = None,
     besides: Callable[[Tensor], Tensor] | None = None,
     watch: Callable[[Tensor], None] | None = None,
+    follow: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Progress:
     """Conjugate gradients from x, with v − A x = residual, until ‖residual‖ ≤ goal for every row, or max_steps.
 
@@ -63,6 +64,7 @@ def descend(
         weights: what residuals are multiplied by before their norm is compared with the goal; None for nothing.
         besides: from residuals whose norms have all arrived to numbers that must, too.
         watch: is told the norms of the residuals after every product.
+        follow: is told the directions and their images.
     """
     x, R = x.clone(), residual.clone()
     smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
@@ -82,6 +84,8 @@ def descend(
         every = len(active) == len(R)
         y, p, r = (x, P, R) if every else (x[active], P[active], R[active])  # copies, where some have arrived
         image = product(p)
+        if follow is not None:
+            follow(p, image)
         curvature = dots(p, image)
         unscaled = p if scale is None else p * scale
         quotient = curvature / dots(unscaled, unscaled)

@@ -7,6 +7,7 @@ the two: gradients, their products and their squares, without writing out what f
 from upweight.model.layers.per_example import (
     Plan,
     capture,
+    captured,
     dots,
     dots_and_sum,
     gradients,
@@ -21,6 +22,7 @@ from upweight.model.layers.per_example import (
 __all__ = [
     "Plan",
     "capture",
+    "captured",
     "dots",
     "dots_and_sum",
     "gradients",

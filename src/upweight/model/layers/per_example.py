@@ -13,7 +13,7 @@ every parameter has a rule, shared and functional uses included, and the model i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -141,21 +141,41 @@ def capture(
         batch: b examples.
         cotangents: u, from the outputs (b, …); None means the loss.
     """
-    seen = _captured(objective, found, batch, cotangents)
-    return merged([piece.product() if isinstance(piece, Convolution) else piece for piece in seen])
+    each = None if cotangents is None else lambda f: [cotangents(f)]
+    return captured(objective, found, batch, each)[0]
 
 
-def _captured(
+def captured(
     objective: Objective,
     found: Plan,
     batch: Any,
-    cotangents: Callable[[Tensor], Float[Tensor, "m b K"]] | None = None,
-) -> list[Piece | Convolution]:
+    cotangents: Callable[[Tensor], Sequence[Float[Tensor, "m b K"]]] | None,
+) -> list[list[Piece]]:
+    """The same of several sets of cotangents, which share the forward pass and what they have in common.
+
+    Args:
+        objective: whose θ̂ it is.
+        found: of `plan`.
+        batch: b examples.
+        cotangents: the sets, from the outputs (b, …); None means one, the loss.
+    """
+    return [
+        merged([piece.product() if isinstance(piece, Convolution) else piece for piece in seen])
+        for seen in _as_met(objective, found, batch, cotangents)
+    ]
+
+
+def _as_met(
+    objective: Objective,
+    found: Plan,
+    batch: Any,
+    cotangents: Callable[[Tensor], Sequence[Float[Tensor, "m b K"]]] | None = None,
+) -> list[list[Piece | Convolution]]:
     """The pieces of a batch as they are met: a shared weight's one by one, and convolutions without their matrices."""
     batch = calculus.ready(objective, batch)
     found = found.at(objective, batch)
     if not found.structured:
-        return [*_by_autograd(objective, found, batch, cotangents)]
+        return [[*pieces] for pieces in _by_autograd(objective, found, batch, cotangents)]
     zero = objective.reference.new_zeros(())
     offsets = [zero.expand(batch_length(batch), *use.offset) for use in found.uses]
     for offset in offsets:
@@ -169,11 +189,15 @@ def _captured(
 
     values, inputs = vmap(one)(batch, *offsets)
     if cotangents is None:
-        slopes = calculus.slopes(objective, values, offsets, None)
+        every = [calculus.slopes(objective, values, offsets, None)]
     else:
-        slopes = calculus.slopes(objective, values.reshape(len(values), -1), offsets, cotangents(values.detach()))
-    met = [_piece(use, x.detach(), slope) for use, x, slope in zip(found.uses, inputs, slopes, strict=True)]
-    return [piece for group in met for piece in group]
+        flat = values.reshape(len(values), -1)
+        every = [calculus.slopes(objective, flat, offsets, u) for u in cotangents(values.detach())]
+    inputs = [x.detach() for x in inputs]
+    return [
+        [piece for use, x, slope in zip(found.uses, inputs, slopes, strict=True) for piece in _piece(use, x, slope)]
+        for slopes in every
+    ]
 
 
 def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
@@ -192,8 +216,8 @@ def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Ten
     """
     if not structured(objective):
         return calculus.dots(objective, batch, V)
-    captured = _captured(objective, objective.route.plan, batch)
-    return pieces.along(captured, V.to(objective.reference), objective.route.plan.sizes)[:, :, 0].T
+    seen = _as_met(objective, objective.route.plan, batch)[0]
+    return pieces.along(seen, V.to(objective.reference), objective.route.plan.sizes)[:, :, 0].T
 
 
 def dots_and_sum(
@@ -201,10 +225,10 @@ def dots_and_sum(
 ) -> tuple[Float[Tensor, "b k"], Float[Tensor, " p"]]:
     """The same, and Σ_b w_b ∇L(z_b) from the same passes, for a model that is `structured`."""
     found = objective.route.plan
-    captured = _captured(objective, found, batch)
+    seen = _as_met(objective, found, batch)[0]
     V = V.to(objective.reference)
-    total = pieces.onto(captured, weights.to(V)[None, :, None], found.sizes)[0]
-    return pieces.along(captured, V, found.sizes)[:, :, 0].T, total
+    total = pieces.onto(seen, weights.to(V)[None, :, None], found.sizes)[0]
+    return pieces.along(seen, V, found.sizes)[:, :, 0].T, total
 
 
 def structured(objective: Objective) -> bool:
@@ -347,14 +371,23 @@ def _over_positions(use: Use, slope: Tensor) -> Tensor:
 
 
 def _by_autograd(
-    objective: Objective, found: Plan, batch: Any, cotangents: Callable[[Tensor], Tensor] | None
-) -> list[Piece]:
+    objective: Objective,
+    found: Plan,
+    batch: Any,
+    cotangents: Callable[[Tensor], Sequence[Tensor]] | None,
+) -> list[list[Piece]]:
     """Every block as a Direct, example by example."""
     if cotangents is None:
-        J = calculus.gradients(objective, batch)[None]
+        every = [calculus.gradients(objective, batch)[None]]
     else:
-        u = cotangents(calculus.shaped_outputs(objective, batch))
-        J = torch.einsum("mbk,bkp->mbp", u, calculus.output_jacobians(objective, batch).to(u))
+        sets = cotangents(calculus.shaped_outputs(objective, batch))
+        jacobians = calculus.output_jacobians(objective, batch)
+        every = [torch.einsum("mbk,bkp->mbp", u, jacobians.to(u)) for u in sets]
     shapes = {name: tuple(block.shape) for name, block in objective.blocks.items()}
-    parts = J.split(list(found.sizes.values()), 2)
-    return [Direct(name, part, shapes[name]) for name, part in zip(found.sizes, parts, strict=True)]
+    return [
+        [
+            Direct(name, part, shapes[name])
+            for name, part in zip(found.sizes, J.split(list(found.sizes.values()), 2), strict=True)
+        ]
+        for J in every
+    ]
