@@ -205,6 +205,8 @@ _OF_SOLUTION = ("preconditioner_gap", *LOOKED)
 
 def certificate(system: System, solution: Solution) -> Certificate:
     """What is known about how far a solution can be trusted."""
+    told = {name: getattr(solution, name) for name in _OF_SOLUTION}
+    arrays: dict[str, Any] = {name: None if value is None else value.numpy() for name, value in told.items()}
     return Certificate(
         residual=solution.residual.numpy(),
         converged=solution.converged,
@@ -217,7 +219,7 @@ def certificate(system: System, solution: Solution) -> Certificate:
         solver=repr(system.solver),
         sweeps=solution.sweeps,
         truncation=solution.truncation,
-        **{name: None if (found := getattr(solution, name)) is None else found.numpy() for name in _OF_SOLUTION},
+        **arrays,
     )
 
 
