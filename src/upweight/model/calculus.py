@@ -315,13 +315,9 @@ def output_derivatives(
     Cost: K + 1 backward passes of the output loss.
     """
     first, f = _output_slopes(objective, ready(objective, batch), f)
-    rows = []
-    for j in range(f.shape[1]):
-        rows.append(
-            _or_zero(torch.autograd.grad(first[:, j].sum(), f, retain_graph=True, allow_unused=True)[0], f)
-            if first.requires_grad
-            else torch.zeros_like(f)
-        )
+    if not first.requires_grad:
+        return first, f.new_zeros(*f.shape, f.shape[1])
+    rows = [pulled([column], [f], [torch.ones_like(column)])[0] for column in first.unbind(1)]
     return first.detach(), torch.stack(rows, 1).detach()
 
 
@@ -363,10 +359,8 @@ def _output_slopes(
         return output_loss(f.reshape(shape), example)
 
     f = f.detach().requires_grad_()
-    if objective.route.examples == "vmap":
-        values = vmap(one, in_dims=(0, 0))(f, batch)
-    else:
-        values = torch.stack([one(f[b], take(batch, b)) for b in range(len(f))])
+    many = objective.route.examples == "vmap"
+    values = vmap(one)(f, batch) if many else torch.stack([one(f[b], take(batch, b)) for b in range(len(f))])
     return torch.autograd.grad(values.sum(), f, create_graph=True)[0], f
 
 
@@ -552,13 +546,9 @@ def _pull_rows(objective: Objective, values: Tensor, inputs: Any, cotangents: Te
         pieces = torch.autograd.grad(
             values, blocks, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
-        return torch.cat(
-            [
-                (_or_zero(piece, block.expand(len(cotangents), *block.shape))).reshape(len(cotangents), -1)
-                for piece, block in zip(pieces, blocks, strict=True)
-            ],
-            1,
-        ).detach()
+        k, both = len(cotangents), zip(pieces, blocks, strict=True)
+        rows = [_or_zero(piece, block.expand(k, *block.shape)).reshape(k, -1) for piece, block in both]
+        return torch.cat(rows, 1).detach()
     return torch.stack(vjps(values, inputs, cotangents)).detach()
 
 

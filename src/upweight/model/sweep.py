@@ -359,11 +359,8 @@ class Sweep:
         label: str,
     ) -> Iterator[tuple[int, NDArray[np.float64]]]:
         """The output rows of chunks, one after the other."""
-        if store is None and sums is None:
-            numbers = range(begun, len(chunks))
-            yield from zip(numbers, self._of_chunks(function, chunks, numbers, vectors, label), strict=True)
-            return
-        for file in files_of(len(chunks), 1 if store is None else store.span, begun):
+        files = [range(begun, len(chunks))] if store is None else files_of(len(chunks), store.span, begun)
+        for file in files:
             yield from self._of_file(function, chunks, file, vectors, store, sums, label, ranks.Alone())
 
     def _together(
@@ -417,18 +414,10 @@ class Sweep:
         work: ranks.Alone | ranks.Shared,
     ) -> Iterator[tuple[int, NDArray[np.float64]]]:
         """The output rows of chunks that lie in one file of the store, if there is one."""
-
-        def computed() -> Iterator[NDArray[np.float64]]:
-            if sums is None and isinstance(work, ranks.Alone):
-                yield from self._of_chunks(function, chunks, file, vectors, label)
-                return
-            for number in file:
-                work.at(number)
-                yield self._of_chunk(function, chunks[number], number, vectors, label, sums)
-
+        computed = self._of_chunks(function, chunks, file, vectors, sums, label, work)
         which, skipped = (0, 0) if store is None else divmod(file.start, store.span)
         if store is None or (skipped and which not in store):
-            yield from zip(file, computed(), strict=True)
+            yield from zip(file, computed, strict=True)
             return
         if which in store:
             values = store.read(which)
@@ -438,21 +427,27 @@ class Sweep:
                 yield number, values[start : start + length(chunks[number])]
             return
         rows = sum(length(chunks[number]) for number in file)
-        numbers = iter(file)
-        for values in store.passing(which, rows, computed()):
-            yield next(numbers), values
+        yield from zip(file, store.passing(which, rows, computed), strict=True)
         stop_here(f"chunk {which + 1} of {-(-len(chunks) // store.span)}")
 
     def _of_chunks(
-        self, function: Callable[[Any, Tensor], Tensor], chunks: list[Place], numbers: range, vectors: int, label: str
+        self,
+        function: Callable[[Any, Tensor], Any],
+        chunks: list[Place],
+        numbers: range,
+        vectors: int,
+        sums: Sums | None,
+        label: str,
+        work: ranks.Alone | ranks.Shared,
     ) -> Iterator[NDArray[np.float64]]:
         """The output rows of these chunks, in order; of a linear predictor several narrow ones at once."""
 
         def of(number: int) -> NDArray[np.float64]:
-            return self._of_chunk(function, chunks[number], number, vectors, label, None)
+            work.at(number)
+            return self._of_chunk(function, chunks[number], number, vectors, label, sums)
 
         each = CHUNK * self.example_bytes * (1 + vectors)
-        if self.objective.linear is None or each > _NARROW_BYTES:
+        if sums is not None or self.objective.linear is None or each > _NARROW_BYTES:
             return map(of, numbers)
         return threads.in_turn(of, numbers, self.at_most(self.memory, 4) // each)
 
