@@ -53,9 +53,7 @@ FEW = 512  # rows that know how the curvature changes on the way, and from one k
 _BLOCK = 2**16  # rows whose weights are added together
 _STOCHASTIC = 3  # queries of a solver whose cost grows with them
 _LOOSE = 0.05  # the residual of a system that is asked for a change of 5 %
-_ROUGH = (
-    0.01  # that of a group with random signs, whose form it changes by the square, and both sides of a change alike
-)
+_ROUGH = 0.05  # that of a group with random signs: its form errs by the square, and both sides of a change alike
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ class CG:
     definition in float64 at the end; if the recurrence was too optimistic, iteration goes on from the true residual.
     With a preconditioner the promise holds in two norms, ‖r‖/‖v‖ and the same with every parameter divided by
     √diag(C + λI), so that no feature hides behind another's units; the larger is reported.
-    With a preconditioner the products of linear predictors run in float32 between two such corrections (iterative
-    refinement), and in float64 when that gains nothing.
+    Products of linear predictors with a preconditioner, and of networks whose activations are kept, run in float32
+    between two such corrections (iterative refinement), and in float64 when that gains nothing, or for `Plain()`.
 
     Cost: one sweep per step, about √cond(C + λI)·log(2/rtol)/2 steps without preconditioner; 4 vectors of length p per
     query. With `Preconditioned(curvature)` one product more, which tells how far that curvature alone was from the
