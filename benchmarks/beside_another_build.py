@@ -1,11 +1,12 @@
-"""Claim: this build is not slower than another one: one query, 100 queries, and scores of one CNN, in turns.
+"""Claim: this build is not slower than another one: one query, 100 queries, scores of one CNN, and the certified solve
+of an MLP (that of certified_solve.py, ten queries to 1e-4), in turns.
 
-Each measurement is a process of its own that imports upweight from one of the two source folders, trains nothing, and
+Each measurement is a process of its own that imports upweight from one of the two source folders, and
 times `uw.explain(...)` to `.values`. Builds take turns, and the first of a pair changes; the ratio is the median over
 the pairs.
 
     git worktree add --detach ../before COMMIT
-    UPWEIGHT_DATA=… python benchmarks/beside_another_build.py ../before/src 5
+    UPWEIGHT_DATA=… python benchmarks/beside_another_build.py ../before/src 5 [JOB …]      # those jobs alone
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-JOBS = ("one query", "100 queries", "CNN, 10 queries")
+JOBS = ("one query", "100 queries", "CNN, 10 queries", "MLP, 10 queries to 1e-4")
 
 
 def measured(job: str) -> float:
@@ -30,7 +31,19 @@ def measured(job: str) -> float:
     import upweight as uw
 
     data = uw.datasets.mnist()
-    if job.startswith("CNN"):
+    if job.startswith("MLP"):
+        from certified_solve import DAMPING, QUERIES, N, trained
+
+        X = torch.from_numpy(data.images[:N] / 255).float()
+        y = torch.from_numpy(data.labels[:N].astype(np.int64))
+        Xq, yq = torch.from_numpy(data.test_images[:QUERIES] / 255).float(), torch.tensor(data.test_labels[:QUERIES])
+        model, gauss_newton = trained(X, y), uw.operators.GaussNewton()
+        settings = {"loss": torch.nn.functional.cross_entropy, "curvature": gauss_newton, "damping": DAMPING}
+
+        def answer() -> object:
+            solver = uw.solvers.CG(rtol=1e-4)
+            return uw.explain(model, X, y, solver=solver, **settings).on_loss(Xq, yq.long()).values
+    elif job.startswith("CNN"):
         torch.manual_seed(0)
         model = torch.nn.Sequential(
             torch.nn.Conv2d(1, 8, 5, stride=2),
@@ -97,14 +110,15 @@ def theta(folder: Path) -> Path:
     return file
 
 
-def main(other: Path, pairs: int) -> None:
+def main(other: Path, pairs: int, jobs: list[str]) -> None:
     import tempfile
 
     ours = HERE.parent / "src"
     with tempfile.TemporaryDirectory() as folder:
         os.environ["UPWEIGHT_BENCHMARK_THETA"] = str(theta(Path(folder)))
-        report = {}
-        for job in JOBS:
+        results = HERE / "results" / "beside_another_build.json"
+        report = json.loads(results.read_text()) if jobs else {}
+        for job in jobs or JOBS:
             seconds: dict[str, list[float]] = {"this": [], "other": []}
             for pair in range(pairs):
                 for name, source in sorted({"this": ours, "other": other}.items(), reverse=bool(pair % 2)):
@@ -117,11 +131,11 @@ def main(other: Path, pairs: int) -> None:
                 "ratios": ratios,
             }
             print(job, report[job], flush=True)
-    (HERE / "results" / "beside_another_build.json").write_text(json.dumps(report, indent=1) + "\n")
+    results.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--job":
         print(measured(sys.argv[2]))
     else:
-        main(Path(sys.argv[1]).resolve(), int(sys.argv[2]))
+        main(Path(sys.argv[1]).resolve(), int(sys.argv[2]), sys.argv[3:])

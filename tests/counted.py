@@ -160,7 +160,11 @@ class _Torch(TorchDispatchMode):
         moved = sum(_bytes(tensor) for tensor in (*given, *made))
         sparse = next((tensor for tensor in given if tensor.layout == torch.sparse_csr), None)
         cost = _TORCH.get(name) if sparse is None else lambda given: 2.0 * sparse.values().numel() * given[-1].shape[-1]
-        self.found.add(0.0 if cost is None else cost(given), moved, double=made[0].dtype == torch.float64)
+        flops = 0.0 if cost is None else cost(given)
+        if name.startswith("convolution"):  # of the output, or of its gradient for every gradient that is made
+            side, weight, times = (made[0], given[1], 1) if name == "convolution" else (given[0], given[2], len(made))
+            flops = 2.0 * times * side.numel() * weight[0].numel()
+        self.found.add(flops, moved, double=made[0].dtype == torch.float64)
         return out
 
 

@@ -279,9 +279,7 @@ def examine(system: System, on: Any = None) -> Report:
 
 def _beside_the_hessian(system: System, V: Tensor) -> tuple[float, float] | None:
     """Σ vᵀCv / Σ vᵀHv along random vectors and along some of V.  Cost: 2 Hessian products with up to 512 rows."""
-    stands_for: Any = system.curvature
-    while hasattr(stands_for, "of"):
-        stands_for = stands_for.of
+    stands_for = _stands_for(system)
     if isinstance(stands_for, Hessian | Identity) and not isinstance(system.curvature, Arnoldi | Nystroem):
         return None
     if system.objective.linear is not None and not isinstance(system.curvature, Arnoldi | Nystroem | EmpiricalFisher):
@@ -293,12 +291,20 @@ def _beside_the_hessian(system: System, V: Tensor) -> tuple[float, float] | None
         exact = of_few_rows(_hessian(system)).apply(both)
         ours = system.operator
         ours = of_few_rows(ours) if isinstance(ours, Implicit | LayeredGaussNewton | LinearHessian) else ours
-        images = ours.apply(both)
+        curved = ours.forms(both) if isinstance(ours, LayeredGaussNewton) else (both * ours.apply(both)).sum(1)
     except UpweightError:
         return None
-    curved, truly = ((both * image).sum(1).reshape(2, -1).sum(1) for image in (images, exact))
+    curved, truly = (along.reshape(2, -1).sum(1) for along in (curved, (both * exact).sum(1)))
     quotients = (curved / truly).tolist()
     return (quotients[0], quotients[1]) if np.isfinite(quotients).all() else None
+
+
+def _stands_for(system: System) -> Any:
+    """The curvature that others approximate."""
+    found: Any = system.curvature
+    while hasattr(found, "of"):
+        found = found.of
+    return found
 
 
 def _hessian(system: System) -> Implicit | LinearHessian:
@@ -307,7 +313,7 @@ def _hessian(system: System) -> Implicit | LinearHessian:
     Raises:
         UnsupportedModel: if the criterion bends at its kinks only.
     """
-    if isinstance(system.exact_curvature, GaussNewton) and system.objective.linear is None:
+    if isinstance(_stands_for(system), GaussNewton) and system.objective.linear is None:
         return Implicit(system.sweep, calculus.hvp, None)
     return Hessian().bind(system.sweep)
 

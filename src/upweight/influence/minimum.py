@@ -52,7 +52,8 @@ _GROUP = 64  # rows in a group with random signs
 FEW = 512  # rows that know how the curvature changes on the way, and from one kind to another
 _BLOCK = 2**16  # rows whose weights are added together
 _STOCHASTIC = 3  # queries of a solver whose cost grows with them
-_LOOSE = 0.1  # the residual of a system that is asked for a change of 5 %
+_LOOSE = 0.05  # the residual of a system that is asked for a change of 5 %
+_ROUGH = 0.05  # that of a group with random signs: its form errs by the square, and both sides of a change alike
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _look(system: System, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
 def by_iteration(system: System, prepared: Iteration, asked: Examples, V: Float[Tensor, "q p"]) -> Looked:
     """The same where every system costs sweeps: one of all queries with random signs, and the rest by symmetry.
 
-    Cost: a solution of three systems, a loose one of two, gradients of some 140 rows, and up to four products with the
+    Cost: a solution of two systems, a rough one of three, gradients of some 140 rows, and up to four products with the
     curvature of 512 rows.
 
     Raises:
@@ -187,28 +188,29 @@ def by_iteration(system: System, prepared: Iteration, asked: Examples, V: Float[
     leaning = torch.zeros(len(V)) if prepared.flat is None else prepared.flat.leaning(V)
     able = np.flatnonzero((leaning <= LEANS).numpy())
     asks = torch.from_numpy(draw.choice([-1.0, 1.0], size=len(able)))
-    sides = system.project(torch.stack([gradient, group, asks @ V[able]]))
+    sides, group = system.project(torch.stack([gradient, asks @ V[able]])), system.project(group[None])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TheoryWarning)
         found = prepared.solve(sides)
+        of_group, left = prepared.roughly(group, _ROUGH)
     step, forms = found.x[0], (found.x * sides).sum(1)
     drift = torch.full((len(V),), torch.nan, dtype=torch.float64)
     drift[able] = (V[able] @ step).abs()
     own = _summed_up(system, found, forms)
-    effect, typical = (max(0.0, float(form)) ** 0.5 for form in forms[:2])
+    effect, typical = (max(0.0, float(form)) ** 0.5 for form in (forms[0], (of_group * group).sum()))
     missed = Distance(effect * len(rows) ** 0.5 / typical if typical else math.inf)
-    looked = Looked(missed, drift, sides[2:], own)
+    looked = Looked(missed, drift, sides[1:], own)
     if not len(able):
         return looked
     try:
         there, some = replace(here, objective=here.objective.at(here.objective.theta - step)), asked.subset(able)
         V_there, few_there = per_row.gradients(there.over(there.objective, some)), _Few.of(there, rows)
         sides_there = torch.stack([few_there.summed(system, signs), asks @ V_there])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TheoryWarning)
-            wrong = system.project(sides_there - sides[1:] - _bent(system, there, found.x[1:]))
-            x_there = found.x[1:] + prepared.loosely(_LOOSE).solve(wrong).x
-        before = torch.cat([V[able] @ found.x[1], few.along(system, found.x[2])])
+        both, x = torch.cat([group, sides[1:]]), torch.cat([of_group, found.x[1:]])
+        images = both - torch.cat([left, torch.zeros_like(left)]) - prepared.damping * x  # C x, known by being solved
+        wrong = system.project(sides_there - both - _bent(system, there, x, images))
+        x_there = x + prepared.roughly(wrong, _LOOSE)[0]
+        before = torch.cat([V[able] @ x[0], few.along(system, x[1])])
         after = torch.cat([V_there @ x_there[0], few_there.along(system, x_there[1])])
     except UpweightError:  # the loss is not defined where the step leads, or its curvature is not
         return looked
@@ -217,10 +219,10 @@ def by_iteration(system: System, prepared: Iteration, asked: Examples, V: Float[
 
 
 def _summed_up(system: System, found: Solution, forms: Float[Tensor, " k"]) -> Solution:
-    """The last of three solutions with what is known of all: their residuals, and vᵀ(C + λI)v/vᵀv for v = x."""
+    """The last solution with what is known of all: their residuals, and vᵀ(C + λI)v/vᵀv for v = x."""
     met = torch.where(forms > 0, forms / found.x.square().sum(1), torch.inf) - system.damping
     lowest = min(float(met.min()), math.inf if math.isnan(found.min_curvature) else found.min_curvature)
-    return Solution(found.x[2:], found.residual.max()[None], found.converged, found.sweeps, min_curvature=lowest)
+    return Solution(found.x[1:], found.residual.max()[None], found.converged, found.sweeps, min_curvature=lowest)
 
 
 @dataclass(frozen=True)
@@ -274,8 +276,15 @@ class _Few:
         return (finite(found, "group") + float(x @ system.penalty_share)) * torch.from_numpy(self.at.examples.weights)
 
 
-def _bent(system: System, there: Sweep, S: Tensor) -> Tensor:
-    """(C′ − C) S by some of the rows; 0 where making another curvature costs much."""
+def _bent(system: System, there: Sweep, S: Tensor, images: Tensor | None = None) -> Tensor:
+    """(C′ − C) S by some of the rows; 0 where making another curvature costs much.
+
+    Args:
+        system: the model and its rows.
+        there: another θ.
+        S: some vectors.
+        images: C S by all rows, if they are known.
+    """
     if not isinstance(system.exact_curvature, Hessian | GaussNewton):
         return torch.zeros_like(S)
     operator = system.operator
@@ -285,9 +294,9 @@ def _bent(system: System, there: Sweep, S: Tensor) -> Tensor:
     sweep = here.sweep.over(here.sweep.objective.at(there.objective.theta), here.sweep.examples)
     if isinstance(here, LinearHessian):
         return LinearHessian(sweep).apply(S) - here.apply(S)
-    if isinstance(here, LayeredGaussNewton):
-        return once(sweep, len(S)).apply(S) - here.apply(S)
-    return replace(here, sweep=sweep).apply(S) - here.apply(S)
+    before = here.apply(S) if images is None or here is not operator else images
+    moved = once(sweep, len(S)) if isinstance(here, LayeredGaussNewton) else replace(here, sweep=sweep)
+    return moved.apply(S) - before
 
 
 def of_few_rows(

@@ -173,7 +173,7 @@ def once(sweep: Sweep, vectors: int) -> Implicit | LayeredGaussNewton:
     What a product needs is kept where its K backward passes cost less than the two for each vector without.
     """
     n_outputs = calculus.outputs(sweep.objective, sweep.examples.batch([0])).shape[1]
-    return LayeredGaussNewton(sweep) if n_outputs <= 2 * vectors else Implicit(sweep, calculus.ggnvp, None)
+    return LayeredGaussNewton(sweep) if n_outputs <= vectors else Implicit(sweep, calculus.ggnvp, None)
 
 
 @dataclass(frozen=True)

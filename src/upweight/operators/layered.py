@@ -91,6 +91,17 @@ class LayeredGaussNewton:
         total = self.sweep.fold_kept(self.kept, lambda batch: self._product(batch, V), label="curvature product")
         return total / self.sweep.n + penalties.hvp(self.sweep.objective, V)
 
+    def forms(self, V: Float[Tensor, "k p"]) -> Float[Tensor, " k"]:
+        """vᵀCv for every row v.  Cost: half a product."""
+
+        def bent(batch: Kept) -> Tensor:
+            batch = batch.to(self.precision)
+            along = pieces.along(batch.pieces, V.to(self.precision), self._sizes)
+            return ((along[:, :, None] @ batch.middle)[:, :, 0] * along).sum((1, 2))
+
+        total = self.sweep.fold_kept(self.kept, bent, label="curvature along vectors")
+        return total / self.sweep.n + (V * penalties.hvp(self.sweep.objective, V)).sum(1)
+
     def gradient(self) -> Float[Tensor, " p"]:
         """(1/n) Σᵢ wᵢ∇Lᵢ, from what is kept: no pass over the rows."""
 

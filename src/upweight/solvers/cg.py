@@ -51,8 +51,8 @@ class CG:
     definition in float64 at the end; if the recurrence was too optimistic, iteration goes on from the true residual.
     With a preconditioner the promise holds in two norms, ‖r‖/‖v‖ and the same with every parameter divided by
     √diag(C + λI), so that no feature hides behind another's units; the larger is reported.
-    With a preconditioner the products of linear predictors run in float32 between two such corrections (iterative
-    refinement), and in float64 when that gains nothing.
+    Products of linear predictors with a preconditioner, and of networks whose activations are kept, run in float32
+    between two such corrections (iterative refinement), and in float64 when that gains nothing, or for `Plain()`.
 
     Cost: one sweep per step, about √cond(C + λI)·log(2/rtol)/2 steps without preconditioner; 4 vectors of length p per
     query. With `Preconditioned(curvature)` one product more, which tells how far that curvature alone was from the
@@ -210,7 +210,7 @@ class Iteration:
         P = P if P is None or self.together(V) else _continued(P, R)
         D = torch.ones(V.shape[1], dtype=V.dtype) if self.scale is None else self.scale
         size, weighed = V.norm(dim=1), (V * D).norm(dim=1)
-        coarse = None if isinstance(self.spec.preconditioner, Plain) else getattr(self.operator, "coarse", None)
+        coarse = self._coarse
         trial = None if self.patience is None else self.patience(len(V))
         sweeps, sharpened = 0 if state is None else 1, 1.0
         smallest = torch.full((len(V),), torch.inf, dtype=torch.float64)
@@ -274,6 +274,11 @@ class Iteration:
             settled_bound=None if energy is None or searched is None else pace.bound(X, R, V, energy, searched.lowest),
         )
 
+    @property
+    def _coarse(self) -> Operator | None:
+        """The operator with float32 products, if it has them and float64 was not asked for throughout."""
+        return None if isinstance(self.spec.preconditioner, Plain) else getattr(self.operator, "coarse", None)
+
     def _too_far(self, trial: int | None, made: int, left: float) -> bool:
         """Whether what else there is would be quicker, by the residual that so many products have left."""
         if trial is None or made < trial or left <= self.spec.rtol:
@@ -287,9 +292,29 @@ class Iteration:
             return self.spec.prepare(self.operator, damping)
         return replace(self, damping=checked_damping(damping), inverse=self.inverse.at(damping))
 
-    def loosely(self, rtol: float) -> Iteration:
-        """The same with a larger residual, which nothing is quicker than."""
-        return replace(self.patiently(), spec=replace(self.spec, rtol=max(rtol, self.spec.rtol)))._with_flat_of(self)
+    def roughly(self, V: Float[Tensor, "k p"], rtol: float) -> tuple[Float[Tensor, "k p"], Float[Tensor, "k p"]]:
+        """x with (C + λI) x ≈ v and what is left of v, by the recurrence alone: for a residual rtol that is far above
+        rounding, and a question that needs no certificate.
+
+        Raises:
+            NotConverged, NotPositiveDefinite: as for `solve`.
+        """
+        V = self._project(V)
+        D = torch.ones_like(V[0]) if self.scale is None else self.scale
+        X, R, P, made = torch.zeros_like(V), V * D, None, 0
+        coarse, goal = self._coarse, max(rtol, self.spec.rtol) * (V * D).norm(dim=1)
+        pace = Pace(None, self.operator, None)
+        while bool((R.norm(dim=1) > goal).any()):
+            run = self._run(coarse, X, R, goal, self.spec.max_sweeps - made, P, lambda _: None, pace)
+            X, R, made = run.x, run.residual, made + run.steps
+            P = run.direction if self.inverse is None or self.together(V) else None
+            if run.stopped is not None and coarse is not None:
+                X, R, P, coarse = torch.zeros_like(V), V * D, None, None
+            elif run.stopped is not None:
+                raise self._refusal(run, V, made)
+            elif made >= self.spec.max_sweeps:
+                raise self._unfinished(X * D, R / D, V, made, run.smallest)
+        return self._project(X * D), R / D
 
     def patiently(self) -> Iteration:
         """The same, which goes on to its end."""
