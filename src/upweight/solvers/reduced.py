@@ -145,6 +145,6 @@ class Way:
         made = len(self.past) - 1
         half, left = (made + 1) // 2, self.past[-1]
         if left <= 1:
-            return made
+            return float(made)
         gained = math.log(self.past[half] / left)
         return made + math.log(left) * (made - half) / gained if gained > 0 else math.inf
