@@ -203,7 +203,8 @@ class Iteration:
         trial = None if self.patience is None else self.patience(len(V))
         sweeps, sharpened = 0 if state is None else 1, 1.0
         way = None if self.reduced is None else Way(self.reduced, weighed / size, self.spec.settled is None)
-        smallest = torch.full((len(V),), torch.inf, dtype=torch.float64)
+        met = math.inf if way is None else float(D.max()) ** -2  # a number on the diagonal is a curvature, too
+        smallest = torch.full((len(V),), met, dtype=torch.float64)
         with self._steps(float((_share(R * D, weighed)).max()), V) as step:
             while True:
                 missed = torch.maximum(_share(R, size), _share(R * D, weighed))
