@@ -12,6 +12,7 @@ a common shift of a softmax's outputs, which only the penalty curves, stays a di
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,7 @@ class Eliminated:
         corner: (K, K) the inverse of the intercepts' own block.
         spread: (K·m,) the inverse diagonal of the scaled matrix, where there are several outputs; else None.
         coupled: whether common shifts of the outputs are directions of their own.
+        even: whether the scale is undone by the preconditioner, so that all columns are alike.
     """
 
     shape: tuple[int, int, int]
@@ -84,11 +86,22 @@ class Eliminated:
     corner: Float[Tensor, "b b"]
     spread: Float[Tensor, " Km"] | None
     coupled: bool
+    even: bool = False
 
     @property
     def weights(self) -> Float[Tensor, " Km"] | None:
         """What a residual is multiplied by so that every parameter has the unit 1/√diag(C + λI); None for nothing."""
         return None if self.spread is None else self.spread.sqrt()
+
+    @property
+    def wide(self) -> bool:
+        """Whether more columns are left than there are rows, so that no row sees most directions."""
+        return len(self.columns) > len(self.curvatures)
+
+    @property
+    def preconditioner(self) -> Callable[[Tensor], Tensor] | None:
+        """`precondition`; None where it is the identity."""
+        return self.precondition if self.even or self.spread is not None else None
 
     def product(self, Y: Float[Tensor, "k Km"]) -> Float[Tensor, "k Km"]:
         """The reduced, scaled matrix times every row."""
@@ -97,6 +110,8 @@ class Eliminated:
 
     def precondition(self, R: Float[Tensor, "k Km"]) -> Float[Tensor, "k Km"]:
         """The inverse of its diagonal; of a softmax beside common shifts of the outputs, and its inverse on those."""
+        if self.even:
+            return R / self.scale.square().repeat(self.shape[1])
         if self.spread is None or not self.coupled:
             return R if self.spread is None else R * self.spread
         K = self.shape[1]

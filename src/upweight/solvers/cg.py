@@ -28,10 +28,10 @@ from upweight.solvers.flat import LEANS, PROBES, Flat, probed
 from upweight.solvers.lanczos import suggest_damping
 from upweight.solvers.pacing import Keep, Pace
 from upweight.solvers.precondition import Approximate, ByEigenvalues, Plain, Preconditioner
-from upweight.solvers.recurrence import Progress, descend, norms
+from upweight.solvers.recurrence import Progress, descend
+from upweight.solvers.reduced import Way
 
 _RECOMPUTE = 50  # the recurrence for r drifts from v − Ax in floating point; every so often it is replaced by the truth
-_MANY, _ALONE = 32, 32  # right-hand sides that share a space, if after so many steps of their own some have not arrived
 _RARELY = 500  # the same where little is added to r: that of sparse rows, reduced
 _COARSE_GAIN = 0.1  # a run in float32 must shrink the true residual to this share, else products become float64
 _SCALE_ROWS = 1024
@@ -213,7 +213,9 @@ class Iteration:
         coarse = self._coarse
         trial = None if self.patience is None else self.patience(len(V))
         sweeps, sharpened = 0 if state is None else 1, 1.0
-        smallest = torch.full((len(V),), torch.inf, dtype=torch.float64)
+        way = None if self.reduced is None else Way(self.reduced, weighed / size, self.spec.settled is None)
+        met = math.inf if way is None else float(D.max()) ** -2  # a number on the diagonal is a curvature, too
+        smallest = torch.full((len(V),), met, dtype=torch.float64)
         with self._steps(float((_share(R * D, weighed)).max()), V) as step:
             while True:
                 missed = torch.maximum(_share(R, size), _share(R * D, weighed))
@@ -225,7 +227,7 @@ class Iteration:
                 if trial is not None and sweeps < trial:
                     left_to_make = min(left_to_make, trial - sweeps)
                 follow = searched if coarse is None and self.scale is None else None
-                run = self._run(coarse, X / D, R * D, goal, left_to_make, P, step, pace, weighed / size, follow)
+                run = self._run(coarse, X / D, R * D, goal, left_to_make, P, step, pace, way, follow)
                 sweeps += run.steps
                 smallest = torch.minimum(smallest, run.smallest)
                 if run.stopped is not None and coarse is None:
@@ -249,7 +251,7 @@ class Iteration:
                 sharpened *= 0.1 if reached else 1.0  # the plain residual is then what is still missing
                 drifted = float((true * D - run.residual).norm() / (true * D).norm().clamp(min=1e-300))
                 X, R = run.x * D, true
-                alone = self.inverse is None and not self._shared_later(V)
+                alone = self.inverse is None and (way is None or not way.many)
                 exactly = alone or self.together(V) or coarse is self.operator  # no coarser products
                 P = run.direction if drifted < 1e-3 and exactly else None
                 if pace.look(X, R if P is None else P, run.steps):
@@ -381,12 +383,17 @@ class Iteration:
         direction: Tensor | None,
         step: Callable[[float], None],
         pace: Pace,
-        larger: Tensor,
+        way: Way | None,
         searched: bounds.Searched | None,
     ) -> Progress:
         """Steps on D (C + λI) D y = D v until the recurrence believes in the goal, or it is time to look again."""
-        if self.reduced is not None:
-            return self._run_reduced(self.reduced, Y, R, goal, left, direction, step, pace, larger)
+
+        def watch(left: Tensor) -> None:
+            step(float((left / goal.clamp(min=1e-300)).max()))
+
+        if way is not None and self.scale is not None:
+            run = way.run(R / self.scale, goal, pace.steps(min(left, _RARELY)), direction, watch)
+            return replace(run, x=Y + run.x / self.scale)
         operator, project = self.operator if coarse is None else coarse, self._project
         D = torch.ones_like(R[0]) if self.scale is None else self.scale
 
@@ -398,72 +405,10 @@ class Iteration:
         inverse = self.inverse
         precondition = None if inverse is None else lambda R: project(inverse(R / D)) / D
         steps = pace.steps(min(left, _RECOMPUTE))
-
-        def watch(left: Tensor) -> None:
-            step(float((left / goal.clamp(min=1e-300)).max()))
-
         follow = None if searched is None else searched.follow
         if self.together(R):
             return descend_together(product, precondition, Y, R, goal, steps, direction, watch=watch, follow=follow)
         return descend(product, precondition, Y, R, goal, steps, direction, scale=D, watch=watch, follow=follow)
-
-    def _run_reduced(
-        self,
-        reduced: Eliminated,
-        Y: Tensor,
-        R: Tensor,
-        goal: Tensor,
-        left: int,
-        direction: Tensor | None,
-        step: Callable[[float], None],
-        pace: Pace,
-        larger: Tensor,
-    ) -> Progress:
-        """The same on what is left of the system; the solution of the rest follows from it.
-
-        Of many right-hand sides each goes its own way first: where that is short, a shared space costs more than it
-        saves.
-        """
-        D: Tensor = self.scale  # type: ignore[assignment]
-        side, steps = reduced.side(R / D), pace.steps(min(left, _RARELY))
-        many, scale = self._shared_later(R), reduced.scale.repeat(reduced.shape[1])
-        precondition = None if reduced.spread is None else reduced.precondition
-        first, plainly = min(steps, _ALONE) if many else steps, 1 / scale
-
-        def watch(left: Tensor) -> None:
-            step(float((left / goal.clamp(min=1e-300)).max()))
-
-        run = descend(
-            reduced.product,
-            precondition,
-            torch.zeros_like(side.middle),
-            side.middle,
-            goal,
-            first,
-            None if direction is None else reduced.taken_from(direction),
-            scale=scale,
-            weights=reduced.weights,
-            besides=lambda R: norms(R, plainly) * larger,  # ‖r‖/‖v‖, in units of the goal
-            watch=watch,
-        )
-        if first < steps and run.steps == first:
-            lowest, begun = run.smallest, (run.x, run.residual)
-            weights = reduced.weights
-            run = descend_together(
-                reduced.product, precondition, *begun, goal, steps - first, weights=weights, watch=watch
-            )
-            run = replace(run, steps=first + run.steps, smallest=lowest)
-        residual = run.residual if reduced.weights is None else run.residual * reduced.weights
-        return replace(
-            run,
-            x=Y + reduced.whole(side, run.x) / D,
-            residual=reduced.spread_out(residual),
-            direction=reduced.spread_out(run.direction),
-        )
-
-    def _shared_later(self, V: Tensor) -> bool:
-        """Whether so many right-hand sides share a space if their own ways are long."""
-        return self.reduced is not None and len(V) >= _MANY and self.spec.settled is None
 
     def _apply(self, V: Tensor) -> Tensor:
         return self._project(self.operator.apply(V)) + self.damping * V
