@@ -32,7 +32,6 @@ from upweight.runs import ranks
 from upweight.runs.store import Store
 from upweight.runs.sums import Sums
 from upweight.solvers import Solution
-from upweight.solvers.base import LOOKED
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,8 @@ def with_gradients(solution: Solution, G: Float[Tensor, "r p"]) -> Products:
     return Products((solution.x @ G.T).numpy(), replicas)
 
 
-_OF_SOLUTION = ("preconditioner_gap", *LOOKED)
+def _array(found: Tensor | None) -> NDArray[np.float64] | None:
+    return None if found is None else found.numpy()
 
 
 def certificate(system: System, solution: Solution) -> Certificate:
@@ -217,7 +217,10 @@ def certificate(system: System, solution: Solution) -> Certificate:
         solver=repr(system.solver),
         sweeps=solution.sweeps,
         truncation=solution.truncation,
-        **{name: None if (found := getattr(solution, name)) is None else found.numpy() for name in _OF_SOLUTION},
+        settled=_array(solution.settled),
+        settled_bound=_array(solution.settled_bound),
+        error_bound=_array(solution.error_bound),
+        preconditioner_gap=_array(solution.preconditioner_gap),
     )
 
 

@@ -528,7 +528,7 @@ def test_a_batch_that_does_not_fit_draws_the_same_again(monkeypatch):
     one, _ = known("mlp")
     spec = EKFAC(samples=1)
     whole = of_net(spec, one).matrix()
-    capture, failed = layers.capture, []
+    capture, failed = layers.captured, []
 
     def full_at_first(objective, plan, batch, cotangents=None):
         if cotangents is not None and not failed:
@@ -536,7 +536,7 @@ def test_a_batch_that_does_not_fit_draws_the_same_again(monkeypatch):
             raise MemoryError
         return capture(objective, plan, batch, cotangents)
 
-    monkeypatch.setattr(layers, "capture", full_at_first)
+    monkeypatch.setattr(layers, "captured", full_at_first)
     close(of_net(spec, one).matrix(), whole)
     assert failed
 
