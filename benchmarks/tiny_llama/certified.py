@@ -54,6 +54,9 @@ def solved(name: str, influence: uw.Influence, train: list[Any], queries: list[A
             "still to come to the values (estimated)": None
             if certificate.settled is None
             else float(certificate.settled.max()),
+            "still to come to the values (proven, at most)": None
+            if certificate.settled_bound is None
+            else float(certificate.settled_bound.max()),
             "distance of the preconditioner alone": None if gap is None else [float(gap.min()), float(gap.max())],
         }
         np.savez(file, values=-scores.values, told=json.dumps(told))

@@ -32,7 +32,6 @@ from upweight.runs import ranks
 from upweight.runs.store import Store
 from upweight.runs.sums import Sums
 from upweight.solvers import Solution
-from upweight.solvers.base import LOOKED
 
 
 @dataclass(frozen=True)
@@ -200,13 +199,12 @@ def with_gradients(solution: Solution, G: Float[Tensor, "r p"]) -> Products:
     return Products((solution.x @ G.T).numpy(), replicas)
 
 
-_OF_SOLUTION = ("preconditioner_gap", *LOOKED)
+def _array(found: Tensor | None) -> NDArray[np.float64] | None:
+    return None if found is None else found.numpy()
 
 
 def certificate(system: System, solution: Solution) -> Certificate:
     """What is known about how far a solution can be trusted."""
-    told = {name: getattr(solution, name) for name in _OF_SOLUTION}
-    arrays: dict[str, Any] = {name: None if value is None else value.numpy() for name, value in told.items()}
     return Certificate(
         residual=solution.residual.numpy(),
         converged=solution.converged,
@@ -219,7 +217,10 @@ def certificate(system: System, solution: Solution) -> Certificate:
         solver=repr(system.solver),
         sweeps=solution.sweeps,
         truncation=solution.truncation,
-        **arrays,
+        settled=_array(solution.settled),
+        settled_bound=_array(solution.settled_bound),
+        error_bound=_array(solution.error_bound),
+        preconditioner_gap=_array(solution.preconditioner_gap),
     )
 
 

@@ -16,6 +16,7 @@ from upweight.runs.stopping import asked, stop_here
 from upweight.runs.store import Store
 from upweight.runs.sums import Sums, subtrees
 
+_AT_ONCE = 2**20  # numbers that are added
 CHUNK = 1024
 KEPT_EVERY = 30.0  # seconds between two states of a sum
 
@@ -93,9 +94,17 @@ def added(parts: Iterable[Tensor]) -> Tensor:
     """The sum of a chunk, from those of its batches, where they are: the host waits for no device here."""
     inside: Tensor | None = None
     for values in parts:
-        inside = values.double() if inside is None else inside.add_(values)
+        inside = values.double().contiguous() if inside is None else _grown(inside, values)
+        del values  # before the next batch is computed
     assert inside is not None  # a chunk has at least one row
     return inside
+
+
+def _grown(total: Tensor, values: Tensor) -> Tensor:
+    """The total with values added in place, a part at a time, for numbers of another precision are copied first."""
+    for inside, more in zip(total.view(-1).split(_AT_ONCE), values.reshape(-1).split(_AT_ONCE), strict=True):
+        inside.add_(more)
+    return total
 
 
 def ends_of(shapes: Sequence[Sequence[Sequence[int]]], owners: Sequence[int], among: int) -> list[int]:

@@ -8,8 +8,10 @@ the chunks (`runs.ranks`) not at all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -133,7 +135,7 @@ class Sweep:
             mine = work.shares(range(len(chunks)))[work.rank]
             for number in self._visited(mine[begun:], chunks, work, label):
                 batches = self._batches(each, chunks[number], vectors, label)
-                sums.add(number, added(values for _, values in batches).cpu())
+                sums.add(number, added(map(itemgetter(1), batches)).cpu())
                 if keeping is not None:
                     keeping.after(sums, number + 1, len(chunks))
             total = work.total(sums, len(chunks))
@@ -151,7 +153,8 @@ class Sweep:
     ) -> list[list[Tensor] | None]:
         """The sums of several things over all rows, float64, each on the rank that owns it; None in place of others'.
 
-        Memory: of several ranks each holds one chunk's sums of all, and log₂ of the chunks, plus 2, of its own.
+        Memory: of several ranks each holds one chunk's sums of all, and log₂ of the chunks, plus 2, of its own. What is
+        returned may be written over.
 
         Args:
             function: maps a batch, its (b,) sample weights and its rows' numbers to sums over the batch, as many
@@ -164,9 +167,8 @@ class Sweep:
         shapes: list[list[list[int]]] = []
 
         def flat(batch: Any, weights: Tensor, numbers: Numbers) -> Tensor:
-            things = function(batch, weights, numbers)
-            shapes[:] = [[list(part.shape) for part in parts] for parts in things]
-            return torch.cat([part.flatten() for parts in things for part in parts])
+            parts, shapes[:] = _told(function(batch, weights, numbers))
+            return _joined(parts)
 
         among, rank = ranks.sharing(), ranks.own_rank()
         if among == 1 or self.n <= CHUNK:
@@ -195,7 +197,7 @@ class Sweep:
             for first in range(0, len(chunks), among):
                 number, value = next(visited, None), None
                 if number is not None:
-                    value = added(found for _, found in self._batches(flat, chunks[number], vectors, label)).cpu()
+                    value = added(map(itemgetter(1), self._batches(flat, chunks[number], vectors, label))).cpu()
                 if not first:
                     shapes[:] = work.agreed(shapes or None)
                     ends = ends_of(shapes, owners, among)
@@ -515,8 +517,27 @@ class Sweep:
                     "them out."
                 )
                 raise InvalidInput(message) from error
-            yield inside, values
             start += len(inside)
+            found = [(inside, values)]
+            del values  # what is yielded belongs to who asked for it, who may drop it before the next batch
+            yield found.pop()
+
+
+def _told(things: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[list[list[int]]]]:
+    """The tensors of all things, one after the other, and the shapes of every thing's."""
+    return [part for parts in things for part in parts], [[list(part.shape) for part in parts] for parts in things]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """All numbers of some tensors, which leave the list one by one, so that memory holds them once."""
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    out, start = parts[0].new_empty(sum(part.numel() for part in parts), dtype=dtype), 0
+    while parts:
+        part = parts.pop(0)
+        out[start : start + part.numel()] = part.flatten()
+        start += part.numel()
+        del part
+    return out
 
 
 def _unnumbered(function: Callable[[Any, Tensor], T]) -> Callable[[Any, Tensor, Numbers], T]:

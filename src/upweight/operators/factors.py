@@ -112,9 +112,13 @@ class Weight:
         return [A, _gram(d, w, WIDEST), mass]
 
     def basis(self, sums: list[Tensor], n: int, strengths: Float[Tensor, " p"]) -> Basis:
-        """Eigenvectors of A = Σ w Σ_t a aᵀ / Σ w t and B = Σ w Σ_t d dᵀ / n, and products of their eigenvalues."""
+        """Eigenvectors of A = Σ w Σ_t a aᵀ / Σ w t and B = Σ w Σ_t d dᵀ / n, and products of their eigenvalues.
+
+        They take the memory of the sums, as those of every layer do.
+        """
         A, B, mass = sums
-        (a, right), (b, left) = _eigen(A / mass.clamp(min=1e-300).reshape(-1, *[1] * (A.ndim - 1))), _eigen(B / n)
+        a, right = _eigen(A.div_(mass.clamp(min=1e-300).reshape(-1, *[1] * (A.ndim - 1))))
+        b, left = _eigen(B.div_(n))
         return Basis(
             self.name, self.at, left, right, b[:, :, None] * a[:, None], _within(strengths[self.at], left, right)
         )
@@ -220,7 +224,7 @@ class Tied(Weight):
 
     def basis(self, sums: list[Tensor], n: int, strengths: Float[Tensor, " p"]) -> Basis:
         """Eigenvectors of the marginals, and products of their eigenvalues over the trace."""
-        (a, right), (b, left) = (_eigen(total / n) for total in sums)
+        (a, right), (b, left) = (_eigen(total.div_(n)) for total in sums)
         values = b[:, :, None] * a[:, None] / a.sum().clamp(min=1e-300)
         return Basis(self.name, self.at, left, right, values, _within(strengths[self.at], left, right))
 
@@ -292,7 +296,7 @@ class Table:
     def basis(self, sums: list[Tensor], n: int, strengths: Float[Tensor, " p"]) -> Basis:
         """Eigenvectors of B, and the frequencies times its eigenvalues."""
         counts, B, mass = sums
-        b, right = _eigen(B / n)
+        b, right = _eigen(B.div_(n))
         values = (counts / mass.clamp(min=1e-300))[:, :, None] * b[:, None]
         return Basis(self.name, self.at, None, right, values, _within(strengths[self.at], None, right))
 
@@ -427,11 +431,14 @@ def _upper(gram: Tensor) -> Tensor:
 
 
 def _eigen(factor: Tensor) -> tuple[Float[Tensor, "g i"], Float[Tensor, "g i i"] | None]:
-    """Eigenvalues, not negative, and eigenvectors of (g, i, i) factors; of a diagonal itself and None."""
+    """Eigenvalues, not negative, and eigenvectors of (g, i, i) factors, in their place; of a diagonal itself and None.
+
+    Vectors lie one after the other, as LAPACK leaves them.
+    """
     if factor.ndim == 2:
         return factor.clamp(min=0), None
     eigenvalues, Q = torch.linalg.eigh(factor, UPLO="U")
-    return eigenvalues.clamp(min=0), Q
+    return eigenvalues.clamp(min=0), factor.mT.copy_(Q)
 
 
 def _within(strengths: Tensor, left: Tensor | None, right: Tensor | None) -> Float[Tensor, "g o i"]:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from upweight.errors import RankFailed
+from upweight.model.chunks import CHUNK
 from upweight.model.sweep import Sweep
 from upweight.operators.factors import DENSE, WIDEST, Basis, Layer, Whole
 from upweight.runs import ranks
@@ -228,14 +229,17 @@ def summed_bytes(block: Layer) -> int:
 
 
 def needed(blocks: Sequence[Layer], sweep: Sweep, among: int) -> int:
-    """Memory while factors and eigenvectors are made: 32·p, and 32·g·(i² + o²) for every block (g, o, i).
+    """Memory while factors and eigenvectors are made: 32·p, 16·g·(i² + o²) for every block (g, o, i), and its work.
 
-    On one of several ranks 16·p, of its own blocks 16·p and 32·g·(i² + o²), and one chunk's sums of what is summed
-    together.
+    Eigenvectors take the place of the sums, so that 8 of the 16 remain; the others are a batch's. Of more than 1,024
+    rows 8·log₂ of the chunks come to them. LAPACK's work is 32·g·i² of one side, the widest. On one of several ranks
+    16·p, of its own blocks 16·p and 32·g·(i² + o²), and one chunk's sums of what is summed together.
     """
     size = sweep.objective.size
     if among == 1:
-        return 32 * (size + sum(map(_squares, blocks)))
+        levels = (-(-sweep.n // CHUNK) - 1).bit_length()
+        widest = max((block.at.shape[0] * max(_sides(block)) ** 2 for block in blocks), default=0)
+        return 32 * size + (16 + 8 * levels) * sum(map(_squares, blocks)) + 32 * widest
     held = [0] * among
     for block, owner in zip(blocks, shared_out([kept_bytes(block) for block in blocks], among), strict=True):
         held[owner] += 32 * _squares(block) + 16 * block.at.numel()
@@ -246,10 +250,15 @@ def needed(blocks: Sequence[Layer], sweep: Sweep, among: int) -> int:
 
 def _squares(block: Layer) -> int:
     """Numbers in the eigenvectors of a block."""
-    g, o, i = block.at.shape
+    return block.at.shape[0] * sum(side**2 for side in _sides(block))
+
+
+def _sides(block: Layer) -> list[int]:
+    """The sides of its matrices that have eigenvectors of their own, and a side of 0."""
+    _, o, i = block.at.shape
     if isinstance(block, Whole) and i > DENSE:
-        return 0
-    return g * sum(side**2 for side in (o, i) if side <= WIDEST)
+        return [0]
+    return [0, *(side for side in (o, i) if side <= WIDEST)]
 
 
 def _filled(sizes: Sequence[int], most: int) -> list[int]:

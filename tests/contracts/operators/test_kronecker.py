@@ -17,6 +17,7 @@ from upweight.errors import InvalidInput, UnsupportedModel
 from upweight.model import layers, penalties
 from upweight.model.sweep import Sweep
 from upweight.operators import EKFAC, KFAC, EmpiricalFisher, GaussNewton, Hessian
+from upweight.operators.ahead import Ahead
 from upweight.operators.cotangents import Signs
 from upweight.operators.kronecker import _corrected
 
@@ -510,7 +511,7 @@ def test_sampled_eigenvalues_are_unbiased_in_a_given_basis(name):
     one, _ = known(name)
     kfac = of_net(KFAC(), one)
     truth = torch.cat([basis.values.flatten() for basis in of_net(EKFAC(), one).bases])
-    few = [_corrected(kfac, Signs(1, seed)) for seed in range(30)]
+    few = [_corrected(kfac, Ahead(Signs(1, seed))) for seed in range(30)]
     scores = z_scores([torch.cat([basis.values.flatten() for basis in each.bases]) for each in few], truth)
     assert float(scores.abs().max()) < STANDARD_ERRORS
 
@@ -527,7 +528,7 @@ def test_a_batch_that_does_not_fit_draws_the_same_again(monkeypatch):
     one, _ = known("mlp")
     spec = EKFAC(samples=1)
     whole = of_net(spec, one).matrix()
-    capture, failed = layers.capture, []
+    capture, failed = layers.captured, []
 
     def full_at_first(objective, plan, batch, cotangents=None):
         if cotangents is not None and not failed:
@@ -535,7 +536,7 @@ def test_a_batch_that_does_not_fit_draws_the_same_again(monkeypatch):
             raise MemoryError
         return capture(objective, plan, batch, cotangents)
 
-    monkeypatch.setattr(layers, "capture", full_at_first)
+    monkeypatch.setattr(layers, "captured", full_at_first)
     close(of_net(spec, one).matrix(), whole)
     assert failed
 
