@@ -79,7 +79,7 @@ def measured(seed: int, folder: Path) -> None:
 def written(file: Path, arrays: dict[str, NDArray[Any]]) -> None:
     """A file of arrays, whole or not at all."""
     part = file.with_suffix(".part.npz")
-    np.savez(part, **arrays)
+    np.savez(part, allow_pickle=False, **arrays)
     part.replace(file)
 
 

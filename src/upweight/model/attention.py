@@ -37,7 +37,7 @@ def bent() -> Iterator[None]:
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = before
+        F.scaled_dot_product_attention = _PLAINLY if before is _attention else before  # two threads may be in here
 
 
 def _attention(
@@ -51,19 +51,24 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """In the signature of torch's; what is not written here goes to torch."""
-    learned = attn_mask is not None and attn_mask.is_floating_point() and attn_mask.requires_grad
-    alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
-    if dropout_p or enable_gqa or learned or not alike or query.ndim < 3:
-        more: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
-        return _PLAINLY(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more)
-    size = query.shape[-1] ** -0.5 if scale is None else scale
     added = attn_mask
+    more: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
+    plain = bool(dropout_p) or enable_gqa or query.ndim < 3 or query.dtype not in (torch.float32, torch.float64)
+    odd = added is not None and (is_causal or added.ndim > query.ndim)
+    if plain or odd or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        return _PLAINLY(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more)
     if is_causal:
-        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        added = seen if attn_mask is None else attn_mask
+        added = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if added is not None and added.dtype == torch.bool:
         added = torch.zeros_like(added, dtype=query.dtype).masked_fill(~added, float("-inf"))
-    return _Attention.apply(query, key, value, added, size)[0]
+    try:
+        return _Attention.apply(query, key, value, added, query.shape[-1] ** -0.5 if scale is None else scale)[0]
+    except _LearnedMask:
+        return _PLAINLY(query, key, value, attn_mask, scale=scale)
+
+
+class _LearnedMask(Exception):
+    """A mask that is differentiated, which inside of vmap does not say so."""
 
 
 def _over_batches(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -108,6 +113,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        if ctx.needs_input_grad[3]:
+            raise _LearnedMask
         q, k, v, _, ctx.size = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
