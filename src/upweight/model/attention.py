@@ -89,13 +89,10 @@ def _over_batches(function: type[torch.autograd.Function]) -> Callable[..., Any]
     return rule
 
 
-def _heads(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+def _heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """All leading axes as one, a few at a time; the first two are queries and keys."""
-    flat = [_flat(one) for one in tensors]
-    together = max(1, _NUMBERS_AT_ONCE // (flat[0].shape[-2] * flat[1].shape[-2]))
-    for start in range(0, len(flat[0]), together):
-        some = slice(start, start + together)
-        yield some, [one[some] for one in flat]
+    together = max(1, _NUMBERS_AT_ONCE // (tensors[0].shape[-2] * tensors[1].shape[-2]))
+    yield from zip(*(_flat(one).split(together) for one in tensors), strict=True)
 
 
 class _Attention(torch.autograd.Function):
@@ -135,13 +132,9 @@ def _slopes(
 ) -> list[Tensor]:
     """q̇, k̇ and v̇; E is written to where it is wanted."""
     found = [_turned(one) for one in (q, k, v)]
-    kept = None if E is None else _flat(E)
-    for some, (q_, k_, v_, g, o_, P_) in _heads(q, k, v, slope, o, P):
-        E_ = torch.baddbmm((g * o_).sum(-1, keepdim=True), g, v_.mT, beta=-1)
-        if kept is not None:
-            kept[some] = E_
-        D = E_.mul_(P_)
-        by_q, by_k, by_v = (one[some] for one in found)
+    inner, kept = (slope * o).sum(-1, keepdim=True), P if E is None else E
+    for q_, k_, v_, g, own, P_, E_, by_q, by_k, by_v in _heads(q, k, v, slope, inner, P, kept, *found):
+        D = torch.baddbmm(own, g, v_.mT, beta=-1, out=None if E is None else E_) * P_
         by_q.baddbmm_(k_.mT, D.mT, beta=0, alpha=size)
         by_k.baddbmm_(q_.mT, D, beta=0, alpha=size)
         by_v.baddbmm_(g.mT, P_, beta=0)
@@ -190,14 +183,15 @@ class _Slopes(torch.autograd.Function):
         a, b, c = (torch.zeros_like(x) if one is None else one for one, x in zip((a, b, c), (q, k, v), strict=True))
         size = ctx.size
         found = [_turned(one) for one in (q, k, v, slope)]
-        for some, (q_, k_, v_, g, P_, E_, a_, b_, c_) in _heads(q, k, v, slope, P, E, a, b, c):
-            Z = torch.cat([a_, q_], -1) @ torch.cat([k_, b_], -1).mT
-            M = Z.mul_(P_).mul_(size)
+        left, right = torch.cat([a, q], -1), torch.cat([k, b], -1)
+        for q_, k_, v_, g, P_, E_, a_, b_, c_, left_, right_, by_q, by_k, by_v, by_slope in _heads(
+            q, k, v, slope, P, E, a, b, c, left, right, *found
+        ):
+            M = (left_ @ right_.mT).mul_(P_).mul_(size)
             M.addcmul_(P_, M.sum(-1, keepdim=True), value=-1)
             S = (g @ c_.mT).mul_(P_).addcmul_(M, E_)
             S.addcmul_(P_, S.sum(-1, keepdim=True), value=-1)
             D = P_ * E_
-            by_q, by_k, by_v, by_slope = (one[some] for one in found)
             by_q.baddbmm_(b_.mT, D.mT, beta=0, alpha=size).baddbmm_(k_.mT, S.mT, alpha=size)
             by_k.baddbmm_(a_.mT, D, beta=0, alpha=size).baddbmm_(q_.mT, S, alpha=size)
             by_v.baddbmm_(g.mT, M, beta=0)
