@@ -3,7 +3,8 @@
 The tiny Llama of `llama`, fine-tuned on its 1,000 sequences and recorded, several times with other seeds. Every run
 gives EKFAC scores of its last parameters and the derivative through its own steps, of 20 queries; both are judged
 against really fine-tuning on halves (`retrained.py 30 3`). From which step on, and how much of EKFAC is added, is
-chosen for each query by the others.
+chosen for each query by the others. The first three runs go back further than a third of the way, which tells whether
+that helps.
 
     UPWEIGHT_DATA=… python benchmarks/tiny_llama/through.py WORK [runs] [checks]
 
@@ -33,9 +34,16 @@ from upweight.evaluation.lds import left_out_sums, spearman
 from upweight.training.going import Going
 from upweight.training.locality import Moved
 
-SINCE = (170, 150, 130, 110, 90, 75, 63, 50, 40, 30)  # the steps from which it is differentiated; 63 is a third
+SINCE = (170, 150, 130, 110, 90, 75, 63)  # the steps from which it is differentiated; the last is a third of the way
+FURTHER = (50, 40, 30)  # of the first runs
+FIRST = 3  # so many of them
 SEEDS = 3  # of the trainings of a half: those of `retrained.py 30 3`
 DAMPING = 0.1  # of EKFAC, as a share of its mean eigenvalue: the best of `methods`
+
+
+def since(seed: int) -> tuple[int, ...]:
+    """The steps from which a run is differentiated."""
+    return SINCE + FURTHER if seed < FIRST else SINCE
 
 
 def measured(seed: int, folder: Path) -> None:
@@ -52,7 +60,8 @@ def measured(seed: int, folder: Path) -> None:
         np.savez(bent, values=values, seconds=time.process_time() - trained)
     if file.exists():
         return
-    through = uw.through(recording, since=SINCE[-1])
+    steps = since(seed)
+    through = uw.through(recording, since=steps[-1])
     asked = through.influence.queries((queries, None))
     going = folder / f"{seed}.going.npz"
     if going.exists():
@@ -64,8 +73,8 @@ def measured(seed: int, folder: Path) -> None:
         told["seconds"], told["peak"] = np.array([trained - start, 0.0]), np.zeros(())
         state = through.way.at_the_end(through.influence.objective, asked)
     begun = time.process_time() - float(told["seconds"][1])
-    for at in through.way.back(state, SINCE[-1]):
-        if at.step in SINCE:
+    for at in through.way.back(state, steps[-1]):
+        if at.step in steps:
             told["through"] = np.concatenate([told["through"], at.values[None]])
             told["growth"] = np.append(told["growth"], at.growth)
             told["seconds"][1] = time.process_time() - begun
@@ -84,7 +93,7 @@ def written(file: Path, arrays: dict[str, NDArray[Any]]) -> None:
 
 
 def checked(seed: int, folder: Path) -> None:
-    """The library's own check of a run: weights of all rows moved at random, fine-tuned again from the last step on."""
+    """The library's own check of a run: all weights moved at random, trained again from a third of the way on."""
     file = folder / f"{seed}.check.json"
     if file.exists():
         return
@@ -92,7 +101,8 @@ def checked(seed: int, folder: Path) -> None:
     asked = through.influence.queries((rows("query"), None))
     kept = np.load(folder / f"{seed}.npz")
     moved = Moved(through.way, SINCE[-1])
-    found = moved.compared(through.influence.objective, asked, kept["through"][-1], float(kept["growth"][-1]), draws=1)
+    values, growth = (kept[name][SINCE.index(moved.since)] for name in ("through", "growth"))
+    found = moved.compared(through.influence.objective, asked, values, float(growth), draws=1)
     file.write_text(json.dumps({"text": str(found), "holds": found.holds}))
 
 
@@ -175,31 +185,37 @@ def told(folder: Path, runs: int) -> dict[str, Any]:
         methods[f"EKFAC, run {seed}"] = judged(curvature[-1], actual)
         methods[f"through, run {seed}"] = {
             **judged(own[-1], actual),
-            "queries by step": dict(zip(SINCE, taken, strict=True)),
+            "queries by step": dict(zip(since(seed), taken, strict=True)),
         }
         methods[f"through, run {seed}, by step"] = {
             step: round(uw.lds(scores(v, "row removed"), actual, resamples=1).value, 3)
-            for step, v in zip(SINCE, part["through"], strict=True)
+            for step, v in zip(since(seed), part["through"], strict=True)
         }
         both = uw.blended({"EKFAC": curvature[-1], "through": own[-1]}, actual)
         methods[f"EKFAC and through, run {seed}"] = {**judged(both, actual), "how": str(both.certificate)}
     if runs > 1:
         methods[f"mean of the own figures of {runs} runs"] = of_each({"EKFAC": curvature, "through": own}, actual)
-        mean = np.mean([part["through"] for part in parts], 0)
+        mean = np.mean([part["through"][: len(SINCE)] for part in parts], 0)
         together, taken = chosen(mean, actual)
         methods[f"EKFAC, mean of {runs} runs"] = judged(scores(np.mean(bent, 0), "row removed"), actual)
         methods[f"through, mean of {runs} runs"] = {
             **judged(scores(together, "row removed"), actual),
             "queries by step": dict(zip(SINCE, taken, strict=True)),
         }
-        methods[f"through, mean of {runs} runs, by step"] = {
-            step: judged(scores(v, "row removed"), actual) for step, v in zip(SINCE, mean, strict=True)
+        first = np.mean([part["through"] for part in parts[:FIRST]], 0)
+        methods[f"through, mean of the first {min(runs, FIRST)} runs, by step"] = {
+            step: judged(scores(v, "row removed"), actual) for step, v in zip(since(0), first, strict=True)
         }
         both = uw.blended({"EKFAC": curvature, "through": scores(together, "row removed")}, actual)
         methods[f"EKFAC and through, mean of {runs} runs"] = {**judged(both, actual), "how": str(both.certificate)}
     whole = uw.lds(curvature[0], actual)
     return {
-        "settings": {"runs": runs, "halves": actual.subsets.shape[0], "trainings of each half": SEEDS, "since": SINCE},
+        "settings": {
+            "runs": runs,
+            "halves": actual.subsets.shape[0],
+            "trainings of each half": SEEDS,
+            "since": since(0),
+        },
         "ceiling": round(whole.ceiling, 3),
         "processor seconds": {
             "training, then 20 queries back to the last step": [p["seconds"].tolist() for p in parts]
