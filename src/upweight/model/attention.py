@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from upweight.model.calculus import Function
+
 _NUMBERS_AT_ONCE = 2**17  # scores of the heads that are taken together
 _PLAINLY = F.scaled_dot_product_attention
 
@@ -71,7 +73,7 @@ class _LearnedMask(Exception):
     """A mask that is differentiated, which inside of vmap does not say so."""
 
 
-def _over_batches(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def _over_batches(function: type[Function]) -> Callable[..., Any]:
     """The rule of vmap for a function of tensors whose leading axes are all alike: one more in front."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
@@ -95,7 +97,7 @@ def _heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(_flat(one).split(together) for one in tensors), strict=True)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     """(q, k, v, mask, s) → o, and P for its derivatives."""
 
     @staticmethod
@@ -156,7 +158,7 @@ def _flat(one: Tensor) -> Tensor:
     return one.reshape(-1, *one.shape[-2:])
 
 
-class _Slopes(torch.autograd.Function):
+class _Slopes(Function):
     """(q, k, v, ȯ; o, P, s) → q̇, k̇, v̇, and E for its derivative."""
 
     @staticmethod
