@@ -349,7 +349,7 @@ def line(
 ) -> dict[str, Any]:
     """One line of the table: the datamodeling score with its interval and ceiling."""
     values = scores if isinstance(scores, np.ndarray) else scores.values
-    card = uw.scores.Certificate.unsolved(len(values), 1.0, method)
+    card = uw.Certificate.unsolved(len(values), 1.0, method)
     ranked = uw.Scores(values, f"none: {method}", np.arange(ROWS), ROWS, card, measure=outcomes.measure)
     found = uw.lds(ranked, first(outcomes, len(values)), resamples=200)
     print(method, members, found, file=sys.stderr, flush=True)

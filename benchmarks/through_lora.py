@@ -3,9 +3,9 @@
 A small BERT that reads reviews and a small GPT-2, each trained from random weights on SST-2, then fine-tuned by LoRA
 (AdamW, 4 epochs in batches of 16, linear to 0, clipped at 1) on 240 rows of other texts, and recorded twice with other
 shuffles. 20 queries; 30 halves of the rows, fine-tuned with two seeds each, say what is right. Where each derivative
-begins is chosen by `uw.through` itself, and later where its check refuses the queries; the damping of EKFAC and of the
-certified solve is the share of EKFAC's mean eigenvalue that did best in `tiny_llama/methods.py`; TracIn takes six of
-the states that the recording kept.
+begins is chosen by `uw.through` itself, and later where its check refuses the queries; EKFAC and the certified solve
+have a path of dampings, shares of EKFAC's mean eigenvalue, and each query takes the one that suits the other queries
+best; TracIn takes six of the states that the recording kept.
 
     UPWEIGHT_DATA=… python benchmarks/through_lora.py WORK    # WORK keeps the table of each model
 """
@@ -34,7 +34,7 @@ import upweight as uw
 
 ROWS, QUERIES, HALVES, SEEDS, RUNS = 240, 20, 30, 2, 2
 WORDS, EPOCHS, BATCH, LR = 1000, 4, 16, 5e-3
-DAMPING = 0.1  # as a share of EKFAC's mean eigenvalue
+DAMPINGS = (0.1, 1.0, 10.0, 100.0)  # as shares of EKFAC's mean eigenvalue
 CHECKPOINTS = 6
 PAD, UNKNOWN = 0, 1
 
@@ -235,28 +235,31 @@ class Trained:
 
 
 def scored(recording: uw.Recording, study: Study) -> dict[str, tuple[NDArray[np.float64], float, str]]:
-    """Of every method the values, processor seconds, and what its certificate tells."""
+    """Of every method the values, (q, n) at each of its dampings, processor seconds, and what its certificate tells."""
     train, queries = study.train, study.queries
     ekfac = uw.operators.EKFAC(samples=1)
     first = uw.explain(recording.model, train, curvature=ekfac, damping=1e-3)
-    damping = DAMPING * float(first.operator.eigenvalues.mean())
+    dampings = [share * float(first.operator.eigenvalues.mean()) for share in DAMPINGS]
     solver = uw.solvers.CG(rtol=1e-2, preconditioner=uw.solvers.Preconditioned(ekfac))
     refused: list[str] = []
-    made: dict[str, Callable[[], uw.Scores]] = {
-        "through the training": lambda: through(recording, queries, refused),
-        "EKFAC": lambda: uw.explain(recording.model, train, curvature=ekfac, damping=damping).on_loss(queries),
-        "certified Gauss–Newton": lambda: uw.explain(
-            recording.model, train, curvature=uw.operators.GaussNewton(), solver=solver, damping=damping
-        ).on_loss(queries),
-        f"TracIn, {CHECKPOINTS} checkpoints": lambda: tracin(recording, study),
+
+    def path(**settings: Any) -> list[uw.Scores]:
+        influence = uw.explain(recording.model, train, damping=dampings[0], **settings)
+        return list(influence.damping_path(queries, dampings=dampings).every)
+
+    made: dict[str, Callable[[], list[uw.Scores]]] = {
+        "through the training": lambda: [through(recording, queries, refused)],
+        "EKFAC": lambda: path(curvature=ekfac),
+        "certified Gauss–Newton": lambda: path(curvature=uw.operators.GaussNewton(), solver=solver),
+        f"TracIn, {CHECKPOINTS} checkpoints": lambda: [tracin(recording, study)],
     }
     found = {}
     for name, make in made.items():
         refused.clear()
         start = time.process_time()
         scores = make()
-        told = "; ".join([str(scores.certificate), *refused])
-        found[name] = (scores.values, round(time.process_time() - start, 1), told)
+        told = "; ".join([str(one.certificate) for one in scores] + refused)
+        found[name] = (np.stack([one.values for one in scores]), round(time.process_time() - start, 1), told)
         print(study.name, name, found[name][1:], file=sys.stderr, flush=True)
     return found
 
@@ -283,10 +286,30 @@ def tracin(recording: uw.Recording, study: Study) -> uw.Scores:
     return uw.TracIn(members, [recording.steps[step].groups[0]["lr"] for step in chosen]).on_loss(study.queries)
 
 
+def chosen(path: NDArray[np.float64], outcomes: uw.SubsetOutcomes) -> tuple[NDArray[np.float64], list[int]]:
+    """For each query the values at the damping that suits the others best, and how often each damping was taken."""
+    each = np.stack([np.nan_to_num(judged(values, "path", outcomes).per_query) for values in path])
+    best = (each.sum(1, keepdims=True) - each).argmax(0)
+    return path[best, np.arange(len(best))], np.bincount(best, minlength=len(path)).tolist()
+
+
 def judged(values: NDArray[np.float64], name: str, outcomes: uw.SubsetOutcomes) -> uw.LDS:
     """LDS with its interval."""
     card = uw.Certificate.unsolved(QUERIES, 1.0, name)
     return uw.lds(uw.Scores(values, f"none: {name}", np.arange(ROWS), ROWS, card), outcomes)
+
+
+def path_of(
+    mean: NDArray[np.float64], taken: list[list[int]], name: str, outcomes: uw.SubsetOutcomes
+) -> dict[str, Any]:
+    """LDS of the mean of the runs at each damping, and by how many queries it was taken in each run and in the mean."""
+    found = {share: judged(values, name, outcomes) for share, values in zip(DAMPINGS, mean, strict=True)}
+    return {
+        "LDS of their mean by damping": {
+            share: [round(one.value, 3), round(one.low, 3), round(one.high, 3)] for share, one in found.items()
+        },
+        "queries by damping, of each run and of their mean": taken,
+    }
 
 
 def told(study: Study) -> dict[str, Any]:
@@ -299,13 +322,17 @@ def told(study: Study) -> dict[str, Any]:
     runs = [scored(trained.recorded(seed), study) for seed in range(RUNS)]
     table = {}
     for name in runs[0]:
-        each = [judged(run[name][0], name, outcomes) for run in runs]
-        both = judged(np.mean([run[name][0] for run in runs], 0), name, outcomes)
+        picked = [chosen(run[name][0], outcomes) for run in runs]
+        each = [judged(values, name, outcomes) for values, _ in picked]
+        mean = np.mean([run[name][0] for run in runs], 0)
+        together, taken = chosen(mean, outcomes)
+        both = judged(together, name, outcomes)
         table[name] = {
             "LDS of each run": [round(one.value, 3) for one in each],
             "95 % of each run": [[round(one.low, 3), round(one.high, 3)] for one in each],
             "LDS of their mean": round(both.value, 3),
             "95 % of their mean": [round(both.low, 3), round(both.high, 3)],
+            **(path_of(mean, [*(counts for _, counts in picked), taken], name, outcomes) if len(mean) > 1 else {}),
             "processor seconds": [run[name][1] for run in runs],
             "certificate": [run[name][2] for run in runs],
         }
@@ -331,7 +358,7 @@ def main(work: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     settings = {"rows": ROWS, "queries": QUERIES, "halves": HALVES, "trainings of each half": SEEDS, "runs": RUNS}
-    settings |= {"epochs": EPOCHS, "batch": BATCH, "lr": LR, "damping": DAMPING}
+    settings |= {"epochs": EPOCHS, "batch": BATCH, "lr": LR, "dampings": DAMPINGS}
     report(__file__, settings, {study.name: kept(study, Path(work)) for study in studies()})
 
 

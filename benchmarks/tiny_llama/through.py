@@ -3,11 +3,13 @@
 The tiny Llama of `llama`, fine-tuned on its 1,000 sequences and recorded, several times with other seeds. Every run
 gives EKFAC scores of its last parameters and the derivative through its own steps, of 20 queries; both are judged
 against really fine-tuning on halves (`retrained.py 30 3`). From which step on, and how much of EKFAC is added, is
-chosen for each query by the others.
+chosen for each query by the others. The first three runs go back further than a third of the way, which tells whether
+that helps.
 
     UPWEIGHT_DATA=… python benchmarks/tiny_llama/through.py WORK [runs] [checks]
 
-WORK keeps the scores of each run (npz), so that it goes on where it stopped. About 9 processor minutes a run.
+WORK keeps the scores of each run and how far its way back is, so that it goes on where it stopped. About 7 processor
+minutes a run.
 """
 
 from __future__ import annotations
@@ -28,11 +30,20 @@ from numpy.typing import NDArray
 from retrained import RESULTS, subset
 
 import upweight as uw
+from upweight.evaluation.lds import left_out_sums, spearman
+from upweight.training.going import Going
 from upweight.training.locality import Moved
 
 SINCE = (170, 150, 130, 110, 90, 75, 63)  # the steps from which it is differentiated; the last is a third of the way
+FURTHER = (50, 40, 30)  # of the first runs
+FIRST = 3  # so many of them
 SEEDS = 3  # of the trainings of a half: those of `retrained.py 30 3`
 DAMPING = 0.1  # of EKFAC, as a share of its mean eigenvalue: the best of `methods`
+
+
+def since(seed: int) -> tuple[int, ...]:
+    """The steps from which a run is differentiated."""
+    return SINCE + FURTHER if seed < FIRST else SINCE
 
 
 def measured(seed: int, folder: Path) -> None:
@@ -49,24 +60,40 @@ def measured(seed: int, folder: Path) -> None:
         np.savez(bent, values=values, seconds=time.process_time() - trained)
     if file.exists():
         return
-    begun = time.process_time()
-    through = uw.through(recording, since=SINCE[-1])
+    steps = since(seed)
+    through = uw.through(recording, since=steps[-1])
     asked = through.influence.queries((queries, None))
-    found, growth = [], []
-    end = through.way.at_the_end(through.influence.objective, asked)
-    for state in through.way.back(end, SINCE[-1]):
-        if state.step in SINCE:
-            found.append(state.values.copy())
-            growth.append(state.growth)
-            seconds = [trained - start, time.process_time() - begun]
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            told = {"through": np.stack(found), "growth": growth, "seconds": seconds, "peak": peak}
-            np.savez(folder / f"{seed}.npz.part.npz" if len(found) < len(SINCE) else file, **told)
-            print(seed, state.step, seconds, flush=True)
+    going = folder / f"{seed}.going.npz"
+    if going.exists():
+        kept = dict(np.load(going))
+        told = {name[5:]: kept.pop(name) for name in list(kept) if name.startswith("told_")}
+        state = Going.of(kept)
+    else:
+        told = {"through": np.zeros((0, len(queries), through.influence.n)), "growth": np.zeros(0)}
+        told["seconds"], told["peak"] = np.array([trained - start, 0.0]), np.zeros(())
+        state = through.way.at_the_end(through.influence.objective, asked)
+    begun = time.process_time() - float(told["seconds"][1])
+    for at in through.way.back(state, steps[-1]):
+        if at.step in steps:
+            told["through"] = np.concatenate([told["through"], at.values[None]])
+            told["growth"] = np.append(told["growth"], at.growth)
+            told["seconds"][1] = time.process_time() - begun
+            told["peak"] = np.maximum(told["peak"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            written(going, at.arrays() | {f"told_{name}": one for name, one in told.items()})
+            print(seed, at.step, told["seconds"], flush=True)
+    written(file, told)
+    going.unlink()
+
+
+def written(file: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """A file of arrays, whole or not at all."""
+    part = file.with_suffix(".part.npz")
+    np.savez(part, allow_pickle=False, **arrays)
+    part.replace(file)
 
 
 def checked(seed: int, folder: Path) -> None:
-    """The library's own check of a run: weights of all rows moved at random, fine-tuned again from the last step on."""
+    """The library's own check of a run: all weights moved at random, trained again from a third of the way on."""
     file = folder / f"{seed}.check.json"
     if file.exists():
         return
@@ -74,7 +101,8 @@ def checked(seed: int, folder: Path) -> None:
     asked = through.influence.queries((rows("query"), None))
     kept = np.load(folder / f"{seed}.npz")
     moved = Moved(through.way, SINCE[-1])
-    found = moved.compared(through.influence.objective, asked, kept["through"][-1], float(kept["growth"][-1]), draws=1)
+    values, growth = (kept[name][SINCE.index(moved.since)] for name in ("through", "growth"))
+    found = moved.compared(through.influence.objective, asked, values, float(growth), draws=1)
     file.write_text(json.dumps({"text": str(found), "holds": found.holds}))
 
 
@@ -119,6 +147,30 @@ def judged(made: uw.Scores, actual: uw.SubsetOutcomes) -> dict[str, Any]:
     return {"LDS": round(found.value, 3), "95 %": [round(found.low, 3), round(found.high, 3)], "by source": by_source}
 
 
+def of_each(kinds: dict[str, list[uw.Scores]], actual: uw.SubsetOutcomes) -> dict[str, Any]:
+    """The mean over the runs of their own LDS, by kind, and how far the second is above the first, with intervals."""
+    sums = [[left_out_sums(one, actual) for one in of_kind] for of_kind in kinds.values()]
+    draw = np.random.default_rng(0)
+    queries, halves = actual.mean.shape
+
+    def means(q: NDArray[np.int64], h: NDArray[np.int64]) -> NDArray[np.float64]:
+        truth = actual.mean[np.ix_(q, h)]
+        found = [[spearman(one[np.ix_(q, h)], truth).mean() for one in of_kind] for of_kind in sums]
+        each = np.mean(found, 1)
+        return np.append(each, each[1] - each[0])
+
+    whole = means(np.arange(queries), np.arange(halves))
+    again = np.stack(
+        [means(draw.integers(queries, size=queries), draw.integers(halves, size=halves)) for _ in range(1000)]
+    )
+    low, high = np.quantile(again + whole - again.mean(0), [0.025, 0.975], 0)
+    names = [*kinds, " above ".join(reversed(kinds))]
+    return {
+        name: {"LDS": round(float(w), 3), "95 %": [round(float(a), 3), round(float(b), 3)]}
+        for name, w, a, b in zip(names, whole, low, high, strict=True)
+    }
+
+
 def told(folder: Path, runs: int) -> dict[str, Any]:
     """What the runs say, alone and together."""
     actual = outcomes()
@@ -133,23 +185,37 @@ def told(folder: Path, runs: int) -> dict[str, Any]:
         methods[f"EKFAC, run {seed}"] = judged(curvature[-1], actual)
         methods[f"through, run {seed}"] = {
             **judged(own[-1], actual),
-            "queries by step": dict(zip(SINCE, taken, strict=True)),
+            "queries by step": dict(zip(since(seed), taken, strict=True)),
         }
         methods[f"through, run {seed}, by step"] = {
             step: round(uw.lds(scores(v, "row removed"), actual, resamples=1).value, 3)
-            for step, v in zip(SINCE, part["through"], strict=True)
+            for step, v in zip(since(seed), part["through"], strict=True)
         }
         both = uw.blended({"EKFAC": curvature[-1], "through": own[-1]}, actual)
         methods[f"EKFAC and through, run {seed}"] = {**judged(both, actual), "how": str(both.certificate)}
     if runs > 1:
-        together, _ = chosen(np.mean([part["through"] for part in parts], 0), actual)
+        methods[f"mean of the own figures of {runs} runs"] = of_each({"EKFAC": curvature, "through": own}, actual)
+        mean = np.mean([part["through"][: len(SINCE)] for part in parts], 0)
+        together, taken = chosen(mean, actual)
         methods[f"EKFAC, mean of {runs} runs"] = judged(scores(np.mean(bent, 0), "row removed"), actual)
-        methods[f"through, mean of {runs} runs"] = judged(scores(together, "row removed"), actual)
+        methods[f"through, mean of {runs} runs"] = {
+            **judged(scores(together, "row removed"), actual),
+            "queries by step": dict(zip(SINCE, taken, strict=True)),
+        }
+        first = np.mean([part["through"] for part in parts[:FIRST]], 0)
+        methods[f"through, mean of the first {min(runs, FIRST)} runs, by step"] = {
+            step: judged(scores(v, "row removed"), actual) for step, v in zip(since(0), first, strict=True)
+        }
         both = uw.blended({"EKFAC": curvature, "through": scores(together, "row removed")}, actual)
         methods[f"EKFAC and through, mean of {runs} runs"] = {**judged(both, actual), "how": str(both.certificate)}
     whole = uw.lds(curvature[0], actual)
     return {
-        "settings": {"runs": runs, "halves": actual.subsets.shape[0], "trainings of each half": SEEDS, "since": SINCE},
+        "settings": {
+            "runs": runs,
+            "halves": actual.subsets.shape[0],
+            "trainings of each half": SEEDS,
+            "since": since(0),
+        },
         "ceiling": round(whole.ceiling, 3),
         "processor seconds": {
             "training, then 20 queries back to the last step": [p["seconds"].tolist() for p in parts]
@@ -165,7 +231,7 @@ def told(folder: Path, runs: int) -> dict[str, Any]:
     }
 
 
-def main(work: str, runs: int = 3, checks: int = 0) -> None:
+def main(work: str, runs: int = 5, checks: int = 0) -> None:
     """Every run that is missing, the check of so many of them, then what those that are there say."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

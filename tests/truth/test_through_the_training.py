@@ -38,10 +38,25 @@ class Attention(nn.Module):
         return self.leave(h.mean(-2))
 
 
+class Heads(Attention):
+    """The same with two heads, by torch's own attention, each position seeing those before it."""
+
+    def forward(self, x):
+        h = self.enter(x[..., None])
+        for inner, norm in zip(self.inner, self.norms, strict=True):
+            parts = inner(norm(h)).unflatten(-1, (3, 2, 2)).unbind(-3)
+            heads = nn.functional.scaled_dot_product_attention(
+                *(one.transpose(-2, -3) for one in parts), is_causal=True
+            )
+            h = h + heads.transpose(-2, -3).flatten(-2)
+        return self.leave(h.mean(-2))
+
+
 MODELS = {
     "linear": lambda: nn.Linear(D, 2),
     "MLP": lambda: nn.Sequential(nn.Linear(D, 4), nn.Tanh(), nn.Linear(4, 2)),
     "attention": Attention,
+    "heads": Heads,
 }
 OPTIMIZERS = {
     "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.2),
@@ -123,6 +138,7 @@ ROWS = [0, 5, 11, 23]
         ("MLP", "AdamW", {"clip": 0.3, "parts": 3}),
         ("attention", "momentum", {}),
         ("attention", "AdamW", {"clip": 0.5}),
+        ("heads", "AdamW", {"clip": 0.5}),
     ],
     ids=str,
 )

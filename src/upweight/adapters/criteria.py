@@ -83,6 +83,8 @@ class Reduction:
         def reducing(how: str) -> Criterion:
             def reduced(output: Tensor, target: Tensor) -> Tensor:
                 own = None if weight is None else weight.to(output)
+                if output.ndim > 2 and target.ndim == output.ndim - 1:  # classes last, as models make them
+                    output, target = output.movedim(1, -1).flatten(0, -2), target.flatten()
                 return named(output, target, weight=own, reduction=how, **others)
 
             return reduced

@@ -24,6 +24,7 @@ from upweight.model import linear
 from upweight.model.objective import Objective
 from upweight.model.transforms import grad, pushed, quietly, vmap
 
+Function = torch.autograd.Function  # for derivatives that are written out
 _FEW_OUTPUTS = 32  # so many rows of J are always affordable
 AT_ONCE = 64  # columns of J in forward mode at most
 _NUMBERS_AT_ONCE, _FEWEST_AT_ONCE = 2**19, 8  # of outputs in these columns, so that they stay near the processor

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from upweight.errors import InvalidInput
 from upweight.influence.face import Influence
-from upweight.model import calculus, per_row
+from upweight.model import attention_twice, calculus, per_row
 from upweight.model.objective import Objective
 from upweight.model.transforms import undisturbed
 from upweight.runs import threads
@@ -92,9 +92,9 @@ class Backwards:
         return list(self.influence.objective.blocks)
 
     def _gradient(
-        self, step: Step, theta: Tensor, moved: Tensor | None = None
+        self, step: Step, theta: Tensor, moved: Tensor | None = None, *, graph: bool = True
     ) -> tuple[Tensor, list[Rows], list[Tensor]]:
-        """g_t with its graph in θ and in weights u, whose rows these are, and the u."""
+        """g_t, with its graph in θ and in weights u if that is wanted, whose rows these are, and the u."""
         objective, examples = self.influence.objective, self.influence.examples
         total, rows, weights = theta.new_zeros(()), [], []
         params = objective.unravel(theta)
@@ -102,7 +102,8 @@ class Backwards:
             own = torch.from_numpy(examples.weights[part.rows] if part.weights is None else part.weights)
             u = torch.ones_like(own) if moved is None else moved[torch.from_numpy(part.rows)]
             u = u.clone().requires_grad_()
-            losses = calculus.losses_at(objective, params, examples.batch(part.rows)).double()
+            with attention_twice.bent():
+                losses = calculus.losses_at(objective, params, examples.batch(part.rows)).double()
             mean = part.weights is None and not self.trajectory.summed
             total = total + part.scale * (u * own * losses).sum() / (float(own.sum()) if mean else 1.0)
             rows.append(part.rows)
@@ -113,7 +114,12 @@ class Backwards:
             if self.trajectory.shares is not None:
                 rows.append(None)
                 weights.append(factor)
-        return calculus.with_graph(total, theta), rows, weights
+        g = (
+            calculus.with_graph(total, theta)
+            if graph
+            else calculus.pulled([total], [theta], [torch.ones_like(total)])[0]
+        )
+        return g, rows, weights
 
     def _factor(self, theta: Tensor, moved: Tensor | None) -> Tensor:
         """c(u): what the penalty is multiplied by."""
@@ -136,9 +142,9 @@ class Backwards:
     def _ahead(self, step: int, theta: Tensor, memory: Memory, moved: Tensor | None = None) -> tuple[Tensor, Memory]:
         """θ and the memory after a step, without a graph."""
         leaf = theta.detach().clone().requires_grad_()
-        g, _, _ = self._gradient(self.trajectory.steps[step], leaf, moved)
+        g, _, _ = self._gradient(self.trajectory.steps[step], leaf, moved, graph=False)
         with torch.no_grad():
-            return self._moved(step, theta, memory, g.detach() * shrunk(g.detach(), self.trajectory.clip))
+            return self._moved(step, theta, memory, g * shrunk(g, self.trajectory.clip))
 
     def _path(self, start: int, stop: int) -> list[tuple[Tensor, Memory]]:
         """θ and the memory before every step from one kept state to the next.
@@ -179,12 +185,16 @@ class Backwards:
         inputs = [one.detach().clone().requires_grad_() for one in (theta, *memory, share * at)]
         with torch.enable_grad():
             after, remembered = self._moved(step, inputs[0], tuple(inputs[1:-1]), inputs[-1])
-        own, *slots, onto = back_through(slopes([after, *remembered], inputs), [a, *b])
-        onto = share * onto if bent is None else share * onto + (onto @ at.detach())[:, None] * bent
+        by_coordinate = slopes([after, *remembered], inputs)
+        own, *slots = (torch.empty_like(one) for one in (a, *b))
 
         def one(query: int) -> None:
-            back, *by_weight = calculus.pulled([g], [leaf, *weights], [onto[query]])
-            own[query] += back
+            *before, onto = back_through(by_coordinate, [one[query] for one in (a, *b)])
+            onto = share * onto if bent is None else share * onto + (onto @ at.detach()) * bent
+            back, *by_weight = calculus.pulled([g], [leaf, *weights], [onto])
+            before[0] = before[0] + back
+            for kept, line in zip((own, *slots), before, strict=True):
+                kept[query] = line
             for numbers, part in zip(rows, by_weight, strict=True):
                 self._credit(values[query], numbers, part.numpy())
 

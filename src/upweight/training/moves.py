@@ -145,15 +145,24 @@ def shrunk(g: Tensor, most: float | None) -> Tensor:
     return g.new_ones(()) if most is None else (most / (g.norm() + _CLIP_EPS)).clamp(max=1.0)
 
 
-def slopes(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[list[Tensor] | None]:
-    """∂output/∂input of a step that treats every coordinate alone, a vector each; None for outputs that are held."""
-    return [calculus.pulled([one], inputs, [torch.ones_like(one)]) if one.requires_grad else None for one in outputs]
+def slopes(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[list[Tensor | None] | None]:
+    """∂output/∂input of a step that treats every coordinate alone, a vector each.
+
+    None stands for an input that an output does not depend on, and for an output that is held.
+    """
+    pulled = (calculus.pulled([one], inputs, [torch.ones_like(one)]) if one.requires_grad else None for one in outputs)
+    return [None if found is None else [one if bool(one.any()) else None for one in found] for found in pulled]
 
 
-def back_through(slopes: Sequence[Sequence[Tensor] | None], adjoints: Sequence[Tensor]) -> list[Tensor]:
-    """The adjoints of the inputs of a step, (q, p) each, from those of its outputs."""
+def back_through(slopes: Sequence[Sequence[Tensor | None] | None], adjoints: Sequence[Tensor]) -> list[Tensor]:
+    """The adjoints of the inputs of a step, p numbers each, from those of its outputs."""
     known = [(slope, adjoint) for slope, adjoint in zip(slopes, adjoints, strict=True) if slope is not None]
-    return [
-        sum((slope[k] * adjoint for slope, adjoint in known[1:]), known[0][0][k] * known[0][1])
-        for k in range(len(known[0][0]))
-    ]
+    found = []
+    for k in range(len(known[0][0])):
+        total: Tensor | None = None
+        for slope, adjoint in known:
+            factor = slope[k]
+            if factor is not None:
+                total = factor * adjoint if total is None else total.addcmul_(factor, adjoint)
+        found.append(torch.zeros_like(adjoints[0]) if total is None else total)
+    return found
