@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -113,6 +114,34 @@ def ends_of(shapes: Sequence[Sequence[Sequence[int]]], owners: Sequence[int], am
     for parts, owner in zip(shapes, owners, strict=True):
         sizes[owner] += sum(map(math.prod, parts))
     return [sum(sizes[:rank]) for rank in range(among + 1)]
+
+
+def finished(store: Store | None, chunks: int) -> list[int]:
+    """The chunks that are finished, as rank 0 finds them."""
+    if store is None:
+        return []
+    if chunks == 1:
+        return [0] if 0 in store else []
+    found = ranks.by_first("looking for finished chunks", lambda: {"": np.array([n in store for n in range(chunks)])})
+    assert found is not None  # the function gave it
+    return np.flatnonzero(found[""]).tolist()
+
+
+def parts_of(things: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[list[list[int]]]]:
+    """The tensors of all things, one after the other, and the shapes of every thing's."""
+    return [part for parts in things for part in parts], [[list(part.shape) for part in parts] for parts in things]
+
+
+def flattened(parts: list[Tensor]) -> Tensor:
+    """All numbers of some tensors, which leave the list one by one, so that memory holds them once."""
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    out, start = parts[0].new_empty(sum(part.numel() for part in parts), dtype=dtype), 0
+    while parts:
+        part = parts.pop(0)
+        out[start : start + part.numel()] = part.flatten()
+        start += part.numel()
+        del part
+    return out
 
 
 def split(flat: Tensor, shapes: Sequence[Sequence[Sequence[int]]], mine: Sequence[bool]) -> list[list[Tensor] | None]:

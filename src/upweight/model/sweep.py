@@ -8,7 +8,6 @@ the chunks (`runs.ranks`) not at all.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -31,8 +30,11 @@ from upweight.model.chunks import (
     count,
     ends_of,
     files_of,
+    finished,
+    flattened,
     joined,
     length,
+    parts_of,
     rows_of,
     split,
 )
@@ -167,8 +169,8 @@ class Sweep:
         shapes: list[list[list[int]]] = []
 
         def flat(batch: Any, weights: Tensor, numbers: Numbers) -> Tensor:
-            parts, shapes[:] = _told(function(batch, weights, numbers))
-            return _joined(parts)
+            parts, shapes[:] = parts_of(function(batch, weights, numbers))
+            return flattened(parts)
 
         among, rank = ranks.sharing(), ranks.own_rank()
         if among == 1 or self.n <= CHUNK:
@@ -277,7 +279,7 @@ class Sweep:
         """
         chunks = chunks_of(self.n, None, CHUNK)
         files = files_of(len(chunks), store.span)
-        kept = _kept(store, len(files))
+        kept = finished(store, len(files))
         missing = [files[number] for number in numbers if number not in kept]
         with ranks.work(f"{label}, {len(missing)} chunks of {self.n:,} rows", len(missing)) as work:
             mine = work.shares(missing)[work.rank]
@@ -378,7 +380,7 @@ class Sweep:
         """The same on every rank: each visits its share of a window of chunks, and gets the others' rows of it."""
         span = 1 if store is None else store.span
         files = files_of(len(chunks), span, begun)
-        kept = set(_kept(store, len(files_of(len(chunks), span))))
+        kept = set(finished(store, len(files_of(len(chunks), span))))
         width, at = _WINDOW[0] * ranks.size(), 0
         while at < len(files):
             window = files[at : at + width]
@@ -523,37 +525,9 @@ class Sweep:
             yield found.pop()
 
 
-def _told(things: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[list[list[int]]]]:
-    """The tensors of all things, one after the other, and the shapes of every thing's."""
-    return [part for parts in things for part in parts], [[list(part.shape) for part in parts] for parts in things]
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """All numbers of some tensors, which leave the list one by one, so that memory holds them once."""
-    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-    out, start = parts[0].new_empty(sum(part.numel() for part in parts), dtype=dtype), 0
-    while parts:
-        part = parts.pop(0)
-        out[start : start + part.numel()] = part.flatten()
-        start += part.numel()
-        del part
-    return out
-
-
 def _unnumbered(function: Callable[[Any, Tensor], T]) -> Callable[[Any, Tensor, Numbers], T]:
     """A function of a batch and its weights, as one that is given the numbers of its rows too."""
     return lambda batch, weights, _: function(batch, weights)
-
-
-def _kept(store: Store | None, chunks: int) -> list[int]:
-    """The chunks that are finished, as rank 0 finds them."""
-    if store is None:
-        return []
-    if chunks == 1:
-        return [0] if 0 in store else []
-    found = ranks.by_first("looking for finished chunks", lambda: {"": np.array([n in store for n in range(chunks)])})
-    assert found is not None  # the function gave it
-    return np.flatnonzero(found[""]).tolist()
 
 
 def finite(total: Tensor, label: str) -> Tensor:

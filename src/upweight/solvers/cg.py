@@ -257,23 +257,25 @@ class Iteration:
                 if pace.look(X, R if P is None else P, run.steps):
                     missed = torch.maximum(_share(R, size), _share(R * D, weighed))
                     break
-        X = self._project(X)
+        found = self._found(self._project(X), R if P is None else P, V, R, sweeps, smallest)
+        if searched is None:
+            return replace(found, residual=missed, settled=pace.left)
+        energy, lowest = searched.energy(R), searched.lowest
+        bound = pace.bound(found.x, R, V, energy, lowest)
+        return replace(found, residual=missed, settled=pace.left, settled_bound=bound, error_bound=energy / lowest**0.5)
+
+    def _found(self, X: Tensor, P: Tensor, V: Tensor, R: Tensor, sweeps: int, smallest: Tensor) -> Solution:
+        """The solution X of V, with what is left of it and the direction to go on in."""
         bottom = float(smallest.min()) - self.damping if bool(torch.isfinite(smallest).any()) else float("nan")
-        state = {"x": X, "p": R if P is None else P}
         gap = self._gap(X, V, R)
-        sweeps += 0 if gap is None else 1
-        energy = None if searched is None else searched.energy(R)
         return Solution(
             X,
-            missed,
+            _share(R, V.norm(dim=1)),
             True,
-            sweeps,
+            sweeps if gap is None else sweeps + 1,
             min_curvature=bottom,
             preconditioner_gap=gap,
-            state=state,
-            settled=pace.left,
-            error_bound=None if energy is None or searched is None else energy / searched.lowest**0.5,
-            settled_bound=None if energy is None or searched is None else pace.bound(X, R, V, energy, searched.lowest),
+            state={"x": X, "p": P},
         )
 
     @property
@@ -305,9 +307,10 @@ class Iteration:
         D = torch.ones_like(V[0]) if self.scale is None else self.scale
         X, R, P, made = torch.zeros_like(V), V * D, None, 0
         coarse, goal = self._coarse, max(rtol, self.spec.rtol) * (V * D).norm(dim=1)
-        pace = Pace(None, self.operator, None)
+        pace, larger = Pace(None, self.operator, None), (V * D).norm(dim=1) / V.norm(dim=1)
+        way = None if self.reduced is None else Way(self.reduced, larger, shared=False)
         while bool((R.norm(dim=1) > goal).any()):
-            run = self._run(coarse, X, R, goal, self.spec.max_sweeps - made, P, lambda _: None, pace)
+            run = self._run(coarse, X, R, goal, self.spec.max_sweeps - made, P, lambda _: None, pace, way)
             X, R, made = run.x, run.residual, made + run.steps
             P = run.direction if self.inverse is None or self.together(V) else None
             if run.stopped is not None and coarse is not None:
@@ -383,8 +386,8 @@ class Iteration:
         direction: Tensor | None,
         step: Callable[[float], None],
         pace: Pace,
-        way: Way | None,
-        searched: bounds.Searched | None,
+        way: Way | None = None,
+        searched: bounds.Searched | None = None,
     ) -> Progress:
         """Steps on D (C + λI) D y = D v until the recurrence believes in the goal, or it is time to look again."""
 

@@ -110,7 +110,7 @@ class Kept:
         if not self.store.has(_VALUES):
             bare = replace(state, a=state.a[:, :0], b=[one[:, :0] for one in state.b])
             self.store.keep(_VALUES, bare.arrays(), step=state.step)
-        self.store.end_state(None)
+        self.store.end_state({})
 
 
 @contextmanager
