@@ -116,11 +116,15 @@ def ends_of(shapes: Sequence[Sequence[Sequence[int]]], owners: Sequence[int], am
 
 
 def split(flat: Tensor, shapes: Sequence[Sequence[Sequence[int]]], mine: Sequence[bool]) -> list[list[Tensor] | None]:
-    """The tensors of those things of which `flat` holds the numbers; None in place of the others."""
+    """The tensors of those things of which `flat` holds the numbers; None in place of the others.
+
+    Each has memory of its own, which begins where BLAS likes it: products with a part of something larger would round
+    by where that part begins, and so by how many processes share the things.
+    """
     own = [shape for parts, here in zip(shapes, mine, strict=True) if here for shape in parts]
     tensors = iter(flat.split([math.prod(shape) for shape in own]))
     return [
-        [next(tensors).reshape(tuple(shape)) for shape in parts] if here else None
+        [next(tensors).reshape(tuple(shape)).clone() for shape in parts] if here else None
         for parts, here in zip(shapes, mine, strict=True)
     ]
 
