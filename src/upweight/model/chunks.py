@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,6 +89,23 @@ def joined(chunks: Iterator[tuple[int, NDArray[np.float64]]], n: int) -> NDArray
         outputs[number * CHUNK : number * CHUNK + len(values)] = values
     assert outputs is not None  # there is at least one row
     return outputs
+
+
+def told(things: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[list[list[int]]]]:
+    """The tensors of all things, one after the other, and the shapes of every thing's."""
+    return [part for parts in things for part in parts], [[list(part.shape) for part in parts] for parts in things]
+
+
+def in_a_row(parts: list[Tensor]) -> Tensor:
+    """All numbers of some tensors, which leave the list one by one, so that memory holds them once."""
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    out, start = parts[0].new_empty(sum(part.numel() for part in parts), dtype=dtype), 0
+    while parts:
+        part = parts.pop(0)
+        out[start : start + part.numel()] = part.flatten()
+        start += part.numel()
+        del part
+    return out
 
 
 def added(parts: Iterable[Tensor]) -> Tensor:

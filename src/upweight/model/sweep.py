@@ -8,7 +8,6 @@ the chunks (`runs.ranks`) not at all.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -31,10 +30,12 @@ from upweight.model.chunks import (
     count,
     ends_of,
     files_of,
+    in_a_row,
     joined,
     length,
     rows_of,
     split,
+    told,
 )
 from upweight.model.objective import Objective
 from upweight.model.transforms import refuse_inference_mode, undisturbed
@@ -166,8 +167,8 @@ class Sweep:
         shapes: list[list[list[int]]] = []
 
         def flat(batch: Any, weights: Tensor, numbers: Numbers) -> Tensor:
-            parts, shapes[:] = _told(function(batch, weights, numbers))
-            return _joined(parts)
+            parts, shapes[:] = told(function(batch, weights, numbers))
+            return in_a_row(parts)
 
         among, rank = ranks.sharing(), ranks.own_rank()
         if among == 1 or self.n <= CHUNK:
@@ -505,23 +506,6 @@ class Sweep:
             found = [(inside, values)]
             del values  # what is yielded belongs to who asked for it, who may drop it before the next batch
             yield found.pop()
-
-
-def _told(things: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[list[list[int]]]]:
-    """The tensors of all things, one after the other, and the shapes of every thing's."""
-    return [part for parts in things for part in parts], [[list(part.shape) for part in parts] for parts in things]
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """All numbers of some tensors, which leave the list one by one, so that memory holds them once."""
-    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-    out, start = parts[0].new_empty(sum(part.numel() for part in parts), dtype=dtype), 0
-    while parts:
-        part = parts.pop(0)
-        out[start : start + part.numel()] = part.flatten()
-        start += part.numel()
-        del part
-    return out
 
 
 def _unnumbered(function: Callable[[Any, Tensor], T]) -> Callable[[Any, Tensor, Numbers], T]:

@@ -242,19 +242,8 @@ class Iteration:
         state = {"x": X, "p": R if P is None else P}
         gap = self._gap(X, V, R)
         sweeps += 0 if gap is None else 1
-        energy = None if searched is None else searched.energy(R)
-        return Solution(
-            X,
-            missed,
-            True,
-            sweeps,
-            min_curvature=bottom,
-            preconditioner_gap=gap,
-            state=state,
-            settled=pace.left,
-            error_bound=None if energy is None or searched is None else energy / searched.lowest**0.5,
-            settled_bound=None if energy is None or searched is None else pace.bound(X, R, V, energy, searched.lowest),
-        )
+        solution = Solution(X, missed, True, sweeps, bottom, preconditioner_gap=gap, state=state, settled=pace.left)
+        return solution if searched is None else _bounded(solution, R, V, pace, searched)
 
     def _too_far(self, trial: int | None, made: int, left: float) -> bool:
         """Whether what else there is would be quicker, by the residual that so many products have left."""
@@ -399,6 +388,13 @@ class Iteration:
             "see influence.check()."
         )
         return NotPositiveDefinite(message, self._partial(run.x, run.direction, V, sweeps), suggestion)
+
+
+def _bounded(solution: Solution, R: Tensor, V: Tensor, pace: Pace, searched: bounds.Searched) -> Solution:
+    """The same with what is proven of it."""
+    energy, lowest = searched.energy(R), searched.lowest
+    known = pace.bound(solution.x, R, V, energy, lowest)
+    return replace(solution, error_bound=energy / lowest**0.5, settled_bound=known)
 
 
 def _held(objective: Objective) -> bool:
