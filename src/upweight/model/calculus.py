@@ -394,10 +394,8 @@ def mixed_products(objective: Objective, batch: Any, deltas: Float[Tensor, "b ..
         moved = (x, *example[1:]) if isinstance(example, tuple | list) else x
         first = torch.autograd.grad(objective.loss(params, moved), x, create_graph=True)[0]
         blocks = _blocks(params)
-        if first.requires_grad:
-            rows.append(_flat(torch.autograd.grad(first, blocks, deltas[b].to(first), allow_unused=True), blocks))
-        else:
-            rows.append(first.new_zeros(objective.size))
+        found = pulled([first], blocks, [deltas[b].to(first)]) if first.requires_grad else [None] * len(blocks)
+        rows.append(_flat(found, blocks))
     return torch.stack(rows)
 
 

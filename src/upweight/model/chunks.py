@@ -91,6 +91,23 @@ def joined(chunks: Iterator[tuple[int, NDArray[np.float64]]], n: int) -> NDArray
     return outputs
 
 
+def told(things: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[list[list[int]]]]:
+    """The tensors of all things, one after the other, and the shapes of every thing's."""
+    return [part for parts in things for part in parts], [[list(part.shape) for part in parts] for parts in things]
+
+
+def in_a_row(parts: list[Tensor]) -> Tensor:
+    """All numbers of some tensors, which leave the list one by one, so that memory holds them once."""
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    out, start = parts[0].new_empty(sum(part.numel() for part in parts), dtype=dtype), 0
+    while parts:
+        part = parts.pop(0)
+        out[start : start + part.numel()] = part.flatten()
+        start += part.numel()
+        del part
+    return out
+
+
 def added(parts: Iterable[Tensor]) -> Tensor:
     """The sum of a chunk, from those of its batches, where they are: the host waits for no device here."""
     inside: Tensor | None = None
@@ -127,29 +144,16 @@ def finished(store: Store | None, chunks: int) -> list[int]:
     return np.flatnonzero(found[""]).tolist()
 
 
-def parts_of(things: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[list[list[int]]]]:
-    """The tensors of all things, one after the other, and the shapes of every thing's."""
-    return [part for parts in things for part in parts], [[list(part.shape) for part in parts] for parts in things]
-
-
-def flattened(parts: list[Tensor]) -> Tensor:
-    """All numbers of some tensors, which leave the list one by one, so that memory holds them once."""
-    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-    out, start = parts[0].new_empty(sum(part.numel() for part in parts), dtype=dtype), 0
-    while parts:
-        part = parts.pop(0)
-        out[start : start + part.numel()] = part.flatten()
-        start += part.numel()
-        del part
-    return out
-
-
 def split(flat: Tensor, shapes: Sequence[Sequence[Sequence[int]]], mine: Sequence[bool]) -> list[list[Tensor] | None]:
-    """The tensors of those things of which `flat` holds the numbers; None in place of the others."""
+    """The tensors of those things of which `flat` holds the numbers; None in place of the others.
+
+    Each has memory of its own, which begins where BLAS likes it: products with a part of something larger would round
+    by where that part begins, and so by how many processes share the things.
+    """
     own = [shape for parts, here in zip(shapes, mine, strict=True) if here for shape in parts]
     tensors = iter(flat.split([math.prod(shape) for shape in own]))
     return [
-        [next(tensors).reshape(tuple(shape)) for shape in parts] if here else None
+        [next(tensors).reshape(tuple(shape)).clone() for shape in parts] if here else None
         for parts, here in zip(shapes, mine, strict=True)
     ]
 

@@ -31,12 +31,12 @@ from upweight.model.chunks import (
     ends_of,
     files_of,
     finished,
-    flattened,
+    in_a_row,
     joined,
     length,
-    parts_of,
     rows_of,
     split,
+    told,
 )
 from upweight.model.objective import Objective
 from upweight.model.transforms import refuse_inference_mode, undisturbed
@@ -169,8 +169,8 @@ class Sweep:
         shapes: list[list[list[int]]] = []
 
         def flat(batch: Any, weights: Tensor, numbers: Numbers) -> Tensor:
-            parts, shapes[:] = parts_of(function(batch, weights, numbers))
-            return flattened(parts)
+            parts, shapes[:] = told(function(batch, weights, numbers))
+            return in_a_row(parts)
 
         among, rank = ranks.sharing(), ranks.own_rank()
         if among == 1 or self.n <= CHUNK:

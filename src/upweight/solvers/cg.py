@@ -258,11 +258,8 @@ class Iteration:
                     missed = torch.maximum(_share(R, size), _share(R * D, weighed))
                     break
         found = self._found(self._project(X), R if P is None else P, V, R, sweeps, smallest)
-        if searched is None:
-            return replace(found, residual=missed, settled=pace.left)
-        energy, lowest = searched.energy(R), searched.lowest
-        bound = pace.bound(found.x, R, V, energy, lowest)
-        return replace(found, residual=missed, settled=pace.left, settled_bound=bound, error_bound=energy / lowest**0.5)
+        found = replace(found, residual=missed, settled=pace.left)
+        return found if searched is None else _bounded(found, R, V, pace, searched)
 
     def _found(self, X: Tensor, P: Tensor, V: Tensor, R: Tensor, sweeps: int, smallest: Tensor) -> Solution:
         """The solution X of V, with what is left of it and the direction to go on in."""
@@ -451,6 +448,13 @@ class Iteration:
             "see influence.check()."
         )
         return NotPositiveDefinite(message, self._partial(run.x, run.direction, V, sweeps), suggestion)
+
+
+def _bounded(solution: Solution, R: Tensor, V: Tensor, pace: Pace, searched: bounds.Searched) -> Solution:
+    """The same with what is proven of it."""
+    energy, lowest = searched.energy(R), searched.lowest
+    known = pace.bound(solution.x, R, V, energy, lowest)
+    return replace(solution, error_bound=energy / lowest**0.5, settled_bound=known)
 
 
 def _held(objective: Objective) -> bool:
