@@ -367,10 +367,10 @@ def seen(text):
 def test_ctrl_c_in_the_middle_of_the_work_leaves_no_bar(tmp_path):
     (tmp_path / "cli_studies.py").write_text(WAITING)
     code, err = interrupted(tmp_path, "check", "cli_studies.py:lossy")
-    assert "0.00/40.0" in err  # there was a bar
+    assert "0.00/4.00" in err  # there was a bar
     assert code == 130
     assert seen(err)[-1] == "Interrupted by Ctrl-C."
-    assert "0.00/40.0" not in "".join(seen(err.partition("ready")[2]))
+    assert "0.00/4.00" not in "".join(seen(err.partition("ready")[2]))
 
 
 @pytest.mark.parametrize(
