@@ -136,7 +136,7 @@ class Certificate:
             gap = float(np.max(self.preconditioner_gap))
             said.insert(2, ("preconditioner", f"its preconditioner alone was off by up to {gap:.2g}"))
         if self.settled is not None:
-            proven = "" if self.settled_bound is None else f"; proven: {float(np.max(self.settled_bound)):.2g} times"
+            proven = "" if self.settled_bound is None else f"; proven: {float(np.max(self.settled_bound)):.1%}"
             told = f"values settled to {float(np.max(self.settled)):.1%} (estimated{proven})"
             said.insert(2, ("values", told))
         if self.truncation:

@@ -25,7 +25,10 @@ class ShortAttention(TorchFunctionMode):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if given.pop("dropout_p", 0.0) or (given.get("is_causal") and given.get("attn_mask") is not None):
             return func(*args, **kwargs)
-        given["mask"] = given.pop("attn_mask", None)
+        mask = given["mask"] = given.pop("attn_mask", None)
+        known = mask is None or mask.dtype == torch.bool or mask.is_floating_point()
+        if not known or (mask is not None and mask.ndim > given["query"].ndim):
+            return func(*args, **kwargs)  # torch says what it has against it
         return attended(**given)
 
 
@@ -45,8 +48,8 @@ def attended(
     tensor([[[1., 0.],
              [0., 0.]]])
     """
-    if enable_gqa and query.shape[-3] != key.shape[-3]:
-        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    if enable_gqa:
+        key, value = (_of_heads(query.shape[-3], x) for x in (key, value))
     weights = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
     if is_causal:
         mask = weights.new_ones(weights.shape[-2:], dtype=torch.bool).tril()
@@ -56,5 +59,10 @@ def attended(
     if mask.dtype == torch.bool:
         seen, bias = mask, torch.zeros_like(mask, dtype=weights.dtype).masked_fill(~mask, least)
     else:
-        seen, bias = mask != -torch.inf, mask.clamp(min=least)
+        seen, bias = mask != -torch.inf, mask.to(weights.dtype).clamp(min=least)
     return ((weights + bias).softmax(-1) @ value) * seen.any(-1, keepdim=True)
+
+
+def _of_heads(count: int, x: Tensor) -> Tensor:
+    """Keys or values of so many heads, where several share one."""
+    return x if x.shape[-3] == count else x.repeat_interleave(count // x.shape[-3], -3)

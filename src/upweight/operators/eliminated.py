@@ -245,14 +245,13 @@ def _copies(operator: LinearHessian, damping: float) -> int:
 def _columns(X: Any, chosen: NDArray[np.int64]) -> Any:
     """Some columns of a CSR matrix, as one of their own whose numbers are a copy."""
     if len(chosen) == X.shape[1]:
-        return _matrix(X.data.copy(), X.indices, X.indptr, X.shape)
+        return X.copy()  # whoever sorts the user's X sorts it in place
     place = np.full(X.shape[1], -1, dtype=X.indices.dtype)
     place[chosen] = np.arange(len(chosen))
     places = place[X.indices]
     kept = places >= 0
-    before = np.cumsum(kept, dtype=X.indptr.dtype)
-    ends = np.where(X.indptr > 0, before[X.indptr - 1], 0).astype(X.indptr.dtype)
-    return _matrix(X.data[kept], places[kept], ends, (X.shape[0], len(chosen)))
+    before = np.concatenate([[0], np.cumsum(kept)]).astype(X.indptr.dtype)
+    return _matrix(X.data[kept], places[kept], before[X.indptr], (X.shape[0], len(chosen)))
 
 
 def _matrix(data: Any, indices: Any, indptr: Any, shape: tuple[int, int]) -> Any:

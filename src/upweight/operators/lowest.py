@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from upweight.errors import UnsupportedModel
 from upweight.model import calculus, penalties
 from upweight.model.objective import L2
@@ -12,14 +16,12 @@ from upweight.operators.implicit import Implicit, fisher_product
 from upweight.operators.layered import LayeredGaussNewton
 from upweight.operators.linear import LinearHessian
 
-_LOOKED_AT = 16  # rows on which the criterion must be convex in the outputs
-
 
 def lowest_eigenvalue(operator: Operator, damping: float) -> float | None:
     """A number that no eigenvalue of C + λI is below, by what C is made of; None where nothing positive is known.
 
     λ and the least strength of an L2 penalty, of a Gauss–Newton matrix whose criterion is convex in the outputs (which
-    is looked at on a few rows) and of an empirical Fisher matrix. The Hessian of a network may bend downwards.
+    is looked at on every row) and of an empirical Fisher matrix. The Hessian of a network may bend downwards.
     """
     sweep = getattr(operator, "sweep", None)
     if sweep is None:
@@ -39,11 +41,18 @@ def lowest_eigenvalue(operator: Operator, damping: float) -> float | None:
 
 
 def _convex(sweep: Sweep) -> bool:
-    """Whether the criterion is convex in the outputs of a few rows, and known to be."""
-    numbers = sweep.examples.spread(_LOOKED_AT)
-    batch = sweep.examples.batch(numbers)
+    """Whether the criterion is convex in the outputs of every row, and known to be.  Cost: a forward pass over them."""
+    objective = sweep.objective
+    if objective.linear is not None:
+        return objective.linear.loss.convex
+    signs = Signs(1, 0)
+
+    def look(batch: Any, weights: Tensor, numbers: Any) -> Tensor:
+        signs.of(objective, batch, list(map(int, numbers)), calculus.shaped_outputs(objective, batch))
+        return weights.sum()[None]
+
     try:
-        Signs(1, 0).of(sweep.objective, batch, list(map(int, numbers)), calculus.shaped_outputs(sweep.objective, batch))
+        sweep.fold(look, label="convexity", numbered=True)
     except UnsupportedModel:
         return False
     return True

@@ -192,9 +192,12 @@ class Iteration:
             basis, mixing = spanning(V)
             if len(basis) < len(V):
                 return self._mixed(basis, mixing, V, keep)
-        lowest = None if self.spec.settled is None else lowest_eigenvalue(self.operator, self.damping)
-        searched = None if lowest is None else bounds.Searched(lowest)
+        searched = None if self.spec.settled is None or self._lowest is None else bounds.Searched(self._lowest)
         return self._descended(V, state, Pace(self.spec.settled, self.operator, keep), searched)
+
+    @cached_property
+    def _lowest(self) -> float | None:
+        return lowest_eigenvalue(self.operator, self.damping)
 
     def _descended(
         self,
@@ -245,8 +248,9 @@ class Iteration:
                     (run.residual.norm(dim=1) > goal).any()
                 )
                 if coarse is not None and (run.stopped is not None or not (paused or gain <= _COARSE_GAIN)):
-                    coarse = None  # float32 has given what it can
-                    smallest = torch.full_like(smallest, torch.inf)
+                    if coarse is not self.operator:  # float32 has given what it can
+                        smallest = torch.full_like(smallest, met)
+                    coarse = None
                 reached = bool((_share(true * D, weighed) <= self.spec.rtol).all())
                 sharpened *= 0.1 if reached else 1.0  # the plain residual is then what is still missing
                 drifted = float((true * D - run.residual).norm() / (true * D).norm().clamp(min=1e-300))

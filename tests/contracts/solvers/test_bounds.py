@@ -162,6 +162,17 @@ def test_what_is_known_of_the_smallest_eigenvalue():
         return f[torch.arange(len(y)), y].cos().mean()
 
     assert known(wavy, curvature=newton, damping=0.1) is None  # not convex in the outputs
+
+    def wavy_in_one_row(f, y):
+        return torch.nn.functional.cross_entropy(f, y) - 9 * ((y == 3) * f.square().sum(1)).mean()
+
+    X = torch.randn(200, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y, some = torch.arange(200) % 3, [row for row in range(200) if row != 101]
+    y[101] = 3  # the one row in which it bends
+    for rows, found in ((slice(None), None), (some, pytest.approx(0.1))):
+        settings = {"loss": wavy_in_one_row, "curvature": newton, "damping": 0.1}
+        influence = uw.explain(torch.nn.Linear(4, 4).double(), X[rows], y[rows], **settings)
+        assert lowest_eigenvalue(influence.operator, 0.1) == found
     matrix = uw.operators.DenseOperator(torch.eye(2))
     assert lowest_eigenvalue(matrix, 0.1) is None
 

@@ -81,3 +81,30 @@ def test_dropout_is_left_to_torch():
     with sdpa_kernel(SDPBackend.MATH):
         ours = short(query, key, value, dropout_p=0.5)
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min])
+def test_a_mask_of_another_precision(lowest):
+    q, k, v = tensors()
+    mask = torch.where(SEEN, 0.3, lowest)
+    wanted = plain(q, k, v, attn_mask=mask.double())
+    torch.testing.assert_close(short(q, k, v, attn_mask=mask), wanted)
+    rough = short(q.bfloat16(), k.bfloat16(), v.bfloat16(), attn_mask=mask)
+    torch.testing.assert_close(rough.double(), wanted, rtol=0.1, atol=0.1)
+
+
+def test_values_of_fewer_heads_than_keys():
+    q, k, _ = tensors()
+    v = tensors(heads=2)[2]
+    torch.testing.assert_close(
+        short(q, k, v, enable_gqa=True), plain(q, k, v.repeat_interleave(2, -3)), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(3, 4, dtype=torch.int64), torch.zeros(1, 1, 1, 3, 4)])
+def test_what_torch_refuses_is_left_to_torch(mask):
+    q, k, v = tensors(torch.float32)
+    with pytest.raises(RuntimeError):
+        plain(q, k, v, attn_mask=mask)
+    with pytest.raises(RuntimeError):
+        short(q, k, v, attn_mask=mask)

@@ -239,3 +239,26 @@ def test_a_group_is_removed_as_by_a_factorisation(classes):
     near, exact = (influence(classes, solver=one) for one in (CG(1e-9, preconditioner=Approximate()), Cholesky()))
     found, expected = near.of_removing(groups, on=on), exact.of_removing(groups, on=on)
     np.testing.assert_allclose(found.values, expected.values, rtol=1e-5, atol=1e-8 * np.abs(expected.values).max())
+
+
+def test_whoever_sorts_the_users_rows_in_place_changes_nothing():
+    draw = np.random.default_rng(0)
+    X = scipy.sparse.csr_matrix(draw.normal(size=(60, 5)))
+    order = np.concatenate([5 * row + draw.permutation(5) for row in range(60)])
+    X.indices, X.data, X.has_sorted_indices = X.indices[order], X.data[order], False
+    y = (X @ np.ones(5) > 0).astype(int)
+    influence = uw.explain(LogisticRegression().fit(X, y), X, y, solver=CG())
+    assert influence.system.prepared.reduced is not None
+    X.sort_indices()  # as another estimator's fit does
+    V = sides(influence.operator)
+    found = influence.system.prepared.solve(V).x
+    torch.testing.assert_close(found, torch.linalg.solve(dense(influence.operator, 0.0), V.T).T, rtol=1e-5, atol=1e-7)
+
+
+def test_a_table_without_entries():
+    X, y = scipy.sparse.csr_matrix((12, 4)), np.arange(12) % 2
+    model = LogisticRegression().fit(X, y)
+    found = uw.explain(model, X, y, solver=CG()).on_loss(X[:2], y[:2]).values
+    np.testing.assert_allclose(
+        found, uw.explain(model, X, y, solver=Cholesky()).on_loss(X[:2], y[:2]).values, atol=1e-9
+    )
