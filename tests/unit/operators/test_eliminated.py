@@ -262,3 +262,14 @@ def test_a_table_without_entries():
     np.testing.assert_allclose(
         found, uw.explain(model, X, y, solver=Cholesky()).on_loss(X[:2], y[:2]).values, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("rtol", [1e-6, 1e-8, 1e-10])
+@pytest.mark.parametrize("seed", range(4))
+def test_values_that_settle_leave_the_smallest_curvature_known(seed, rtol):
+    draw = np.random.default_rng(seed)
+    X = scipy.sparse.random(400, 300, density=0.02, random_state=seed + 1, format="csr")
+    y = draw.integers(0, 4, 400)
+    model = LogisticRegression(C=2, tol=1e-10, max_iter=5000).fit(X, y)
+    found = uw.explain(model, X, y, damping=0.01, solver=CG(rtol=rtol, settled=1e-3)).on_loss(X[:3], y[:3])
+    assert np.isfinite(found.certificate.min_curvature)
