@@ -246,3 +246,14 @@ def test_parts_exclude_themselves_and_the_whole(tmp_path):
                 call()
     with pytest.raises(PathNotFound, match="holds no finished index"):
         uw.Index.open(tmp_path / "run")
+
+
+def test_a_model_of_more_parameters_than_are_rotated_at_once(tmp_path, monkeypatch):
+    influence = explained()
+    whole = influence.index(tmp_path / "whole", error=0.2)
+    monkeypatch.setattr("upweight.influence.indexing._CHUNK_NUMBERS", influence.objective.size // 3)
+    found = influence.index(tmp_path / "row by row", error=0.2)
+    assert found.chunks == N
+    assert found.error == pytest.approx(whole.error)
+    scores = [index.on_loss(index.coordinates(influence, *QUERIES)).values for index in (whole, found)]
+    assert miss(scores[1], scores[0]) < 0.01
