@@ -17,6 +17,7 @@ left, (kᵀ Dᵀ)ᵀ, for which BLAS is three times as fast.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,17 +30,26 @@ from upweight.model.calculus import Function
 
 _NUMBERS_AT_ONCE = 2**17  # scores of the heads that are taken together
 _PLAINLY = F.scaled_dot_product_attention
+_FOUND: list[Any] = []  # what stood in its place, once for each that is inside of `bent`, in all threads
+_SWITCHING, _HERE = threading.Lock(), threading.local()
 
 
 @contextmanager
 def bent() -> Iterator[None]:
-    """torch's attention runs as written here: it can be differentiated twice, and not once more."""
-    before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _attention
+    """torch's attention runs as written here, in this thread: it can be differentiated twice, and not once more."""
+    depth = getattr(_HERE, "depth", 0)
+    with _SWITCHING:
+        _FOUND.append(_FOUND[0] if _FOUND else F.scaled_dot_product_attention)
+        F.scaled_dot_product_attention = _attention
+    _HERE.depth = depth + 1
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = _PLAINLY if before is _attention else before  # two threads may be in here
+        _HERE.depth = depth
+        with _SWITCHING:
+            before = _FOUND.pop()
+            if not _FOUND:
+                F.scaled_dot_product_attention = before
 
 
 def _attention(
@@ -52,7 +62,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """In the signature of torch's; what is not written here goes to torch."""
+    """In the signature of torch's; what is not written here goes to torch, and what other threads ask."""
+    if not getattr(_HERE, "depth", 0):
+        before = _FOUND[0] if _FOUND else _PLAINLY  # the last may leave meanwhile
+        settings: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+        return before(query, key, value, attn_mask, dropout_p, is_causal, **settings)
     added = attn_mask
     more: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
     plain = bool(dropout_p) or enable_gqa or query.ndim < 3 or query.dtype not in (torch.float32, torch.float64)

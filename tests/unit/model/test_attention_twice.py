@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -107,3 +108,22 @@ def test_torch_has_its_own_back():
     with attention_twice.bent(), attention_twice.bent():
         assert F.scaled_dot_product_attention is not PLAINLY
     assert F.scaled_dot_product_attention is PLAINLY
+
+
+def test_other_threads_keep_torchs_attention_and_what_stood_in_its_place_comes_back(monkeypatch):
+    asked = []
+
+    def patched(*args, **settings):
+        asked.append(1)
+        return PLAINLY(*args, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", patched)
+    q = torch.randn(1, 3, 2, requires_grad=True)
+    with ThreadPoolExecutor(1) as pool, attention_twice.bent():
+        F.scaled_dot_product_attention(q, q, q)
+        assert not asked
+        pool.submit(lambda: F.scaled_dot_product_attention(q, q, q)).result()
+        assert asked
+        with attention_twice.bent():  # the last to leave is not the first that came
+            pass
+    assert F.scaled_dot_product_attention is patched
