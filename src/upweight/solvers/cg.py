@@ -261,17 +261,19 @@ class Iteration:
                 if pace.look(X, R if P is None else P, run.steps):
                     missed = torch.maximum(_share(R, size), _share(R * D, weighed))
                     break
-        found = self._found(self._project(X), R if P is None else P, V, R, sweeps, smallest)
-        found = replace(found, residual=missed, settled=pace.left)
+        found = self._found(self._project(X), R if P is None else P, V, R, missed, sweeps, smallest)
+        found = replace(found, settled=pace.left)
         return found if searched is None else _bounded(found, R, V, pace, searched)
 
-    def _found(self, X: Tensor, P: Tensor, V: Tensor, R: Tensor, sweeps: int, smallest: Tensor) -> Solution:
+    def _found(
+        self, X: Tensor, P: Tensor, V: Tensor, R: Tensor, missed: Tensor, sweeps: int, smallest: Tensor
+    ) -> Solution:
         """The solution X of V, with what is left of it and the direction to go on in."""
         bottom = float(smallest.min()) - self.damping if bool(torch.isfinite(smallest).any()) else float("nan")
         gap = self._gap(X, V, R)
         return Solution(
             X,
-            _share(R, V.norm(dim=1)),
+            missed,
             True,
             sweeps if gap is None else sweeps + 1,
             min_curvature=bottom,

@@ -94,30 +94,17 @@ class Way:
         self, run: Progress, goal: Tensor, steps: int, direction: Tensor | None, watch: Callable[[Tensor], None]
     ) -> Progress:
         """So many steps more."""
-        system = self.system
-        scale = system.scale.repeat(system.shape[1])
         if steps <= 0:
             return run
+        system = self.system
+        scale = system.scale.repeat(system.shape[1])
+        known = (system.product, system.preconditioner, run.x, run.residual, goal, steps)
         if self.many and run.steps:
-            more = descend_together(
-                system.product,
-                system.preconditioner,
-                run.x,
-                run.residual,
-                goal,
-                steps,
-                weights=system.weights,
-                watch=watch,
-            )
+            more = descend_together(*known, weights=system.weights, watch=watch)
             more = replace(more, smallest=run.smallest)  # that of the shared space is in other units
         else:
             more = descend(
-                system.product,
-                system.preconditioner,
-                run.x,
-                run.residual,
-                goal,
-                steps,
+                *known,
                 direction,
                 scale=scale,
                 weights=system.weights,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional
@@ -47,12 +49,12 @@ def test_values_and_derivatives_are_those_of_torch(settings):
     }
     if settings.get("enable_gqa"):
         settings_of_plain = {"attn_mask": settings["attn_mask"]}
-        theirs = lambda q, k, v: plain(  # noqa: E731
-            q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), **settings_of_plain
-        )
+
+        def theirs(q, k, v):
+            return plain(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), **settings_of_plain)
     else:
-        theirs = lambda *args: plain(*args, **settings)  # noqa: E731
-    ours = lambda *args: short(*args, **settings)  # noqa: E731
+        theirs = partial(plain, **settings)
+    ours = partial(short, **settings)
     torch.testing.assert_close(ours(*given), theirs(*given))
     weights = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
