@@ -49,7 +49,7 @@ def attended(
              [0., 0.]]])
     """
     if enable_gqa:
-        key, value = (_of_heads(query.shape[-3], x) for x in (key, value))
+        key, value = (of_heads(query.shape[-3], x) for x in (key, value))
     weights = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
     if is_causal:
         mask = weights.new_ones(weights.shape[-2:], dtype=torch.bool).tril()
@@ -63,6 +63,6 @@ def attended(
     return ((weights + bias).softmax(-1) @ value) * seen.any(-1, keepdim=True)
 
 
-def _of_heads(count: int, x: Tensor) -> Tensor:
+def of_heads(count: int, x: Tensor) -> Tensor:
     """Keys or values of so many heads, where several share one."""
     return x if x.shape[-3] == count else x.repeat_interleave(count // x.shape[-3], -3)

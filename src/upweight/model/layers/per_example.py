@@ -23,7 +23,7 @@ from torch import Tensor
 
 from upweight.data.trees import batch_length, leaves, tree_map
 from upweight.errors import first_line
-from upweight.model import calculus, linear
+from upweight.model import attention_twice, calculus, linear
 from upweight.model.layers import pieces
 from upweight.model.layers.convolution import Convolution, unrolled, windows
 from upweight.model.layers.pieces import Direct, Lookup, Piece, Product, merged
@@ -187,7 +187,8 @@ def _as_met(
         value = _watched(watch, function, objective.params, example)
         return value, watch.inputs
 
-    values, inputs = vmap(one)(batch, *offsets)
+    with attention_twice.bent():
+        values, inputs = vmap(one)(batch, *offsets)
     if cotangents is None:
         every = [calculus.slopes(objective, values, offsets, None)]
     else:
