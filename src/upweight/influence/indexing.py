@@ -34,6 +34,7 @@ from upweight.solvers.factored import Diagonalised, Factored
 _PROBES, _NUMBERS = 24, 2**27  # rows on either side of the pairs on which the error is measured; numbers held for them
 _FEWEST = 4  # rows: one on each side of two pairs
 _CHUNK_NUMBERS = 2**23  # of coordinates in one chunk, and of gradients that are rotated together
+_PART = 2**20  # coordinates that are compared at once: whole blocks of `quantised`
 _FRACTIONS = 32  # of all coordinates, between which the count is chosen
 
 
@@ -161,14 +162,15 @@ def _choice(system: System, checked: Diagonalised, error: float, bits: int) -> t
     count = max(2, min(_PROBES, system.n // 4, _NUMBERS // (4 * p)))
     rows = system.examples.spread(4 * count)
     whitened = (values + system.damping).sqrt()
-    Z = torch.empty(len(rows), p, dtype=torch.float64)
+    Z = torch.empty(len(rows), p, dtype=system.objective.reference.dtype)
     for some in np.array_split(np.arange(len(rows)), min(len(rows), -(-len(rows) * p // _CHUNK_NUMBERS))):
         Z[some] = _rotated(operator, per_row.gradients(system.sweep, rows[some]), None).div_(whitened)
     share = _rotated(operator, system.penalty_share[None], None) / whitened  # it is kept apart, and not rounded
     sides = [Z[number::4] for number in range(4)]  # two pairs of sides: to choose by, and to measure on
     step = -(-reached // _FRACTIONS)
-    removed = sides[1] + share
-    parts = torch.stack([sides[0][:, some] @ removed[:, some].T for some in order.split(step)]).cumsum(0)
+    parts = torch.stack(
+        [sides[0][:, some].double() @ (sides[1][:, some] + share[:, some]).T for some in order.split(step)]
+    ).cumsum(0)
     missed = (parts - parts[-1]).flatten(1).norm(dim=1) / parts[-1].norm().clamp(min=1e-300)
     room = math.sqrt(max(error**2 - _rounding(sides[0], sides[1], share, bits) ** 2, 0.0))
     kept_count = min(reached, step * (1 + int(torch.nonzero(missed <= max(room, 1e-12))[0])))
@@ -193,9 +195,13 @@ def _missed(
     bits: int,
 ) -> tuple[float, float]:
     """How far values by these coordinates of rounded rows are from those by all: ‖ours − theirs‖/‖theirs‖, and r."""
-    codes = packed(rows[:, used].float().numpy(), bits)
-    rounded = torch.from_numpy(unpacked(*codes, bits, len(used))).double()
-    ours, theirs = queries[:, used] @ (rounded + share[:, used]).T, queries @ (rows + share).T
+    ours = theirs = torch.zeros(len(queries), len(rows), dtype=torch.float64)
+    for some in used.split(_PART):
+        codes = packed(rows[:, some].float().numpy(), bits)
+        rounded = torch.from_numpy(unpacked(*codes, bits, len(some))).double()
+        ours = ours + queries[:, some].double() @ (rounded + share[:, some]).T
+    for q, r, s in zip(queries.split(_PART, 1), rows.split(_PART, 1), share.split(_PART, 1), strict=True):
+        theirs = theirs + q.double() @ (r + s).T
     both = torch.stack([ours.flatten(), theirs.flatten()])
     correlation = float(torch.corrcoef(both)[0, 1]) if both.shape[1] > 1 else float("nan")
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-300)), correlation

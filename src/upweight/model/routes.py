@@ -17,6 +17,7 @@ from torch import Tensor
 from upweight.data.trees import batch_length, take, tree_map
 from upweight.errors import InvalidInput, NotDeterministic, UnsupportedModel, UpweightError, first_line
 from upweight.model import calculus, layers
+from upweight.model.agreement import agree
 from upweight.model.objective import Objective, Route
 from upweight.model.transforms import refuse_inference_mode, unbatched, undisturbed
 
@@ -255,10 +256,10 @@ def _answers(objective: Objective, batch: Any, *, shortly: bool = False) -> tupl
 
     Shortly, the products with gradients take no second backward pass, and the Hessian's are one, of the vectors' sum.
     """
-    V = _directions(objective)
+    V = _directions(objective).to(objective.reference)
     try:
         G = calculus.gradients(objective, batch)
-        along = G @ V.to(G).T if shortly else calculus.dots(objective, batch, V)
+        along = G @ V.T if shortly else calculus.dots(objective, batch, V)
         bent = calculus.hvp(objective, batch, V.sum(0, keepdim=True) if shortly else V)
         return calculus.losses(objective, batch), G, along, bent
     except UpweightError:
@@ -279,7 +280,4 @@ def _answers(objective: Objective, batch: Any, *, shortly: bool = False) -> tupl
 def _agree(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
     rtol = _TOLERANCE.get(dtype, 1e-3)
     ours, truth = ((*first, products.sum(0)) for *first, products in (ours, truth))
-    return all(
-        torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol * float(b.abs().max() + 1e-12))
-        for a, b in zip(ours, truth, strict=True)
-    )
+    return all(agree(a, b, rtol) for a, b in zip(ours, truth, strict=True))

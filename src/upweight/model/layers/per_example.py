@@ -24,6 +24,7 @@ from torch import Tensor
 from upweight.data.trees import batch_length, leaves, tree_map
 from upweight.errors import first_line
 from upweight.model import attention_twice, calculus, linear
+from upweight.model.agreement import agree
 from upweight.model.layers import pieces
 from upweight.model.layers.convolution import Convolution, unrolled, windows
 from upweight.model.layers.pieces import Direct, Lookup, Piece, Product, merged
@@ -120,7 +121,7 @@ def _structured(
     truth = calculus.gradients(objective, batch) if truth is None else truth
     ours = pieces.rows(capture(objective, found, batch), sizes)[:, 0]
     rtol = _TOLERANCE.get(objective.reference.dtype, 1e-3)
-    if torch.allclose(ours, truth, rtol=rtol, atol=rtol * float(truth.abs().max() + 1e-12)):
+    if agree(ours, truth, rtol):
         return found
     return unstructured(f"captured gradients differ from autograd's by {float((ours - truth).abs().max()):.2g}")
 
