@@ -164,7 +164,7 @@ def _choice(system: System, checked: Diagonalised, error: float, bits: int) -> t
     whitened = (values + system.damping).sqrt()
     Z = torch.empty(len(rows), p, dtype=system.objective.reference.dtype)
     for some in np.array_split(np.arange(len(rows)), min(len(rows), -(-len(rows) * p // _CHUNK_NUMBERS))):
-        Z[some] = _rotated(operator, per_row.gradients(system.sweep, rows[some]), None).div_(whitened)
+        Z[some] = _rotated(operator, per_row.gradients(system.sweep, rows[some]), None).div_(whitened).to(Z)
     share = _rotated(operator, system.penalty_share[None], None) / whitened  # it is kept apart, and not rounded
     sides = [Z[number::4] for number in range(4)]  # two pairs of sides: to choose by, and to measure on
     step = -(-reached // _FRACTIONS)

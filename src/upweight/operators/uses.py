@@ -76,7 +76,11 @@ class Uses:
 
     @classmethod
     def _in(cls, objective: Objective, batch: Any) -> Uses:
-        plan = None if objective.linear is not None else layers.plan(objective, batch)
+        known = objective.route.plan
+        if known is not None and known.structured:
+            plan = known.at(objective, batch)
+        else:
+            plan = None if objective.linear is not None else layers.plan(objective, batch)
         first = _pieces(objective, plan, batch, None)[0]
         return cls(plan, first, tuple(map(Slot.of, first)))
 

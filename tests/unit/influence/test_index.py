@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 import upweight as uw
 from upweight.errors import InvalidInput, PathNotFound, StorageFailed, StoreMismatch
+from upweight.influence import indexing
 from upweight.model import calculus
 from upweight.operators import EKFAC
 from upweight.operators.kronecker import Kronecker
@@ -43,9 +44,9 @@ def texts(n, seed):
     return torch.randint(0, 40, (n, 6), generator=torch.Generator().manual_seed(seed))
 
 
-def explained(**settings):
+def explained(dtype=torch.float64, **settings):
     torch.manual_seed(0)
-    model = Texts().double().eval()
+    model = Texts().to(dtype).eval()
     X = texts(N, 1)
     weights = np.random.default_rng(0).random(N) + 0.5
     settings = {"curvature": EKFAC(samples=2), "damping": 1e-3, "sample_weight": weights, **settings}
@@ -72,9 +73,12 @@ def test_all_coordinates_in_eight_bits_are_the_scores(tmp_path):
     assert miss(found.derivative, exact.derivative) < 0.02
 
 
+@pytest.mark.parametrize("part", [64, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("error", [0.4, 0.2])
-def test_the_error_is_what_is_said(tmp_path, error):
-    influence = explained()
+def test_the_error_is_what_is_said(tmp_path, error, dtype, part, monkeypatch):
+    monkeypatch.setattr(indexing, "_PART", part)
+    influence = explained(dtype)
     index = influence.index(tmp_path / "index", error=error)
     exact, found = influence.on_loss(*QUERIES), index.on_loss(index.coordinates(influence, *QUERIES))
     missed = miss(found.values, exact.values)
