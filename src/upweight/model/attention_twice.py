@@ -28,8 +28,10 @@ from torch.nn import functional as F
 
 from upweight.model.attention import of_heads
 from upweight.model.calculus import Function
+from upweight.model.transforms import batched
 
 _NUMBERS_AT_ONCE = 2**17  # scores of the heads that are taken together
+_NUMBERS_ELSEWHERE = 2**26  # the same on devices where every operation has to be started
 _PLAINLY = F.scaled_dot_product_attention
 _FOUND: list[Any] = []  # what stood in its place, once for each that is inside of `bent`, in all threads
 _SWITCHING, _HERE = threading.Lock(), threading.local()
@@ -109,13 +111,15 @@ def _over_batches(function: type[Function]) -> Callable[..., Any]:
 
 def _heads(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """All leading axes as one, a few at a time; the first two are queries and keys."""
-    together = _count(tensors[0].shape[-2], tensors[1].shape[-2])
+    scores = torch.Size((tensors[0].shape[-2], tensors[1].shape[-2]))
+    together = _count(scores, tensors[0].device)
     yield from zip(*(_flat(one).split(together) for one in tensors), strict=True)
 
 
-def _count(queries: int, keys: int) -> int:
-    """How many heads are taken together."""
-    return max(1, _NUMBERS_AT_ONCE // max(1, queries * keys))
+def _count(scores: torch.Size, device: torch.device) -> int:
+    """How many heads are taken together, whose scores are (…, queries, keys)."""
+    numbers = _NUMBERS_AT_ONCE if device.type == "cpu" else _NUMBERS_ELSEWHERE
+    return max(1, numbers // max(1, scores[-2:].numel()))
 
 
 def _added(mask: Tensor, flat: torch.Size, shape: torch.Size) -> tuple[int, Tensor]:
@@ -128,7 +132,7 @@ def _added(mask: Tensor, flat: torch.Size, shape: torch.Size) -> tuple[int, Tens
 
 def _together(P: Tensor, heads: int) -> Iterator[tuple[slice, slice]]:
     """The heads that are taken together, and the lines of `_added` that are theirs: whole lines, or parts of one."""
-    some = _count(P.shape[1], P.shape[2])
+    some = _count(P.shape, P.device)
     whole = some // heads * heads  # 0 where they are fewer than the heads of a line
     for start in range(0, len(P), whole or heads):
         stop = min(start + (whole or heads), len(P))
@@ -174,7 +178,8 @@ class _Attention(Function):
         q, k, v, o, P = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_Slopes.apply(q, k, v, slope, o.detach(), P, ctx.size)[:3], None, None
-        return *_slopes(q, k, v, slope, o, P, ctx.size), None, None
+        together = _of_several if batched(slope) else _slopes
+        return *together(q, k, v, slope, o, P, ctx.size), None, None
 
 
 def _slopes(
@@ -183,7 +188,7 @@ def _slopes(
     """q̇, k̇ and v̇; E is written to where it is wanted."""
     found = [_turned(one) for one in (q, k, v)]
     inner, kept = (slope * o).sum(-1, keepdim=True), P if E is None else E
-    room = P.new_empty(min(_count(*P.shape[-2:]), P.shape[:-2].numel()), *P.shape[-2:])
+    room = P.new_empty(min(_count(P.shape, P.device), P.shape[:-2].numel()), *P.shape[-2:])
     for q_, k_, v_, g, own, P_, E_, by_q, by_k, by_v in _heads(q, k, v, slope, inner, P, kept, *found):
         D = room[: len(P_)]
         if E is None:
@@ -194,6 +199,14 @@ def _slopes(
         by_k.baddbmm_(q_.mT, D, beta=0, alpha=size)
         by_v.baddbmm_(g.mT, P_, beta=0)
     return [_back(x, one) for x, one in zip(found, (q, k, v), strict=True)]
+
+
+def _of_several(
+    q: Tensor, k: Tensor, v: Tensor, slope: Tensor, o: Tensor, P: Tensor, size: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of several slopes at once, which are batched: nothing is written into what is there."""
+    D = (slope @ v.mT - (slope * o).sum(-1, keepdim=True)) * P
+    return (k.mT @ D.mT).mT * size, (q.mT @ D).mT * size, (slope.mT @ P).mT
 
 
 def _turned(like: Tensor) -> Tensor:

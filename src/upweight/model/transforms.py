@@ -15,13 +15,29 @@ from torch.func import functional_call, grad
 
 from upweight.errors import InvalidInput
 
-__all__ = ["functional_call", "grad", "pushed", "quietly", "refuse_inference_mode", "unbatched", "undisturbed", "vmap"]
+__all__ = [
+    "batched",
+    "functional_call",
+    "grad",
+    "pushed",
+    "quietly",
+    "refuse_inference_mode",
+    "unbatched",
+    "undisturbed",
+    "vmap",
+]
 
 _NO_RULE = "There is a performance drop because we have not yet implemented the batching rule"  # how torch begins
 _LISTENING: list[bool] = []  # while `unbatched` gathers
 _QUIET = [0]  # how many are inside of `quietly`, in all threads: torch has one switch, and does not tell how it stands
 _SWITCHING = threading.Lock()
 _SAID: dict[Any, Any] = {}  # warnings of a user's code that were passed on
+
+
+def batched(x: Tensor) -> bool:
+    """Whether a tensor stands for several under vmap, as gradients do that autograd takes together."""
+    kinds: Any = torch._C._functorch  # pyright: ignore
+    return kinds.is_batchedtensor(x) or kinds.is_legacy_batchedtensor(x)  # is_grads_batched makes the latter
 
 
 @contextmanager

@@ -73,6 +73,24 @@ def test_values_and_both_derivatives(name, heads_at_once, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("mask", [None, drawn(6, 1, 5, 5) > -1])
+def test_several_slopes_at_once(mask, batched):
+    inputs = [drawn(6, 3, 5, 4).requires_grad_() for _ in range(3)]
+    slopes, found = drawn(2, 6, 3, 5, 4), []
+
+    def one(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    function = torch.func.vmap(one, in_dims=(0, 0, 0, None if mask is None else 0)) if batched else one
+    for context in (attention_twice.bent(), sdpa_kernel(SDPBackend.MATH)):
+        with context:
+            output = function(*inputs, mask)
+        found.append(torch.autograd.grad(output, inputs, slopes, is_grads_batched=True))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
 def test_it_is_written_out_where_it_can_be(monkeypatch):
     calls, plainly = [], set()
     own = attention_twice._slopes
