@@ -321,8 +321,7 @@ def test_a_penalty_on_sparse_rows_that_is_a_function():
     def ridge_of(params):
         return params["coef"].square().sum() / 2
 
-    advice = "Use CG() or Cholesky(), or write the penalty as a float or L2(…)"
-    with refused("SparseCholesky() needs coefficients that are free to move", advice):
+    with refused("SparseCholesky() needs coefficients that are free to move", "Use CG() or Cholesky(), or write the"):
         solution(SparseCholesky(), ridge_of)
     H = 2 * torch.from_numpy(X.T @ X) / len(X) + torch.eye(D).double()
     for solver, penalty in ((CG(), ridge_of), (Cholesky(), ridge_of), (SparseCholesky(), 1.0)):
