@@ -37,7 +37,15 @@ class SparseCholesky:
     entries there.
     Cost: the levels, and c³ flops once; about c² flops per right-hand side, the entries of a few hundred pairs of
     columns per form; 8c² bytes. Right for `of_self` of many rows with one-hot columns whose levels are as frequent as
-    words are: 45,995 columns have a core of 6,956.
+    words are: 45,995 columns have a core of 7,362.
+
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> import upweight as uw
+    >>> X, y = scipy.sparse.identity(6, format="csr"), [0, 1, 0, 1, 0, 1]
+    >>> model = LogisticRegression().fit(X, y)
+    >>> sparse, dense = (uw.explain(model, X, y, solver=one) for one in (SparseCholesky(), uw.solvers.Cholesky()))
+    >>> sparse.of_self().values[0].round(4), np.allclose(sparse.of_self().values, dense.of_self().values)
+    (np.float64(0.2197), True)
     """
 
     def prepare(self, operator: Operator, damping: float = 0.0) -> Levelled:
