@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from jaxtyping import config
 from numpy.testing import assert_allclose
@@ -20,7 +21,17 @@ from small import NAMESQ, XQ, YQ, ZQ, D, N, X, Y, Z, classifier, logistic, ridge
 from upweight import operators, solvers
 from upweight.errors import TheoryWarning
 from upweight.operators import EKFAC, KFAC, Arnoldi, Dense, EmpiricalFisher, GaussNewton, Hessian, Nystroem
-from upweight.solvers import CG, Approximate, Cholesky, Dual, Factored, LiSSA, Preconditioned, TwoLevel
+from upweight.solvers import (
+    CG,
+    Approximate,
+    Cholesky,
+    Dual,
+    Factored,
+    LiSSA,
+    Preconditioned,
+    SparseCholesky,
+    TwoLevel,
+)
 
 ON = (XQ, ZQ)
 EXACT = {"rtol": 1e-4, "atol": 1e-7}  # of CG, whose residual is 1e-6
@@ -285,6 +296,51 @@ def test_features_in_small_units():
     scaled = make_pipeline(StandardScaler(), Ridge(1.0)).fit(far, Z)
     direct = uw.explain(scaled, far, Z, solver=Cholesky()).on_loss(q, ZQ).values
     assert_allclose(uw.explain(scaled, far, Z, solver=Dual()).on_loss(q, ZQ).values, direct, rtol=1e-7)
+
+
+# ---- sparse ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_not_sparse():
+    with refused("SparseCholesky() works on the exact Hessian of a linear predictor", "Use CG() or Cholesky()"):
+        ridge(solver=SparseCholesky()).on_loss(*ON)
+    with refused("SparseCholesky() works on the exact Hessian of a linear predictor", "Use CG() or Cholesky()"):
+        scored(SparseCholesky())
+    for solver in (CG(rtol=1e-10), Cholesky()):
+        assert_allclose(ridge(solver=solver).on_loss(*ON).values, ridge().on_loss(*ON).values, **EXACT)
+
+
+def test_a_penalty_on_sparse_rows_that_is_a_function():
+    V, rows = torch.ones(1, D).double(), scipy.sparse.csr_matrix(X)
+
+    def solution(solver, penalty):
+        linear = uw.Linear(uw.losses.squared, 1, D, False)
+        objective = uw.Objective(linear.loss, {"coef": torch.zeros(1, D).double()}, penalty=penalty, linear=linear)
+        return uw.Influence(objective, (rows, Z), solver=solver).prepared.solve(V).x
+
+    def ridge_of(params):
+        return params["coef"].square().sum() / 2
+
+    with refused("SparseCholesky() needs coefficients that are free to move", "Use CG() or Cholesky(), or write the"):
+        solution(SparseCholesky(), ridge_of)
+    H = 2 * torch.from_numpy(X.T @ X) / len(X) + torch.eye(D).double()
+    for solver, penalty in ((CG(), ridge_of), (Cholesky(), ridge_of), (SparseCholesky(), 1.0)):
+        torch.testing.assert_close(solution(solver, penalty), torch.linalg.solve(H, V.T).T, rtol=1e-5, atol=0)
+
+
+def test_sparse_columns_that_repeat_without_a_penalty():
+    twice = scipy.sparse.csr_matrix(np.c_[X, X[:, :1]])
+    model = LinearRegression().fit(X, Z)
+    model.coef_ = np.r_[model.coef_, 0.0]
+    model.n_features_in_ = twice.shape[1]
+
+    def values(solver, **settings):
+        return uw.explain(model, twice, Z, solver=solver, **settings).on_loss(twice[:4], Z[:4]).values
+
+    with refused("SparseCholesky() cannot divide by C + λI", "Use a penalty, or damping=1e-6"):
+        values(SparseCholesky())
+    assert_allclose(values(SparseCholesky(), damping=1e-6), values(Cholesky()), atol=1e-6)
+    assert_allclose(values(CG(rtol=1e-10)), values(Cholesky()), **EXACT)
 
 
 # ---- factored --------------------------------------------------------------------------------------------------------

@@ -15,8 +15,18 @@ import torch
 from upweight.data.examples import Examples
 from upweight.model import penalties
 from upweight.model.objective import Linear, Objective
-from upweight.operators import EKFAC, KFAC, Arnoldi, Curvature, GaussNewton, Hessian, Identity, Nystroem
-from upweight.solvers import CG, Approximate, Cholesky, Dual, Factored, Preconditioner, Solver, TwoLevel
+from upweight.operators import EKFAC, KFAC, Arnoldi, Curvature, GaussNewton, Hessian, Identity, Nystroem, core
+from upweight.solvers import (
+    CG,
+    Approximate,
+    Cholesky,
+    Dual,
+    Factored,
+    Preconditioner,
+    Solver,
+    SparseCholesky,
+    TwoLevel,
+)
 
 DIRECT_UP_TO = 4000
 DUAL_UP_TO = 8000
@@ -31,6 +41,8 @@ _VECTORS = {True: 24, False: 90}  # that a step of an iteration reads and writes
 _DEAR = 4.0  # times the products that it is to save
 _NARROW = 1024  # columns whose principal directions cost little
 _ENTRY = 12.0  # bytes of a sparse number and its place
+_SURE = 4.0  # times: what an iteration on sparse rows is forecast at most, over what it takes
+_COUNTED = 40.0  # times the pairs of entries: the seconds of an iteration beside which counting a core is little
 _EIGENVECTORS = 9.0  # flops, times the cube
 
 
@@ -44,6 +56,7 @@ class Cost:
         memory: bytes beside the data.
         possible: whether it may be chosen by default: the matrix is not too large, and Dual has what it divides by.
         seconds: on the core above.
+        order: rows of the matrix that is factorised, where they are not those of C.
     """
 
     solver: Solver
@@ -51,14 +64,20 @@ class Cost:
     memory: float
     possible: bool
     seconds: float = math.nan
+    order: int | None = None
 
     def __str__(self) -> str:
         size = f"{type(self.solver).__name__} {self.flops / 1e9:.3g} GFLOP, {self.memory / 2**30:.2g} GiB"
         return size if self.possible else f"{size} (not a default here)"
 
 
-def costs(objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1) -> list[Cost]:
-    """What each solver would cost for so many linear systems; the iteration is the last."""
+def costs(
+    objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1, counted: bool = False
+) -> list[Cost]:
+    """What each solver would cost for so many linear systems; the iteration is the last.
+
+    SparseCholesky is among them where its core was counted: by itself only for systems that would take long.
+    """
     p, n = objective.size, len(examples)
     if isinstance(curvature, SPECTRAL):
         width = min(curvature.rank, p) if isinstance(curvature, Arnoldi | Nystroem) else math.sqrt(p)
@@ -96,6 +115,7 @@ def costs(objective: Objective, examples: Examples, curvature: Curvature, *, sys
             possible,
             rows_seconds + factors / _FLOPS + (8.0 * K + 4.0 * _SUBSTITUTIONS) * order**2 / _BYTES,
         ),
+        *_levelled(objective, examples, systems, counted),
         Cost(
             CG(rtol=1e-6, preconditioner=preconditioner(objective.linear, examples)),
             passes,
@@ -104,6 +124,22 @@ def costs(objective: Objective, examples: Examples, curvature: Curvature, *, sys
             _iterated(objective.linear, examples, systems),
         ),
     ]
+
+
+def _levelled(objective: Objective, examples: Examples, systems: int, counted: bool) -> list[Cost]:
+    """SparseCholesky, whose core is known when its levels were counted."""
+    structure, X = objective.linear, examples.x
+    if structure is None or structure.n_outputs > 1 or not scipy.sparse.issparse(X):
+        return []
+    pairs, iterated = core.pairs(X), _iterated(structure, examples, systems)
+    able = pairs <= core.PAIRS and held(objective)
+    if not counted and not (able and iterated > _SURE * _COUNTED * core.SECONDS * pairs):
+        return []
+    found = core.counted(X, structure.intercept)
+    each = 2.0 * systems * found.size**2
+    seconds = found.seconds + each / _FLOPS
+    pays = found.size <= FACTOR_UP_TO and _SURE * seconds <= iterated
+    return [Cost(SparseCholesky(), found.flops + each, found.memory, able and pays, seconds, found.size)]
 
 
 def product_seconds(structure: Linear, examples: Examples, systems: int) -> float:
@@ -135,7 +171,7 @@ def _iterated(structure: Linear, examples: Examples, systems: int) -> float:
 
 def cost(solver: Solver, objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1) -> Cost:
     """What this solver would cost; nothing is known of one that `costs` does not list, as LiSSA."""
-    listed = costs(objective, examples, curvature, systems=systems)
+    listed = costs(objective, examples, curvature, systems=systems, counted=isinstance(solver, SparseCholesky))
     return next((one for one in listed if type(one.solver) is type(solver)), Cost(solver, 0.0, 0.0, False))
 
 

@@ -11,7 +11,8 @@ solver      of the ways that can be taken, the direct one that costs least (`cos
             gives way to the factorisation when it has spent a fifth of its cost and is not going to end first, or
             does not converge. Linear predictors have the TwoLevel preconditioner, Approximate where their rows are
             sparse; a CG that is given without a preconditioner gets it too. For many systems, of queries or rows, a
-            Cholesky factor of up to 12,000 parameters is taken when it costs less than they would.
+            Cholesky factor of up to 12,000 parameters is taken when it costs less than they would; where rows are
+            sparse SparseCholesky, with a core of up to 12,000 columns, which is counted first.
             Factored for curvatures that know their eigenvalues: KFAC, EKFAC, Arnoldi, Nystroem, Identity.
 damping     0 for linear predictors, for Hessian() and for Identity(). For GaussNewton, EmpiricalFisher and what stands
             for them (KFAC, EKFAC, Dense) in other models, and for Arnoldi and Nystroem in all: 0 if θ̂ is at a minimum

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -337,14 +338,14 @@ class _Extrapolation:
             return float(kept_bytes(objective, first, 1) or 0)
         return 0.0
 
-    @property
+    @cached_property
     def _cost(self) -> defaults.Cost:
         system = self.system
         return defaults.cost(system.solver, system.objective, system.examples, system.curvature, systems=self.queries)
 
     def _untried(self) -> Iterator[Step]:
         """A factorisation that is too large to try, and its substitutions, at the rate of a smaller one."""
-        p = self.system.objective.size
+        p = self._cost.order or self.system.objective.size
         tried = min(p, _TRIED)
         small = DenseOperator(torch.eye(tried, dtype=torch.float64) + 1e-3)
         _, taken = Meter().lap(lambda: Cholesky().prepare(small))
@@ -357,7 +358,7 @@ class _Extrapolation:
             held = memory if matrix is None else max(matrix.taken.peak, memory)
             yield Step(SOLVER, flops * share * self._wall, flops * share, passes, flops, held)
         busy = substitutions * share
-        yield Step(SYSTEMS, busy * self._wall, busy, 0.0, substitutions, 8.0 * p**2)
+        yield Step(SYSTEMS, busy * self._wall, busy, 0.0, substitutions, memory if self._cost.order else 8.0 * p**2)
 
 
 def _advice(system: System, plan: Plan) -> Iterator[str]:

@@ -31,7 +31,7 @@ from upweight.operators.layered import LayeredGaussNewton
 from upweight.operators.linear import LinearHessian
 from upweight.runs.meter import Meter, Taken
 from upweight.runs.progress import forecast
-from upweight.solvers import CG, Cholesky, Dual, LiSSA, Solution
+from upweight.solvers import CG, Cholesky, Dual, LiSSA, Solution, SparseCholesky
 
 CURVATURE, DAMPING, MATRIX, SOLVER, GRADIENTS, SYSTEMS, SCORES = STEPS = (
     *("curvature", "damping", "matrix", "preparing the solver", "gradients of queries", "systems", "scores"),
@@ -194,7 +194,7 @@ class _Counted(Examples):
 
 def is_tried(system: System) -> bool:
     """Whether systems are solved in a rehearsal: not by a factorisation that takes too long."""
-    return not isinstance(system.solver, Cholesky) or system.objective.size <= FACTORISED_UP_TO
+    return not isinstance(system.solver, Cholesky | SparseCholesky) or system.objective.size <= FACTORISED_UP_TO
 
 
 def has_operator(system: System) -> bool:
@@ -226,7 +226,7 @@ def _steps(system: System, twin: System, queries: Examples) -> Iterator[tuple[st
     if "prepared" not in system.__dict__:
         if whole:
             yield SOLVER, lambda: twin.prepared
-        elif system.objective.size <= WRITTEN_UP_TO:
+        elif system.objective.size <= WRITTEN_UP_TO and isinstance(system.solver, Cholesky):
             yield MATRIX, lambda: twin.operator.matrix() is None
     pairwise = pairs.comparing(system.objective, twin.prepared) if whole else None
     if pairwise is not None:

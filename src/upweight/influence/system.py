@@ -229,7 +229,14 @@ class System:
         return twin
 
     def _chosen_for(self, systems: int) -> Solver:
-        return defaults.solver(*self._known, systems=systems, budget=self.sweep.budget)
+        if systems not in self._choices:
+            self._choices[systems] = defaults.solver(*self._known, systems=systems, budget=self.sweep.budget)
+        return self._choices[systems]
+
+    @cached_property
+    def _choices(self) -> dict[int, Solver]:
+        """The solvers that `defaults` would take, by numbers of systems."""
+        return {}
 
     @property
     def _known(self) -> tuple[Objective, Examples, Curvature]:

@@ -128,10 +128,10 @@ class Eliminated:
         """Right-hand sides for what is left."""
         _, K, d = self.shape
         coef = V[:, : K * d].unflatten(1, (K, d))
-        few = coef.index_select(2, self.few) / self.held
+        few = _taken(coef, self.few) / self.held
         rows = self._of_few(few)
         curved = linear.curved(self.curvatures, rows)
-        middle = (coef.index_select(2, self.columns) * self.scale).flatten(1) - self._back(curved)
+        middle = (_taken(coef, self.columns) * self.scale).flatten(1) - self._back(curved)
         intercepts = V[:, K * d :] - curved.sum(0)[:, : V.shape[1] - K * d]
         return Side(middle - (intercepts @ self.corner) @ self.border, few, rows, intercepts)
 
@@ -159,7 +159,7 @@ class Eliminated:
     def taken_from(self, V: Float[Tensor, "k p"]) -> Float[Tensor, "k Km"]:
         """The places of what is left."""
         _, K, d = self.shape
-        return V[:, : K * d].unflatten(1, (K, d)).index_select(2, self.columns).flatten(1)
+        return _taken(V[:, : K * d].unflatten(1, (K, d)), self.columns).flatten(1)
 
     def _predicted(self, Y: Tensor, free: Tensor) -> Float[Tensor, "n k K"]:
         """What every row's outputs change by."""
@@ -242,16 +242,21 @@ def _copies(operator: LinearHessian, damping: float) -> int:
     return min(2, sweep.at_most(_COPIES, 4) // max(1, _ENTRY * sweep.examples.x.nnz))  # type: ignore[union-attr]
 
 
+def _taken(coef: Float[Tensor, "k K d"], columns: Int[Tensor, " m"]) -> Float[Tensor, "k K m"]:
+    """These columns, in a twentieth of the time that `index_select` takes along the last axis."""
+    return torch.gather(coef, 2, columns.expand(*coef.shape[:2], -1))
+
+
 def _columns(X: Any, chosen: NDArray[np.int64]) -> Any:
     """Some columns of a CSR matrix, as one of their own whose numbers are a copy."""
     if len(chosen) == X.shape[1]:
         return X.copy()  # whoever sorts the user's X sorts it in place
     place = np.full(X.shape[1], -1, dtype=X.indices.dtype)
     place[chosen] = np.arange(len(chosen))
-    places = place[X.indices]
-    kept = places >= 0
-    before = np.concatenate([[0], np.cumsum(kept)]).astype(X.indptr.dtype)
-    return _matrix(X.data[kept], places[kept], before[X.indptr], (X.shape[0], len(chosen)))
+    places = place.take(X.indices)
+    kept = np.flatnonzero(places >= 0)
+    before = np.searchsorted(kept, X.indptr).astype(X.indptr.dtype)
+    return _matrix(X.data.take(kept), places.take(kept), before, (X.shape[0], len(chosen)))
 
 
 def _matrix(data: Any, indices: Any, indptr: Any, shape: tuple[int, int]) -> Any:

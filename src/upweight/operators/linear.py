@@ -101,7 +101,8 @@ class LinearHessian:
                 slope = batch[1] * weights[:, None]
                 return linear.transposed(objective, linear.wide(batch[0]), slope[:, None])[0]
 
-            total = self.sloped.fold(pulled, label="gradient", chunk=self._chunk)
+            total = self._summed(pulled, 1, "gradient", self.slopes)
+            total = self.sloped.fold(pulled, label="gradient", chunk=self._chunk) if total is None else total
         return total / self.sweep.n
 
     @cached_property
@@ -180,7 +181,7 @@ class LinearHessian:
         few = 8 * self.sweep.n * len(V) * self._structure.n_outputs <= self.sweep.at_most(_KEPT_BYTES, 4)
         kept: list[Tensor] | None = [] if few and self.precision == torch.float64 else None
         product = self._product(V, kept)
-        total = self._summed(product, len(V))
+        total = self._summed(product, len(V), "curvature product", self.curvatures)
         if total is None:
             if kept is not None:
                 kept.clear()
@@ -189,20 +190,24 @@ class LinearHessian:
         self._moved = None if kept is None else (V.clone(), torch.cat(kept) if kept else torch.empty(0))
         return penalties.add_hvp(total.div_(self.sweep.n), self.sweep.objective, V)
 
-    def _summed(self, product: Callable[[Any, Tensor], Tensor], vectors: int) -> Tensor | None:
-        """The fold of sparse rows by whole chunks, for what it does beside a product costs more than their entries.
+    def _summed(
+        self, of_batch: Callable[[Any, Tensor], Tensor], vectors: int, label: str, beside: Float[Tensor, "n m"]
+    ) -> Tensor | None:
+        """The fold of sparse rows, and what stands beside them, by whole chunks.
+
+        What a fold does beside a product costs more than their entries.
 
         None where rows are dense or shared with other ranks, or a chunk does not fit.
         """
         if not self._by_whole_chunks(vectors):
             return None
-        sums = Sums()
+        sums, weights = Sums(), torch.from_numpy(np.array(self.sweep.examples.weights))
         try:
-            for number, batch in enumerate(self._whole_chunks):
-                sums.add(number, product(batch, torch.empty(0)))
+            for number, (part, X) in enumerate(self._whole_chunks):
+                sums.add(number, of_batch((X, beside[part]), weights[part]))
         except MemoryError:
             return None
-        return finite(sums.total(), "curvature product")
+        return finite(sums.total(), label)
 
     def _by_whole_chunks(self, vectors: int) -> bool:
         """Whether sparse rows are taken by whole chunks: they are this process's own, and a chunk fits."""
@@ -216,8 +221,8 @@ class LinearHessian:
         return [(start, min(start + self._chunk, self.sweep.n)) for start in range(0, self.sweep.n, self._chunk)]
 
     @cached_property
-    def _whole_chunks(self) -> list[tuple[Any, Tensor]]:
-        return [(sparse.rows(self._x, *part), self.curvatures[slice(*part)]) for part in self._ends]
+    def _whole_chunks(self) -> list[tuple[slice, Any]]:
+        return [(slice(*part), sparse.rows(self._x, *part)) for part in self._ends]
 
     def apply_rows(self, V: Float[Tensor, "k p"], rows: NDArray[np.int64]) -> Float[Tensor, "k p"]:
         """(1/b) Σ_{i in rows} wᵢ hᵢ ⊗ x̃ᵢx̃ᵢᵀ v + ∇²r v."""
@@ -313,7 +318,9 @@ class LinearHessian:
             coef = sparse.squares(X, spread) if self.sparse else spread.T @ linear.wide(X) ** 2
             return torch.cat([coef.reshape(-1), spread.sum(0)]) if self._structure.intercept else coef.reshape(-1)
 
-        total = self.rows_with_curvatures.fold(squares, vectors=2, label="diagonal", chunk=self._chunk)
+        total = self._summed(squares, 2, "diagonal", self.curvatures) if self.sparse else None
+        if total is None:
+            total = self.rows_with_curvatures.fold(squares, vectors=2, label="diagonal", chunk=self._chunk)
         curved = penalties.diagonal(self.sweep.objective)
         for rows, second in penalties.rows(self.sweep.objective):
             curved[rows] += second[:, rows].diagonal()

@@ -7,6 +7,7 @@ from upweight.solvers.dual import Dual
 from upweight.solvers.factored import Factored
 from upweight.solvers.lissa import LiSSA
 from upweight.solvers.precondition import Approximate, Plain, Preconditioned, Preconditioner, TwoLevel
+from upweight.solvers.sparse_cholesky import SparseCholesky
 
 __all__ = [
     "CG",
@@ -24,6 +25,7 @@ __all__ = [
     "Quadratic",
     "Solution",
     "Solver",
+    "SparseCholesky",
     "Substitution",
     "TwoLevel",
 ]
