@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional, grad as gradient_of
 
-from upweight.model.layers.pieces import Product, tiles, written
+from upweight.model.layers.pieces import Product
+from upweight.model.layers.written import Vectors, written
 
 _CONVOLVED = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _WEIGHTS = {1: gradient_of.conv1d_weight, 2: gradient_of.conv2d_weight, 3: gradient_of.conv3d_weight}
@@ -70,13 +71,12 @@ class Convolution:
         """‖gradient‖² of every example."""
         return self.product().squares()
 
-    def along(self, V: dict[str, Tensor]) -> Float[Tensor, "k b m"]:
+    def along(self, V: Vectors) -> Float[Tensor, "k b m"]:
         """J v for vectors (k, size) of weight and bias."""
         if len(self.slopes) > 1:
             return self.product().along(V)
-        W = V[self.block] if self.where is None else V[self.block][:, self.where]
-        k, t = len(W), self._positions
-        out = self._convolved(W) if t * k <= _RATE * (t + k) else self._written(W)
+        k, t = len(V), self._positions
+        out = self._convolved(self._placed(V[self.block])) if t * k <= _RATE * (t + k) else self._written(V)
         if self.bias is not None:
             summed = self.slopes[0].flatten(2).sum(2).reshape(self.examples, -1, self.slopes.shape[2]).sum(1)
             out = out + V[self.bias] @ summed.T
@@ -119,21 +119,30 @@ class Convolution:
         found = torch.einsum("bgko,bgo->bk", moved, self.slopes[0].reshape(len(moved), groups, -1))
         return found.reshape(self.examples, -1, k).sum(1).T
 
-    def _written(self, W: Float[Tensor, "k entries"]) -> Float[Tensor, "k b"]:
+    def _written(self, V: Vectors) -> Float[Tensor, "k b"]:
         """The same by the matrices of the examples, whose columns are in the order kernel, channel."""
-        k, groups, (outputs, channels, *kernel) = len(W), self.settings["groups"], self._weight
-        kernels = W.reshape(k, groups, outputs // groups, channels, -1).transpose(3, 4)
-        across = tiles(kernels.reshape(k, groups, outputs // groups, -1), self.examples)
-        each = self._positions * groups * channels * math.prod(kernel) * W.element_size()
+        groups, (outputs, channels, *kernel) = self.settings["groups"], self._weight
+        across = V.tiles(self.block, (groups, self._weight), self.where, self._matrices)
+        each = self._positions * groups * channels * math.prod(kernel) * self.images.element_size()
         size, N = max(1, _UNROLLED // each), len(self.images) // self.examples
-        found = []
+        parts = []
         for start in range(0, self.examples, size):
             b = min(size, self.examples - start)
             inside = slice(N * start, N * (start + b))
             apart = self.slopes[0, inside].reshape(b, N, groups, outputs // groups, -1)
             slopes = apart.permute(0, 2, 1, 4, 3).reshape(b, groups, -1, outputs // groups)
-            found.append(written(self._unrolled(inside, N), slopes, across, k))
-        return torch.cat(found, 1)
+            parts.append((self._unrolled(inside, N), slopes))
+        return written(parts, across, len(V))
+
+    def _placed(self, W: Float[Tensor, "k size"]) -> Float[Tensor, "k entries"]:
+        """Vectors of the block in the order of the weight."""
+        return W if self.where is None else W[:, self.where]
+
+    def _matrices(self, W: Float[Tensor, "k size"]) -> Float[Tensor, "k g o i"]:
+        """Vectors of the block as matrices whose columns are in the order kernel, channel."""
+        groups, (outputs, channels, *_) = self.settings["groups"], self._weight
+        kernels = self._placed(W).reshape(len(W), groups, outputs // groups, channels, -1).transpose(3, 4)
+        return kernels.reshape(len(W), groups, outputs // groups, -1)
 
     def _unrolled(self, inside: slice, N: int) -> Float[Tensor, "b g t i"]:
         """What each position sees, kernel before channel: whole pixels are copied, not numbers."""

@@ -28,6 +28,7 @@ from upweight.model.layers import pieces
 from upweight.model.layers.convolution import Convolution, unrolled, windows
 from upweight.model.layers.pieces import Direct, Lookup, Piece, Product, merged
 from upweight.model.layers.watching import Use, Watch
+from upweight.model.layers.written import Vectors
 from upweight.model.objective import Objective
 from upweight.model.transforms import vmap
 
@@ -208,27 +209,35 @@ def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
     return pieces.rows(capture(objective, found, batch), found.sizes)[:, 0]
 
 
-def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Tensor, "b k"]:
+def in_order(objective: Objective, V: Float[Tensor, "k p"]) -> Tensor | Vectors:
+    """Vectors for `dots` of many batches: cast once, and put once into the order in which layers read them."""
+    if not structured(objective):
+        return V.to(objective.reference)
+    return Vectors(V, objective.route.plan.sizes, objective.reference)
+
+
+def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"] | Vectors) -> Float[Tensor, "b k"]:
     """∇L(z_b)ᵀ v for every example and vector.
 
     Cost: a forward and a backward pass whatever k is, then 2·k·p flops per example, and where a weight acts at t > 1
     positions 2·t·p more to write its gradient out, one layer at a time.
     """
-    if not structured(objective):
-        return calculus.dots(objective, batch, V)
+    ordered = in_order(objective, V) if isinstance(V, Tensor) else V
+    if isinstance(ordered, Tensor):
+        return calculus.dots(objective, batch, ordered)
     seen = _as_met(objective, objective.route.plan, batch)[0]
-    return pieces.along(seen, V.to(objective.reference), objective.route.plan.sizes)[:, :, 0].T
+    return pieces.along_kept(seen, ordered)[:, :, 0].T
 
 
 def dots_and_sum(
-    objective: Objective, batch: Any, weights: Float[Tensor, " b"], V: Float[Tensor, "k p"]
+    objective: Objective, batch: Any, weights: Float[Tensor, " b"], V: Float[Tensor, "k p"] | Vectors
 ) -> tuple[Float[Tensor, "b k"], Float[Tensor, " p"]]:
     """The same, and Σ_b w_b ∇L(z_b) from the same passes, for a model that is `structured`."""
     found = objective.route.plan
     seen = _as_met(objective, found, batch)[0]
-    V = V.to(objective.reference)
-    total = pieces.onto(seen, weights.to(V)[None, :, None], found.sizes)[0]
-    return pieces.along(seen, V, found.sizes)[:, :, 0].T, total
+    ordered = Vectors(V, found.sizes, objective.reference) if isinstance(V, Tensor) else V
+    total = pieces.onto(seen, weights.to(objective.reference)[None, :, None], found.sizes)[0]
+    return pieces.along_kept(seen, ordered)[:, :, 0].T, total
 
 
 def structured(objective: Objective) -> bool:
