@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional, grad as gradient_of
 
-from upweight.model.layers.pieces import Product
+from upweight.model.layers.pieces import Piece, Product
 from upweight.model.layers.written import Vectors, written
 
 _CONVOLVED = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -56,12 +56,27 @@ class Convolution:
 
     def product(self) -> Product:
         """The same with its inputs unrolled."""
-        groups, (m, _, outputs, *count) = self.settings["groups"], self.slopes.shape
-        b, N = self.examples, len(self.images) // self.examples
-        inputs = unrolled(windows(self.images, self.settings, tuple(count)), N, groups)
-        apart = self.slopes.reshape(m, b, N, groups, outputs // groups, -1)
-        slopes = apart.permute(0, 1, 3, 2, 5, 4).reshape(m, b, groups, -1, outputs // groups)
-        return Product(self.block, self.bias, inputs, slopes, self.shape, self.where)
+        N, count = len(self.images) // self.examples, tuple(self.slopes.shape[3:])
+        inputs = unrolled(windows(self.images, self.settings, count), N, self.settings["groups"])
+        return Product(self.block, self.bias, inputs, self._by_position(), self.shape, self.where)
+
+    def by_pixel(self) -> Product:
+        """The same with inputs in the order kernel, channel: whole pixels are copied, and lie one after the other."""
+        groups, (outputs, channels, *kernel) = self.settings["groups"], self._weight
+        inputs = self._unrolled(slice(None), len(self.images) // self.examples)
+        places = torch.arange(math.prod(self._weight)) if self.where is None else self.where
+        apart = places.reshape(groups, outputs // groups, channels, math.prod(kernel))
+        where = apart.transpose(2, 3).reshape(-1).to(self.images.device)
+        return Product(self.block, self.bias, inputs, self._by_position(), self.shape, where)
+
+    def sides(self) -> tuple[Float[Tensor, "b g t i"], Float[Tensor, "m b g t o"]]:
+        """Inputs and slopes of `by_pixel`."""
+        return self._unrolled(slice(None), len(self.images) // self.examples), self._by_position()
+
+    def _by_position(self) -> Float[Tensor, "m b g t o"]:
+        groups, (m, _, outputs) = self.settings["groups"], self.slopes.shape[:3]
+        apart = self.slopes.reshape(m, self.examples, -1, groups, outputs // groups, self.slopes[0, 0, 0].numel())
+        return apart.permute(0, 1, 3, 2, 5, 4).reshape(m, self.examples, groups, -1, outputs // groups)
 
     def rows(self) -> dict[str, Tensor]:
         """(m, b, size) the gradients of weight and bias."""
@@ -147,12 +162,17 @@ class Convolution:
     def _unrolled(self, inside: slice, N: int) -> Float[Tensor, "b g t i"]:
         """What each position sees, kernel before channel: whole pixels are copied, not numbers."""
         groups, count = self.settings["groups"], tuple(self.slopes.shape[3:])
+        if self.images.shape[1] == groups:  # a pixel is one number
+            return unrolled(windows(self.images[inside], self.settings, count), N, groups)
         pixels = self.images[inside].movedim(1, -1).contiguous().movedim(-1, 1)
         seen, axes = windows(pixels, self.settings, count), len(count)
         apart = seen.unflatten(1, (groups, -1)).unflatten(0, (-1, N))  # (b, N, groups, C/groups, *count, *kernel)
         order = (0, 2, 1, *range(4, 4 + 2 * axes), 3)
         b, positions = len(apart), N * math.prod(count)
         return apart.permute(order).reshape(b, groups, positions, -1)
+
+
+Seen = Piece | Convolution
 
 
 def windows(images: Tensor, settings: dict[str, Any], count: tuple[int, ...]) -> Tensor:

@@ -25,7 +25,7 @@ from upweight.data.trees import batch_length, leaves, tree_map
 from upweight.errors import first_line
 from upweight.model import calculus, linear
 from upweight.model.layers import pieces
-from upweight.model.layers.convolution import Convolution, unrolled, windows
+from upweight.model.layers.convolution import Convolution, Seen, unrolled, windows
 from upweight.model.layers.pieces import Direct, Lookup, Piece, Product, merged
 from upweight.model.layers.watching import Use, Watch
 from upweight.model.layers.written import Vectors
@@ -143,7 +143,8 @@ def capture(
         cotangents: u, from the outputs (b, …); None means the loss.
     """
     each = None if cotangents is None else lambda f: [cotangents(f)]
-    return captured(objective, found, batch, each)[0]
+    seen = _as_met(objective, found, batch, each)[0]
+    return merged([piece.product() if isinstance(piece, Convolution) else piece for piece in seen])
 
 
 def captured(
@@ -151,8 +152,10 @@ def captured(
     found: Plan,
     batch: Any,
     cotangents: Callable[[Tensor], Sequence[Float[Tensor, "m b K"]]] | None,
-) -> list[list[Piece]]:
+) -> list[list[Seen]]:
     """The same of several sets of cotangents, which share the forward pass and what they have in common.
+
+    Convolutions are as they are: their inputs are unrolled by who asks for them, and only while it does.
 
     Args:
         objective: whose θ̂ it is.
@@ -160,10 +163,7 @@ def captured(
         batch: b examples.
         cotangents: the sets, from the outputs (b, …); None means one, the loss.
     """
-    return [
-        merged([piece.product() if isinstance(piece, Convolution) else piece for piece in seen])
-        for seen in _as_met(objective, found, batch, cotangents)
-    ]
+    return [merged(seen) for seen in _as_met(objective, found, batch, cotangents)]
 
 
 def _as_met(
@@ -171,7 +171,7 @@ def _as_met(
     found: Plan,
     batch: Any,
     cotangents: Callable[[Tensor], Sequence[Float[Tensor, "m b K"]]] | None = None,
-) -> list[list[Piece | Convolution]]:
+) -> list[list[Seen]]:
     """The pieces of a batch as they are met: a shared weight's one by one, and convolutions without their matrices."""
     batch = calculus.ready(objective, batch)
     found = found.at(objective, batch)
@@ -321,7 +321,7 @@ def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
 # ---- from uses to pieces ---------------------------------------------------------------------------------------------
 
 
-def _piece(use: Use, x: Tensor, slope: Tensor) -> list[Piece | Convolution]:
+def _piece(use: Use, x: Tensor, slope: Tensor) -> list[Seen]:
     """What an input (b, …) and a slope (m, b, …) say about the parameters of a use."""
     m, b = slope.shape[:2]
     if use.rule.startswith("autograd"):

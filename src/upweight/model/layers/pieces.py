@@ -16,13 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from upweight.model.layers.written import Vectors, written
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class Product:
     def sizes(self) -> tuple[int, int, int]:
         """(g, o, i)."""
         return self.inputs.shape[1], self.slopes.shape[-1], self.inputs.shape[-1]
+
+    def sides(self) -> tuple[Float[Tensor, "b g t i"], Float[Tensor, "m b g t o"]]:
+        """Inputs and slopes."""
+        return self.inputs, self.slopes
 
     def place(self, M: Float[Tensor, "... g o i"]) -> Float[Tensor, "... entries"]:
         """Matrices as flat gradients of the block."""
@@ -228,11 +234,15 @@ class Gradients(Protocol):
         """Jᵀ u."""
         ...
 
+    def rows(self) -> dict[str, Tensor]:
+        """J."""
+        ...
+
 
 Piece = Product | Lookup | Direct
 
 
-def rows(pieces: Sequence[Piece], sizes: dict[str, int]) -> Float[Tensor, "b m p"]:
+def rows(pieces: Sequence[Gradients], sizes: dict[str, int]) -> Float[Tensor, "b m p"]:
     """J, written out; blocks in the order of `sizes`.  Memory: b·m·p numbers."""
     out = _summed([piece.rows() for piece in pieces])
     first = next(iter(out.values()))
@@ -273,9 +283,9 @@ def squares(pieces: Sequence[Piece]) -> Float[Tensor, "b m"]:
     return torch.stack(parts).sum(0).T
 
 
-def merged(pieces: Sequence[Piece]) -> list[Piece]:
+def merged(pieces: Sequence[T]) -> list[T | Product]:
     """The same gradients with the uses of a shared weight joined along their positions, where their layouts agree."""
-    out: dict[object, Piece] = {}
+    out: dict[object, T | Product] = {}
     for piece in pieces:
         key: object = (piece.blocks, *piece.sizes) if isinstance(piece, Product) and piece.where is None else id(piece)
         before = out.get(key)
