@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from upweight.model.layers.convolution import Convolution, Seen
 from upweight.model.layers.pieces import Direct, Lookup, Product, rows
+from upweight.model.products import product
 
 WIDEST = 8192  # inputs or outputs of a layer; a wider side keeps only the diagonal of its factor
 DENSE = 512  # parameters that no structure covers, up to which their whole block is kept; of more only the diagonal
@@ -462,12 +463,12 @@ def _within(strengths: Tensor, left: Tensor | None, right: Tensor | None) -> Flo
 
 def _times(M: Float[Tensor, "k g o i"], right: Float[Tensor, "g i c"]) -> Float[Tensor, "k g o c"]:
     """M Q, by one product if there is one group."""
-    return M @ right[0] if len(right) == 1 else M @ right
+    return product(M, right[0]) if len(right) == 1 else M @ right
 
 
 def _columns(x: Float[Tensor, "*lead g t i"], Q: Float[Tensor, "g i j"]) -> Float[Tensor, "*lead g t j"]:
     """x Q for every group, by one product if there is one."""
     if len(Q) == 1:
-        return x @ Q[0]
+        return product(x, Q[0])
     moved = x.movedim(-3, 0)  # (g, lead, t, i)
     return (moved.flatten(1, -2) @ Q).reshape(*moved.shape[:-1], Q.shape[-1]).movedim(0, -3)

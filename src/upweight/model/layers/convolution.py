@@ -22,7 +22,7 @@ from upweight.model.layers.written import Vectors, written
 _CONVOLVED = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _WEIGHTS = {1: gradient_of.conv1d_weight, 2: gradient_of.conv2d_weight, 3: gradient_of.conv3d_weight}
 _RATE = 3.0  # flops of a convolution, a vector's, in the time of one for a matrix that is written out and read again
-_UNROLLED = 2**24  # bytes of inputs that are unrolled at once; beyond it malloc fetches fresh pages
+_UNROLLED = 2**26  # bytes of inputs that are unrolled at once: enough rows for a product, and no copy of a large batch
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class Convolution:
         groups, (outputs, channels, *kernel) = self.settings["groups"], self._weight
         across = V.tiles(self.block, (groups, self._weight), self.where, self._matrices)
         each = self._positions * groups * channels * math.prod(kernel) * self.images.element_size()
-        size, N = max(1, _UNROLLED // each), len(self.images) // self.examples
+        N, most = len(self.images) // self.examples, max(1, _UNROLLED // each)
+        size = -(-self.examples // -(-self.examples // most))  # parts alike
         parts = []
         for start in range(0, self.examples, size):
             b = min(size, self.examples - start)

@@ -16,7 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from upweight.model.products import convolves_faster, product
+
 _TILE_BYTES, _TILE_ROWS, _TILE_LINES = 2**21, 64, 64  # of gradients written out at once: they stay near a processor
+_MANY = 4  # times the rows, and half the entries, where products are convolutions, which take many rows
 _TILE_BYTES_AWAY, _TILE_ROWS_AWAY = 2**25, 256  # on a device, where every tile is a launch
 
 
@@ -76,9 +79,8 @@ class Vectors:
 def tiles(W: Float[Tensor, "k g o i"]) -> list[Tile]:
     """The matrices of k vectors in parts."""
     k, groups, o, i = W.shape
-    near = W.device.type == "cpu"
-    rows, most, size = (_TILE_ROWS, _TILE_LINES, _TILE_BYTES) if near else (_TILE_ROWS_AWAY, o, _TILE_BYTES_AWAY)
-    entries = max(1, size // (rows * W.element_size()))
+    most = _TILE_LINES if W.device.type == "cpu" else o
+    entries = max(1, _room(W) // (_rows(W) * W.element_size()))
     lines = min(o, most, entries)
     columns = min(i, max(1, entries // lines))
     found = []
@@ -111,7 +113,7 @@ def written(
             right = inputs[:, tile.group, :, tile.columns]
             M = room[: len(left) * tile.across.shape[1]].view(len(left), left.shape[1], right.shape[2])
             torch.bmm(left, right, out=M)
-            out[:, at].addmm_(tile.across, M.view(len(left), -1).T)
+            out[:, at] += product(M.view(len(left), -1), tile.across.T).T
     return out
 
 
@@ -119,8 +121,22 @@ def _blocks(parts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Ten
     """Places, inputs and slopes of as many rows as are written out at once."""
     begun = 0
     for inputs, slopes in parts:
-        rows = _TILE_ROWS if inputs.device.type == "cpu" else _TILE_ROWS_AWAY
+        rows = _rows(inputs)
         for start in range(0, len(inputs), rows):
             inside = slice(start, min(start + rows, len(inputs)))
             yield slice(begun + inside.start, begun + inside.stop), inputs[inside], slopes[inside]
         begun += len(inputs)
+
+
+def _rows(like: Tensor) -> int:
+    """How many rows' gradients are written out at once."""
+    if like.device.type != "cpu":
+        return _TILE_ROWS_AWAY
+    return _TILE_ROWS * (_MANY if like.dtype == torch.float32 and convolves_faster() else 1)
+
+
+def _room(like: Tensor) -> int:
+    """How many bytes they may take."""
+    if like.device.type != "cpu":
+        return _TILE_BYTES_AWAY
+    return _TILE_BYTES * (2 if _rows(like) > _TILE_ROWS else 1)
