@@ -47,9 +47,11 @@ def test_scores_and_factors_are_the_same(convolving, monkeypatch):
     model = torch.nn.Sequential(*layers)
     X, y = torch.randn(300, 3, 6, 6), torch.randint(0, 3, (300,))
 
+    objective = uw.Objective.from_module(model, functional.cross_entropy, dtype=torch.float32)
+
     def values():
         curvature = uw.operators.EKFAC(samples=1)
-        found = uw.explain(model, X, y, loss=functional.cross_entropy, curvature=curvature, damping=0.1, progress=False)
+        found = uw.Influence(objective, (X, y), curvature=curvature, damping=0.1, progress=False)
         return torch.from_numpy(found.on_loss(X[:20], y[:20]).values)
 
     found = values()
