@@ -160,7 +160,7 @@ def by_rows(
     if known is not None:
         sweep, dots = known.dots(S)
         return sweep, lambda batch, weights: _shifted(dots(batch, weights), shift)
-    objective, V = system.objective, S.to(system.objective.reference)  # cast once, not in every batch
+    objective, V = system.objective, layers.in_order(system.objective, S)
     return system.sweep, lambda batch, _: _shifted(layers.dots(objective, batch, V), shift)
 
 
@@ -178,7 +178,7 @@ def _with_gradients_summed(
     objective: Objective, S: Float[Tensor, "k p"], constant: Float[Tensor, " p"]
 ) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
     """What gives the same products of a batch, and Σᵢ wᵢ∇Lᵢ over it, for an objective with layers."""
-    shift, V = S @ constant, S.to(objective.reference)
+    shift, V = S @ constant, layers.in_order(objective, S)
 
     def both(batch: Any, weights: Tensor) -> tuple[Tensor, Tensor]:
         products, gradient = layers.dots_and_sum(objective, batch, weights, V)

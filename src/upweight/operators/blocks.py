@@ -12,13 +12,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from upweight.model.layers.convolution import Convolution, Seen
 from upweight.model.layers.pieces import Direct, Lookup, Piece, Product
 from upweight.operators.factors import DENSE, Layer, Table, Tied, Weight, Whole
 
 
-def layers_of(pieces: Sequence[Piece], sizes: dict[str, int]) -> tuple[list[Layer], Int[Tensor, " rest"]]:
+def layers_of(seen: Sequence[Seen], sizes: dict[str, int]) -> tuple[list[Layer], Int[Tensor, " rest"]]:
     """The blocks that these pieces (of any batch) make, and the places of θ that none of them reaches."""
     starts = _starts(sizes)
+    pieces = [piece.by_pixel() if isinstance(piece, Convolution) else piece for piece in seen]
     at = [_places(piece, starts) for piece in pieces]
     owner = torch.full((sum(sizes.values()),), -1)
     groups: dict[int, list[int]] = {}

@@ -18,7 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from upweight.model.layers.pieces import Direct, Lookup, Piece, Product, rows
+from upweight.model.layers.convolution import Convolution, Seen
+from upweight.model.layers.pieces import Direct, Lookup, Product, rows
+from upweight.model.products import product
 
 WIDEST = 8192  # inputs or outputs of a layer; a wider side keeps only the diagonal of its factor
 DENSE = 512  # parameters that no structure covers, up to which their whole block is kept; of more only the diagonal
@@ -96,7 +98,7 @@ class Weight:
     numbers: tuple[int, ...]
     at: Int[Tensor, "g o i"]
 
-    def sums(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"]) -> list[Tensor]:
+    def sums(self, pieces: Sequence[Seen], weights: Float[Tensor, " b"]) -> list[Tensor]:
         """What a batch adds to the factors: Σ w Σ_t a aᵀ, Σ w Σ_t d dᵀ, and Σ w Σ_t 1, over positions that count."""
         a, d = self._sides(pieces)
         w, reached = weights.to(a), _reached(d)
@@ -107,7 +109,7 @@ class Weight:
             A = torch.cat([A, mass[:, None]], 1)
         elif self._biased(a):  # the row and column of the 1 behind a
             A = functional.pad(A, (0, 1, 0, 1))
-            A[:, :-1, -1] = torch.einsum("bgti,b->gi", a, w)
+            A[:, :-1, -1] = _summed(a, w)
             A[:, -1, -1] = mass
         return [A, _gram(d, w, WIDEST), mass]
 
@@ -123,7 +125,7 @@ class Weight:
             self.name, self.at, left, right, b[:, :, None] * a[:, None], _within(strengths[self.at], left, right)
         )
 
-    def squares(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:
+    def squares(self, pieces: Sequence[Seen], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:
         """Σ_b w_b Σ_m (Q_leftᵀ G_bm Q_right)², (g, o, i).
 
         For one position (D Q_left)²ᵀ (A Q_right)², else from the matrices of a few examples at a time.
@@ -139,13 +141,13 @@ class Weight:
             total += (repeated @ G.square_().reshape(len(repeated), -1)).reshape(total.shape)
         return [total]
 
-    def rotated(self, pieces: Sequence[Piece], basis: Basis) -> Iterator[Float[Tensor, "c goi"]]:
+    def rotated(self, pieces: Sequence[Seen], basis: Basis) -> Iterator[Float[Tensor, "c goi"]]:
         """Q_leftᵀ G Q_right of a few examples at a time, flat, for pieces of the loss."""
         a, d = self._sides(pieces)
         for _, G in self._written(a, d, basis):
             yield G[0].flatten(1)
 
-    def weighed(self, pieces: Sequence[Piece], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
+    def weighed(self, pieces: Sequence[Seen], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
         """Σ_m Σ (Q_leftᵀ G_bm Q_right)² scale of every example; for one position without its matrix."""
         a, d = self._sides(pieces)
         if a.shape[2] == 1:
@@ -155,12 +157,13 @@ class Weight:
         parts = [(G.square_().flatten(2) @ scale.flatten()).sum(0) for _, G in self._written(a, d, basis)]
         return torch.cat(parts)
 
-    def _sides(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+    def _sides(self, pieces: Sequence[Seen]) -> tuple[Tensor, Tensor]:
         """Inputs (b, g, t, i), without the 1 for the bias, and slopes (m, b, g, t, o), over all uses."""
-        uses = [piece for piece in (pieces[number] for number in self.numbers) if isinstance(piece, Product)]
-        if len(uses) == 1:
-            return uses[0].inputs, uses[0].slopes
-        return torch.cat([use.inputs for use in uses], 2), torch.cat([use.slopes for use in uses], 3)
+        uses = (pieces[number] for number in self.numbers)
+        sides = [use.sides() for use in uses if isinstance(use, Product | Convolution)]
+        if len(sides) == 1:
+            return sides[0]
+        return torch.cat([inputs for inputs, _ in sides], 2), torch.cat([slopes for _, slopes in sides], 3)
 
     def _biased(self, a: Tensor) -> bool:
         return a.shape[3] < self.at.shape[2]
@@ -211,7 +214,7 @@ class Tied(Weight):
     are no lookups. EKFAC measures the curvature along each pair, over all uses together.
     """
 
-    def sums(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"]) -> list[Tensor]:
+    def sums(self, pieces: Sequence[Seen], weights: Float[Tensor, " b"]) -> list[Tensor]:
         """What a batch adds to the two marginals."""
         a, d, indices, s = self._uses(pieces)
         w = weights.to(a)
@@ -228,24 +231,24 @@ class Tied(Weight):
         values = b[:, :, None] * a[:, None] / a.sum().clamp(min=1e-300)
         return Basis(self.name, self.at, left, right, values, _within(strengths[self.at], left, right))
 
-    def squares(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:
+    def squares(self, pieces: Sequence[Seen], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:
         """Σ_b w_b Σ_m (Q_leftᵀ G_bm Q_right)², from the matrices of a few examples at a time."""
         total = weights.new_zeros(basis.values.shape)
         for some, G in self._matrices(pieces, basis):
             total += torch.einsum("b,mbgoi->goi", weights[some].to(G), G.square_()).to(total)
         return [total]
 
-    def rotated(self, pieces: Sequence[Piece], basis: Basis) -> Iterator[Float[Tensor, "c goi"]]:
+    def rotated(self, pieces: Sequence[Seen], basis: Basis) -> Iterator[Float[Tensor, "c goi"]]:
         """Q_leftᵀ G Q_right of a few examples at a time, flat, for pieces of the loss."""
         for _, G in self._matrices(pieces, basis):
             yield G[0].flatten(1)
 
-    def weighed(self, pieces: Sequence[Piece], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
+    def weighed(self, pieces: Sequence[Seen], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
         """Σ_m Σ (Q_leftᵀ G_bm Q_right)² scale of every example."""
         parts = [(G.square_().flatten(2) @ scale.flatten()).sum(0) for _, G in self._matrices(pieces, basis)]
         return torch.cat(parts)
 
-    def _uses(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _uses(self, pieces: Sequence[Seen]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs (b, 1, t, i) with a 1 for the bias, slopes (m, b, 1, t, o); rows read (b, t), and s (m, b, t, i)."""
         uses = [pieces[number] for number in self.numbers]
         a, d = Weight(self.name, self._products(uses), self.at)._sides(pieces)
@@ -254,10 +257,12 @@ class Tied(Weight):
         s = torch.cat([use.slopes for use in lookups], 2) * (indices >= 0).to(a)[None, :, :, None]
         return self._turned(a, None), d, indices.clamp(min=0), functional.pad(s, (0, self.at.shape[2] - s.shape[3]))
 
-    def _products(self, uses: Sequence[Piece]) -> tuple[int, ...]:
-        return tuple(number for number, use in zip(self.numbers, uses, strict=True) if isinstance(use, Product))
+    def _products(self, uses: Sequence[Seen]) -> tuple[int, ...]:
+        return tuple(
+            number for number, use in zip(self.numbers, uses, strict=True) if isinstance(use, Product | Convolution)
+        )
 
-    def _matrices(self, pieces: Sequence[Piece], basis: Basis) -> Iterator[tuple[slice, Tensor]]:
+    def _matrices(self, pieces: Sequence[Seen], basis: Basis) -> Iterator[tuple[slice, Tensor]]:
         """Q_leftᵀ G Q_right of a few examples at a time, (m, c, 1, o, i)."""
         a, d, indices, s = self._uses(pieces)
         (_, o, i), m, t = self.at.shape, len(d), a.shape[2] + indices.shape[1]
@@ -285,7 +290,7 @@ class Table:
     numbers: tuple[int, ...]
     at: Int[Tensor, "g o i"]
 
-    def sums(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"]) -> list[Tensor]:
+    def sums(self, pieces: Sequence[Seen], weights: Float[Tensor, " b"]) -> list[Tensor]:
         """Σ w (how often each row is read), Σ w Σ_t d dᵀ, and Σ w Σ_t 1, over positions that count."""
         indices, d = self._sides(pieces)
         w, reached = weights.to(d), _reached(d[:, :, None])
@@ -300,13 +305,13 @@ class Table:
         values = (counts / mass.clamp(min=1e-300))[:, :, None] * b[:, None]
         return Basis(self.name, self.at, None, right, values, _within(strengths[self.at], None, right))
 
-    def squares(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:
+    def squares(self, pieces: Sequence[Seen], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:
         """Squares of what each example gives each row that it reads, rotated."""
         row, example, D = self._gathered(pieces, basis)
         total = D.new_zeros(basis.values.shape[1:])
         return [total.index_add_(0, row, D * weights.to(D)[example][:, None])[None]]
 
-    def rotated(self, pieces: Sequence[Piece], basis: Basis) -> Iterator[Float[Tensor, "c goi"]]:
+    def rotated(self, pieces: Sequence[Seen], basis: Basis) -> Iterator[Float[Tensor, "c goi"]]:
         """The rows that each example reads, rotated, among zeros: a few examples at a time, flat."""
         indices, d = self._sides(pieces)
         d = d[0] if basis.right is None else _columns(d[0][:, None], basis.right)[:, 0]
@@ -317,20 +322,20 @@ class Table:
             flat = d.new_zeros(len(some), size, o)
             yield flat.scatter_add_(1, index[..., None].expand(len(some), t, o), some).flatten(1)
 
-    def weighed(self, pieces: Sequence[Piece], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
+    def weighed(self, pieces: Sequence[Seen], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
         """The same squares times the scale of their row."""
         row, example, D = self._gathered(pieces, basis)
         b = len(self._sides(pieces)[0])
         return D.new_zeros(b).index_add_(0, example, (D * scale[0, row]).sum(1))
 
-    def _sides(self, pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+    def _sides(self, pieces: Sequence[Seen]) -> tuple[Tensor, Tensor]:
         """Indices (b, t) and slopes (m, b, t, o), zero where an index is padding."""
         uses = [piece for piece in (pieces[number] for number in self.numbers) if isinstance(piece, Lookup)]
         indices = torch.cat([use.indices for use in uses], 1)
         d = torch.cat([use.slopes for use in uses], 2)
         return indices, d * (indices >= 0).to(d)[None, :, :, None]
 
-    def _gathered(self, pieces: Sequence[Piece], basis: Basis) -> tuple[Tensor, Tensor, Tensor]:
+    def _gathered(self, pieces: Sequence[Seen], basis: Basis) -> tuple[Tensor, Tensor, Tensor]:
         """For every pair of an example and a row it reads: the row, the example, and Σ_m (Σ_t d Q)², (pairs, o)."""
         indices, d = self._sides(pieces)
         d = d if basis.right is None else _columns(d[:, :, None], basis.right)[:, :, 0]
@@ -360,7 +365,7 @@ class Whole:
     sizes: dict[str, int]
     used: Int[Tensor, " size"]
 
-    def sums(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"]) -> list[Tensor]:
+    def sums(self, pieces: Sequence[Seen], weights: Float[Tensor, " b"]) -> list[Tensor]:
         """Σ w Σ_m g gᵀ, or its diagonal."""
         G = self._gradients(pieces)
         return [_gram(G[:, :, None, None], weights.to(G), DENSE)]
@@ -374,22 +379,22 @@ class Whole:
         values, Q = _eigen(mean + torch.diag_embed(own[0]))
         return Basis(self.name, self.at, None, Q, values[None], torch.zeros_like(own))
 
-    def squares(self, pieces: Sequence[Piece], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:  # noqa: ARG002
+    def squares(self, pieces: Sequence[Seen], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:  # noqa: ARG002
         """Nothing: the eigenvalues of a whole block are its own."""
         return []
 
-    def rotated(self, pieces: Sequence[Piece], basis: Basis) -> Iterator[Float[Tensor, "c goi"]]:
+    def rotated(self, pieces: Sequence[Seen], basis: Basis) -> Iterator[Float[Tensor, "c goi"]]:
         """g Q."""
         G = self._gradients(pieces)[0]
         yield G if basis.right is None else G @ basis.right[0]
 
-    def weighed(self, pieces: Sequence[Piece], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
+    def weighed(self, pieces: Sequence[Seen], scale: Float[Tensor, "g o i"], basis: Basis) -> Float[Tensor, " b"]:
         """(g Q)² · scale."""
         G = self._gradients(pieces)
         G = G if basis.right is None else G @ basis.right[0]
         return (G.square() @ scale.flatten()).sum(0)
 
-    def _gradients(self, pieces: Sequence[Piece]) -> Float[Tensor, "m b size"]:
+    def _gradients(self, pieces: Sequence[Seen]) -> Float[Tensor, "m b size"]:
         chosen = [pieces[number] for number in self.numbers]
         if len(chosen) == 1 and isinstance(chosen[0], Direct):
             return chosen[0].values
@@ -425,6 +430,13 @@ def _gram(x: Float[Tensor, "m b g t i"], weights: Float[Tensor, " b"], widest: i
     return torch.from_numpy(symmetric(1.0, flat.numpy().T, lower=1).T)[None]  # half the flops of a product
 
 
+def _summed(a: Float[Tensor, "b g t i"], weights: Float[Tensor, " b"]) -> Float[Tensor, "g i"]:
+    """Σ_b w_b Σ_t a: of one group by one product of a vector, which reads a once."""
+    if a.shape[1] > 1:
+        return torch.einsum("bgti,b->gi", a, weights)
+    return (weights.repeat_interleave(a.shape[2]) @ a.flatten(0, 2))[None]
+
+
 def _upper(gram: Tensor) -> Tensor:
     """A Gram matrix with its upper half only, so that sums of several are alike; a diagonal as it is."""
     return gram if gram.ndim == 2 else gram.triu()
@@ -451,12 +463,12 @@ def _within(strengths: Tensor, left: Tensor | None, right: Tensor | None) -> Flo
 
 def _times(M: Float[Tensor, "k g o i"], right: Float[Tensor, "g i c"]) -> Float[Tensor, "k g o c"]:
     """M Q, by one product if there is one group."""
-    return M @ right[0] if len(right) == 1 else M @ right
+    return product(M, right[0]) if len(right) == 1 else M @ right
 
 
 def _columns(x: Float[Tensor, "*lead g t i"], Q: Float[Tensor, "g i j"]) -> Float[Tensor, "*lead g t j"]:
     """x Q for every group, by one product if there is one."""
     if len(Q) == 1:
-        return x @ Q[0]
+        return product(x, Q[0])
     moved = x.movedim(-3, 0)  # (g, lead, t, i)
     return (moved.flatten(1, -2) @ Q).reshape(*moved.shape[:-1], Q.shape[-1]).movedim(0, -3)

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, checked_count
 from upweight.model import penalties
-from upweight.model.layers.pieces import Direct, Piece, rows
+from upweight.model.layers.convolution import Seen
+from upweight.model.layers.pieces import Direct, rows
 from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
 from upweight.operators.ahead import ROOM, Ahead
@@ -235,7 +236,7 @@ class Kronecker:
         """V without the objective's gauge directions."""
         return self.sweep.objective.project(V)
 
-    def pieces(self, batch: Any) -> list[Piece]:
+    def pieces(self, batch: Any) -> list[Seen]:
         """The gradients of the loss of every example of a batch, in the form that `weigh` reads.
 
         Raises:
@@ -256,7 +257,7 @@ class Kronecker:
         with self.held.brought(wanted, torch.empty(0, dtype=torch.float64) if reference is None else reference):
             yield
 
-    def weigh(self, pieces: Sequence[Piece], function: Callable[[Tensor], Tensor]) -> Float[Tensor, " b"]:
+    def weigh(self, pieces: Sequence[Seen], function: Callable[[Tensor], Tensor]) -> Float[Tensor, " b"]:
         """gᵀ f(C) g for the gradient g of every example, summed over m cotangents where pieces have several.
 
         `pieces` are those of `layers.capture`. Cost: for layers with one position 2·(i² + o² + i·o) flops per example
@@ -265,7 +266,7 @@ class Kronecker:
         return in_order(self.weigh_blocks(pieces, function, range(len(self.layers))))
 
     def weigh_blocks(
-        self, pieces: Sequence[Piece], function: Callable[[Tensor], Tensor], numbers: Sequence[int]
+        self, pieces: Sequence[Seen], function: Callable[[Tensor], Tensor], numbers: Sequence[int]
     ) -> Float[Tensor, "b blocks"]:
         """What some blocks, which are here, add to that."""
         reference = _reference(pieces)
@@ -296,7 +297,7 @@ class Kronecker:
                 parts.append(torch.cat([block[:, places] for block in layer.rotated(pieces, smaller)]))
         return torch.cat(parts, 1)
 
-    def _written(self, pieces: Sequence[Piece], chosen: Sequence[Tensor]) -> Float[Tensor, "b k"]:
+    def _written(self, pieces: Sequence[Seen], chosen: Sequence[Tensor]) -> Float[Tensor, "b k"]:
         """The coordinates of gradients that are written out."""
         sizes = {name: block.numel() for name, block in self.sweep.objective.blocks.items()}
         G = rows(pieces, sizes)[:, 0]
@@ -401,7 +402,7 @@ def _corrected(operator: Kronecker, ahead: Ahead) -> Kronecker:
         if not numbers:
             continue
 
-        def reading(pieces: Sequence[Piece], numbers: list[int] = numbers) -> list[Read]:
+        def reading(pieces: Sequence[Seen], numbers: list[int] = numbers) -> list[Read]:
             bases = operator.held.like(_reference(pieces), numbers)
             return [
                 (operator.layers[number].name, partial(operator.layers[number].squares, basis=basis))
@@ -421,7 +422,7 @@ def _swept(
     sweep: Sweep,
     uses: Uses,
     source: Source,
-    reading: Callable[[Sequence[Piece]], list[Read]],
+    reading: Callable[[Sequence[Seen]], list[Read]],
     label: str,
     owners: Sequence[int] | None,
     numbers: Sequence[int],
@@ -434,7 +435,7 @@ def _swept(
     what one before it kept.
     """
 
-    def made(batch: Any, numbers: Any) -> list[Piece]:
+    def made(batch: Any, numbers: Any) -> list[Seen]:
         kept = None if taken is None else taken.take(numbers)
         if kept is not None:
             return kept
@@ -470,7 +471,7 @@ def _not_finite(label: str, found: list[tuple[str, list[Tensor]]]) -> InvalidInp
     return InvalidInput(message)
 
 
-def _reference(pieces: Sequence[Piece]) -> Tensor:
+def _reference(pieces: Sequence[Seen]) -> Tensor:
     """A tensor in the precision and on the device of the pieces."""
     first = pieces[0]
     return first.values if isinstance(first, Direct) else first.slopes

@@ -18,7 +18,8 @@ from upweight.data.examples import Examples
 from upweight.data.trees import leaves
 from upweight.errors import UnsupportedModel
 from upweight.model import calculus, layers, linear
-from upweight.model.layers.pieces import Direct, Piece, Product
+from upweight.model.layers.convolution import Seen
+from upweight.model.layers.pieces import Direct, Product
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
 from upweight.operators.cotangents import outputs
@@ -36,11 +37,11 @@ class Slot:
     where: Tensor | None
 
     @classmethod
-    def of(cls, piece: Piece) -> Slot:
+    def of(cls, piece: Seen) -> Slot:
         """That of a piece."""
         return cls(type(piece), piece.blocks, getattr(piece, "where", None))
 
-    def holds(self, piece: Piece) -> bool:
+    def holds(self, piece: Seen) -> bool:
         """Whether it is that of another piece, too."""
         where = getattr(piece, "where", None)
         if type(piece) is not self.kind or piece.blocks != self.blocks or (where is None) != (self.where is None):
@@ -59,7 +60,7 @@ class Uses:
     """
 
     plan: layers.Plan | None
-    first: list[Piece]
+    first: list[Seen]
     slots: tuple[Slot, ...]
 
     @classmethod
@@ -84,7 +85,7 @@ class Uses:
         first = _pieces(objective, plan, batch, None)[0]
         return cls(plan, first, tuple(map(Slot.of, first)))
 
-    def pieces(self, objective: Objective, batch: Any) -> list[Piece]:
+    def pieces(self, objective: Objective, batch: Any) -> list[Seen]:
         """The pieces of the losses of a batch, one for each slot.
 
         Raises:
@@ -92,7 +93,7 @@ class Uses:
         """
         return self.several(objective, batch, None)[0]
 
-    def several(self, objective: Objective, batch: Any, cotangents: Several | None) -> list[list[Piece]]:
+    def several(self, objective: Objective, batch: Any, cotangents: Several | None) -> list[list[Seen]]:
         """The pieces of a batch for every set of cotangents, one for each slot; of its losses, if there are none.
 
         Raises:
@@ -109,16 +110,16 @@ class Uses:
         )
         raise UnsupportedModel(message)
 
-    def found(self, objective: Objective, batch: Any) -> list[Piece]:
+    def found(self, objective: Objective, batch: Any) -> list[Seen]:
         """The pieces of the losses of a batch as they come."""
         return _pieces(objective, self.plan, batch, None)[0]
 
-    def aligned(self, pieces: Sequence[Piece]) -> list[Piece] | None:
+    def aligned(self, pieces: Sequence[Seen]) -> list[Seen] | None:
         """The same gradients, one piece for each slot; None where the slots do not hold them."""
         if len(pieces) == len(self.slots) and all(map(Slot.holds, self.slots, pieces)):
             return list(pieces)
         rest = dict(enumerate(pieces))
-        out: list[Piece | None] = []
+        out: list[Seen | None] = []
         for slot in self.slots:
             number = next((number for number, piece in rest.items() if slot.holds(piece)), None)
             out.append(None if number is None else rest.pop(number))
@@ -129,7 +130,7 @@ class Uses:
         return every if not rest and len(every) == len(out) else None
 
 
-def _gathered(slot: Slot, rest: dict[int, Piece]) -> Direct | None:
+def _gathered(slot: Slot, rest: dict[int, Seen]) -> Direct | None:
     """The gradient of a slot's entries from all pieces that are left of its parameter, which leave `rest`."""
     mine = [(number, piece) for number, piece in rest.items() if piece.blocks == slot.blocks]
     if slot.kind is not Direct or not all(isinstance(piece, Direct) for _, piece in mine) or not mine:
@@ -144,7 +145,7 @@ def _gathered(slot: Slot, rest: dict[int, Piece]) -> Direct | None:
     return Direct(slot.blocks[0], whole[:, :, used], shape, slot.where)
 
 
-def _where(piece: Piece, whole: Tensor) -> Tensor:
+def _where(piece: Seen, whole: Tensor) -> Tensor:
     where = getattr(piece, "where", None)
     return torch.arange(whole.shape[2], device=whole.device) if where is None else where.to(whole.device)
 
@@ -158,9 +159,7 @@ def _longest(examples: Examples) -> int:
     return sizes.index(max(sizes))
 
 
-def _pieces(
-    objective: Objective, plan: layers.Plan | None, batch: Any, cotangents: Several | None
-) -> list[list[Piece]]:
+def _pieces(objective: Objective, plan: layers.Plan | None, batch: Any, cotangents: Several | None) -> list[list[Seen]]:
     """The pieces of a batch; for a linear predictor its inputs and the cotangents themselves."""
     if plan is not None:
         return layers.captured(objective, plan, batch, cotangents)

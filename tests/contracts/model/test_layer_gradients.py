@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import upweight as uw
+from upweight.data.trees import tree_map
 from upweight.model import layers, routes
-from upweight.model.layers import convolution, pieces
+from upweight.model.layers import convolution, pieces, written
 
 n = 5
 pytestmark = [
@@ -304,9 +305,9 @@ def test_dots(case, k, tile, rate, unrolled, monkeypatch):
     monkeypatch.setattr(convolution, "_RATE", rate)
     monkeypatch.setattr(convolution, "_UNROLLED", unrolled)
     if tile is not None:
-        monkeypatch.setattr(pieces, "_TILE_BYTES", tile)
-        monkeypatch.setattr(pieces, "_TILE_ROWS", 2)
-        monkeypatch.setattr(pieces, "_TILE_LINES", 3)
+        monkeypatch.setattr(written, "_TILE_BYTES", tile)
+        monkeypatch.setattr(written, "_TILE_ROWS", 2)
+        monkeypatch.setattr(written, "_TILE_LINES", 3)
     V, weights, G = draw(k, objective.size), torch.rand(n, dtype=torch.float64), by_hand(model, batch)[:, 0]
     close(layers.dots(objective, batch, V), G @ V.T)
     products, total = layers.dots_and_sum(objective, batch, weights, V)
@@ -324,6 +325,19 @@ def test_a_convolution_convolves_for_few_vectors_and_writes_out_for_many(k, conv
     with _Convolutions() as found:
         layers.dots(objective, batch, V)
     assert (len(unrolled), found.count) == (0, 4) if convolved else (2, 2)
+
+
+def test_vectors_are_put_in_order_once_for_all_batches(case):
+    """Batches of several sizes meet the same tiles; a block is held in one form, and vectors in float64 are cast."""
+    model, objective, batch, _ = case
+    V = draw(4, objective.size)
+    ordered, G = layers.in_order(objective, V), by_hand(model, batch)[:, 0]
+    close(layers.dots(objective, batch, ordered), G @ V.T)
+    held = {name: id(found) for name, found in ordered._tiles.items()}
+    few = tree_map(lambda leaf: leaf[:2], batch)
+    close(layers.dots(objective, few, ordered), G[:2] @ V.T)
+    assert {name: id(found) for name, found in ordered._tiles.items()} == held
+    close(layers.dots(objective, batch, ordered), G @ V.T)
 
 
 class _Convolutions(TorchDispatchMode):

@@ -67,7 +67,7 @@ def test_room_is_counted_in_bytes_and_shared_with_the_factors(monkeypatch):
 
 def test_the_rows_that_there_is_room_for():
     found = uses.Uses.of(operator(EKFAC(samples=1)).sweep)
-    convolution, linear = 8 * (16 * 9 + 16 * 3), 8 * (48 + 3)  # inputs and slopes of a row
+    convolution, linear = 8 * (36 + 16 * 3), 8 * (48 + 3)  # inputs and slopes of a row; pixels, not what sees them
     one = Ahead(Signs(1, 0, 1))
     one.make_room(found.first, 1, 10 * (convolution + linear) + 5)
     assert one.rows == 10

@@ -16,12 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional, grad as gradient_of
 
-from upweight.model.layers.pieces import Product, tiles, written
+from upweight.model.layers.pieces import Piece, Product
+from upweight.model.layers.written import Vectors, written
 
 _CONVOLVED = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _WEIGHTS = {1: gradient_of.conv1d_weight, 2: gradient_of.conv2d_weight, 3: gradient_of.conv3d_weight}
 _RATE = 3.0  # flops of a convolution, a vector's, in the time of one for a matrix that is written out and read again
-_UNROLLED = 2**24  # bytes of inputs that are unrolled at once; beyond it malloc fetches fresh pages
+_UNROLLED = 2**26  # bytes of inputs that are unrolled at once: enough rows for a product, and no copy of a large batch
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,27 @@ class Convolution:
 
     def product(self) -> Product:
         """The same with its inputs unrolled."""
-        groups, (m, _, outputs, *count) = self.settings["groups"], self.slopes.shape
-        b, N = self.examples, len(self.images) // self.examples
-        inputs = unrolled(windows(self.images, self.settings, tuple(count)), N, groups)
-        apart = self.slopes.reshape(m, b, N, groups, outputs // groups, -1)
-        slopes = apart.permute(0, 1, 3, 2, 5, 4).reshape(m, b, groups, -1, outputs // groups)
-        return Product(self.block, self.bias, inputs, slopes, self.shape, self.where)
+        N, count = len(self.images) // self.examples, tuple(self.slopes.shape[3:])
+        inputs = unrolled(windows(self.images, self.settings, count), N, self.settings["groups"])
+        return Product(self.block, self.bias, inputs, self._by_position(), self.shape, self.where)
+
+    def by_pixel(self) -> Product:
+        """The same with inputs in the order kernel, channel: whole pixels are copied, and lie one after the other."""
+        groups, (outputs, channels, *kernel) = self.settings["groups"], self._weight
+        inputs = self._unrolled(slice(None), len(self.images) // self.examples)
+        places = torch.arange(math.prod(self._weight)) if self.where is None else self.where
+        apart = places.reshape(groups, outputs // groups, channels, math.prod(kernel))
+        where = apart.transpose(2, 3).reshape(-1).to(self.images.device)
+        return Product(self.block, self.bias, inputs, self._by_position(), self.shape, where)
+
+    def sides(self) -> tuple[Float[Tensor, "b g t i"], Float[Tensor, "m b g t o"]]:
+        """Inputs and slopes of `by_pixel`."""
+        return self._unrolled(slice(None), len(self.images) // self.examples), self._by_position()
+
+    def _by_position(self) -> Float[Tensor, "m b g t o"]:
+        groups, (m, _, outputs) = self.settings["groups"], self.slopes.shape[:3]
+        apart = self.slopes.reshape(m, self.examples, -1, groups, outputs // groups, self.slopes[0, 0, 0].numel())
+        return apart.permute(0, 1, 3, 2, 5, 4).reshape(m, self.examples, groups, -1, outputs // groups)
 
     def rows(self) -> dict[str, Tensor]:
         """(m, b, size) the gradients of weight and bias."""
@@ -70,13 +86,12 @@ class Convolution:
         """‖gradient‖² of every example."""
         return self.product().squares()
 
-    def along(self, V: dict[str, Tensor]) -> Float[Tensor, "k b m"]:
+    def along(self, V: Vectors) -> Float[Tensor, "k b m"]:
         """J v for vectors (k, size) of weight and bias."""
         if len(self.slopes) > 1:
             return self.product().along(V)
-        W = V[self.block] if self.where is None else V[self.block][:, self.where]
-        k, t = len(W), self._positions
-        out = self._convolved(W) if t * k <= _RATE * (t + k) else self._written(W)
+        k, t = len(V), self._positions
+        out = self._convolved(self._placed(V[self.block])) if t * k <= _RATE * (t + k) else self._written(V)
         if self.bias is not None:
             summed = self.slopes[0].flatten(2).sum(2).reshape(self.examples, -1, self.slopes.shape[2]).sum(1)
             out = out + V[self.bias] @ summed.T
@@ -119,31 +134,46 @@ class Convolution:
         found = torch.einsum("bgko,bgo->bk", moved, self.slopes[0].reshape(len(moved), groups, -1))
         return found.reshape(self.examples, -1, k).sum(1).T
 
-    def _written(self, W: Float[Tensor, "k entries"]) -> Float[Tensor, "k b"]:
+    def _written(self, V: Vectors) -> Float[Tensor, "k b"]:
         """The same by the matrices of the examples, whose columns are in the order kernel, channel."""
-        k, groups, (outputs, channels, *kernel) = len(W), self.settings["groups"], self._weight
-        kernels = W.reshape(k, groups, outputs // groups, channels, -1).transpose(3, 4)
-        across = tiles(kernels.reshape(k, groups, outputs // groups, -1), self.examples)
-        each = self._positions * groups * channels * math.prod(kernel) * W.element_size()
-        size, N = max(1, _UNROLLED // each), len(self.images) // self.examples
-        found = []
+        groups, (outputs, channels, *kernel) = self.settings["groups"], self._weight
+        across = V.tiles(self.block, (groups, self._weight), self.where, self._matrices)
+        each = self._positions * groups * channels * math.prod(kernel) * self.images.element_size()
+        N, most = len(self.images) // self.examples, max(1, _UNROLLED // each)
+        size = -(-self.examples // -(-self.examples // most))  # parts alike
+        parts = []
         for start in range(0, self.examples, size):
             b = min(size, self.examples - start)
             inside = slice(N * start, N * (start + b))
             apart = self.slopes[0, inside].reshape(b, N, groups, outputs // groups, -1)
             slopes = apart.permute(0, 2, 1, 4, 3).reshape(b, groups, -1, outputs // groups)
-            found.append(written(self._unrolled(inside, N), slopes, across, k))
-        return torch.cat(found, 1)
+            parts.append((self._unrolled(inside, N), slopes))
+        return written(parts, across, len(V))
+
+    def _placed(self, W: Float[Tensor, "k size"]) -> Float[Tensor, "k entries"]:
+        """Vectors of the block in the order of the weight."""
+        return W if self.where is None else W[:, self.where]
+
+    def _matrices(self, W: Float[Tensor, "k size"]) -> Float[Tensor, "k g o i"]:
+        """Vectors of the block as matrices whose columns are in the order kernel, channel."""
+        groups, (outputs, channels, *_) = self.settings["groups"], self._weight
+        kernels = self._placed(W).reshape(len(W), groups, outputs // groups, channels, -1).transpose(3, 4)
+        return kernels.reshape(len(W), groups, outputs // groups, -1)
 
     def _unrolled(self, inside: slice, N: int) -> Float[Tensor, "b g t i"]:
         """What each position sees, kernel before channel: whole pixels are copied, not numbers."""
         groups, count = self.settings["groups"], tuple(self.slopes.shape[3:])
+        if self.images.shape[1] == groups:  # a pixel is one number
+            return unrolled(windows(self.images[inside], self.settings, count), N, groups)
         pixels = self.images[inside].movedim(1, -1).contiguous().movedim(-1, 1)
         seen, axes = windows(pixels, self.settings, count), len(count)
         apart = seen.unflatten(1, (groups, -1)).unflatten(0, (-1, N))  # (b, N, groups, C/groups, *count, *kernel)
         order = (0, 2, 1, *range(4, 4 + 2 * axes), 3)
         b, positions = len(apart), N * math.prod(count)
         return apart.permute(order).reshape(b, groups, positions, -1)
+
+
+Seen = Piece | Convolution
 
 
 def windows(images: Tensor, settings: dict[str, Any], count: tuple[int, ...]) -> Tensor:

@@ -26,9 +26,10 @@ from upweight.errors import first_line
 from upweight.model import attention_twice, calculus, linear
 from upweight.model.agreement import agree
 from upweight.model.layers import pieces
-from upweight.model.layers.convolution import Convolution, unrolled, windows
+from upweight.model.layers.convolution import Convolution, Seen, unrolled, windows
 from upweight.model.layers.pieces import Direct, Lookup, Piece, Product, merged
 from upweight.model.layers.watching import Use, Watch
+from upweight.model.layers.written import Vectors
 from upweight.model.objective import Objective
 from upweight.model.transforms import vmap
 
@@ -143,7 +144,8 @@ def capture(
         cotangents: u, from the outputs (b, …); None means the loss.
     """
     each = None if cotangents is None else lambda f: [cotangents(f)]
-    return captured(objective, found, batch, each)[0]
+    seen = _as_met(objective, found, batch, each)[0]
+    return merged([piece.product() if isinstance(piece, Convolution) else piece for piece in seen])
 
 
 def captured(
@@ -151,8 +153,10 @@ def captured(
     found: Plan,
     batch: Any,
     cotangents: Callable[[Tensor], Sequence[Float[Tensor, "m b K"]]] | None,
-) -> list[list[Piece]]:
+) -> list[list[Seen]]:
     """The same of several sets of cotangents, which share the forward pass and what they have in common.
+
+    Convolutions are as they are: their inputs are unrolled by who asks for them, and only while it does.
 
     Args:
         objective: whose θ̂ it is.
@@ -160,10 +164,7 @@ def captured(
         batch: b examples.
         cotangents: the sets, from the outputs (b, …); None means one, the loss.
     """
-    return [
-        merged([piece.product() if isinstance(piece, Convolution) else piece for piece in seen])
-        for seen in _as_met(objective, found, batch, cotangents)
-    ]
+    return [merged(seen) for seen in _as_met(objective, found, batch, cotangents)]
 
 
 def _as_met(
@@ -171,7 +172,7 @@ def _as_met(
     found: Plan,
     batch: Any,
     cotangents: Callable[[Tensor], Sequence[Float[Tensor, "m b K"]]] | None = None,
-) -> list[list[Piece | Convolution]]:
+) -> list[list[Seen]]:
     """The pieces of a batch as they are met: a shared weight's one by one, and convolutions without their matrices."""
     batch = calculus.ready(objective, batch)
     found = found.at(objective, batch)
@@ -210,27 +211,35 @@ def gradients(objective: Objective, batch: Any) -> Float[Tensor, "b p"]:
     return pieces.rows(capture(objective, found, batch), found.sizes)[:, 0]
 
 
-def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"]) -> Float[Tensor, "b k"]:
+def in_order(objective: Objective, V: Float[Tensor, "k p"]) -> Tensor | Vectors:
+    """Vectors for `dots` of many batches: cast once, and put once into the order in which layers read them."""
+    if not structured(objective):
+        return V.to(objective.reference)
+    return Vectors(V, objective.route.plan.sizes, objective.reference)
+
+
+def dots(objective: Objective, batch: Any, V: Float[Tensor, "k p"] | Vectors) -> Float[Tensor, "b k"]:
     """∇L(z_b)ᵀ v for every example and vector.
 
     Cost: a forward and a backward pass whatever k is, then 2·k·p flops per example, and where a weight acts at t > 1
     positions 2·t·p more to write its gradient out, one layer at a time.
     """
-    if not structured(objective):
-        return calculus.dots(objective, batch, V)
+    ordered = in_order(objective, V) if isinstance(V, Tensor) else V
+    if isinstance(ordered, Tensor):
+        return calculus.dots(objective, batch, ordered)
     seen = _as_met(objective, objective.route.plan, batch)[0]
-    return pieces.along(seen, V.to(objective.reference), objective.route.plan.sizes)[:, :, 0].T
+    return pieces.along_kept(seen, ordered)[:, :, 0].T
 
 
 def dots_and_sum(
-    objective: Objective, batch: Any, weights: Float[Tensor, " b"], V: Float[Tensor, "k p"]
+    objective: Objective, batch: Any, weights: Float[Tensor, " b"], V: Float[Tensor, "k p"] | Vectors
 ) -> tuple[Float[Tensor, "b k"], Float[Tensor, " p"]]:
     """The same, and Σ_b w_b ∇L(z_b) from the same passes, for a model that is `structured`."""
     found = objective.route.plan
     seen = _as_met(objective, found, batch)[0]
-    V = V.to(objective.reference)
-    total = pieces.onto(seen, weights.to(V)[None, :, None], found.sizes)[0]
-    return pieces.along(seen, V, found.sizes)[:, :, 0].T, total
+    ordered = Vectors(V, found.sizes, objective.reference) if isinstance(V, Tensor) else V
+    total = pieces.onto(seen, weights.to(objective.reference)[None, :, None], found.sizes)[0]
+    return pieces.along_kept(seen, ordered)[:, :, 0].T, total
 
 
 def structured(objective: Objective) -> bool:
@@ -314,7 +323,7 @@ def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
 # ---- from uses to pieces ---------------------------------------------------------------------------------------------
 
 
-def _piece(use: Use, x: Tensor, slope: Tensor) -> list[Piece | Convolution]:
+def _piece(use: Use, x: Tensor, slope: Tensor) -> list[Seen]:
     """What an input (b, …) and a slope (m, b, …) say about the parameters of a use."""
     m, b = slope.shape[:2]
     if use.rule.startswith("autograd"):

@@ -16,14 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_TILE_BYTES, _TILE_ROWS, _TILE_LINES = 2**21, 32, 128  # of gradients written out at once: they stay near a processor
-_TILE_BYTES_AWAY = 2**25  # on a device, where every tile is a launch
+from upweight.model.layers.written import Vectors, written
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Product:
         """(g, o, i)."""
         return self.inputs.shape[1], self.slopes.shape[-1], self.inputs.shape[-1]
 
+    def sides(self) -> tuple[Float[Tensor, "b g t i"], Float[Tensor, "m b g t o"]]:
+        """Inputs and slopes."""
+        return self.inputs, self.slopes
+
     def place(self, M: Float[Tensor, "... g o i"]) -> Float[Tensor, "... entries"]:
         """Matrices as flat gradients of the block."""
         flat = M.reshape(*M.shape[:-3], -1)
@@ -74,16 +79,17 @@ class Product:
             out[self.bias] = self.slopes.sum(3).flatten(2)
         return out
 
-    def along(self, V: dict[str, Tensor]) -> Float[Tensor, "k b m"]:
+    def along(self, V: Vectors) -> Float[Tensor, "k b m"]:
         """J v for vectors (k, size) of weight and bias."""
         b, g, t, i = self.inputs.shape
-        W = self.matrices(V[self.block])  # (k, g, o, i)
-        k, o, m = len(W), W.shape[2], len(self.slopes)
+        k, o, m = len(V), self.slopes.shape[-1], len(self.slopes)
         if t > 1 and k > 1 and m == 1:
-            out = written(self.inputs, self.slopes[0], tiles(W, b), k)[:, :, None]
+            across = V.tiles(self.block, self.sizes, self.where, self.matrices)
+            out = written([(self.inputs, self.slopes[0])], across, k)[:, :, None]
             if self.bias is not None:
                 out = out + torch.einsum("kc,mbc->kbm", V[self.bias], self.slopes.sum(3).flatten(2))
             return out
+        W = self.matrices(V[self.block])  # (k, g, o, i)
         across = W.permute(1, 3, 0, 2).reshape(g, i, k * o)
         rows = self.inputs.transpose(0, 1).reshape(g, b * t, i)  # one product of matrices, not one for every row
         if self.bias is None:
@@ -146,7 +152,7 @@ class Lookup:
         index = self.indices.clamp(min=0)[None, :, :, None].expand(m, b, t, o)
         return {self.block: flat.scatter_add_(2, index, self._kept()).flatten(2)}
 
-    def along(self, V: dict[str, Tensor]) -> Float[Tensor, "k b m"]:
+    def along(self, V: Vectors) -> Float[Tensor, "k b m"]:
         """J v for vectors (k, rows·o) of the table."""
         table = V[self.block].reshape(-1, *self.shape)
         return torch.einsum("kbto,mbto->kbm", table[:, self.indices.clamp(min=0)], self._kept())
@@ -195,7 +201,7 @@ class Direct:
         whole = self.values.new_zeros(*self.values.shape[:2], math.prod(self.shape))
         return {self.block: whole.index_add_(2, self.where, self.values)}
 
-    def along(self, V: dict[str, Tensor]) -> Float[Tensor, "k b m"]:
+    def along(self, V: Vectors) -> Float[Tensor, "k b m"]:
         """J v."""
         used = V[self.block] if self.where is None else V[self.block][:, self.where]
         return torch.einsum("ks,mbs->kbm", used, self.values)
@@ -212,55 +218,6 @@ class Direct:
         return self.rows()[self.block].square().sum(2)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Some lines and columns of every vector's matrices: across is (k, lines·columns)."""
-
-    group: int
-    lines: slice
-    columns: slice
-    across: Float[Tensor, "k entries"]
-
-
-def tiles(W: Float[Tensor, "k g o i"], rows: int) -> list[Tile]:
-    """The matrices of k vectors in parts whose gradients, of some of so many rows, are written out at once."""
-    k, groups, o, i = W.shape
-    near = W.device.type == "cpu"
-    rows, most = (min(rows, _TILE_ROWS), _TILE_LINES) if near else (rows, o)
-    entries = max(1, (_TILE_BYTES if near else _TILE_BYTES_AWAY) // (rows * W.element_size()))
-    lines = min(o, most, entries)
-    columns = min(i, max(1, entries // lines))
-    found = []
-    for group in range(groups):
-        for line in range(0, o, lines):
-            for column in range(0, i, columns):
-                at = (slice(line, line + lines), slice(column, column + columns))
-                found.append(Tile(group, *at, W[:, group, *at].reshape(k, -1)))
-    return found
-
-
-def written(
-    inputs: Float[Tensor, "b g t i"], slopes: Float[Tensor, "b g t o"], across: Sequence[Tile], k: int
-) -> Float[Tensor, "k b"]:
-    """Σ_t slopes ⊗ inputs of every example times k matrices, by writing it out, a tile at a time.
-
-    A tile is read again while it is still in the cache, by as many vectors as there are.
-    """
-    b = len(inputs)
-    rows = min(b, _TILE_ROWS) if inputs.device.type == "cpu" else b
-    out = inputs.new_zeros(k, b)
-    room = inputs.new_empty(rows * max(tile.across.shape[1] for tile in across))
-    for start in range(0, b, rows):
-        at = slice(start, min(start + rows, b))
-        for tile in across:
-            left = slopes[at, tile.group, :, tile.lines].transpose(-1, -2)
-            right = inputs[at, tile.group, :, tile.columns]
-            M = room[: len(left) * tile.across.shape[1]].view(len(left), left.shape[1], right.shape[2])
-            torch.bmm(left, right, out=M)
-            out[:, at].addmm_(tile.across, M.view(len(left), -1).T)
-    return out
-
-
 class Gradients(Protocol):
     """What gradients of examples know of themselves, whatever holds them."""
 
@@ -269,7 +226,7 @@ class Gradients(Protocol):
         """The names of the blocks that it holds gradients of."""
         ...
 
-    def along(self, V: dict[str, Tensor]) -> Float[Tensor, "k b m"]:
+    def along(self, V: Vectors) -> Float[Tensor, "k b m"]:
         """J v."""
         ...
 
@@ -277,11 +234,15 @@ class Gradients(Protocol):
         """Jᵀ u."""
         ...
 
+    def rows(self) -> dict[str, Tensor]:
+        """J."""
+        ...
+
 
 Piece = Product | Lookup | Direct
 
 
-def rows(pieces: Sequence[Piece], sizes: dict[str, int]) -> Float[Tensor, "b m p"]:
+def rows(pieces: Sequence[Gradients], sizes: dict[str, int]) -> Float[Tensor, "b m p"]:
     """J, written out; blocks in the order of `sizes`.  Memory: b·m·p numbers."""
     out = _summed([piece.rows() for piece in pieces])
     first = next(iter(out.values()))
@@ -291,10 +252,14 @@ def rows(pieces: Sequence[Piece], sizes: dict[str, int]) -> Float[Tensor, "b m p
 
 def along(pieces: Sequence[Gradients], V: Float[Tensor, "k p"], sizes: dict[str, int]) -> Float[Tensor, "k b m"]:
     """J v for every vector."""
-    split = _split(V, sizes)
+    return along_kept(pieces, Vectors(V, sizes, V))
+
+
+def along_kept(pieces: Sequence[Gradients], V: Vectors) -> Float[Tensor, "k b m"]:
+    """The same of vectors that keep what they were put in order for, from one batch to the next."""
     total: Tensor | None = None
     for piece in pieces:
-        part = piece.along(split)
+        part = piece.along(V)
         total = part if total is None else total + part
     assert total is not None  # every objective depends on θ
     return total
@@ -318,9 +283,9 @@ def squares(pieces: Sequence[Piece]) -> Float[Tensor, "b m"]:
     return torch.stack(parts).sum(0).T
 
 
-def merged(pieces: Sequence[Piece]) -> list[Piece]:
+def merged(pieces: Sequence[T]) -> list[T | Product]:
     """The same gradients with the uses of a shared weight joined along their positions, where their layouts agree."""
-    out: dict[object, Piece] = {}
+    out: dict[object, T | Product] = {}
     for piece in pieces:
         key: object = (piece.blocks, *piece.sizes) if isinstance(piece, Product) and piece.where is None else id(piece)
         before = out.get(key)
@@ -367,7 +332,3 @@ def _summed(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         for name, value in part.items():
             out[name] = out[name] + value if name in out else value
     return out
-
-
-def _split(V: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
-    return dict(zip(sizes, V.split(list(sizes.values()), 1), strict=True))
