@@ -84,7 +84,7 @@ def _store(system: System, folder: str | os.PathLike[str], error: float, bits: i
         )
         raise InvalidInput(message)
     system.refuse_other_ranks()
-    work = {"index": 1, **kept.work(system), "error": float(error), "bits": bits}
+    work = {"index": 2, **kept.work(system), "error": float(error), "bits": bits}
     return ranks.after_first("opening the store", lambda: Store(folder, work, part=part, follows=not ranks.first()))
 
 
