@@ -90,7 +90,7 @@ def around(matrix: Any) -> Core | None:
     levels: list[_Level] = []
     left = matrix
     for level, rest, _ in _levels(matrix):
-        if float(level.diagonal.min()) <= _SINGULAR:
+        if rest.shape[0] and float(rest.diagonal().min()) <= _SINGULAR:
             return None
         levels.append(level)
         left = rest

@@ -72,6 +72,12 @@ def test_what_is_not_positive_has_no_core():
     assert core.around(scipy.sparse.kron(scipy.sparse.identity(1500), pair, format="csr")) is None
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_columns_that_come_twice_without_a_penalty_have_no_core(monkeypatch, count):
+    monkeypatch.setattr(core, "SECONDS", core.SECONDS / 1e6)  # what is left of a pair is an empty row
+    assert core.around(scipy.sparse.csr_matrix(np.kron(np.eye(count), np.ones((2, 2))))) is None
+
+
 @pytest.mark.parametrize("most", [2**8, 2**21])
 def test_forms_of_narrow_and_of_wide_rows(monkeypatch, most):
     monkeypatch.setattr(core, "_AT_ONCE", most)

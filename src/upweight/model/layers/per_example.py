@@ -312,7 +312,10 @@ def _resized(objective: Objective, found: Plan, batch: Any) -> Plan | None:
         return None
     if not all(one.like(other) for one, other in zip(watch.uses, found.uses, strict=True)):
         return None
-    return replace(found, uses=tuple(watch.uses), bytes=watch.bytes, shapes=_shapes(batch), others={})
+    uses = tuple(replace(one, where=other.where) for one, other in zip(watch.uses, found.uses, strict=True))
+    return replace(
+        found, uses=uses, bytes=watch.bytes, shapes=_shapes(batch), others={}
+    )  # places by which Vectors keep
 
 
 def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
