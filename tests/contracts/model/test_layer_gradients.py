@@ -340,6 +340,32 @@ def test_vectors_are_put_in_order_once_for_all_batches(case):
     close(layers.dots(objective, batch, ordered), G @ V.T)
 
 
+class Words(nn.Module):
+    """A weight of GPT-2's kind, (inputs, outputs), at as many positions as there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(torch.addmm(self.bias, x.flatten(0, 1), self.weight)).unflatten(0, x.shape[:2]).mean(1)
+
+
+def test_vectors_are_in_one_order_for_rows_of_all_lengths():
+    torch.manual_seed(0)
+    model = Words().double()
+    objective = uw.adapters.module.explain(
+        model, torch.randn(n, 6, 3).double(), torch.zeros(n).long(), loss=nn.CrossEntropyLoss()
+    ).objective
+    V = draw(4, objective.size)
+    ordered = layers.in_order(objective, V)
+    for length in (6, 5, 4, 7):
+        batch = torch.randn(n, length, 3, dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
+        close(layers.dots(objective, batch, ordered), by_hand(model, batch)[:, 0] @ V.T)
+    assert objective.route.plan.structured
+    assert len(ordered._tiles) == 1
+
+
 class _Convolutions(TorchDispatchMode):
     count = 0
 
