@@ -99,6 +99,19 @@ def test_the_count_by_pattern_is_that_of_the_numbers():
     assert counted.flops == counted.size**3
 
 
+def test_levels_that_fill_what_they_leave_are_not_followed(monkeypatch):
+    monkeypatch.setattr(core, "SECONDS", core.SECONDS / 100)
+    draw = np.random.default_rng(0)
+    rows, entries = 4000, 5
+    hashed = (np.ones(rows * entries), draw.integers(0, 2000, rows * entries), np.arange(rows + 1) * entries)
+    X = scipy.sparse.csr_matrix(hashed, shape=(rows, 2000))
+    whole, begun = core.counted(X, False), core.counted(X, False, most=300)
+    assert whole.size > 2 * 300  # the answer is the same
+    assert begun.size > 2 * 300
+    assert begun.entries < whole.entries / 2
+    assert core.counted(table(), True, most=300) == core.counted(table(), True)
+
+
 def test_entries_of_the_caller_stay_where_they_are():
     X = table()
     X.indices[: X.indptr[1]] = X.indices[: X.indptr[1]][::-1].copy()  # not sorted
