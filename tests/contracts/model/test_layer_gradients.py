@@ -115,6 +115,22 @@ class Attention(nn.Module):
         return self.top(h.mean(1))
 
 
+class Asked(nn.Module):
+    """Attention of queries, keys and a mask that are parameters, some of them of fewer heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.mask = nn.Parameter(torch.randn(1, 4, 3, 2)), nn.Parameter(torch.randn(1, 1, 3, 3))
+        self.key, self.value = nn.Parameter(torch.randn(1, 2, 3, 2)), nn.Parameter(torch.randn(1, 2, 3, 2))
+        self.top = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = x.unflatten(-1, (4, 2)).transpose(1, 2)
+        h = F.scaled_dot_product_attention(self.query, self.key, self.value, self.mask, enable_gqa=True) * own
+        h = h + F.scaled_dot_product_attention(self.query, self.query, self.query)
+        return self.top(torch.tanh(h).transpose(1, 2).flatten(2).mean(1))
+
+
 def image(*stages: nn.Module) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(*stages, nn.Flatten(), nn.LazyLinear(3))
 
@@ -216,6 +232,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], set[str]]]
         {"linear + matmul", "matmul", "addmm + matmul", "not used by the loss"},
     ),
     "attention": (Attention, lambda: pictures(3, 8), {"linear", "autograd: add"}),
+    "attention of parameters": (Asked, lambda: pictures(3, 8), {"linear", "autograd: mul + autograd: matmul"}),
     "transformer": (
         encoder,
         lambda: pictures(3, 8),
