@@ -23,7 +23,7 @@ from ranks import work
 from refusals import refused, warned
 from small import XQ, YQ, ZQ, D, N, X, Y, Z, classifier, net, ridge
 from upweight.errors import NotPositiveDefinite
-from upweight.influence import baselines, diagnostics, shards
+from upweight.influence import baselines, diagnostics, index as index_module, indexing, shards
 from upweight.operators import EKFAC, EmpiricalFisher, GaussNewton, Hessian, Nystroem
 from upweight.runs.files import read_tensors, write_tensors
 from upweight.solvers import CG, Cholesky, LiSSA
@@ -773,6 +773,26 @@ def test_a_part_of_an_index_is_one_of_them(tmp_path):
         shutil.rmtree(folder)
         index = influence.index(folder)
     assert index.on_loss(queries).values.tobytes() == expected.tobytes()
+
+
+def test_an_index_of_convolutions_in_another_order(tmp_path, monkeypatch):
+    """An older upweight had channels before the kernel; an index of a network without convolutions is the same."""
+    folder, dense = tmp_path / "convolved", tmp_path / "dense"
+    images = (nn.Unflatten(1, (1, D)), nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Flatten())
+    torch.manual_seed(0)
+    influence = indexed(nn.Sequential(*images, nn.Linear(2 * (D - 2), 3)).double())
+    other = indexed(nn.Sequential(nn.Linear(D, 20), nn.Tanh(), nn.Linear(20, 3)).double())
+    with monkeypatch.context() as before:
+        before.setattr(indexing, "ORDER", 1)
+        before.setattr(index_module, "ORDER", 1)
+        influence.index(folder)
+        expected = other.index(dense).coordinates(other, XQ, YQ).values
+    assert np.array_equal(uw.Index.open(dense).coordinates(other, XQ, YQ).values, expected)
+    with refused(" holds no part of an index (", "Delete the folder, and make the index again"):
+        uw.Index.open(folder).coordinates(influence, XQ, YQ)
+    shutil.rmtree(folder)
+    queries = influence.index(folder).coordinates(influence, XQ, YQ)
+    assert np.isfinite(uw.Index.open(folder).on_loss(queries).values).all()
 
 
 def test_bm25_compares_tokens():

@@ -135,7 +135,7 @@ def _levelled(objective: Objective, examples: Examples, systems: int, counted: b
     able = pairs <= core.PAIRS and held(objective)
     if not counted and not (able and iterated > _SURE * _COUNTED * core.SECONDS * pairs):
         return []
-    found = core.counted(X, structure.intercept)
+    found = core.counted(X, structure.intercept, FACTOR_UP_TO)
     each = 2.0 * systems * found.size**2
     seconds = found.seconds + each / _FLOPS
     pays = found.size <= FACTOR_UP_TO and _SURE * seconds <= iterated

@@ -36,6 +36,8 @@ import numpy as np
 import scipy.sparse
 import torch
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from upweight.data.examples import Examples
 from upweight.data.trees import leaves, like, take, tree_map
@@ -344,9 +346,27 @@ def example_bytes(objective: Objective, batch: Any) -> int:
     blocks = {name: block.detach().clone().requires_grad_() for name, block in objective.blocks.items()}
     own = {tensor.data_ptr() for tensor in (*blocks.values(), *objective.fixed.values())}
     params = blocks if isinstance(objective.params, dict) else next(iter(blocks.values()))
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        objective.loss(params, example)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            objective.loss(params, example)
+    except RuntimeError:  # torch.func, with which a loss may differentiate inside, is incompatible with hooks
+        with _Results() as results:
+            objective.loss(params, example)
+        seen = {x.data_ptr(): x.numel() * x.element_size() for x in results.found}
     activations = sum(size for pointer, size in seen.items() if pointer not in own)
     largest = max(block.numel() * block.element_size() for block in blocks.values())
     # a batched backward pass holds a few copies of the activations; a convolution may hold an example's weights too
     return math.ceil(4 * activations + largest / 8 + 1024)
+
+
+class _Results(TorchDispatchMode):
+    """Keeps what every operation gives, so that no two of them have the same place in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.found += [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        return out

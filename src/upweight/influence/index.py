@@ -41,16 +41,18 @@ from upweight.influence.scores import Extremes, Scores, naming
 from upweight.influence.system import System
 from upweight.influence.top import TopK
 from upweight.model import per_row
+from upweight.model.layers.convolution import Convolution
 from upweight.operators.factors import Basis
 from upweight.operators.held import Held
 from upweight.operators.kronecker import Kronecker
 from upweight.runs.quantised import BITS, unpacked
-from upweight.runs.store import SUFFIX, chunk_name, read_part, read_work
+from upweight.runs.store import SUFFIX, chunk_name, fingerprint, read_part, read_work
 from upweight.solvers.base import checked_damping
 from upweight.solvers.factored import ROUNDING
 from upweight.solvers.lanczos import rounded_up
 
 COORDINATES, BASIS = "coordinates", "basis"
+ORDER = 2  # of the entries of convolutions along eigenvectors: in 1 channels came before the kernel
 _TOLD = ("rows", "bits", "damping", "error", "lowest", "largest", "coverage", "correlation")  # numbers of a card
 
 
@@ -325,6 +327,10 @@ def opened(path: Path, system: System) -> tuple[Kronecker, list[Tensor]]:
     """The operator of the folder's eigenvectors, and the coordinates that are kept: for this model, without a sweep."""
     arrays, _ = part_of(path, BASIS)
     uses, blocks, rest = Kronecker.blocks_of(system.sweep)
+    order = fingerprint(path).get("index")
+    if order != ORDER and any(isinstance(piece, Convolution) for piece in uses.first):
+        found = f"eigenvectors of convolutions in order {order}, which an older upweight wrote, and not in {ORDER}"
+        raise holds_other(path / f"{BASIS}{SUFFIX}", found)
     at = [block.at for block in blocks] + ([rest[None, None]] if len(rest) else [])
     bases, chosen = [], []
     for number, places in enumerate(at):

@@ -20,7 +20,7 @@ from torch import Tensor
 from upweight.data.ids import packed as packed_ids
 from upweight.errors import InvalidInput, UnsupportedModel, checked_count
 from upweight.influence import kept
-from upweight.influence.index import BASIS, COORDINATES, Index, opened
+from upweight.influence.index import BASIS, COORDINATES, ORDER, Index, opened
 from upweight.influence.system import System
 from upweight.model import per_row
 from upweight.operators.kronecker import EKFAC, KFAC, Kronecker
@@ -84,7 +84,7 @@ def _store(system: System, folder: str | os.PathLike[str], error: float, bits: i
         )
         raise InvalidInput(message)
     system.refuse_other_ranks()
-    work = {"index": 2, **kept.work(system), "error": float(error), "bits": bits}
+    work = {"index": ORDER, **kept.work(system), "error": float(error), "bits": bits}
     return ranks.after_first("opening the store", lambda: Store(folder, work, part=part, follows=not ranks.first()))
 
 

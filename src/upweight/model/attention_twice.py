@@ -18,13 +18,14 @@ left, (kᵀ Dᵀ)ᵀ, for which BLAS is three times as fast. For first derivativ
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function as seen_by
 
 from upweight.model.attention import of_heads
 from upweight.model.calculus import Function
@@ -38,17 +39,21 @@ _SWITCHING, _HERE = threading.Lock(), threading.local()
 
 
 @contextmanager
-def bent() -> Iterator[None]:
-    """torch's attention runs as written here, in this thread: it can be differentiated once or twice, and no more."""
-    depth = getattr(_HERE, "depth", 0)
+def bent(unless: Callable[[Sequence[Any]], bool] | None = None) -> Iterator[None]:
+    """torch's attention runs as written here, in this thread: it can be differentiated once or twice, and no more.
+
+    Args:
+        unless: whether somebody watches one of query, key, value and mask, and is to see torch's own function.
+    """
+    depth, before_unless = getattr(_HERE, "depth", 0), getattr(_HERE, "unless", None)
     with _SWITCHING:
         _FOUND.append(_FOUND[0] if _FOUND else F.scaled_dot_product_attention)
         F.scaled_dot_product_attention = _attention
-    _HERE.depth = depth + 1
+    _HERE.depth, _HERE.unless = depth + 1, unless
     try:
         yield
     finally:
-        _HERE.depth = depth
+        _HERE.depth, _HERE.unless = depth, before_unless
         with _SWITCHING:
             before = _FOUND.pop()
             if not _FOUND:
@@ -70,6 +75,10 @@ def _attention(
         before = _FOUND[0] if _FOUND else _PLAINLY  # the last may leave meanwhile
         settings: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
         return before(query, key, value, attn_mask, dropout_p, is_causal, **settings)
+    tensors = (query, key, value)
+    if _HERE.unless is not None and _HERE.unless((*tensors, attn_mask)) and seen_by(tensors):
+        settings = {"scale": scale, "enable_gqa": enable_gqa}
+        return handle_torch_function(_attention, tensors, *tensors, attn_mask, dropout_p, is_causal, **settings)
     if enable_gqa:
         key, value = (of_heads(query.shape[-3], x) for x in (key, value))
     added = attn_mask

@@ -90,7 +90,7 @@ def around(matrix: Any) -> Core | None:
     levels: list[_Level] = []
     left = matrix
     for level, rest, _ in _levels(matrix):
-        if float(level.diagonal.min()) <= _SINGULAR:
+        if rest.shape[0] and float(rest.diagonal().min()) <= _SINGULAR:
             return None
         levels.append(level)
         left = rest
@@ -104,13 +104,19 @@ def pairs(X: Any) -> float:
     return float(((np.diff(X.indptr) + 1.0) ** 2).sum())
 
 
-def counted(X: Any, intercept: bool) -> Counted:
-    """The core of XᵀDX + Λ, whatever the positive D and Λ are.  Cost: that of the levels, without S⁻¹."""
+def counted(X: Any, intercept: bool, most: float | int = np.inf) -> Counted:
+    """The core of XᵀDX + Λ, whatever the positive D and Λ are.  Cost: that of the levels, without S⁻¹.
+
+    Levels that have filled what they leave while twice `most` columns are still there, as those of hashed columns do,
+    are not followed: the core is going to have more than that.
+    """
     weights = np.linspace(1, np.e, X.shape[0])  # no two terms cancel
     matrix = gram(pattern(X), weights, np.ones(X.shape[1] + int(intercept)), intercept)
     left, entries, seconds = matrix, matrix.nnz, SECONDS * pairs(X)
     for _, rest, took in _levels(matrix):
         left, entries, seconds = rest, max(entries, rest.nnz), seconds + took
+        if left.nnz > max(matrix.nnz, (most / 2) ** 2) and left.shape[0] > 2 * most:
+            break
     return Counted(left.shape[0], int(entries), seconds + left.shape[0] ** 3 / FLOPS)
 
 

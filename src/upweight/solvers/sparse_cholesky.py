@@ -154,13 +154,16 @@ def _scaled(operator: LinearHessian, damping: float) -> tuple[Any, NDArray[np.fl
 
 
 def _inverse(rest: Any) -> NDArray[np.float64] | None:
-    """The inverse of a sparse matrix as a dense one; None where it is not positive, or singular to rounding."""
+    """The inverse of a sparse matrix as a dense one; None where it is not positive, or singular to rounding.
+
+    It is part of a matrix whose diagonal is 1: numbers that are all small are what cancelled, and no smaller scale.
+    """
     if not rest.shape[0]:
         return np.zeros((0, 0))
     dense = rest.toarray().T  # in LAPACK's order; the matrix is symmetric
     norm = float(abs(rest).sum(0).max())
     factor, failed = _potrf(dense, lower=1, overwrite_a=1, clean=0)
-    if failed or float(_pocon(factor, norm, uplo="L")[0]) < _MIN_RECIPROCAL_CONDITION:
+    if failed or float(_pocon(factor, norm, uplo="L")[0]) * min(1.0, norm) < _MIN_RECIPROCAL_CONDITION:
         return None
     inverse = _potri(factor, lower=1, overwrite_c=1)[0].T  # rows and columns up to the diagonal
     for start in range(0, len(inverse), _ROWS):

@@ -115,6 +115,22 @@ class Attention(nn.Module):
         return self.top(h.mean(1))
 
 
+class Asked(nn.Module):
+    """Attention of queries, keys and a mask that are parameters, some of them of fewer heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.mask = nn.Parameter(torch.randn(1, 4, 3, 2)), nn.Parameter(torch.randn(1, 1, 3, 3))
+        self.key, self.value = nn.Parameter(torch.randn(1, 2, 3, 2)), nn.Parameter(torch.randn(1, 2, 3, 2))
+        self.top = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = x.unflatten(-1, (4, 2)).transpose(1, 2)
+        h = F.scaled_dot_product_attention(self.query, self.key, self.value, self.mask, enable_gqa=True) * own
+        h = h + F.scaled_dot_product_attention(self.query, self.query, self.query)
+        return self.top(torch.tanh(h).transpose(1, 2).flatten(2).mean(1))
+
+
 def image(*stages: nn.Module) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(*stages, nn.Flatten(), nn.LazyLinear(3))
 
@@ -216,6 +232,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], set[str]]]
         {"linear + matmul", "matmul", "addmm + matmul", "not used by the loss"},
     ),
     "attention": (Attention, lambda: pictures(3, 8), {"linear", "autograd: add"}),
+    "attention of parameters": (Asked, lambda: pictures(3, 8), {"linear", "autograd: mul + autograd: matmul"}),
     "transformer": (
         encoder,
         lambda: pictures(3, 8),
@@ -338,6 +355,32 @@ def test_vectors_are_put_in_order_once_for_all_batches(case):
     close(layers.dots(objective, few, ordered), G[:2] @ V.T)
     assert {name: id(found) for name, found in ordered._tiles.items()} == held
     close(layers.dots(objective, batch, ordered), G @ V.T)
+
+
+class Words(nn.Module):
+    """A weight of GPT-2's kind, (inputs, outputs), at as many positions as there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(torch.addmm(self.bias, x.flatten(0, 1), self.weight)).unflatten(0, x.shape[:2]).mean(1)
+
+
+def test_vectors_are_in_one_order_for_rows_of_all_lengths():
+    torch.manual_seed(0)
+    model = Words().double()
+    objective = uw.adapters.module.explain(
+        model, torch.randn(n, 6, 3).double(), torch.zeros(n).long(), loss=nn.CrossEntropyLoss()
+    ).objective
+    V = draw(4, objective.size)
+    ordered = layers.in_order(objective, V)
+    for length in (6, 5, 4, 7):
+        batch = torch.randn(n, length, 3, dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
+        close(layers.dots(objective, batch, ordered), by_hand(model, batch)[:, 0] @ V.T)
+    assert objective.route.plan.structured
+    assert len(ordered._tiles) == 1
 
 
 class _Convolutions(TorchDispatchMode):

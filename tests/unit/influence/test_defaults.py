@@ -295,3 +295,26 @@ def test_memory_of_an_example_does_not_depend_on_how_many_there_are():
         == regressor(X=np.tile(X, (5, 1)), y=np.tile(Z[:, None], (5, 1))).sweep.example_bytes
     )
     assert classifier().sweep.example_bytes == classifier(X=X[:8], y=Y[:8]).sweep.example_bytes
+
+
+def test_a_loss_may_differentiate_inside():
+    """With torch.func, which refuses to run where saved tensors are looked at."""
+    draw = np.random.default_rng(0)
+    X, y = torch.from_numpy(draw.normal(size=(20, 3))), torch.from_numpy(draw.normal(size=20))
+    theta = torch.from_numpy(draw.normal(size=3))
+
+    def loss(theta, example):
+        def predicted(x):
+            return torch.tanh(x @ theta)
+
+        x, target = example
+        return (predicted(x) - target) ** 2 + (torch.func.grad(predicted)(x) ** 2).sum()
+
+    def mean(theta):
+        return torch.stack([loss(theta, one) for one in zip(X, y, strict=True)]).mean()
+
+    H = torch.autograd.functional.hessian(mean, theta) + 5 * torch.eye(3, dtype=torch.float64)
+    G = torch.stack([torch.func.grad(loss)(theta, one) for one in zip(X, y, strict=True)])
+    with pytest.warns(uw.errors.TheoryWarning):
+        found = uw.Influence(uw.Objective(loss, theta), uw.Examples(X, y), damping=5.0).on_loss(uw.Examples(X, y))
+    assert np.allclose(found.values, (G @ torch.linalg.solve(H, G.T) / 20).numpy(), rtol=1e-8)

@@ -72,6 +72,12 @@ def test_what_is_not_positive_has_no_core():
     assert core.around(scipy.sparse.kron(scipy.sparse.identity(1500), pair, format="csr")) is None
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_columns_that_come_twice_without_a_penalty_have_no_core(monkeypatch, count):
+    monkeypatch.setattr(core, "SECONDS", core.SECONDS / 1e6)  # what is left of a pair is an empty row
+    assert core.around(scipy.sparse.csr_matrix(np.kron(np.eye(count), np.ones((2, 2))))) is None
+
+
 @pytest.mark.parametrize("most", [2**8, 2**21])
 def test_forms_of_narrow_and_of_wide_rows(monkeypatch, most):
     monkeypatch.setattr(core, "_AT_ONCE", most)
@@ -91,6 +97,19 @@ def test_the_count_by_pattern_is_that_of_the_numbers():
     assert counted.size == core.around(scaled(X, True)).rest.shape[0]
     assert counted.memory >= 8 * counted.size**2
     assert counted.flops == counted.size**3
+
+
+def test_levels_that_fill_what_they_leave_are_not_followed(monkeypatch):
+    monkeypatch.setattr(core, "SECONDS", core.SECONDS / 100)
+    draw = np.random.default_rng(0)
+    rows, entries = 4000, 5
+    hashed = (np.ones(rows * entries), draw.integers(0, 2000, rows * entries), np.arange(rows + 1) * entries)
+    X = scipy.sparse.csr_matrix(hashed, shape=(rows, 2000))
+    whole, begun = core.counted(X, False), core.counted(X, False, most=300)
+    assert whole.size > 2 * 300  # the answer is the same
+    assert begun.size > 2 * 300
+    assert begun.entries < whole.entries / 2
+    assert core.counted(table(), True, most=300) == core.counted(table(), True)
 
 
 def test_entries_of_the_caller_stay_where_they_are():

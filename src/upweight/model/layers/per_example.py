@@ -186,11 +186,11 @@ def _as_met(
 
     def one(example: Any, *offsets: Tensor) -> tuple[Tensor, list[Tensor]]:
         watch = Watch(objective, objective.params, offsets)
-        value = _watched(watch, function, objective.params, example)
+        with attention_twice.bent(unless=watch.holds):
+            value = _watched(watch, function, objective.params, example)
         return value, watch.inputs
 
-    with attention_twice.bent():
-        values, inputs = vmap(one)(batch, *offsets)
+    values, inputs = vmap(one)(batch, *offsets)
     if cotangents is None:
         every = [calculus.slopes(objective, values, offsets, None)]
     else:
@@ -312,7 +312,9 @@ def _resized(objective: Objective, found: Plan, batch: Any) -> Plan | None:
         return None
     if not all(one.like(other) for one, other in zip(watch.uses, found.uses, strict=True)):
         return None
-    return replace(found, uses=tuple(watch.uses), bytes=watch.bytes, shapes=_shapes(batch), others={})
+    places = [use.where for use in found.uses]  # the same tensors, by which Vectors know what they have kept
+    uses = tuple(replace(use, where=where) for use, where in zip(watch.uses, places, strict=True))
+    return replace(found, uses=uses, bytes=watch.bytes, shapes=_shapes(batch), others={})
 
 
 def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:

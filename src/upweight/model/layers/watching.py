@@ -94,6 +94,10 @@ class Watch(TorchFunctionMode):
                 return _opened(func)(*args, **kwargs)
         return self._direct(func, args, kwargs)
 
+    def holds(self, parts: Iterable[Any]) -> bool:
+        """Whether one of them is a parameter, or a view of one."""
+        return _holds(parts, self.held)
+
     def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A view of a parameter stays known as its part."""
         out = func(*args, **kwargs)
