@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upweight.errors import InvalidInput, UnsupportedModel
+from upweight.model import weight_norm
 from upweight.model.attention import ShortAttention
 from upweight.model.recurrent import written_out
 from upweight.model.transforms import functional_call
@@ -21,15 +22,15 @@ def forward(model: torch.nn.Module, state: Mapping[str, Tensor], x: Any) -> Tens
     """The module's output for a batch, with other parameters and buffers than its own; the module is not changed.
 
     A dict of inputs is passed by keywords, a tuple by position. Attention runs in its plain form, for the fused kernels
-    can be differentiated once or not at all; masks are written out, for their short forms depend on the data, and
-    recurrent layers, for vmap cannot batch theirs.
+    can be differentiated once or not at all; masks are written out, for their short forms depend on the data,
+    recurrent layers, for vmap cannot batch theirs, and norms of weights, for torch's second derivative is wrong.
     """
     if isinstance(model, Called):
         return model.read(forward(model.module, state, x))
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), _whole_masks(), written_out(), ShortAttention():
+        with sdpa_kernel(SDPBackend.MATH), _whole_masks(), written_out(), _Written():
             return plainly(model, state, x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -42,6 +43,15 @@ def plainly(model: torch.nn.Module, state: Mapping[str, Tensor], x: Any) -> Any:
     if isinstance(x, Mapping):
         return functional_call(model, dict(state), (), dict(x))
     return functional_call(model, dict(state), tuple(x) if isinstance(x, tuple | list) else (x,))
+
+
+class _Written(ShortAttention):
+    """Inside, attention and norms of weights are made of operations that can be differentiated twice."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is weight_norm.OWN:
+            return weight_norm.normed(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class Called(torch.nn.Module):
