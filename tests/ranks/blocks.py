@@ -20,7 +20,7 @@ import upweight as uw
 from ranks.work import QUERIES, X, Y, d, n
 from upweight.model.sweep import Sweep
 from upweight.operators import held
-from upweight.operators.factors import Basis
+from upweight.operators.basis import Basis
 from upweight.runs.sums import Sums
 
 RANK = os.environ.get("RANK", "0")

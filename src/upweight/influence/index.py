@@ -42,7 +42,7 @@ from upweight.influence.system import System
 from upweight.influence.top import TopK
 from upweight.model import per_row
 from upweight.model.layers.convolution import Convolution
-from upweight.operators.factors import Basis
+from upweight.operators.basis import Basis
 from upweight.operators.held import Held
 from upweight.operators.kronecker import Kronecker
 from upweight.runs.quantised import BITS, unpacked

@@ -1,8 +1,8 @@
-"""The blocks of a Kronecker curvature: what a batch adds to their factors, and their eigenvectors.
+"""The blocks of a Kronecker curvature: what a batch adds to their factors, and to the curvature along eigenvectors.
 
 A block is what one weight (with the bias added in the same call) takes of θ, as matrices (g, o, i): g groups of
-channels, o outputs, i inputs. Every block ends as eigenvectors Q_left (g, o, o) and Q_right (g, i, i) and the
-eigenvalues (g, o, i) that belong to their products. A table's rows, and sides too wide to rotate, keep unit vectors.
+channels, o outputs, i inputs. Every block ends as a `Basis`. A table's rows, and sides too wide to rotate, keep unit
+vectors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from upweight.model.layers.convolution import Convolution, Seen
 from upweight.model.layers.pieces import Direct, Lookup, Product, rows
-from upweight.model.products import product
+from upweight.operators.basis import Basis, columns, eigen, within
 
 WIDEST = 8192  # inputs or outputs of a layer; a wider side keeps only the diagonal of its factor
 DENSE = 512  # parameters that no structure covers, up to which their whole block is kept; of more only the diagonal
@@ -29,59 +29,6 @@ _SYRK: dict[torch.dtype, Any] = {
     for dtype, kind in ((torch.float64, np.float64), (torch.float32, np.float32))
 }
 _NUMBERS = 2**21  # of gradient matrices that are written out at once, where a layer has several positions
-
-
-@dataclass(frozen=True)
-class Basis:
-    """Eigenvectors and eigenvalues of one block of C.
-
-    Args:
-        name: of the parameters, for people.
-        at: the place in flat θ of every entry of the block's matrices.
-        left, right: eigenvectors in columns; None stands for unit vectors.
-        values: what the data give each pair of eigenvectors.
-        penalty: what the penalty gives it: the diagonal of its Hessian in this basis.
-    """
-
-    name: str
-    at: Int[Tensor, "g o i"]
-    left: Float[Tensor, "g o a"] | None
-    right: Float[Tensor, "g i c"] | None
-    values: Float[Tensor, "g o i"]
-    penalty: Float[Tensor, "g o i"]
-
-    @property
-    def eigenvalues(self) -> Float[Tensor, "g o i"]:
-        """Of C on this block, without damping."""
-        return self.values + self.penalty
-
-    def rotated(self, M: Float[Tensor, "k g o i"]) -> Float[Tensor, "k g a c"]:
-        """Q_leftᵀ M Q_right."""
-        M = M if self.right is None else _times(M, self.right)
-        return M if self.left is None else self.left.mT @ M
-
-    def back(self, M: Float[Tensor, "k g o i"]) -> Float[Tensor, "k g o i"]:
-        """Q_left M Q_rightᵀ."""
-        M = M if self.right is None else _times(M, self.right.mT)
-        return M if self.left is None else self.left @ M
-
-    def only(self, at: Int[Tensor, " some"]) -> tuple[Basis, Int[Tensor, " some"]]:
-        """The eigenvectors that these pairs (flat numbers in (g, o, i)) need, and their numbers among them."""
-        _, o, i = self.at.shape
-        group, rest = at // (o * i), at % (o * i)
-        kept, places, sizes = [], [], []
-        for Q, numbers, size in ((self.left, rest // i, o), (self.right, rest % i, i)):
-            used, place = numbers.unique(return_inverse=True) if Q is not None else (None, numbers)
-            kept.append(Q if used is None or Q is None else Q[:, :, used].contiguous())
-            places.append(place)
-            sizes.append(size if used is None else len(used))
-        smaller = replace(self, left=kept[0], right=kept[1])
-        return smaller, (group * sizes[0] + places[0]) * sizes[1] + places[1]
-
-    def like(self, reference: Tensor) -> Basis:
-        """The same eigenvectors in another precision, on another device."""
-        moved = [None if Q is None else Q.to(reference) for Q in (self.left, self.right)]
-        return replace(self, left=moved[0], right=moved[1])
 
 
 @dataclass(frozen=True)
@@ -119,10 +66,10 @@ class Weight:
         They take the memory of the sums, as those of every layer do.
         """
         A, B, mass = sums
-        a, right = _eigen(A.div_(mass.clamp(min=1e-300).reshape(-1, *[1] * (A.ndim - 1))))
-        b, left = _eigen(B.div_(n))
+        a, right = eigen(A.div_(mass.clamp(min=1e-300).reshape(-1, *[1] * (A.ndim - 1))))
+        b, left = eigen(B.div_(n))
         return Basis(
-            self.name, self.at, left, right, b[:, :, None] * a[:, None], _within(strengths[self.at], left, right)
+            self.name, self.at, left, right, b[:, :, None] * a[:, None], within(strengths[self.at], left, right)
         )
 
     def squares(self, pieces: Sequence[Seen], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:
@@ -173,12 +120,12 @@ class Weight:
         if right is None:
             return torch.cat([a, a.new_ones(*a.shape[:3], 1)], 3) if self._biased(a) else a
         if not self._biased(a):
-            return _columns(a, right)
-        return _columns(a, right[:, :-1]).add_(right[:, -1:])
+            return columns(a, right)
+        return columns(a, right[:, :-1]).add_(right[:, -1:])
 
     def _squared(self, a: Tensor, d: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
         """(D Q_left)² summed over cotangents, (b, g, o), and (A Q_right)², (b, g, i), of single positions."""
-        left = d if basis.left is None else _columns(d, basis.left)
+        left = d if basis.left is None else columns(d, basis.left)
         return left.square().sum(0)[:, :, 0], self._turned(a, basis.right).square()[:, :, 0]
 
     def _written(self, a: Tensor, d: Tensor, basis: Basis) -> Iterator[tuple[int, Tensor]]:
@@ -192,7 +139,7 @@ class Weight:
         step = max(1, _NUMBERS // (m * g * max(o * i, t * max(o, i))))
         for start in range(0, b, step):
             slopes, inputs = d[:, start : start + step], a[start : start + step]
-            slopes = slopes if early.left is None else _columns(slopes, early.left)
+            slopes = slopes if early.left is None else columns(slopes, early.left)
             if early.right is not None:
                 G = slopes.mT @ self._turned(inputs, early.right)
             else:
@@ -227,9 +174,9 @@ class Tied(Weight):
 
     def basis(self, sums: list[Tensor], n: int, strengths: Float[Tensor, " p"]) -> Basis:
         """Eigenvectors of the marginals, and products of their eigenvalues over the trace."""
-        (a, right), (b, left) = (_eigen(total.div_(n)) for total in sums)
+        (a, right), (b, left) = (eigen(total.div_(n)) for total in sums)
         values = b[:, :, None] * a[:, None] / a.sum().clamp(min=1e-300)
-        return Basis(self.name, self.at, left, right, values, _within(strengths[self.at], left, right))
+        return Basis(self.name, self.at, left, right, values, within(strengths[self.at], left, right))
 
     def squares(self, pieces: Sequence[Seen], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:
         """Σ_b w_b Σ_m (Q_leftᵀ G_bm Q_right)², from the matrices of a few examples at a time."""
@@ -301,9 +248,9 @@ class Table:
     def basis(self, sums: list[Tensor], n: int, strengths: Float[Tensor, " p"]) -> Basis:
         """Eigenvectors of B, and the frequencies times its eigenvalues."""
         counts, B, mass = sums
-        b, right = _eigen(B.div_(n))
+        b, right = eigen(B.div_(n))
         values = (counts / mass.clamp(min=1e-300))[:, :, None] * b[:, None]
-        return Basis(self.name, self.at, None, right, values, _within(strengths[self.at], None, right))
+        return Basis(self.name, self.at, None, right, values, within(strengths[self.at], None, right))
 
     def squares(self, pieces: Sequence[Seen], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:
         """Squares of what each example gives each row that it reads, rotated."""
@@ -314,7 +261,7 @@ class Table:
     def rotated(self, pieces: Sequence[Seen], basis: Basis) -> Iterator[Float[Tensor, "c goi"]]:
         """The rows that each example reads, rotated, among zeros: a few examples at a time, flat."""
         indices, d = self._sides(pieces)
-        d = d[0] if basis.right is None else _columns(d[0][:, None], basis.right)[:, 0]
+        d = d[0] if basis.right is None else columns(d[0][:, None], basis.right)[:, 0]
         size, (t, o) = self.at.shape[1], d.shape[1:]
         step = max(1, _NUMBERS // (size * o))
         for start in range(0, len(d), step):
@@ -338,7 +285,7 @@ class Table:
     def _gathered(self, pieces: Sequence[Seen], basis: Basis) -> tuple[Tensor, Tensor, Tensor]:
         """For every pair of an example and a row it reads: the row, the example, and Σ_m (Σ_t d Q)², (pairs, o)."""
         indices, d = self._sides(pieces)
-        d = d if basis.right is None else _columns(d[:, :, None], basis.right)[:, :, 0]
+        d = d if basis.right is None else columns(d[:, :, None], basis.right)[:, :, 0]
         b, t = indices.shape
         size = self.at.shape[1]
         pair = (torch.arange(b, device=indices.device)[:, None] * size + indices.clamp(min=0)).flatten()
@@ -376,7 +323,7 @@ class Whole:
         mean = sums[0] / n
         if mean.ndim == 2:
             return Basis(self.name, self.at, None, None, mean[None], own)
-        values, Q = _eigen(mean + torch.diag_embed(own[0]))
+        values, Q = eigen(mean + torch.diag_embed(own[0]))
         return Basis(self.name, self.at, None, Q, values[None], torch.zeros_like(own))
 
     def squares(self, pieces: Sequence[Seen], weights: Float[Tensor, " b"], basis: Basis) -> list[Tensor]:  # noqa: ARG002
@@ -440,35 +387,3 @@ def _summed(a: Float[Tensor, "b g t i"], weights: Float[Tensor, " b"]) -> Float[
 def _upper(gram: Tensor) -> Tensor:
     """A Gram matrix with its upper half only, so that sums of several are alike; a diagonal as it is."""
     return gram if gram.ndim == 2 else gram.triu()
-
-
-def _eigen(factor: Tensor) -> tuple[Float[Tensor, "g i"], Float[Tensor, "g i i"] | None]:
-    """Eigenvalues, not negative, and eigenvectors of (g, i, i) factors, in their place; of a diagonal itself and None.
-
-    Vectors lie one after the other, as LAPACK leaves them.
-    """
-    if factor.ndim == 2:
-        return factor.clamp(min=0), None
-    eigenvalues, Q = torch.linalg.eigh(factor, UPLO="U")
-    return eigenvalues.clamp(min=0), factor.mT.copy_(Q)
-
-
-def _within(strengths: Tensor, left: Tensor | None, right: Tensor | None) -> Float[Tensor, "g o i"]:
-    """The diagonal of Qᵀ diag(strengths) Q; the same numbers where they are the same for the whole block."""
-    if bool((strengths == strengths.flatten()[0]).all()):
-        return strengths.clone()
-    out = strengths if right is None else strengths @ right.square()
-    return out if left is None else left.square().mT @ out
-
-
-def _times(M: Float[Tensor, "k g o i"], right: Float[Tensor, "g i c"]) -> Float[Tensor, "k g o c"]:
-    """M Q, by one product if there is one group."""
-    return product(M, right[0]) if len(right) == 1 else M @ right
-
-
-def _columns(x: Float[Tensor, "*lead g t i"], Q: Float[Tensor, "g i j"]) -> Float[Tensor, "*lead g t j"]:
-    """x Q for every group, by one product if there is one."""
-    if len(Q) == 1:
-        return product(x, Q[0])
-    moved = x.movedim(-3, 0)  # (g, lead, t, i)
-    return (moved.flatten(1, -2) @ Q).reshape(*moved.shape[:-1], Q.shape[-1]).movedim(0, -3)

@@ -20,7 +20,8 @@ from torch import Tensor
 from upweight.errors import RankFailed
 from upweight.model.chunks import CHUNK
 from upweight.model.sweep import Sweep
-from upweight.operators.factors import DENSE, WIDEST, Basis, Layer, Whole
+from upweight.operators.basis import Basis
+from upweight.operators.factors import DENSE, WIDEST, Layer, Whole
 from upweight.runs import ranks
 
 BROUGHT = 2**32  # bytes of all blocks together that a rank holds for a sweep; of more there are several sweeps

@@ -38,10 +38,11 @@ from upweight.model.objective import L2, Objective
 from upweight.model.sweep import Sweep
 from upweight.operators.ahead import ROOM, Ahead
 from upweight.operators.base import Curvature
+from upweight.operators.basis import Basis
 from upweight.operators.blocks import layers_of
 from upweight.operators.cotangents import Exact, Observed, Signs, Source, of_each
 from upweight.operators.cut import cut
-from upweight.operators.factors import DENSE, Basis, Layer, Whole
+from upweight.operators.factors import DENSE, Layer, Whole
 from upweight.operators.held import Held, kept_bytes, needed, rounds, shared_out, summed_bytes
 from upweight.operators.implicit import EmpiricalFisher, GaussNewton
 from upweight.operators.uses import Uses
