@@ -56,16 +56,13 @@ class SparseCholesky:
                 rows, the penalty is a function, or coefficients are held fixed.
             NotPositiveDefinite: if C + λI has a curvature that is not positive, or too small to divide by.
         """
-        structure = operator.sweep.objective.linear if isinstance(operator, LinearHessian) else None
-        if structure is None or structure.n_outputs > 1 or not operator.sparse:  # type: ignore[attr-defined]
-            kind = type(operator).__name__ if structure is None else f"of {structure.n_outputs} outputs"
-            rows = "" if structure is None else ", on sparse rows" if operator.sparse else ", on dense rows"  # type: ignore[attr-defined]
+        if not isinstance(operator, LinearHessian) or not operator.sparse or _outputs(operator) > 1:
             message = (
                 "SparseCholesky() works on the exact Hessian of a linear predictor with one output whose rows are "
-                f"sparse, and the curvature is {kind}{rows}. Use CG() or Cholesky()."
+                f"sparse, and the curvature is {_kind(operator)}. Use CG() or Cholesky()."
             )
             raise UnsupportedModel(message)
-        return Levelled(operator, checked_damping(damping))  # type: ignore[arg-type]
+        return Levelled(operator, checked_damping(damping))
 
 
 class Levelled:
@@ -185,3 +182,17 @@ def _refusal(operator: LinearHessian, damping: float) -> NotPositiveDefinite:
         None,
         1e-6,
     )
+
+
+def _outputs(operator: LinearHessian) -> int:
+    """K."""
+    structure = operator.sweep.objective.linear
+    assert structure is not None  # a LinearHessian is of a linear predictor
+    return structure.n_outputs
+
+
+def _kind(operator: Operator) -> str:
+    """What another curvature is, in words."""
+    if not isinstance(operator, LinearHessian):
+        return "that of another model, or stands for the Hessian"
+    return f"of {_outputs(operator)} outputs, on {'sparse' if operator.sparse else 'dense'} rows"
