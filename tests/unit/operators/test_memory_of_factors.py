@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from upweight.model.chunks import added
-from upweight.operators import factors
+from upweight.operators import basis
 
 SCRIPT = """
 import ctypes, gc, sys, torch
@@ -52,9 +52,9 @@ def test_eigenvectors_take_the_place_of_their_factor():
     half = torch.randn(2, 7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     factor = half @ half.mT
     kept = factor.clone()
-    values, Q = factors._eigen(factor.triu())
+    values, Q = basis.eigen(factor.triu())
     place = factor.clone()
-    values, Q = factors._eigen(place)
+    values, Q = basis.eigen(place)
     assert Q.untyped_storage().data_ptr() == place.untyped_storage().data_ptr()
     assert Q.mT.is_contiguous()  # as LAPACK leaves them: products with them are the same bits on every rank
     torch.testing.assert_close((Q * values[:, None]) @ Q.mT, kept)
