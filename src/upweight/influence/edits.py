@@ -15,31 +15,31 @@ from torch import Tensor
 
 from upweight.data.examples import Examples
 from upweight.errors import InvalidInput
-from upweight.influence import scoring
+from upweight.influence import removal, scoring
 from upweight.influence.scores import Scores
 from upweight.influence.system import System
 from upweight.model import per_row
 
 
-def of_replacing(system: System, rows: Any, X_new: Any, y_new: Any, on: Any) -> Scores:
+def of_replacing(system: System, rows: Any, X_new: Any, y_new: Any, on: Any, store: Any = None) -> Scores:
     """Each row becomes a new example: `Influence.of_replacing`."""
     rows = system.examples.rows(rows)
-    return _becoming(system, rows, new_examples(system, rows, X_new, y_new), "row replaced", on)
+    return _becoming(system, rows, new_examples(system, rows, X_new, y_new), "row replaced", on, store)
 
 
-def of_relabeling(system: System, rows: Any, y_new: Any, on: Any) -> Scores:
+def of_relabeling(system: System, rows: Any, y_new: Any, on: Any, store: Any = None) -> Scores:
     """Each row gets another label: `Influence.of_relabeling`."""
     rows = system.examples.rows(rows)
     relabelled = system.examples.relabelled(rows, system.encoder.targets(y_new))
-    return _becoming(system, rows, relabelled, "row relabelled", on)
+    return _becoming(system, rows, relabelled, "row relabelled", on, store)
 
 
-def of_adding(system: System, X_new: Any, y_new: Any, on: Any) -> Scores:
+def of_adding(system: System, X_new: Any, y_new: Any, on: Any, store: Any = None) -> Scores:
     """New examples join the training set: `Influence.of_adding`."""
     system.encoder.check_new(X_new)
     new = system.encoded(X_new, y_new)
     queries = system.queries(on)
-    solution = scoring.solutions(system, queries)
+    solution = removal.solutions(system, queries, store)
     scale = system.class_weights(new) * new.sample_weight / system.n
     G = per_row.gradients(system.sweep.over(system.objective, new)) + system.penalty_share
     changes = scoring.with_gradients(solution, system.undetermined.determined(G)).scaled(-scale)
@@ -60,9 +60,11 @@ def new_examples(system: System, rows: NDArray[np.int64], X: Any, y: Any) -> Exa
     return new
 
 
-def _becoming(system: System, rows: NDArray[np.int64], new: Examples, counterfactual: str, on: Any) -> Scores:
+def _becoming(
+    system: System, rows: NDArray[np.int64], new: Examples, counterfactual: str, on: Any, store: Any
+) -> Scores:
     queries = system.queries(on)
-    solution = scoring.solutions(system, queries)
+    solution = removal.solutions(system, queries, store)
     difference = system.undetermined.determined(_difference(system, rows, new))
     changes = scoring.with_gradients(solution, difference / -system.n)
     scale = system.examples.weights[rows] / system.n

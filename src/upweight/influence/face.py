@@ -415,7 +415,7 @@ class Influence:
         """
         return self_scores.of_self(self.system, rows)
 
-    def of_replacing(self, rows: Rows, X_new: Any, y_new: Any = None, *, on: On) -> Scores:
+    def of_replacing(self, rows: Rows, X_new: Any, y_new: Any = None, *, on: On, store: Any = None) -> Scores:
         """Equation 3: the change of each query's loss if training row i becomes the new example, at its weight.
 
         values[q, i] = (wᵢ/n) · I_pert,loss, with I_pert,loss = −∇L(z_q)ᵀ (C + λI)⁻¹ (∇L(z_new) − ∇L(zᵢ)).
@@ -425,21 +425,23 @@ class Influence:
             X_new: r new inputs, one for each of them.
             y_new: r new targets.
             on: (Xq, yq), the queries.
+            store: the folder of `on_loss(*on, store=…)`, by way of whose solutions and state the systems are solved.
         """
-        return edits.of_replacing(self.system, rows, X_new, y_new, on)
+        return edits.of_replacing(self.system, rows, X_new, y_new, on, store)
 
-    def of_relabeling(self, rows: Rows, y_new: Any, *, on: On) -> Scores:
+    def of_relabeling(self, rows: Rows, y_new: Any, *, on: On, store: Any = None) -> Scores:
         """The change of each query's loss if training row i had the label y_new[i] instead; equation 3 with the same x.
 
         Args:
             rows: r training rows.
             y_new: r new labels.
             on: (Xq, yq), the queries.
+            store: as for of_replacing.
 
         Raises:
             InvalidInput: if the number of labels is wrong, or examples have no label.
         """
-        return edits.of_relabeling(self.system, rows, y_new, on)
+        return edits.of_relabeling(self.system, rows, y_new, on, store)
 
     def of_perturbing(self, rows: Rows, *, on: On) -> Float[NDArray[np.float64], "q r ..."]:
         """Equation 5: the gradient of each query's loss with respect to the input of each training row.
@@ -457,7 +459,7 @@ class Influence:
         """
         return perturbation.of_perturbing(self.system, rows, on)
 
-    def of_adding(self, X_new: Any, y_new: Any = None, *, on: On) -> Scores:
+    def of_adding(self, X_new: Any, y_new: Any = None, *, on: On, store: Any = None) -> Scores:
         """The change of each query's loss if a new example joined the training set with weight 1 (ε = +1/n).
 
         values[q, j] = −(1/n) ∇L(z_q)ᵀ (C + λI)⁻¹ ∇L(z_new); a negative value means that the example would help. With
@@ -467,18 +469,20 @@ class Influence:
             X_new: new inputs.
             y_new: new targets.
             on: (Xq, yq), the queries.
+            store: as for of_replacing.
         """
-        return edits.of_adding(self.system, X_new, y_new, on)
+        return edits.of_adding(self.system, X_new, y_new, on, store)
 
-    def of_groups(self, groups: Groups, *, on: On) -> Scores:
+    def of_groups(self, groups: Groups, *, on: On, store: Any = None) -> Scores:
         """The change of each query's loss if a whole group of rows is removed, to first order: the sum over members.
 
         Args:
             groups: lists of training rows, or a dict of them; column g of the result is group g in that order, and the
                 keys of a dict are the names of the columns.
             on: (Xq, yq), the queries.
+            store: as for of_replacing.
         """
-        return groups_of_rows.of_groups(self.system, groups, on)
+        return groups_of_rows.of_groups(self.system, groups, on, store)
 
     def of_removing(self, groups: Groups, *, on: On) -> Scores:
         """The change of each query's loss if rows are removed, by the removal's own Newton step (leverage corrected).

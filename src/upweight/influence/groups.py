@@ -10,19 +10,19 @@ from numpy.typing import NDArray
 
 from upweight.data.ids import of_keys
 from upweight.errors import NotPositiveDefinite, TheoryWarning, UnsupportedModel
-from upweight.influence import newton_step, scoring
+from upweight.influence import newton_step, removal, scoring
 from upweight.influence.scores import Scores, naming
 from upweight.influence.system import System
 from upweight.model import per_row
 from upweight.operators import GaussNewton, Hessian
 
 
-def of_groups(system: System, groups: Any, on: Any) -> Scores:
+def of_groups(system: System, groups: Any, on: Any, store: Any = None) -> Scores:
     """To first order: `Influence.of_groups`."""
     members = system.examples.groups(groups)
     union = np.unique(np.concatenate(members))
     queries = system.queries(on)
-    solution = scoring.solutions(system, queries)
+    solution = removal.solutions(system, queries, store)
     single = scoring.with_rows(system, solution, system.penalty_share, rows=union)
     changes = single.scaled(system.examples.weights[union] / system.n).grouped(
         [np.searchsorted(union, group) for group in members]

@@ -79,6 +79,17 @@ def solved(system: System, measured: Objective, queries: Examples, folder: Store
     return kept.compared(system, folder, scoring.solutions(system, queries, measured, folder))
 
 
+def solutions(system: System, queries: Examples, store: Any) -> Solution:
+    """Those that `on_loss` of the same queries needs, by way of its folder where one is named."""
+    if store is None:
+        return scoring.solutions(system, queries)
+    if system.objective.linear is not None:  # as on_loss does, whose folder it is
+        system = system.for_many(len(queries))
+    kept.refuse_other_queries(queries, system.objective.name)
+    with kept.opened(system, queries, system.objective.name, store, values=False) as folder:
+        return solved(system, system.objective, queries, folder)
+
+
 def of_rows(
     system: System, solution: Solution, store: Store | None, begun: int = 0
 ) -> Iterator[tuple[int, Float[NDArray[np.float64], "c q"]]]:

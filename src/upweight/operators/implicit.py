@@ -14,6 +14,7 @@ from torch import Tensor
 
 from upweight.errors import InvalidInput
 from upweight.model import calculus, layers, penalties
+from upweight.model.chunks import CHUNK
 from upweight.model.layers import pieces
 from upweight.model.objective import Objective
 from upweight.model.sweep import Sweep
@@ -24,6 +25,7 @@ from upweight.operators.linear import LinearHessian
 
 Product = Callable[[Objective, Any, Tensor, Tensor], Tensor]
 _MATRIX_ENTRIES = 2**25  # numbers held by one block of vectors or of gradients while a matrix is assembled
+_CACHE = 2**25  # bytes of a chunk's examples, about what a processor keeps near
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,23 @@ class Implicit:
         return self.sweep.objective.project(V)
 
     def _sum(self, V: Tensor, label: str | None) -> Tensor:
-        objective, product = self.sweep.objective, self.product
+        objective, product = self._in_turn(), self.product
         return self.sweep.fold(
             lambda batch, weights: product(objective, batch, V, weights),
-            vectors=len(V),
+            vectors=len(V) if objective.route.cotangents == "batched" else 1,
             label=label or "curvature product",
         )
+
+    def _in_turn(self) -> Objective:
+        """The objective; on a processor with vectors one after the other, where a single one fills its cache.
+
+        Batched vectors are for what a thousand rows do in no time. Beyond that they only leave fewer rows for a batch.
+        """
+        sweep, route = self.sweep, self.sweep.objective.route
+        small = sweep.example_bytes * min(sweep.n, CHUNK) < _CACHE
+        if small or route.cotangents == "loop" or sweep.objective.reference.device.type != "cpu":
+            return sweep.objective
+        return replace(sweep.objective, route=replace(route, cotangents="loop"))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def descend_together(
     weights: Float[Tensor, " p"] | None = None,
     watch: Callable[[Tensor], None] | None = None,
     follow: Callable[[Tensor, Tensor], None] | None = None,
+    look: Callable[[Tensor, Tensor], bool] | None = None,
 ) -> Progress:
     """As `recurrence.descend`, in one shared space.
 
@@ -57,6 +58,7 @@ def descend_together(
         weights: what residuals are multiplied by before their norm is compared with the goal; None for nothing.
         watch: is told the norms of the residuals after every product.
         follow: is told the directions and their images.
+        look: is told x and the next directions after every product, and may end the descent there.
     """
     x, R = x.clone(), residual.clone()
     smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
@@ -84,6 +86,8 @@ def descend_together(
         near = left <= _LONG_ARRIVED * goal
         Z = _preconditioned(precondition, R[~near] if bool(near.any()) else R)
         P = orthonormal(Z - torch.cholesky_solve(Q @ Z.T, factor).T @ P)
+        if look is not None and look(x, _padded(P, R)):
+            return Progress(x, R, _padded(P, R), step + 1, smallest)
     return Progress(x, R, _padded(P, R), max_steps, smallest)
 
 

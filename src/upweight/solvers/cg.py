@@ -258,7 +258,7 @@ class Iteration:
                 alone = self.inverse is None and (way is None or not way.many)
                 exactly = alone or self.together(V) or coarse is self.operator  # no coarser products
                 P = run.direction if drifted < 1e-3 and exactly else None
-                if pace.look(X, R if P is None else P, run.steps):
+                if pace.ended or (way is not None and pace.looks(X, R if P is None else P, run.steps)):
                     missed = torch.maximum(_share(R, size), _share(R * D, weighed))
                     break
         found = self._found(self._project(X), R if P is None else P, V, R, missed, sweeps, smallest)
@@ -410,11 +410,12 @@ class Iteration:
 
         inverse = self.inverse
         precondition = None if inverse is None else lambda R: project(inverse(R / D)) / D
-        steps = pace.steps(min(left, _RECOMPUTE))
-        follow = None if searched is None else searched.follow
+        steps, follow = min(left, _RECOMPUTE), None if searched is None else searched.follow
+        look = pace.look if self.scale is None else lambda Y, P: pace.look(Y * D, P)
+        known = (product, precondition, Y, R, goal, steps, direction)
         if self.together(R):
-            return descend_together(product, precondition, Y, R, goal, steps, direction, watch=watch, follow=follow)
-        return descend(product, precondition, Y, R, goal, steps, direction, scale=D, watch=watch, follow=follow)
+            return descend_together(*known, watch=watch, follow=follow, look=look)
+        return descend(*known, scale=D, watch=watch, follow=follow, look=look)
 
     def _apply(self, V: Tensor) -> Tensor:
         return self._project(self.operator.apply(V)) + self.damping * V

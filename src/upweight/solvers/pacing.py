@@ -1,10 +1,13 @@
 """How far an iteration runs before it looks up: to keep its state, and to see whether the values have settled.
 
 Values settle long before a residual is small: what is missing of x lies where few gradients reach. `Pace` follows
-X · g for the gradients g of a few rows; with d_j the change of all of them between two looks, relative to their size,
-what is still to come is estimated by the geometric series
+X · g for the gradients g of a few rows; with d the change of all of them over the last w steps, relative to their size,
+and d' over the w steps before, what is still to come is estimated by the geometric series
 
-    left = d_j ρ/(1 − ρ)        ρ = d_j/d_{j−1}, at most 0.95
+    left = d ρ/(1 − ρ)        ρ = d/d', at most 0.95;  w a quarter of all steps, and 3 at least
+
+the largest of the last sixth of the estimates, and of two at least: a step that changes little may precede one that
+changes much.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from upweight.runs.stopping import asked, stop_here
 from upweight.solvers import bounds
 
 Keep = Callable[[Mapping[str, Tensor]], None]
-STEPS = 8  # between two looks at the values
+STEPS = 8  # between two looks at the values, where they cannot be looked at after every step
+_AGREEING = 6  # the last steps of so many in all whose estimates have to agree, two at least
+_FEWEST = 3  # steps over which a change of the values is taken at least
 SECONDS = 30.0  # between two states that are kept
 _PATIENCE = 5.0  # seconds that a signal waits
 _WITNESSES = 64  # rows whose values are followed
@@ -47,13 +52,54 @@ class Pace:
         self.settled, self.keep = settled, keep
         self.rows = None if settled is None else _gradients(operator)
         self.left: Float[Tensor, " k"] | None = None
-        self._values: Tensor | None = None
-        self._change: Tensor | None = None
+        self.ended = False
+        self._said: list[Float[Tensor, " k"]] = []  # estimates after the last steps
+        self._fewest = _FEWEST
+        self._values: list[Float[Tensor, "k r"]] = []  # after every step
         self._each: float | None = None
         self._start = self._kept = time.monotonic()
 
+    def look(self, X: Float[Tensor, "k p"], P: Float[Tensor, "k p"]) -> bool:
+        """After every step: keeps the state if it is time; whether the values have settled, which `ended` says later.
+
+        Raises:
+            Stopped: if a signal has asked for it, once the state is kept; several ranks go on, for all must stop alike.
+        """
+        self._keep(X, P)
+        if self.rows is None:
+            return False
+        self._values.append(X @ self.rows.T)
+        left = self._left()
+        if left is None:
+            return False
+        self._said.append(left)
+        agree = max(2, len(self._values) // _AGREEING)
+        self.left = torch.stack(self._said[-agree:]).amax(0)
+        self.ended = len(self._said) >= agree and bool((self.left <= (self.settled or 0.0)).all())
+        return self.ended
+
+    def _left(self) -> Float[Tensor, " k"] | None:
+        """What is still to come to the values, relative to their size; None where too few steps were made."""
+        made = len(self._values)
+        window = max(self._fewest, made // 4)
+        if made <= 2 * window:
+            return None
+        now, then, first = (self._values[made - 1 - back] for back in (0, window, 2 * window))
+        size = now.norm(dim=1).clamp(min=torch.finfo(now.dtype).tiny)
+        change, earlier = (now - then).norm(dim=1) / size, (then - first).norm(dim=1) / size
+        ratio = (change / earlier.clamp(min=1e-300)).clamp(max=_SLOWEST)
+        return torch.where(change > 0, change * ratio / (1 - ratio), 0.0)
+
+    def _keep(self, X: Tensor, P: Tensor) -> None:
+        now, alone = time.monotonic(), not ranks.several()
+        if self.keep is not None and ((alone and asked()) or now - self._kept >= SECONDS):
+            self.keep({"x": X, "p": P})
+            self._kept = now
+            if alone:
+                stop_here("some steps of the solver")
+
     def steps(self, most: int) -> int:
-        """How many products to make before the next look, at most so many."""
+        """How many products to make before `looks`, at most so many, where steps cannot be looked at one by one."""
         self._start = time.monotonic()
         if self.rows is not None:
             return min(most, STEPS)
@@ -61,33 +107,13 @@ class Pace:
             return most
         return min(most, STEPS if self._each is None else max(1, int(_PATIENCE / max(self._each, 1e-9))))
 
-    def look(self, X: Float[Tensor, "k p"], P: Float[Tensor, "k p"], steps: int) -> bool:
-        """Keeps the state if it is time; whether the values have settled.
-
-        Raises:
-            Stopped: if a signal has asked for it, once the state is kept; several ranks go on, for all must stop alike.
-        """
-        now = time.monotonic()
-        alone = not ranks.several()
+    def looks(self, X: Float[Tensor, "k p"], P: Float[Tensor, "k p"], steps: int) -> bool:
+        """`look` after so many steps."""
         if self.keep is not None:  # by rank 0's clock, for all take as many steps
-            self._each = float(ranks.same("the pace", torch.tensor([(now - self._start) / max(1, steps)]).double())[0])
-        if self.keep is not None and ((alone and asked()) or now - self._kept >= SECONDS):
-            self.keep({"x": X, "p": P})
-            self._kept = now
-            if alone:
-                stop_here("some steps of the solver")
-        if self.rows is None:
-            return False
-        values = X @ self.rows.T
-        if self._values is not None:
-            size = values.norm(dim=1).clamp(min=torch.finfo(values.dtype).tiny)
-            change = (values - self._values).norm(dim=1) / size
-            if self._change is not None:
-                ratio = (change / self._change.clamp(min=1e-300)).clamp(max=_SLOWEST)
-                self.left = torch.where(change > 0, change * ratio / (1 - ratio), 0.0)
-            self._change = change
-        self._values = values
-        return self.left is not None and bool((self.left <= (self.settled or 0.0)).all())
+            each = (time.monotonic() - self._start) / max(1, steps)
+            self._each = float(ranks.same("the pace", torch.tensor([each]).double())[0])
+        self._fewest = 1  # of many steps
+        return self.look(X, P)
 
     def bound(
         self, X: Float[Tensor, "k p"], R: Float[Tensor, "k p"], V: Float[Tensor, "k p"], energy: Tensor, lowest: float

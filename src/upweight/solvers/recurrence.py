@@ -45,6 +45,7 @@ def descend(
     besides: Callable[[Tensor], Tensor] | None = None,
     watch: Callable[[Tensor], None] | None = None,
     follow: Callable[[Tensor, Tensor], None] | None = None,
+    look: Callable[[Tensor, Tensor], bool] | None = None,
 ) -> Progress:
     """Conjugate gradients from x, with v − A x = residual, until ‖residual‖ ≤ goal for every row, or max_steps.
 
@@ -65,6 +66,7 @@ def descend(
         besides: from residuals whose norms have all arrived to numbers that must, too.
         watch: is told the norms of the residuals after every product.
         follow: is told the directions and their images.
+        look: is told x and the next directions after every product, and may end the descent there.
     """
     x, R = x.clone(), residual.clone()
     smallest = torch.full((len(R),), torch.inf, dtype=R.dtype)
@@ -110,6 +112,8 @@ def descend(
         left = own if every else left.index_copy(0, active, own)
         if watch is not None:
             watch(left)
+        if look is not None and look(x, P):
+            return Progress(x, R, P, step + 1, smallest)
     return Progress(x, R, P, max_steps, smallest)
 
 

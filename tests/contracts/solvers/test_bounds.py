@@ -116,8 +116,7 @@ def network(criterion=torch.nn.functional.cross_entropy, **settings):
 
 @pytest.mark.parametrize("preconditioner", [None, Preconditioned(uw.operators.EKFAC())])
 @pytest.mark.parametrize("queries", [1, 3])
-def test_a_certificate_states_bounds_that_hold(preconditioner, queries, monkeypatch):
-    monkeypatch.setattr("upweight.solvers.pacing.STEPS", 2)
+def test_a_certificate_states_bounds_that_hold(preconditioner, queries):
     exact, X, y = network(curvature=uw.operators.GaussNewton(), damping=0.01, solver=uw.solvers.Cholesky())
     solver = CG(rtol=1e-9, settled=0.2, preconditioner=preconditioner)
     influence, _, _ = network(curvature=uw.operators.GaussNewton(), damping=0.01, solver=solver)
@@ -177,8 +176,7 @@ def test_what_is_known_of_the_smallest_eigenvalue():
     assert lowest_eigenvalue(matrix, 0.1) is None
 
 
-def test_a_hessian_that_may_bend_downwards_gets_no_bound(monkeypatch):
-    monkeypatch.setattr("upweight.solvers.pacing.STEPS", 2)
+def test_a_hessian_that_may_bend_downwards_gets_no_bound():
     influence, X, y = network(curvature=uw.operators.Hessian(), damping=2.0, solver=CG(rtol=1e-9, settled=0.3))
     with pytest.warns(uw.errors.TheoryWarning, match="not at a minimum"):
         certificate = influence.on_loss(X, y).certificate

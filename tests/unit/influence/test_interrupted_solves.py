@@ -12,17 +12,17 @@ import upweight as uw
 from upweight.influence.scores import Scores
 from upweight.operators import EKFAC, KFAC, Arnoldi, GaussNewton
 from upweight.operators.implicit import Implicit
-from upweight.solvers import CG, LiSSA, Preconditioned
+from upweight.solvers import CG, Cholesky, LiSSA, Preconditioned
 
 X = torch.randn(80, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randint(0, 3, (80,), generator=torch.Generator().manual_seed(1))
 XQ, YQ = X[:3] + 0.3, Y[:3]
 
 
-def explained(solver, curvature=GaussNewton()):  # noqa: B008
+def explained(solver, curvature=GaussNewton(), damping=1e-3):  # noqa: B008
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 3)).double()
-    return uw.explain(model, X, Y, loss=cross_entropy, curvature=curvature, solver=solver, damping=1e-3)
+    return uw.explain(model, X, Y, loss=cross_entropy, curvature=curvature, solver=solver, damping=damping)
 
 
 class Counted:
@@ -111,6 +111,59 @@ def test_values_settle_before_the_residual_does(tmp_path):
     assert np.array_equal(again.certificate.settled, scores.certificate.settled)
     joined = Scores.joined([scores, scores]).certificate
     assert len(joined.settled) == 6
+
+
+@pytest.mark.parametrize("settled", [None, 0.01], ids=["to a residual", "to settled values"])
+def test_a_state_that_is_kept_costs_no_product(tmp_path, monkeypatch, settled):
+    """Whatever a product takes: where one takes longer than a state may wait, the state is kept after each."""
+    monkeypatch.setattr("upweight.solvers.pacing.SECONDS", 0.0)
+    monkeypatch.setattr("upweight.solvers.pacing._PATIENCE", 0.0)
+    needed = []
+    for store in (None, tmp_path / "run"):
+        influence = explained(CG(rtol=1e-8, settled=settled))
+        operator = counted(influence)
+        influence.on_loss(XQ, YQ, store=store)
+        needed.append(operator.products)
+    assert needed[0] == needed[1]
+
+
+def test_values_that_settle_at_once_are_not_solved_for_long():
+    """A large λ leaves little to do: six steps tell that, one more agrees, and the residual takes a product."""
+    influence = explained(CG(rtol=1e-12, settled=0.05), damping=3.0)
+    operator = counted(influence)
+    scores = influence.on_loss(XQ, YQ)
+    exact = explained(CG(rtol=1e-12), damping=3.0).on_loss(XQ, YQ).values
+    assert operator.products <= 10
+    assert np.linalg.norm(scores.values - exact) < 0.05 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda influence, **how: influence.of_adding(XQ + 1, YQ, **how),
+        lambda influence, **how: influence.of_replacing([1, 2, 3], XQ + 1, YQ, **how),
+        lambda influence, **how: influence.of_relabeling([1, 2, 3], (YQ + 1) % 3, **how),
+        lambda influence, **how: influence.of_groups([[1, 2], [7]], **how),
+    ],
+    ids=["adding", "replacing", "relabeling", "groups"],
+)
+def test_other_questions_on_the_same_queries_go_on_in_the_same_folder(tmp_path, monkeypatch, asked):
+    monkeypatch.setattr("upweight.solvers.pacing.SECONDS", 0.0)
+    whole = explained(CG(rtol=1e-8))
+    operator = counted(whole)
+    exact, needed = asked(whole, on=(XQ, YQ)).values, operator.products
+    first = explained(CG(rtol=1e-8))
+    counted(first, fails_at=needed - 3)
+    with pytest.raises(KeyboardInterrupt):
+        first.on_loss(XQ, YQ, store=tmp_path / "run")
+    for most in (10, 2):  # what was left to do, and later nothing but a look at the residual
+        again = explained(CG(rtol=1e-8))
+        operator = counted(again)
+        values = asked(again, on=(XQ, YQ), store=tmp_path / "run").values
+        assert operator.products <= most < needed
+        assert np.abs(values - exact).max() < 1e-6 * np.abs(exact).max()
+    with pytest.raises(uw.errors.StoreMismatch, match="queries"):
+        asked(again, on=(XQ[:2], YQ[:2]), store=tmp_path / "run")
 
 
 def test_equal_queries_settle_together():
@@ -210,3 +263,16 @@ def test_an_interrupted_basis_goes_on_to_the_same_bits(tmp_path, monkeypatch, lo
     (tmp_path / "run" / "chunk-000000.safetensors").unlink()
     assert asked(tmp_path / "run").values.tobytes() == whole.values.tobytes()
     assert len(products) == every - 25
+
+
+@pytest.mark.parametrize("share", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("damping", [1.0, 0.01, 1e-4])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("preconditioner", [None, Preconditioned(EKFAC())], ids=["plain", "preconditioned"])
+def test_values_have_settled_as_far_as_is_said(share, damping, queries, preconditioner):
+    on = XQ[:queries], YQ[:queries]
+    exact = explained(Cholesky(), damping=damping).on_loss(*on).values
+    scores = explained(CG(rtol=1e-12, settled=share, preconditioner=preconditioner), damping=damping).on_loss(*on)
+    missed = np.linalg.norm(scores.values - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert missed.max() <= share
+    assert scores.certificate.settled is None or missed.max() <= 2 * scores.certificate.settled.max() + 1e-9
