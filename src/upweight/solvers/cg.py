@@ -269,7 +269,8 @@ class Iteration:
         self, X: Tensor, P: Tensor, V: Tensor, R: Tensor, missed: Tensor, sweeps: int, smallest: Tensor
     ) -> Solution:
         """The solution X of V, with what is left of it and the direction to go on in."""
-        bottom = float(smallest.min()) - self.damping if bool(torch.isfinite(smallest).any()) else float("nan")
+        met = smallest if bool(torch.isfinite(smallest).any()) else (X * (V - R)).sum(1) / X.square().sum(1)  # along x
+        bottom = float(met.nan_to_num(torch.inf).min()) - self.damping if bool(met.isfinite().any()) else float("nan")
         gap = self._gap(X, V, R)
         return Solution(
             X,

@@ -159,9 +159,11 @@ def test_other_questions_on_the_same_queries_go_on_in_the_same_folder(tmp_path, 
     for most in (10, 2):  # what was left to do, and later nothing but a look at the residual
         again = explained(CG(rtol=1e-8))
         operator = counted(again)
-        values = asked(again, on=(XQ, YQ), store=tmp_path / "run").values
+        scores = asked(again, on=(XQ, YQ), store=tmp_path / "run")
         assert operator.products <= most < needed
-        assert np.abs(values - exact).max() < 1e-6 * np.abs(exact).max()
+        assert np.abs(scores.values - exact).max() < 1e-6 * np.abs(exact).max()
+        lowest = np.linalg.eigvalsh(again.operator.matrix())[0]
+        assert lowest - 1e-9 <= scores.certificate.min_curvature < 1  # an upper bound, and a number
     with pytest.raises(uw.errors.StoreMismatch, match="queries"):
         asked(again, on=(XQ[:2], YQ[:2]), store=tmp_path / "run")
 
