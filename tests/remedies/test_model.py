@@ -479,6 +479,31 @@ def test_a_loss_is_that_of_one_example():
     assert same(classifier(loss=lambda output, target: cross_entropy(output, target)), usual())
 
 
+def test_a_derivative_inside_a_loss_is_that_of_torch_func():
+    def penalised(slope):
+        def loss(params, z):
+            def output(x):
+                return torch.tanh(params @ x)
+
+            return (output(z[0]) - z[1]).square() + 0.1 * slope(output, z[0]).square().sum()
+
+        return loss
+
+    def recorded(output, x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(output(x), x, create_graph=True)[0]
+
+    with refused("It seems to call torch.autograd.grad or backward() inside", "torch.func.grad(f)(x)"):
+        own(penalised(recorded), penalty=3.0)
+    found = values(own(penalised(lambda output, x: torch.func.grad(output)(x)), penalty=3.0), y=ZQ)
+
+    def by_hand(params, z):
+        t = torch.tanh(params @ z[0])
+        return (t - z[1]).square() + 0.1 * ((1 - t**2) * params).square().sum()
+
+    np.testing.assert_allclose(found, values(own(by_hand, penalty=3.0), y=ZQ), rtol=1e-8)
+
+
 def test_a_loss_is_one_number():
     with refused(
         "it must be one number, a tensor of shape ()", "Sum or average inside the loss (criterion: reduction="

@@ -119,6 +119,13 @@ def _checked_losses(objective: Objective, batch: Any) -> Tensor:
     except UpweightError:
         raise
     except Exception as error:
+        if "does not require grad" in str(error):
+            message = (
+                f"The loss failed on one example: {first_line(error)}. It seems to call torch.autograd.grad or "
+                "backward() inside, on values whose graph is not recorded here. Take inner derivatives with "
+                "torch.func.grad(f)(x), which can be differentiated again."
+            )
+            raise InvalidInput(message) from error
         message = (
             f"The loss failed on one example: {type(error).__name__}: {first_line(error)}. Write it as "
             "loss(params, example) of one example, without a batch axis; that of a module as loss(output, target) of a "
