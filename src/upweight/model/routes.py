@@ -121,7 +121,7 @@ def _checked_losses(objective: Objective, batch: Any) -> Tensor:
     except Exception as error:
         if "does not require grad" in str(error):
             message = (
-                f"The loss failed on one example: {first_line(error)}. It seems to call torch.autograd.grad or "
+                f"The loss failed on one example: {first_line(error)}. It seems to call autograd.grad or "
                 "backward() inside, on values whose graph is not recorded here. Take inner derivatives with "
                 "torch.func.grad(f)(x), which can be differentiated again."
             )
