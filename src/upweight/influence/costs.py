@@ -72,11 +72,18 @@ class Cost:
 
 
 def costs(
-    objective: Objective, examples: Examples, curvature: Curvature, *, systems: int = 1, counted: bool = False
+    objective: Objective,
+    examples: Examples,
+    curvature: Curvature,
+    *,
+    systems: int = 1,
+    counted: bool = False,
+    budget: int | None = None,
 ) -> list[Cost]:
     """What each solver would cost for so many linear systems; the iteration is the last.
 
-    SparseCholesky is among them where its core was counted: by itself only for systems that would take long.
+    SparseCholesky is among them where its core was counted: by itself only for systems that would take long, and within
+    a budget of bytes.
     """
     p, n = objective.size, len(examples)
     if isinstance(curvature, SPECTRAL):
@@ -115,7 +122,7 @@ def costs(
             possible,
             rows_seconds + factors / _FLOPS + (8.0 * K + 4.0 * _SUBSTITUTIONS) * order**2 / _BYTES,
         ),
-        *_levelled(objective, examples, systems, counted),
+        *_levelled(objective, examples, systems, counted, budget),
         Cost(
             CG(rtol=1e-6, preconditioner=preconditioner(objective.linear, examples)),
             passes,
@@ -126,16 +133,17 @@ def costs(
     ]
 
 
-def _levelled(objective: Objective, examples: Examples, systems: int, counted: bool) -> list[Cost]:
+def _levelled(objective: Objective, examples: Examples, systems: int, counted: bool, budget: int | None) -> list[Cost]:
     """SparseCholesky, whose core is known when its levels were counted."""
     structure, X = objective.linear, examples.x
     if structure is None or structure.n_outputs > 1 or not scipy.sparse.issparse(X):
         return []
     pairs, iterated = core.pairs(X), _iterated(structure, examples, systems)
-    able = pairs <= core.PAIRS and held(objective)
+    room = math.inf if budget is None else budget
+    able = pairs <= core.PAIRS and core.counting(X) <= room and held(objective)
     if not counted and not (able and iterated > _SURE * _COUNTED * core.SECONDS * pairs):
         return []
-    found = core.counted(X, structure.intercept, FACTOR_UP_TO)
+    found = core.counted(X, structure.intercept, FACTOR_UP_TO, math.inf if counted else room)
     each = 2.0 * systems * found.size**2
     seconds = found.seconds + each / _FLOPS
     pays = found.size <= FACTOR_UP_TO and _SURE * seconds <= iterated

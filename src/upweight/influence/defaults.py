@@ -155,7 +155,7 @@ def refuse_larger(solver: Solver, objective: Objective, examples: Examples, curv
     needed = cost(solver, objective, examples, curvature).memory
     if needed <= budget:
         return
-    listed = [one for one in costs(objective, examples, curvature) if one.memory <= budget]
+    listed = [one for one in costs(objective, examples, curvature, budget=budget) if one.memory <= budget]
     fitting = " or ".join(f"solver={type(one.solver).__name__}() ({in_bytes(one.memory)})" for one in listed)
     message = (
         f"{type(solver).__name__} of {objective.size:,} parameters and {len(examples):,} rows needs {in_bytes(needed)} "
@@ -179,7 +179,7 @@ def solver(
     """
     if isinstance(curvature, SPECTRAL):
         return Factored()
-    listed = costs(objective, examples, curvature, systems=systems)
+    listed = costs(objective, examples, curvature, systems=systems, budget=budget)
     *direct, iterative = [
         one for one in listed if one.possible and (one.memory <= (budget or math.inf) or one is listed[-1])
     ]
@@ -215,7 +215,7 @@ def in_its_place(
     """
     if not isinstance(solver, CG) or isinstance(curvature, SPECTRAL):
         return None
-    listed = costs(objective, examples, curvature, systems=2)[:-1]
+    listed = costs(objective, examples, curvature, systems=2, budget=budget)[:-1]
     able = [one for one in listed if one.possible and one.memory <= (budget or math.inf)]
     return min(able, key=lambda one: one.seconds, default=None)
 

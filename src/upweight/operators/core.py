@@ -104,20 +104,27 @@ def pairs(X: Any) -> float:
     return float(((np.diff(X.indptr) + 1.0) ** 2).sum())
 
 
-def counted(X: Any, intercept: bool, most: float | int = np.inf) -> Counted:
+def counted(X: Any, intercept: bool, most: float | int = np.inf, room: float | int = np.inf) -> Counted:
     """The core of XᵀDX + Λ, whatever the positive D and Λ are.  Cost: that of the levels, without S⁻¹.
 
     Levels that have filled what they leave while twice `most` columns are still there, as those of hashed columns do,
-    are not followed: the core is going to have more than that.
+    are not followed: the core is going to have more than that. Nor are those that leave what takes more bytes than
+    `room`.
     """
     weights = np.linspace(1, np.e, X.shape[0])  # no two terms cancel
     matrix = gram(pattern(X), weights, np.ones(X.shape[1] + int(intercept)), intercept)
     left, entries, seconds = matrix, matrix.nnz, SECONDS * pairs(X)
     for _, rest, took in _levels(matrix):
         left, entries, seconds = rest, max(entries, rest.nnz), seconds + took
-        if left.nnz > max(matrix.nnz, (most / 2) ** 2) and left.shape[0] > 2 * most:
+        full = left.nnz > max(matrix.nnz, (most / 2) ** 2) and left.shape[0] > 2 * most
+        if full or _COPIES * _ENTRY * left.nnz > room:
             break
     return Counted(left.shape[0], int(entries), seconds + left.shape[0] ** 3 / FLOPS)
+
+
+def counting(X: Any) -> float:
+    """Bytes of XᵀX at most: what `counted` starts with."""
+    return _ENTRY * min(pairs(X), (X.shape[1] + 1.0) ** 2)
 
 
 def pattern(X: Any) -> Any:

@@ -163,3 +163,26 @@ def test_a_plan_of_many_queries_knows_the_core():
     influence = binary(solver=SparseCholesky())
     X, y = table(seed=7), np.random.default_rng(2).integers(0, 2, N)
     assert "SparseCholesky()" in str(influence.plan(X, y))
+
+
+def test_a_core_is_counted_within_the_memory_there_is(monkeypatch):
+    worth(monkeypatch)
+    influence = squares()
+    known = (influence.objective, influence.examples, Hessian())
+    needed = int(core.counting(influence.examples.x))
+    assert needed >= 12 * (influence.examples.x.T @ influence.examples.x).nnz
+
+    def listed(budget):
+        return [type(one.solver) for one in costs.costs(*known, systems=10**6, budget=budget)]
+
+    assert SparseCholesky in listed(needed + 1)
+    monkeypatch.setattr(core, "counted", lambda *_: pytest.fail("counted"))
+    assert SparseCholesky not in listed(needed - 1)
+
+
+def test_levels_that_fill_more_than_there_is_are_not_followed():
+    X = table()
+    whole = core.counted(X, False)
+    begun = core.counted(X, False, room=1000)
+    assert begun.size > whole.size
+    assert begun.memory > 1000  # and so it is not chosen
