@@ -42,6 +42,7 @@ _KEPT_BYTES = 2**26  # of V x̃ᵢ for every row, which the scores can use again
 _COPY_BYTES = 2**31  # a float32 copy of X is kept if it is smaller; else chunks are cast as they are read
 (_syrk,) = scipy.linalg.get_blas_funcs(("syrk",), dtype=np.float64)
 _FEW_ACTIVE = 0.95  # of the columns: fewer are worth a copy without the others
+_UNSEEN = 1e-30  # of the largest number on the diagonal
 _KRONECKER_FEATURES = 1024  # eigenvectors of a larger XᵀX cost more than they save
 
 
@@ -291,8 +292,9 @@ class LinearHessian:
         if self.sparse:
             spread = _diagonals(self.curvatures, self._structure.n_outputs)
             return sparse.frequent_inverse(self._x, spread, diagonal, self._structure)
-        floor = 1e-6 * float(diagonal.max())
-        return lambda R: R / diagonal.clamp(min=floor).to(R)
+        largest = float(diagonal.max()) or 1.0  # in place of what no row sees
+        held = torch.where(diagonal > _UNSEEN * largest, diagonal, largest)
+        return lambda R: (R / held).to(R)  # in float64, which small units need
 
     @property
     def dense_and_narrow(self) -> bool:
