@@ -43,6 +43,9 @@ _COPY_BYTES = 2**31  # a float32 copy of X is kept if it is smaller; else chunks
 (_syrk,) = scipy.linalg.get_blas_funcs(("syrk",), dtype=np.float64)
 _FEW_ACTIVE = 0.95  # of the columns: fewer are worth a copy without the others
 _UNSEEN = 1e-30  # of the largest number on the diagonal
+_NOT_BENT = 1e-12  # of the largest curvature: an output may move so without changing any loss
+_ROUNDING = 1e-6  # of the largest number: what is smaller is not divided by
+_UNLIKE = 1e4  # times the curvature of one feature that of another may be, before units are divided out
 _KRONECKER_FEATURES = 1024  # eigenvectors of a larger XᵀX cost more than they save
 
 
@@ -471,23 +474,23 @@ class LinearHessian:
 
     def _kronecker(self, damping: float) -> Callable[[Tensor], Tensor]:
         """Eigenvectors of the two mean factors; the penalty is taken as the same for all parameters."""
-        K, d = self._structure.n_outputs, self._structure.n_features
-        A, B = mean_factors(self)
+        K, d, intercept = self._structure.n_outputs, self._structure.n_features, self._structure.intercept
+        diagonal = penalties.diagonal(self.sweep.objective)
+        strengths = augmented(diagonal[None], K, d, intercept)[0] + damping
+        A, B, units = comparable(*mean_factors(self), strengths)
         (a, QA), (b, QB) = torch.linalg.eigh(A), torch.linalg.eigh(B)
-        products = b.clamp(min=0)[:, None] * a.clamp(min=0)[None]
-        penalty = penalties.diagonal(self.sweep.objective)[: K * d].mean()
-        floor = max(float(penalty) + damping, 1e-6 * float(products.max()), 1e-300)
-        inverse = 1 / (products + floor)
+        penalty = float(diagonal[: K * d].mean()) + damping if units is None else 0.0
+        inverse, free, alone = inverted(a, b, penalty, strengths, units)
+        free = QB[:, free]
 
         def apply(R: Tensor) -> Tensor:
-            whole = R[:, : K * d].reshape(len(R), K, d)
-            if self._structure.intercept:
-                whole = torch.cat([whole, R[:, K * d :, None]], 2)
+            whole = augmented(R, K, d, intercept)
+            whole = whole if units is None else whole * units.to(R)
             left, right, scale = QB.to(R), QA.to(R), inverse.to(R)
             out = left @ (((left.T @ whole) @ right) * scale) @ right.T
-            return (
-                torch.cat([out[:, :, :d].flatten(1), out[:, :, d]], 1) if self._structure.intercept else out.flatten(1)
-            )
+            out = out + free.to(R) @ ((free.T.to(R) @ whole) * alone.to(R))
+            out = out if units is None else out * units.to(R)
+            return torch.cat([out[:, :, :d].flatten(1), out[:, :, d]], 1) if intercept else out.flatten(1)
 
         return apply
 
@@ -536,6 +539,47 @@ def mean_factors(operator: LinearHessian) -> tuple[Float[Tensor, "w w"], Float[T
 
     width = structure.n_features + int(structure.intercept)
     return operator.rows_with_curvatures.fold(outer, vectors=width // 8 + 1, label="preconditioner") / len(h), B
+
+
+def comparable(
+    A: Float[Tensor, "w w"], B: Float[Tensor, "K K"], strengths: Float[Tensor, "K w"]
+) -> tuple[Float[Tensor, "w w"], Float[Tensor, "K K"], Float[Tensor, " w"] | None]:
+    """The mean factors, and None; or, where features differ much in their units, those of features without units.
+
+    Small units would be rounding to the eigenvectors of large ones. Feature j is then divided by the square root of its
+    curvature and penalty, which is inside A too; what it is multiplied by comes back.
+    """
+    weight = max(float(B.diagonal().mean()), 1e-300)
+    held = weight * A.diagonal() + strengths.mean(0)
+    held = torch.where(held > 0, held, held.max())
+    if not float(held.max()) > _UNLIKE * float(held.min()):
+        return A, B, None
+    units = held.rsqrt()
+    return (A + torch.diag(strengths.mean(0) / weight)) * units[:, None] * units, B, units
+
+
+def inverted(
+    a: Float[Tensor, " w"],
+    b: Float[Tensor, " K"],
+    penalty: float,
+    strengths: Float[Tensor, "K w"],
+    units: Float[Tensor, " w"] | None,
+) -> tuple[Float[Tensor, "K w"], Tensor, Float[Tensor, " w"]]:
+    """1/(b ⊗ a + penalty), which b are 0 where the penalty is too small to be divided by, and what then holds those.
+
+    Softmax has such an output, on which no loss depends: its curvature is each feature's penalty alone.
+    """
+    floor = max(penalty, _ROUNDING * float(a.max() * b.max()), 1e-300)
+    free = (b <= _NOT_BENT * b.max()) & (penalty < floor)
+    inverse = 1 / (torch.where(free, b.max(), b).clamp(min=0)[:, None] * a.clamp(min=0) + floor)
+    held = strengths.mean(0) * (1.0 if units is None else units**2)
+    return inverse, free, 1 / held.clamp(min=_ROUNDING * floor)
+
+
+def augmented(R: Tensor, K: int, d: int, intercept: bool) -> Tensor:
+    """(k, p) as (k, K, w): the coefficients of every output, and its intercept behind them."""
+    whole = R[:, : K * d].reshape(len(R), K, d)
+    return torch.cat([whole, R[:, K * d :, None]], 2) if intercept else whole
 
 
 def _entry(h: Tensor, K: int, i: int, j: int) -> Tensor:

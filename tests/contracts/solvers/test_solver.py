@@ -127,6 +127,22 @@ def test_many_features_in_other_units_cost_few_products():
     assert other.certificate.sweeps <= 1.5 * plain.certificate.sweeps
 
 
+@pytest.mark.parametrize("rows", [500, 9000], ids=["Kronecker", "leading"])
+@pytest.mark.parametrize("spread", [0, 1, 3])
+def test_features_in_other_units_cost_few_products_of_many_outputs(spread, rows):
+    draw = np.random.default_rng(0)
+    X, units = draw.normal(size=(rows, 12)), 10.0 ** draw.uniform(-spread, spread, 12)
+    y = np.argmax(X[:, :4] + draw.gumbel(size=(rows, 4)), 1)
+    model = LogisticRegression(C=1e6, tol=1e-6, solver="newton-cholesky").fit(X, y)
+    model.coef_ = model.coef_ / units  # the penalty is so small that this is a minimum, too
+    found, exact = (
+        uw.explain(model, X * units, y, solver=solver).on_loss((X * units)[:2], y[:2])
+        for solver in (CG(rtol=1e-8, max_sweeps=200), Cholesky())
+    )
+    np.testing.assert_allclose(found.values, exact.values, rtol=0, atol=1e-6 * np.abs(exact.values).max())
+    assert found.certificate.sweeps <= 40
+
+
 def test_what_cg_says_it_reached_is_what_it_promised():
     draw = np.random.default_rng(0)
     X, y, units = draw.normal(size=(60, 6)), draw.normal(size=60), 10.0 ** np.array([-6, 0, 0, 0, 3, 6])
