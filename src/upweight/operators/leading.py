@@ -16,7 +16,8 @@ from torch import Tensor
 from upweight.data.arrays import as_tensor
 from upweight.model import penalties
 from upweight.model.objective import Linear
-from upweight.operators.linear import LinearHessian, augmented, comparable, inverted, mean_factors
+from upweight.operators.linear import LinearHessian, mean_factors
+from upweight.operators.units import augmented, comparable, inverted
 
 _JITTER = 1e-7  # of the largest curvature: keeps directions that the subsample does not see positive
 
