@@ -555,6 +555,12 @@ def test_a_linear_machine_of_three_classes():
     assert influence.on_loss(X, THREE).measure == "hinge, one-vs-one"
 
 
+def test_a_linear_machine_of_differences():
+    with refused("fits all classes together", "Refit with multi_class='ovr'."):
+        uw.explain(LinearSVC(multi_class="crammer_singer").fit(X, Y), X, Y)
+    known(uw.explain(LinearSVC(multi_class="ovr", dual=False, tol=1e-12).fit(X, Y), X, Y), XQ, YQ)
+
+
 def test_a_linear_machine_with_an_l1_penalty():
     with refused("has a penalty without second derivatives", "Refit with penalty='l2'."):
         uw.explain(LinearSVC(penalty="l1", dual=False).fit(X, Y), X, Y)
@@ -919,6 +925,26 @@ def test_class_weights_inside_a_function():
     same(classifier(loss=partial(F.cross_entropy, weight=weight)).on_loss(XQ, YQ).values, itself)
     times = 1 + 4 * Y
     same(itself, classifier(sample_weight=N * times / times.sum()).on_loss(XQ, YQ).values)
+
+
+def test_a_label_that_is_rarely_ignored_inside_a_function():
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 4, generator=draw, dtype=torch.float64)
+    targets = torch.randint(0, 3, (600, 2), generator=draw)
+    targets[301, 1] = -100  # in none of the rows that are spread over the data
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Unflatten(1, (3, 2))).double()
+
+    def of_words(loss, **weights):
+        return uw.explain(model, x, targets, loss=loss, penalty=0.1, **weights).on_loss(x[:2], targets[:2]).values
+
+    with refused("It weighs examples unequally in a way that is not known", "pass one of them in place of a function "):
+        of_words(lambda output, target: F.cross_entropy(output, target))
+
+    def mean_of_means(output, target):
+        return (F.cross_entropy(output, target, reduction="none").sum(1) / (target >= 0).sum(1)).mean()
+
+    counted = (targets >= 0).double().mean(1).numpy()
+    same(of_words(F.cross_entropy), of_words(mean_of_means, sample_weight=counted / counted.mean()))
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")

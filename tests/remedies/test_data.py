@@ -505,6 +505,8 @@ def test_a_filter_that_left_nothing():
     wanted = "NO"
     with refused("There are no examples: X has 0 rows", "check the filter that made X"):
         network(X=X[wanted == NAMES], y=Y[wanted == NAMES])
+    with refused("There are no examples: X has 0 rows", "check the filter that made X"):
+        uw.explain(Ridge().fit(X, Z), X, Z).on_loss(X[wanted == NAMES], Z[wanted == NAMES])
     wanted = "no"
     assert network(X=X[wanted == NAMES], y=Y[wanted == NAMES]).n == (NAMES == "no").sum()
 

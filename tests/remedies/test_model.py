@@ -267,6 +267,14 @@ def test_an_embedding_that_shortens_its_rows():
     torch.testing.assert_close(model(WORDS), output)
 
 
+def test_an_embedding_with_sparse_gradients():
+    model = words(sparse=True)
+    with refused("gives its gradients as sparse tensors", "Write model.get_submodule("):
+        read(model)
+    model.get_submodule("0").sparse = False
+    assert same(read(model), read(words()), WORDS[:4])
+
+
 def test_a_normalisation_without_statistics_of_its_own():
     with refused("keeps no running statistics", "Use track_running_stats=True, or a GroupNorm"):
         classifier(normed(nn.BatchNorm1d(4, track_running_stats=False)))

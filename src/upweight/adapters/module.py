@@ -297,11 +297,24 @@ class ModuleEncoder:
 
 
 def _probe_rows(examples: Examples, count: int) -> NDArray[np.int64]:
-    """Rows spread over the data, and the first row of every label; `count` of them where labels are not known."""
+    """Rows spread over the data, and the first row of every label; `count` of them where labels are not known.
+
+    Of rows with several labels the first with the lowest and the highest of all, where one is rarely ignored.
+    """
     if examples.y is None or examples.y.ndim != 1:
-        return examples.spread(count)
+        return np.union1d(examples.spread(count), _outermost(examples.y))
     _, first = np.unique(np.asarray(examples.y), return_index=True)
     return np.union1d(examples.spread(_SPREAD_ROWS), first[:_LABEL_ROWS])
+
+
+def _outermost(labels: Any) -> NDArray[np.int64]:
+    """The first rows with the lowest and the highest of whole numbers in memory, several a row."""
+    if not isinstance(labels, Tensor | np.ndarray) or "int" not in str(labels.dtype):
+        return np.zeros(0, dtype=np.int64)
+    flat = np.asarray(labels).reshape(-1)
+    if not len(flat):
+        return np.zeros(0, dtype=np.int64)
+    return np.array([flat.argmin(), flat.argmax()]) // (len(flat) // len(labels))
 
 
 def _precision_in_words(model: torch.nn.Module, reading: Reading, objective: Objective) -> str:

@@ -226,7 +226,7 @@ def _builder(estimator: Any, *, inside: bool) -> Builder:
         rows = "model[:-1].transform(X)" if inside else "X"
         prefit = name == "StackingClassifier" and estimator.cv == "prefit"
         why = (_PREFIT if prefit else REFUSED[name]).format(model="model[-1]" if inside else "model", X=rows)
-    elif any(word in name for word in ("Tree", "Forest", "Boosting", "Bagging", "Neighbors")):
+    elif any(word in name for word in ("Tree", "Forest", "Boost", "Bagging", "Neighbors")):
         why = (
             "is not fitted by minimising a smooth function of parameters, so influence functions do not apply to "
             "it. Retrain without the rows instead"

@@ -114,8 +114,8 @@ def refuse_training_mode(model: torch.nn.Module) -> None:
     """Raises when a module of `model` would make an example's loss random or dependent on its batch.
 
     Raises:
-        UnsupportedModel: if dropout is active, batch statistics are being used, or an embedding scales its gradients
-            or shortens its rows.
+        UnsupportedModel: if dropout is active, batch statistics are being used, or an embedding scales its gradients,
+            has sparse ones, or shortens its rows.
     """
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -131,6 +131,12 @@ def refuse_training_mode(model: torch.nn.Module) -> None:
                 f"'{name}' ({kind}, max_norm={module.max_norm}) shortens its rows in every forward pass, so θ̂ would "
                 "move while it is explained. Run the model once on its training inputs, which shortens the rows that "
                 "they use, then set its max_norm to None."
+            )
+            raise UnsupportedModel(message)
+        if isinstance(module, torch.nn.Embedding) and module.sparse:
+            message = (
+                f"'{name}' ({kind}, sparse=True) gives its gradients as sparse tensors, which cannot be differentiated "
+                f"again. Write model.get_submodule({name!r}).sparse = False: its outputs stay what they are."
             )
             raise UnsupportedModel(message)
         if "BatchNorm" in kind and not getattr(module, "track_running_stats", True):

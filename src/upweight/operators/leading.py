@@ -3,7 +3,7 @@
 With Q the eigenvectors of mean(x̃x̃ᵀ), the space of parameters splits into the leading directions of every output,
 I ⊗ Q_r, and the rest. On the first the curvature is written out, (Kr) × (Kr), from a subsample of rows; on the second
 it is mean(h) ⊗ mean(x̃x̃ᵀ), diagonal in its own eigenvectors. Real data have few leading directions, so this is almost
-C⁻¹.
+C⁻¹. Features whose units differ much are divided by them first (`comparable`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from upweight.data.arrays import as_tensor
 from upweight.model import penalties
 from upweight.model.objective import Linear
 from upweight.operators.linear import LinearHessian, mean_factors
+from upweight.operators.units import augmented, comparable, inverted
 
 _JITTER = 1e-7  # of the largest curvature: keeps directions that the subsample does not see positive
 
@@ -35,31 +36,37 @@ def leading_inverse(operator: LinearHessian, damping: float, rank: int) -> Calla
     structure = objective.linear
     assert structure is not None  # LinearHessian has a linear predictor
     K, d = structure.n_outputs, structure.n_features
-    A, B = mean_factors(operator)
+    strengths = augmented(penalties.diagonal(objective)[None], K, d, structure.intercept)[0] + damping  # (K, w)
+    A, B, units = comparable(*mean_factors(operator), strengths)
     if not bool(torch.isfinite(A.float()).all()):
         return None
     (a, Q), (b, QB) = torch.linalg.eigh(A.float()), torch.linalg.eigh(B)
     a, Q = a.double(), Q.double()
+    penalty = float(strengths.mean()) if units is None else 0.0  # or inside A
+    elsewhere, free, alone = inverted(a, b, penalty, strengths, units)
+    free = QB[:, free]
     rank = min(rank, len(a))
-    strengths = _augmented(penalties.diagonal(objective)[None], K, d, structure.intercept)[0] + damping  # (K, w)
-    factor, failed = torch.linalg.cholesky_ex(_exact_block(operator, Q[:, -rank:], strengths))
+    within = Q[:, -rank:] if units is None else units[:, None] * Q[:, -rank:]
+    block = _exact_block(operator, within, strengths)
+    block += torch.kron(free @ free.T, float(block.diagonal().max()) * torch.eye(rank, dtype=block.dtype))
+    factor, failed = torch.linalg.cholesky_ex(block)
     if int(failed):
         return None
     exact = torch.cholesky_inverse(factor)
-    products = b.clamp(min=0)[:, None] * a.clamp(min=0)
-    elsewhere = 1 / (products + max(float(strengths.mean()), 1e-6 * float(products.max()), 1e-300))
     elsewhere[:, -rank:] = 0
     Q32, QB32, exact32, elsewhere32 = (M.float() for M in (Q, QB, exact, elsewhere))
 
     def apply(R: Tensor) -> Tensor:
-        size = R.norm(dim=1, keepdim=True).clamp(min=1e-300)
-        inside = _augmented((R / size).float(), K, d, structure.intercept) @ Q32  # (k, K, w) in the eigenbasis
+        whole = augmented(R, K, d, structure.intercept)
+        whole = whole if units is None else whole * units.to(R)
+        size = whole.flatten(1).norm(dim=1).clamp(min=1e-300)[:, None, None]
+        inside = (whole / size).float() @ Q32  # (k, K, w) in the eigenbasis
         lead = inside[:, :, -rank:].flatten(1) @ exact32
         out = QB32 @ ((QB32.T @ inside) * elsewhere32)
         out[:, :, -rank:] = lead.reshape(len(R), K, rank)
-        whole = out @ Q32.T
-        flat = torch.cat([whole[:, :, :d].flatten(1), whole[:, :, d]], 1) if structure.intercept else whole.flatten(1)
-        return flat.to(R.dtype) * size
+        whole = (out @ Q32.T).to(R) * size + free.to(R) @ ((free.T.to(R) @ whole) * alone.to(R))
+        whole = whole if units is None else whole * units.to(R)
+        return torch.cat([whole[:, :, :d].flatten(1), whole[:, :, d]], 1) if structure.intercept else whole.flatten(1)
 
     return apply
 
@@ -85,9 +92,3 @@ def _exact_block(operator: LinearHessian, Q: Tensor, strengths: Tensor) -> Tenso
         block[k * rank : (k + 1) * rank, k * rank : (k + 1) * rank] += (Q.T * strengths[k]) @ Q
     block.diagonal().add_(_JITTER * float(block.diagonal().max()))
     return block
-
-
-def _augmented(R: Tensor, K: int, d: int, intercept: bool) -> Tensor:
-    """(k, p) as (k, K, w): the coefficients of every output, and its intercept behind them."""
-    whole = R[:, : K * d].reshape(len(R), K, d)
-    return torch.cat([whole, R[:, K * d :, None]], 2) if intercept else whole

@@ -31,6 +31,7 @@ from upweight.model.objective import Linear
 from upweight.model.sweep import Sweep, finite
 from upweight.operators import sparse
 from upweight.operators.shift import Shift, shift_invariant
+from upweight.operators.units import augmented, comparable, inverted
 from upweight.runs import ranks
 from upweight.runs.sums import Sums
 
@@ -42,6 +43,7 @@ _KEPT_BYTES = 2**26  # of V x̃ᵢ for every row, which the scores can use again
 _COPY_BYTES = 2**31  # a float32 copy of X is kept if it is smaller; else chunks are cast as they are read
 (_syrk,) = scipy.linalg.get_blas_funcs(("syrk",), dtype=np.float64)
 _FEW_ACTIVE = 0.95  # of the columns: fewer are worth a copy without the others
+_UNSEEN = 1e-30  # of the largest number on the diagonal
 _KRONECKER_FEATURES = 1024  # eigenvectors of a larger XᵀX cost more than they save
 
 
@@ -291,8 +293,9 @@ class LinearHessian:
         if self.sparse:
             spread = _diagonals(self.curvatures, self._structure.n_outputs)
             return sparse.frequent_inverse(self._x, spread, diagonal, self._structure)
-        floor = 1e-6 * float(diagonal.max())
-        return lambda R: R / diagonal.clamp(min=floor).to(R)
+        largest = float(diagonal.max()) or 1.0  # in place of what no row sees
+        held = torch.where(diagonal > _UNSEEN * largest, diagonal, largest)
+        return lambda R: (R / held).to(R)  # in float64, which small units need
 
     @property
     def dense_and_narrow(self) -> bool:
@@ -469,23 +472,23 @@ class LinearHessian:
 
     def _kronecker(self, damping: float) -> Callable[[Tensor], Tensor]:
         """Eigenvectors of the two mean factors; the penalty is taken as the same for all parameters."""
-        K, d = self._structure.n_outputs, self._structure.n_features
-        A, B = mean_factors(self)
+        K, d, intercept = self._structure.n_outputs, self._structure.n_features, self._structure.intercept
+        diagonal = penalties.diagonal(self.sweep.objective)
+        strengths = augmented(diagonal[None], K, d, intercept)[0] + damping
+        A, B, units = comparable(*mean_factors(self), strengths)
         (a, QA), (b, QB) = torch.linalg.eigh(A), torch.linalg.eigh(B)
-        products = b.clamp(min=0)[:, None] * a.clamp(min=0)[None]
-        penalty = penalties.diagonal(self.sweep.objective)[: K * d].mean()
-        floor = max(float(penalty) + damping, 1e-6 * float(products.max()), 1e-300)
-        inverse = 1 / (products + floor)
+        penalty = float(diagonal[: K * d].mean()) + damping if units is None else 0.0
+        inverse, free, alone = inverted(a, b, penalty, strengths, units)
+        free = QB[:, free]
 
         def apply(R: Tensor) -> Tensor:
-            whole = R[:, : K * d].reshape(len(R), K, d)
-            if self._structure.intercept:
-                whole = torch.cat([whole, R[:, K * d :, None]], 2)
+            whole = augmented(R, K, d, intercept)
+            whole = whole if units is None else whole * units.to(R)
             left, right, scale = QB.to(R), QA.to(R), inverse.to(R)
             out = left @ (((left.T @ whole) @ right) * scale) @ right.T
-            return (
-                torch.cat([out[:, :, :d].flatten(1), out[:, :, d]], 1) if self._structure.intercept else out.flatten(1)
-            )
+            out = out + free.to(R) @ ((free.T.to(R) @ whole) * alone.to(R))
+            out = out if units is None else out * units.to(R)
+            return torch.cat([out[:, :, :d].flatten(1), out[:, :, d]], 1) if intercept else out.flatten(1)
 
         return apply
 

@@ -21,7 +21,7 @@ from upweight.operators.linear import LinearHessian
 from upweight.operators.lowest import lowest_eigenvalue
 from upweight.runs import progress
 from upweight.solvers import bounds
-from upweight.solvers.base import Solution, checked_damping, checked_sides, residuals
+from upweight.solvers.base import Solution, checked_damping, checked_sides
 from upweight.solvers.block import descend_together, spanning
 from upweight.solvers.direct import Cholesky
 from upweight.solvers.flat import LEANS, PROBES, Flat, probed
@@ -35,6 +35,7 @@ _RECOMPUTE = 50  # the recurrence for r drifts from v − Ax in floating point; 
 _RARELY = 500  # the same where little is added to r: that of sparse rows, reduced
 _COARSE_GAIN = 0.1  # a run in float32 must shrink the true residual to this share, else products become float64
 _SCALE_ROWS = 1024
+_TINY = 1e-30  # of the largest number on the diagonal: what a few rows say of so little is asked of all
 _MATRIX_UP_TO = 4000  # parameters: many directions that no row sees are found in a matrix
 _SMALL = 500  # where the matrix takes a few products as long as a solution: the same of models that are not linear
 FURTHER = 5.0  # times the products of a trial
@@ -345,26 +346,27 @@ class Iteration:
     def _mixed(self, basis: Tensor, mixing: Tensor, V: Tensor, keep: Keep | None) -> Solution:
         """Dependent right-hand sides through a basis of them: copies differ by rounding, which is no direction."""
         rtol = self.spec.rtol / (2 * math.sqrt(max(1, len(basis))))
-        inner = None
+        inner, failed = None, None
         whole = None if keep is None else lambda state: keep({"x": mixing @ state["x"]})
         if len(basis):
             try:
                 inner = replace(self, spec=replace(self.spec, rtol=rtol)).solve(basis, keep=whole)
             except NotConverged as error:
-                raise self._remixed(error, mixing, V) from error
+                inner = failed = error.solution  # `_unfinished` gives it one
         X = torch.zeros_like(V) if inner is None else mixing @ inner.x
         R = V - self._apply(X)
-        missed, sweeps = _share(R, V.norm(dim=1)), 1 + (0 if inner is None else inner.sweeps)
+        missed, sweeps = self._missed(R, V), 1 + (0 if inner is None else inner.sweeps)
         bottom = float("nan") if inner is None else inner.min_curvature
+        good = bool((missed <= self.spec.rtol).all())  # what the basis missed may be small in what it spans
+        if failed is not None and not good:
+            raise self._unfinished(X, R, V, failed.sweeps, torch.full((len(V),), bottom + self.damping))
         state, gap = {"x": X, "p": R}, self._gap(X, V, R)
-        good = bool((missed <= self.spec.rtol).all())
         return Solution(X, missed, good, sweeps, min_curvature=bottom, preconditioner_gap=gap, state=state)
 
-    def _remixed(self, error: NotConverged, mixing: Tensor, V: Tensor) -> NotConverged:
-        """The failure of a basis as that of what it spans, with a state to go on from."""
-        assert error.solution is not None  # `_unfinished` gives it one
-        X, lowest = mixing @ error.solution.x, torch.full((len(V),), error.solution.min_curvature)
-        return self._unfinished(X, V - self._apply(X), V, error.solution.sweeps, lowest)
+    def _missed(self, R: Tensor, V: Tensor) -> Tensor:
+        """‖r‖/‖v‖ of every row, in the larger of the two norms that are promised."""
+        plain = _share(R, V.norm(dim=1))
+        return plain if self.scale is None else plain.maximum(_share(R * self.scale, (V * self.scale).norm(dim=1)))
 
     def _gap(self, X: Tensor, V: Tensor, R: Tensor) -> Tensor | None:
         """‖x₀ − x‖/‖x‖ in the norm of C + λI, with x₀ the preconditioner's own answer.  Cost: one product."""
@@ -427,12 +429,11 @@ class Iteration:
         return V if self.flat is None else self.flat.project(V)
 
     def _partial(self, X: Tensor, P: Tensor, V: Tensor, sweeps: int) -> Solution:
-        return Solution(
-            X, residuals(self.operator, self.damping, X, V), False, sweeps, state={"x": X.clone(), "p": P.clone()}
-        )
+        return Solution(X, self._missed(V - self._apply(X), V), False, sweeps, state={"x": X.clone(), "p": P.clone()})
 
     def _unfinished(self, X: Tensor, P: Tensor, V: Tensor, sweeps: int, smallest: Tensor) -> NotConverged:
-        partial = self._partial(X, P, V, sweeps)
+        met = float(smallest.min()) - self.damping
+        partial = replace(self._partial(X, P, V, sweeps), min_curvature=met if math.isfinite(met) else float("nan"))
         worst = int(partial.residual.argmax())
         less = f"{2 * float(partial.residual[worst]):.1g}"
         accept = f", or accept less: CG(rtol={less})." if float(less) < 1 else "."
@@ -493,8 +494,10 @@ def _scale(operator: Operator, damping: float) -> Tensor | None:
     whole = n <= _SCALE_ROWS or getattr(operator, "sparse", False)  # few sparse rows miss most of the columns
     few = operator if whole else operator.subsample(_SCALE_ROWS)  # type: ignore[attr-defined]
     diagonal = few.diagonal() + damping  # type: ignore[attr-defined]
-    largest = float(diagonal.max()) or 1.0  # in place of what these rows do not see, which must not blow up rounding
-    return torch.where(diagonal > 1e-30 * largest, diagonal, largest).rsqrt()
+    largest = float(diagonal.max()) or 1.0  # in place of what no row sees, which must not blow up rounding
+    if not whole and bool(((diagonal > 0) & (diagonal < _TINY * largest)).any()):  # of these rows, or in small units
+        diagonal = operator.diagonal() + damping  # type: ignore[attr-defined]
+    return torch.where(diagonal > 0, diagonal, largest).rsqrt()
 
 
 def _continued(direction: Tensor, R: Tensor) -> Tensor:

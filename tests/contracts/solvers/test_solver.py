@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from sklearn.linear_model import LinearRegression, LogisticRegression
 
 import cases
+import upweight as uw
 from strategies import vectors
 from tolerances import SOLVERS_AGREE, STANDARD_ERRORS
 from upweight.errors import Diverged, InvalidInput, NotConverged, NotPositiveDefinite, UnsupportedModel, UpweightError
 from upweight.operators import Dense, DenseOperator, EmpiricalFisher, GaussNewton, Hessian, Identity
-from upweight.solvers import CG, Cholesky, LiSSA
+from upweight.solvers import CG, Approximate, Cholesky, LiSSA, Plain
 
 EXACT_SOLVERS = {"Cholesky": (Cholesky(), 1e-10), "CG": (CG(rtol=1e-10, max_sweeps=2000), 1e-10)}
 CURVATURES = [Hessian(), GaussNewton(), Dense(), EmpiricalFisher(), Identity()]
@@ -98,6 +100,73 @@ def test_features_in_other_units_cost_no_digits(units):
     x = Cholesky().prepare(DenseOperator(D @ A @ D)).solve(V).x
     expected = torch.linalg.solve(A, (V / D.diagonal()).T).T / D.diagonal()
     assert torch.allclose(x, expected, rtol=1e-9)
+
+
+def least_squares(X, y, units=1.0):
+    model = LinearRegression(fit_intercept=False)
+    model.coef_, model.intercept_ = np.linalg.solve(X.T @ X, X.T @ y) / units, 0.0
+    return uw.explain(model, X * units, y, solver=CG(rtol=1e-8, max_sweeps=200))
+
+
+@pytest.mark.parametrize("unit", [1e-18, 1e18])
+def test_cg_hides_no_feature_behind_anothers_units(unit):
+    draw = np.random.default_rng(0)
+    X, y, units = draw.normal(size=(60, 6)), draw.normal(size=60), np.where(np.arange(6) < 3, unit, 1.0)
+    G = -2 * (y - X @ np.linalg.solve(X.T @ X, X.T @ y))[:, None] * X
+    expected = G[:3] @ np.linalg.solve(2 * X.T @ X, G.T)  # units cancel in it
+    values = least_squares(X, y, units).on_loss((X * units)[:3], y[:3]).values
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_many_features_in_other_units_cost_few_products():
+    draw = np.random.default_rng(0)
+    X, y = draw.normal(size=(2600, 1030)), draw.normal(size=2600)  # too many features for eigenvectors of XᵀX
+    units = 10.0 ** draw.uniform(-4, 4, 1030)
+    plain, other = (least_squares(X, y, one).on_loss((X * one)[:2], y[:2]) for one in (np.ones(1030), units))
+    np.testing.assert_allclose(other.values, plain.values, rtol=0, atol=1e-6 * np.abs(plain.values).max())
+    assert other.certificate.sweeps <= 1.5 * plain.certificate.sweeps
+
+
+@pytest.mark.parametrize("rows", [500, 9000], ids=["Kronecker", "leading"])
+@pytest.mark.parametrize("spread", [0, 1, 3])
+def test_features_in_other_units_cost_few_products_of_many_outputs(spread, rows):
+    draw = np.random.default_rng(0)
+    X, units = draw.normal(size=(rows, 12)), 10.0 ** draw.uniform(-spread, spread, 12)
+    y = np.argmax(X[:, :4] + draw.gumbel(size=(rows, 4)), 1)
+    model = LogisticRegression(C=1e6, tol=1e-6, solver="newton-cholesky").fit(X, y)
+    model.coef_ = model.coef_ / units  # the penalty is so small that this is a minimum, too
+    found, exact = (
+        uw.explain(model, X * units, y, solver=solver).on_loss((X * units)[:2], y[:2])
+        for solver in (CG(rtol=1e-8, max_sweeps=200), Cholesky())
+    )
+    np.testing.assert_allclose(found.values, exact.values, rtol=0, atol=1e-6 * np.abs(exact.values).max())
+    assert found.certificate.sweeps <= 40
+
+
+def test_what_cg_says_it_reached_is_what_it_promised():
+    draw = np.random.default_rng(0)
+    X, y, units = draw.normal(size=(60, 6)), draw.normal(size=60), 10.0 ** np.array([-6, 0, 0, 0, 3, 6])
+    system = least_squares(X, y, units).system
+    V = 2 * torch.from_numpy((X * units)[:1] * y[:1, None])
+    D = system.operator.diagonal().rsqrt()
+    with pytest.raises(NotConverged) as refused:
+        CG(rtol=1e-8, max_sweeps=2, preconditioner=Approximate()).prepare(system.operator).solve(V)
+    missing = V - system.operator.apply(refused.value.solution.x)
+    promised = max(missing.norm() / V.norm(), (missing * D).norm() / (V * D).norm())
+    assert float(refused.value.solution.residual) == pytest.approx(float(promised))
+    assert f"residual of {float(promised):.2g} for" in str(refused.value)
+
+
+def test_cg_of_dependent_sides_is_judged_by_them_and_not_by_their_basis():
+    draw = np.random.default_rng(0)
+    X, y = draw.normal(size=(100, 20)) + 1e3, np.arange(100) % 2
+    model = LogisticRegression(tol=1e-10, max_iter=1000, solver="newton-cholesky").fit(X, y)
+    found, exact = (
+        uw.explain(model, X, y, solver=solver).of_self()
+        for solver in (CG(rtol=1e-8, max_sweeps=200, preconditioner=Plain()), Cholesky())
+    )
+    assert found.certificate.residual.max() < 1e-8
+    np.testing.assert_allclose(found.values, exact.values, rtol=1e-3, atol=1e-6)
 
 
 INDEFINITE = torch.diag(torch.tensor([5.0, 2.0, 1.0, -0.7], dtype=torch.float64))

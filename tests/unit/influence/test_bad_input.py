@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.numpy import save_file
-from sklearn.ensemble import GradientBoostingClassifier, RandomForestClassifier
+from sklearn.ensemble import AdaBoostClassifier, GradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge, RidgeClassifier
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
@@ -369,6 +369,7 @@ test_unsupported_estimators_are_refused_with_a_pointer = check(
     row(
         "boosting", TypeError, "smooth", lambda: uw.explain(GradientBoostingClassifier(n_estimators=2).fit(X, Y), X, Y)
     ),
+    row("ada boost", TypeError, "smooth", lambda: uw.explain(AdaBoostClassifier(n_estimators=2).fit(X, Y), X, Y)),
     row("neighbours", TypeError, "smooth", lambda: uw.explain(KNeighborsClassifier().fit(X, Y), X, Y)),
     row("nu support vectors", TypeError, f"NuSVC.*{POINTER}", lambda: uw.explain(NuSVC(nu=0.3).fit(X, Y), X, Y)),
     row("l1", TypeError, "l1 share of 1", lambda: uw.explain(_l1(l1_ratio=1.0), X, Y)),

@@ -73,7 +73,7 @@ def of_outputs(count: int, targets: Callable[[Any], NDArray[Any]] = numbers) -> 
 
     def shaped(labels: Any) -> NDArray[np.float64]:
         values = targets(labels).astype(np.float64)
-        if values.reshape(len(values), -1).shape[1] != count:
+        if values.size != len(values) * count:
             message = f"y has shape {values.shape}, and the model was fitted with {count} output(s)."
             raise InvalidInput(message + " Pass y as in fit().")
         return values.reshape(len(values), count)

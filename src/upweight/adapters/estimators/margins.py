@@ -28,6 +28,12 @@ def linear_svc(fit: Fit) -> Built:
     """LinearSVC of two classes."""
     model = fit.estimator
     K = len(model.classes_)
+    if model.multi_class != "ovr":
+        message = (
+            f"LinearSVC(multi_class={model.multi_class!r}) fits all classes together, by a hinge on their differences "
+            f"whatever loss={model.loss!r} says. Refit with multi_class='ovr'."
+        )
+        raise UnsupportedModel(message)
     if K > 2:
         message = (
             f"LinearSVC with {K} classes is {K} separate one-vs-rest problems. Explain one binary model per class, or "
