@@ -14,6 +14,7 @@ from upweight.adapters.criteria import Criterion, Reduction
 from upweight.data.trees import batch_length, leaves, take, tree_map
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, first_line
 from upweight.model import calculus
+from upweight.model.agreement import tolerance
 from upweight.model.modules import forward, plainly
 from upweight.model.objective import Objective
 
@@ -75,7 +76,7 @@ def refuse_batch_effects(
                 "model of batches and loss(output, target) that takes a batch."
             )
             raise InvalidInput(message) from error
-    _compare_outputs(model, together, one_by_one)
+    _compare_outputs(model, together, one_by_one, tolerance(objective, probe))
     _name_other_predictions(model, state, cast[0], together)
     shapes = (tuple(together.shape), [tuple(leaf.shape) for leaf in leaves(cast[1])])
     how = comparison(criterion, together, cast[1])
@@ -83,10 +84,9 @@ def refuse_batch_effects(
     _name_a_sum(reduction, singles, batch, objective)
 
 
-def _compare_outputs(model: torch.nn.Module, together: Tensor, one_by_one: Tensor) -> None:
+def _compare_outputs(model: torch.nn.Module, together: Tensor, one_by_one: Tensor, rounding: float) -> None:
     gap = float((together - one_by_one).abs().max()) if together.shape == one_by_one.shape else float("inf")
-    tolerance = 1e-8 if together.dtype == torch.float64 else 1e-3
-    if gap > tolerance * (1 + float(one_by_one.abs().max())):
+    if gap > rounding * (1 + float(one_by_one.abs().max())):
         message = (
             f"{type(model).__name__} gives other outputs for a batch {tuple(together.shape)} than for its examples one "
             f"by one {tuple(one_by_one.shape)}: the largest difference is {gap:.3g}. Something in it mixes the "

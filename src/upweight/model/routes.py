@@ -17,7 +17,7 @@ from torch import Tensor
 from upweight.data.trees import batch_length, take, tree_map
 from upweight.errors import InvalidInput, NotDeterministic, UnsupportedModel, UpweightError, first_line
 from upweight.model import calculus, layers
-from upweight.model.agreement import agree
+from upweight.model.agreement import agree, tolerance
 from upweight.model.objective import Objective, Route
 from upweight.model.transforms import refuse_inference_mode, unbatched, undisturbed
 
@@ -27,7 +27,6 @@ _TRIES = 200  # where numbers are drawn: does what is drawn ever matter?
 _STEPS = (1e-4, 1e-5, 1e-6)  # of θ, over which the slope of the gradient is taken
 _SLOPE = 1e-2
 _AWAY = 1e-2  # of θ, to where no kink is hit exactly
-_TOLERANCE = {torch.float64: 1e-8}  # of a fast route against the slow one; 1e-3 in lower precision
 
 
 @undisturbed()
@@ -45,6 +44,7 @@ def probe(objective: Objective, batch: Any) -> Objective:
     with _chance_put_back():
         plainly = _sound(objective, batch)
         truth = _answers(plainly, batch, shortly=True)
+        rtol = tolerance(plainly, batch)
         found: tuple[Tensor, ...] = ()
         whole: tuple[Tensor, ...] = ()
         reason = ""
@@ -54,10 +54,10 @@ def probe(objective: Objective, batch: Any) -> Objective:
             try:
                 with unbatched(slow):
                     found = _answers(candidate, batch)
-                    same = _agree(found, truth, objective.reference.dtype)
+                    same = _agree(found, truth, rtol)
                 if not same:  # another order of rounding, where a model computes in less than its precision
                     whole = whole or _answers(plainly, batch)
-                    same = _agree(found, whole, objective.reference.dtype)
+                    same = _agree(found, whole, rtol)
             except UpweightError:
                 raise
             except Exception as error:
@@ -277,7 +277,6 @@ def _answers(objective: Objective, batch: Any, *, shortly: bool = False) -> tupl
         raise UnsupportedModel(message) from error
 
 
-def _agree(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
-    rtol = _TOLERANCE.get(dtype, 1e-3)
+def _agree(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], rtol: float) -> bool:
     ours, truth = ((*first, products.sum(0)) for *first, products in (ours, truth))
     return all(agree(a, b, rtol) for a, b in zip(ours, truth, strict=True))
