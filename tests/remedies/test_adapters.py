@@ -1219,11 +1219,31 @@ def test_a_model_that_knows_no_loss_gets_one():
 
 def test_a_loss_that_is_none_of_the_known_ones_is_passed():
     model = seeded(lambda: Sentences(2.0))
-    with refused("which is none that is known", "Pass the criterion of its output and the "):
+    with refused("which is none that is known", "or a criterion of its output and the labels, loss="):
         uw.explain(model, sentences())
     influence = uw.explain(model, sentences(), loss=lambda o, y: 2 * F.cross_entropy(o["logits"], y), damping=1.0)
     half = uw.explain(seeded(Sentences), sentences(), damping=0.5).on_loss(sentences()[:2]).values
     np.testing.assert_allclose(influence.on_loss(sentences()[:2]).values, 2 * half, rtol=1e-6)
+
+
+def test_a_smoothed_loss_of_tokens_is_passed():
+    class Tagged(Sentences):
+        """A label for every word, smoothed where the model computes its own loss."""
+
+        def forward(self, input_ids, attention_mask, labels=None):
+            logits = self.head(self.words(input_ids))
+            own = None if labels is None else smoothed(logits.transpose(1, 2), labels)
+            return {"logits": logits, "loss": own}
+
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.2)
+    model = seeded(Tagged)
+    rows = [{**row, "labels": [word % 2 for word in row["input_ids"]]} for row in sentences()]
+    with refused("which is none that is known", "Pass torch's criterion of classes, loss=torch.nn.CrossEntropyLoss("):
+        uw.explain(model, rows)
+    influence = uw.explain(model, rows, loss=smoothed, damping=1.0)
+    logits = [model.head(model.words(torch.tensor(row["input_ids"]))) for row in rows[:3]]
+    losses = [float(smoothed(f, torch.tensor(row["labels"])).detach()) for f, row in zip(logits, rows[:3], strict=True)]
+    np.testing.assert_allclose(influence.on_loss(rows[:3]).query_values, losses, rtol=1e-6)
 
 
 def test_a_criterion_that_reads_another_part_of_the_output():

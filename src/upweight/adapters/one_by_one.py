@@ -129,8 +129,8 @@ def compares(model: torch.nn.Module, reduction: Reduction, probe: Any) -> str:
             dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
             x = tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, probe[0])
             return comparison(reduction.criterion, forward(model, state, x), probe[1])
-    except (RuntimeError, ValueError, TypeError, IndexError, StopIteration):
-        return ""
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, StopIteration):
+        return ""  # what is wrong is told where the loss is tried
 
 
 def _compare_losses(
@@ -200,7 +200,7 @@ def comparison(criterion: Criterion, outputs: Tensor, targets: Tensor) -> str:
             together = float(criterion(outputs, targets))
             alone = torch.stack([criterion(outputs[b : b + 1], targets[b : b + 1]) for b in range(size)]).double()
             twice = torch.stack([criterion(outputs[[b, b]], targets[[b, b]]) for b in range(size)]).double()
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
             return ""  # what else is wrong is said elsewhere
     if not np.isfinite(together) or size < _FEWEST:
         return ""
