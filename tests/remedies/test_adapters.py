@@ -1296,6 +1296,37 @@ def test_an_answer_read_off_the_last_word(pad):
     np.testing.assert_allclose(values, uw.explain(model, same, damping=1.0).on_loss(same[:2]).values, rtol=1e-9)
 
 
+class Pointing(nn.Module):
+    """Where an answer begins and ends in a row of words: two softmaxes over its places."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 4), nn.Linear(4, 2)
+
+    def forward(self, input_ids, attention_mask):
+        start, end = self.head(self.words(input_ids)).unbind(-1)
+        return {"start": start, "end": end}
+
+
+def test_a_loss_of_all_places_of_a_row():
+    def span(output, y):
+        return F.cross_entropy(output["start"], y[:, 0]) + F.cross_entropy(output["end"], y[:, 1])
+
+    model, rows = seeded(Pointing), [{**row, "labels": [0, k % 2]} for k, row in enumerate(sentences())]
+    with refused("what stands behind its end counts", "Pass rows of one length, padded as they were in training"):
+        uw.explain(model, rows, loss=span)
+    longest = max(len(row["input_ids"]) for row in rows)
+    for row in rows:
+        missing = [0] * (longest - len(row["input_ids"]))
+        row["attention_mask"] = [1] * len(row["input_ids"]) + missing
+        row["input_ids"] = row["input_ids"] + missing
+    influence = uw.explain(model, rows, loss=span, damping=1.0)
+    outputs = model(torch.tensor([row["input_ids"] for row in rows[:3]]), None)
+    alone = [{name: part[k : k + 1] for name, part in outputs.items()} for k in range(3)]
+    losses = [float(span(f, torch.tensor([row["labels"]])).detach()) for f, row in zip(alone, rows[:3], strict=True)]
+    np.testing.assert_allclose(influence.on_loss(rows[:3]).query_values, losses, rtol=1e-6)
+
+
 def of_tokens():
     """A network that names one of 3 at each of 4 places, and rows of which some places are not counted."""
     draw = torch.Generator().manual_seed(0)

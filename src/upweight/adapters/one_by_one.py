@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.adapters.criteria import Criterion, Reduction
+from upweight.data.examples import Examples
+from upweight.data.records import TOKENS, Records
 from upweight.data.trees import batch_length, leaves, take, tree_map
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, first_line
 from upweight.model import calculus
@@ -20,6 +22,8 @@ from upweight.model.objective import Objective
 
 _PREDICTED = 1e-3  # of the largest output: other kernels round otherwise
 _COMPARED, _FEWEST = 8, 3  # rows on which it is tried whether a criterion compares them
+_SHORTEST_OF = 32  # rows, among which a short and a long one are looked for
+_PADDED, _PADDED_HALF = 1e-4, 3e-2  # of a loss: what paddings may change of it, in full precision and less
 
 
 def refuse_batch_effects(
@@ -82,6 +86,29 @@ def refuse_batch_effects(
     how = comparison(criterion, together, cast[1])
     _compare_losses(reduction, singles, reduction.counted(cast[1]), batch, shapes, how)
     _name_a_sum(reduction, singles, batch, objective)
+
+
+def refuse_padding_that_counts(objective: Objective, examples: Examples, rows: Records) -> None:
+    """What a row costs must not depend on how many paddings stand behind its end.
+
+    Raises:
+        InvalidInput: if it does, as where a criterion takes a softmax over the places of a row.
+    """
+    lengths = [len(x[TOKENS]) if TOKENS in x else 0 for x, _ in map(rows.parts, range(min(len(rows), _SHORTEST_OF)))]
+    short, long = int(np.argmin(lengths)), int(np.argmax(lengths))
+    if lengths[short] == lengths[long]:
+        return
+    alone, beside = (float(calculus.losses(objective, examples.batch(some))[0]) for some in ([short], [short, long]))
+    rounding = _PADDED if objective.reference.dtype.itemsize > 2 else _PADDED_HALF
+    if abs(beside - alone) <= rounding * (1 + abs(alone)):
+        return
+    message = (
+        f"Row {short} of {lengths[short]} tokens costs {alone:.6g} alone and {beside:.6g} beside row {long} of "
+        f"{lengths[long]}, padded to its length: what stands behind its end counts. Usual reason: a softmax or a mean "
+        "over the places of a row, as in answers that are a span. Pass rows of one length, padded as they were in "
+        "training, with their attention_mask: tokenizer(texts, padding='max_length')."
+    )
+    raise InvalidInput(message)
 
 
 def _compare_outputs(model: torch.nn.Module, together: Tensor, one_by_one: Tensor, rounding: float) -> None:

@@ -191,14 +191,19 @@ def read_apart(model: nn.Module, loss: Criterion, probe: Any) -> tuple[nn.Module
     if not used:
         return model, loss  # a loss that nothing can move is refused where it is tried
     shapes = [tuple(parts[k].shape[1:]) for k in used]
+    alike = len(set(shapes)) == 1  # and of another length in another row
 
     def read(output: Any) -> Tensor:
         found = tree_flatten(output)[0]
-        return found[used[0]] if len(used) == 1 else torch.cat([found[k].reshape(len(found[k]), -1) for k in used], 1)
+        if len(used) == 1:
+            return found[used[0]]
+        if alike:
+            return torch.stack([found[k] for k in used], 1)
+        return torch.cat([found[k].reshape(len(found[k]), -1) for k in used], 1)
 
     @functools.wraps(loss)
     def criterion(z: Tensor, y: Tensor) -> Tensor:
-        pieces = [z] if len(used) == 1 else _apart(z, shapes)
+        pieces = [z] if len(used) == 1 else z.unbind(1) if alike else _apart(z, shapes)
         return loss(tree_unflatten([dict(zip(used, pieces, strict=True)).get(k) for k in range(len(parts))], spec), y)
 
     return called(model, read), criterion
