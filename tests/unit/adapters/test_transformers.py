@@ -154,6 +154,21 @@ def test_the_same_rows_in_every_form():
         np.testing.assert_allclose(influence.on_loss(query, labels[:2]).values, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow", "columns", "transform"])
+def test_a_dataset_in_every_format(kind):
+    stored = pytest.importorskip("datasets").Dataset.from_list(rows("bert"))
+    if kind == "columns":
+        data = stored.with_format("torch", columns=["input_ids", "label"])
+    elif kind == "transform":
+        data = stored.with_transform(lambda batch: {"input_ids": batch["input_ids"], "labels": batch["label"]})
+    else:
+        data = stored.with_format(kind)
+    settings = {"damping": 1.0, "parameters": ["classifier.weight"]}
+    ours, expected = (uw.explain(built("bert"), one, **settings) for one in (data, rows("bert")))
+    assert ours.examples.ids.tolist() == expected.examples.ids.tolist()
+    np.testing.assert_array_equal(ours.on_loss(data.select([0, 1])).values, expected.on_loss(rows("bert")[:2]).values)
+
+
 def test_padding_on_the_left_is_the_users_and_is_kept():
     model = built("llama")
     longest = max(LENGTHS)
