@@ -1245,11 +1245,31 @@ def test_a_model_that_knows_no_loss_gets_one():
 
 def test_a_loss_that_is_none_of_the_known_ones_is_passed():
     model = seeded(lambda: Sentences(2.0))
-    with refused("which is none that is known", "Pass the criterion of its output and the "):
+    with refused("which is none that is known", "or a criterion of its output and the labels, loss="):
         uw.explain(model, sentences())
     influence = uw.explain(model, sentences(), loss=lambda o, y: 2 * F.cross_entropy(o["logits"], y), damping=1.0)
     half = uw.explain(seeded(Sentences), sentences(), damping=0.5).on_loss(sentences()[:2]).values
     np.testing.assert_allclose(influence.on_loss(sentences()[:2]).values, 2 * half, rtol=1e-6)
+
+
+def test_a_smoothed_loss_of_tokens_is_passed():
+    class Tagged(Sentences):
+        """A label for every word, smoothed where the model computes its own loss."""
+
+        def forward(self, input_ids, attention_mask, labels=None):
+            logits = self.head(self.words(input_ids))
+            own = None if labels is None else smoothed(logits.transpose(1, 2), labels)
+            return {"logits": logits, "loss": own}
+
+    smoothed = nn.CrossEntropyLoss(label_smoothing=0.2)
+    model = seeded(Tagged)
+    rows = [{**row, "labels": [word % 2 for word in row["input_ids"]]} for row in sentences()]
+    with refused("which is none that is known", "Pass torch's criterion of classes, loss=torch.nn.CrossEntropyLoss("):
+        uw.explain(model, rows)
+    influence = uw.explain(model, rows, loss=smoothed, damping=1.0)
+    logits = [model.head(model.words(torch.tensor(row["input_ids"]))) for row in rows[:3]]
+    losses = [float(smoothed(f, torch.tensor(row["labels"])).detach()) for f, row in zip(logits, rows[:3], strict=True)]
+    np.testing.assert_allclose(influence.on_loss(rows[:3]).query_values, losses, rtol=1e-6)
 
 
 def test_a_criterion_that_reads_another_part_of_the_output():
@@ -1300,6 +1320,37 @@ def test_an_answer_read_off_the_last_word(pad):
     values = uw.explain(model, rows, damping=1.0).on_loss(rows[:2]).values
     same = [{"input_ids": row["input_ids"][-1:], "labels": row["labels"]} for row in rows]
     np.testing.assert_allclose(values, uw.explain(model, same, damping=1.0).on_loss(same[:2]).values, rtol=1e-9)
+
+
+class Pointing(nn.Module):
+    """Where an answer begins and ends in a row of words: two softmaxes over its places."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 4), nn.Linear(4, 2)
+
+    def forward(self, input_ids, attention_mask):
+        start, end = self.head(self.words(input_ids)).unbind(-1)
+        return {"start": start, "end": end}
+
+
+def test_a_loss_of_all_places_of_a_row():
+    def span(output, y):
+        return F.cross_entropy(output["start"], y[:, 0]) + F.cross_entropy(output["end"], y[:, 1])
+
+    model, rows = seeded(Pointing), [{**row, "labels": [0, k % 2]} for k, row in enumerate(sentences())]
+    with refused("what stands behind its end counts", "Pass rows of one length, padded as they were in training"):
+        uw.explain(model, rows, loss=span)
+    longest = max(len(row["input_ids"]) for row in rows)
+    for row in rows:
+        missing = [0] * (longest - len(row["input_ids"]))
+        row["attention_mask"] = [1] * len(row["input_ids"]) + missing
+        row["input_ids"] = row["input_ids"] + missing
+    influence = uw.explain(model, rows, loss=span, damping=1.0)
+    outputs = model(torch.tensor([row["input_ids"] for row in rows[:3]]), None)
+    alone = [{name: part[k : k + 1] for name, part in outputs.items()} for k in range(3)]
+    losses = [float(span(f, torch.tensor([row["labels"]])).detach()) for f, row in zip(alone, rows[:3], strict=True)]
+    np.testing.assert_allclose(influence.on_loss(rows[:3]).query_values, losses, rtol=1e-6)
 
 
 def of_tokens():

@@ -49,6 +49,10 @@ FAMILIES = {
             "fused": (None, F.cross_entropy),
             "LogSoftmax module, nll_loss": (nn.LogSoftmax(1), F.nll_loss),
             "log_softmax in forward, NLLLoss": (lambda z: z.log_softmax(-1), nn.NLLLoss()),
+            "log_softmax, and functions that have nothing to do": (
+                lambda z: z.contiguous().log_softmax(-1).contiguous().double(),
+                F.nll_loss,
+            ),
             "log_softmax in the criterion": (None, lambda z, y: F.nll_loss(F.log_softmax(z, 1), y)),
             "Softmax module, log in the criterion": (nn.Softmax(1), lambda p, y: F.nll_loss(p.log(), y)),
             "softmax, clamp and log in forward": (

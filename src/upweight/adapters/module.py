@@ -15,7 +15,12 @@ from torch import Tensor
 
 from upweight.adapters import frozen, low_rank, own_loss
 from upweight.adapters.criteria import Criterion, Reduction, is_criterion
-from upweight.adapters.one_by_one import compares, refuse_batch_effects, refused_comparison
+from upweight.adapters.one_by_one import (
+    compares,
+    refuse_batch_effects,
+    refuse_padding_that_counts,
+    refused_comparison,
+)
 from upweight.adapters.reading import Reading, readings, working
 from upweight.data.arrays import as_array, as_tensor
 from upweight.data.examples import Examples
@@ -108,6 +113,8 @@ def explain(
     refuse_batch_effects(
         model, reading.criterion(weighing.criterion), objective, reading.batch(probe), weighing.of_a_batch()
     )
+    if rows is not None:
+        refuse_padding_that_counts(objective, examples, rows)
     objective = replace(objective, name=f"{objective.name}{adapters}{_precision_in_words(model, reading, objective)}")
     encoder = ModuleEncoder(reading, weighing, scale, rows, model.read if isinstance(model, Called) else None)
     return Influence(objective, examples, encoder=encoder, **settings)

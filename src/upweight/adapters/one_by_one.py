@@ -11,14 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from upweight.adapters.criteria import Criterion, Reduction
+from upweight.data.examples import Examples
+from upweight.data.records import TOKENS, Records
 from upweight.data.trees import batch_length, leaves, take, tree_map
 from upweight.errors import InvalidInput, TheoryWarning, UnsupportedModel, first_line
 from upweight.model import calculus
+from upweight.model.agreement import tolerance
 from upweight.model.modules import forward, plainly
 from upweight.model.objective import Objective
 
 _PREDICTED = 1e-3  # of the largest output: other kernels round otherwise
 _COMPARED, _FEWEST = 8, 3  # rows on which it is tried whether a criterion compares them
+_SHORTEST_OF = 32  # rows, among which a short and a long one are looked for
+_PADDED, _PADDED_HALF = 1e-4, 3e-2  # of a loss: what paddings may change of it, in full precision and less
 
 
 def refuse_batch_effects(
@@ -75,7 +80,7 @@ def refuse_batch_effects(
                 "model of batches and loss(output, target) that takes a batch."
             )
             raise InvalidInput(message) from error
-    _compare_outputs(model, together, one_by_one)
+    _compare_outputs(model, together, one_by_one, tolerance(objective, probe))
     _name_other_predictions(model, state, cast[0], together)
     shapes = (tuple(together.shape), [tuple(leaf.shape) for leaf in leaves(cast[1])])
     how = comparison(criterion, together, cast[1])
@@ -83,10 +88,32 @@ def refuse_batch_effects(
     _name_a_sum(reduction, singles, batch, objective)
 
 
-def _compare_outputs(model: torch.nn.Module, together: Tensor, one_by_one: Tensor) -> None:
+def refuse_padding_that_counts(objective: Objective, examples: Examples, rows: Records) -> None:
+    """What a row costs must not depend on how many paddings stand behind its end.
+
+    Raises:
+        InvalidInput: if it does, as where a criterion takes a softmax over the places of a row.
+    """
+    lengths = [len(x[TOKENS]) if TOKENS in x else 0 for x, _ in map(rows.parts, range(min(len(rows), _SHORTEST_OF)))]
+    short, long = int(np.argmin(lengths)), int(np.argmax(lengths))
+    if lengths[short] == lengths[long]:
+        return
+    alone, beside = (float(calculus.losses(objective, examples.batch(some))[0]) for some in ([short], [short, long]))
+    rounding = _PADDED if objective.reference.dtype.itemsize > 2 else _PADDED_HALF
+    if abs(beside - alone) <= rounding * (1 + abs(alone)):
+        return
+    message = (
+        f"Row {short} of {lengths[short]} tokens costs {alone:.6g} alone and {beside:.6g} beside row {long} of "
+        f"{lengths[long]}, padded to its length: what stands behind its end counts. Usual reason: a softmax or a mean "
+        "over the places of a row, as in answers that are a span. Pass rows of one length, padded as they were in "
+        "training, with their attention_mask: tokenizer(texts, padding='max_length')."
+    )
+    raise InvalidInput(message)
+
+
+def _compare_outputs(model: torch.nn.Module, together: Tensor, one_by_one: Tensor, rounding: float) -> None:
     gap = float((together - one_by_one).abs().max()) if together.shape == one_by_one.shape else float("inf")
-    tolerance = 1e-8 if together.dtype == torch.float64 else 1e-3
-    if gap > tolerance * (1 + float(one_by_one.abs().max())):
+    if gap > rounding * (1 + float(one_by_one.abs().max())):
         message = (
             f"{type(model).__name__} gives other outputs for a batch {tuple(together.shape)} than for its examples one "
             f"by one {tuple(one_by_one.shape)}: the largest difference is {gap:.3g}. Something in it mixes the "
@@ -129,8 +156,8 @@ def compares(model: torch.nn.Module, reduction: Reduction, probe: Any) -> str:
             dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
             x = tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, probe[0])
             return comparison(reduction.criterion, forward(model, state, x), probe[1])
-    except (RuntimeError, ValueError, TypeError, IndexError, StopIteration):
-        return ""
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, StopIteration):
+        return ""  # what is wrong is told where the loss is tried
 
 
 def _compare_losses(
@@ -200,7 +227,7 @@ def comparison(criterion: Criterion, outputs: Tensor, targets: Tensor) -> str:
             together = float(criterion(outputs, targets))
             alone = torch.stack([criterion(outputs[b : b + 1], targets[b : b + 1]) for b in range(size)]).double()
             twice = torch.stack([criterion(outputs[[b, b]], targets[[b, b]]) for b in range(size)]).double()
-        except (RuntimeError, ValueError, TypeError, IndexError):
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
             return ""  # what else is wrong is said elsewhere
     if not np.isfinite(together) or size < _FEWEST:
         return ""

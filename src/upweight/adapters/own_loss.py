@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from upweight.adapters.criteria import Criterion
+from upweight.adapters.criteria import Criterion, Reduction
 from upweight.data.records import LABELS, TOKENS, UNCOUNTED, Columns, Records, Rows, rows_of, unloaded
 from upweight.data.trees import tree_map
 from upweight.errors import InvalidInput, first_line
@@ -131,11 +131,12 @@ def prepared(model: nn.Module, X: Any, y: Any, loss: Criterion | None, collate_f
         pad=_pad(model),
     )
     _refuse_padding_that_shows(model, records)
-    if loss is not None:
+    kind = _kind(model, records) if loss is None else _kind_of_tokens(model, records, loss)
+    if kind is None:
+        assert loss is not None  # or there is a kind
         return Prepared(model, records, loss)
-    kind = _kind(model, records)
     records.shifted = kind.shifted
-    criterion = kind.criterion
+    criterion = kind.criterion if loss is None else loss
     return Prepared(called(model, lambda output: kind.read(_logits(output))), records, criterion)
 
 
@@ -178,7 +179,7 @@ def read_apart(model: nn.Module, loss: Criterion, probe: Any) -> tuple[nn.Module
         with torch.enable_grad():
             read_by = calculus.depends(loss(whole, few[1]), moved, moved)
     except (RuntimeError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
-        if (isinstance(output, dict) and "logits" in output) or hasattr(output, "logits"):
+        if isinstance(_part(output, "logits"), Tensor) and _takes_a_tensor(loss, _logits(output), few[1]):
             return called(model, _logits), loss
         message = (
             f"{type(model).__name__} returns a {type(output).__name__}, and the criterion does not take it "
@@ -190,17 +191,33 @@ def read_apart(model: nn.Module, loss: Criterion, probe: Any) -> tuple[nn.Module
     if not used:
         return model, loss  # a loss that nothing can move is refused where it is tried
     shapes = [tuple(parts[k].shape[1:]) for k in used]
+    alike = len(set(shapes)) == 1  # and of another length in another row
 
     def read(output: Any) -> Tensor:
         found = tree_flatten(output)[0]
-        return found[used[0]] if len(used) == 1 else torch.cat([found[k].reshape(len(found[k]), -1) for k in used], 1)
+        if len(used) == 1:
+            return found[used[0]]
+        if alike:
+            return torch.stack([found[k] for k in used], 1)
+        return torch.cat([found[k].reshape(len(found[k]), -1) for k in used], 1)
 
     @functools.wraps(loss)
     def criterion(z: Tensor, y: Tensor) -> Tensor:
-        pieces = [z] if len(used) == 1 else _apart(z, shapes)
+        pieces = [z] if len(used) == 1 else z.unbind(1) if alike else _apart(z, shapes)
         return loss(tree_unflatten([dict(zip(used, pieces, strict=True)).get(k) for k in range(len(parts))], spec), y)
 
     return called(model, read), criterion
+
+
+def _takes_a_tensor(loss: Criterion, logits: Tensor, y: Any) -> bool:
+    """Whether a criterion is one of logits, even where it has something against these, and none of what holds them."""
+    try:
+        loss(logits, y)
+    except (AttributeError, TypeError, KeyError):
+        return False
+    except (RuntimeError, ValueError, IndexError) as error:
+        return "indices" not in str(error)  # output["logits"] of a tensor
+    return True
 
 
 def _apart(z: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
@@ -270,10 +287,33 @@ def _kind(model: nn.Module, records: Records) -> Kind:
     told = ", ".join(f"{kind.name} {kind.value(logits, batch[1]):.4g}" for kind in KINDS)
     message = (
         f"{name} computes a loss of {float(loss):.4g} on {len(items)} rows, which is none that is known ({told}). "
-        "Usual reasons: an added loss, class weights, or label smoothing. Pass the criterion of its output and the "
-        "labels, loss=lambda output, y: cross_entropy(output.logits, y)."
+        "Usual reasons: an added loss, class weights, or label smoothing. Pass torch's criterion of classes, "
+        "loss=torch.nn.CrossEntropyLoss(label_smoothing=…), which finds the labels of tokens where the model does; or "
+        "a criterion of its output and the labels, loss=lambda output, y: mse_loss(output.logits, y)."
     )
     raise InvalidInput(message)
+
+
+def _kind_of_tokens(model: nn.Module, records: Records, loss: Criterion) -> Kind | None:
+    """Where torch's criterion of classes finds the label of every token: where the model's own loss has it.
+
+    None where the criterion is another, or rows have one label each, or no place in the logits for each.
+    """
+    if Reduction.of(loss).summed is None:
+        return None
+    row = records[0]
+    if not isinstance(row, tuple) or row[1].ndim != 1 or row[1].is_floating_point():
+        return None
+    try:
+        logits = _part(_output(model, records.stacked([row])[0]), "logits")
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError):
+        return None  # what is wrong is told where the loss is tried
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[1] != len(row[1]):
+        return None
+    try:
+        return _kind(model, records)
+    except InvalidInput:  # its own loss has more in it, or there is none
+        return KINDS[0] if records.labelled else KINDS[1]
 
 
 def _one_of(x: Any, b: int) -> Any:

@@ -217,7 +217,8 @@ class Rows:
         """The column of ids, if there is one."""
         names = getattr(self.rows, "column_names", None)
         if isinstance(names, list):
-            return {name: self.rows[name] for name in ("id", "idx") if name in names}
+            rows = _unformatted(self.rows)  # a format, or a transform, may leave columns out
+            return {name: rows[name] for name in ("id", "idx") if name in names}
         if isinstance(self.rows, list):
             return {
                 name: [row[name] for row in self.rows]
@@ -320,7 +321,15 @@ def rows_of(data: Any, y: Any = None) -> Rows | Columns | None:
     except Exception:  # a Dataset's own; it is met again, and told, where the rows are read
         return None
     inside = first[0] if isinstance(first, tuple | list) and len(first) == 2 else first
+    if not isinstance(inside, Mapping) and hasattr(data, "with_format"):  # rows as tables, of pandas or arrow
+        data = _unformatted(data)
+        inside = data[0]
     return Rows(data, y) if isinstance(inside, Mapping) else None
+
+
+def _unformatted(rows: Any) -> Any:
+    """A Hugging Face Dataset as it is stored; the same rows where they are no such."""
+    return rows.with_format(None) if hasattr(rows, "with_format") else rows
 
 
 def padded(items: list[Any], pad: int = 0) -> list[Any]:

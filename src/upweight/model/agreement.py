@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from upweight.data.trees import take
+from upweight.model import calculus
+from upweight.model.objective import Objective
 
 _PART = 2**22  # numbers that are compared at once, in float64
+_DOUBLE, _SINGLE_INSIDE, _LOWER = 1e-8, 1e-5, 1e-3  # what is rounding, of the largest number
 
 
 def agree(ours: Tensor, truth: Tensor, rtol: float) -> bool:
@@ -24,3 +32,31 @@ def agree(ours: Tensor, truth: Tensor, rtol: float) -> bool:
     floor = rtol * (max(abs(float(lowest)), abs(float(highest))) + 1e-12)
     parts = zip(ours.reshape(-1).split(_PART), truth.reshape(-1).split(_PART), strict=True)
     return all(torch.allclose(a.double(), b.double(), rtol=rtol, atol=floor) for a, b in parts)
+
+
+def tolerance(objective: Objective, batch: Any) -> float:
+    """How far two ways to the derivatives of an objective lie apart by rounding alone, relative to the largest number.
+
+    A model may compute in less than its precision, as norms of language models do in float32 whatever they are given:
+    then a last bit of float64 decides now and then over one of float32.  Cost: one forward pass of one example.
+    """
+    if objective.reference.dtype != torch.float64:
+        return _LOWER
+    with torch.enable_grad(), _Precisions() as seen:
+        objective.loss(calculus.leaves_of(objective), take(calculus.ready(objective, batch), 0))
+    lowest = min((dtype.itemsize for dtype in seen.met), default=8)
+    return _DOUBLE if lowest == 8 else _SINGLE_INSIDE if lowest == 4 else _LOWER
+
+
+class _Precisions(TorchFunctionMode):
+    """Inside, the precisions of all that depends on a parameter are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: set[torch.dtype] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.requires_grad:
+            self.met.add(out.dtype)
+        return out

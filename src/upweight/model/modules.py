@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upweight.errors import InvalidInput, UnsupportedModel
@@ -16,6 +17,8 @@ from upweight.model import weight_norm
 from upweight.model.attention import ShortAttention
 from upweight.model.recurrent import written_out
 from upweight.model.transforms import functional_call
+
+_SOFTMAX = (functional.softmax, functional.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax)
 
 
 def forward(model: torch.nn.Module, state: Mapping[str, Tensor], x: Any) -> Tensor:
@@ -46,11 +49,19 @@ def plainly(model: torch.nn.Module, state: Mapping[str, Tensor], x: Any) -> Any:
 
 
 class _Written(ShortAttention):
-    """Inside, attention and norms of weights are made of operations that can be differentiated twice."""
+    """Inside, attention and norms of weights are made of operations that can be differentiated twice.
+
+    A softmax that is asked for float32 stays in float64: a mask of the least float64 would be −∞ there, and rows of it
+    NaN.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is weight_norm.OWN:
-            return weight_norm.normed(*args, **(kwargs or {}))
+            return weight_norm.normed(*args, **kwargs)
+        if func in _SOFTMAX and kwargs.get("dtype") is torch.float32:
+            x = args[0] if args else kwargs["input"]
+            kwargs = {**kwargs, "dtype": torch.float64} if x.dtype == torch.float64 else kwargs
         return super().__torch_function__(func, types, args, kwargs)
 
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from upweight.data.trees import batch_length, take, tree_map
 from upweight.errors import InvalidInput, NotDeterministic, UnsupportedModel, UpweightError, first_line
 from upweight.model import calculus, layers
-from upweight.model.agreement import agree
+from upweight.model.agreement import agree, tolerance
 from upweight.model.objective import Objective, Route
 from upweight.model.transforms import refuse_inference_mode, unbatched, undisturbed
 
@@ -27,7 +29,6 @@ _TRIES = 200  # where numbers are drawn: does what is drawn ever matter?
 _STEPS = (1e-4, 1e-5, 1e-6)  # of θ, over which the slope of the gradient is taken
 _SLOPE = 1e-2
 _AWAY = 1e-2  # of θ, to where no kink is hit exactly
-_TOLERANCE = {torch.float64: 1e-8}  # of a fast route against the slow one; 1e-3 in lower precision
 
 
 @undisturbed()
@@ -45,6 +46,7 @@ def probe(objective: Objective, batch: Any) -> Objective:
     with _chance_put_back():
         plainly = _sound(objective, batch)
         truth = _answers(plainly, batch, shortly=True)
+        rtol = tolerance(plainly, batch)
         found: tuple[Tensor, ...] = ()
         whole: tuple[Tensor, ...] = ()
         reason = ""
@@ -54,10 +56,10 @@ def probe(objective: Objective, batch: Any) -> Objective:
             try:
                 with unbatched(slow):
                     found = _answers(candidate, batch)
-                    same = _agree(found, truth, objective.reference.dtype)
+                    same = _agree(found, truth, rtol)
                 if not same:  # another order of rounding, where a model computes in less than its precision
                     whole = whole or _answers(plainly, batch)
-                    same = _agree(found, whole, objective.reference.dtype)
+                    same = _agree(found, whole, rtol)
             except UpweightError:
                 raise
             except Exception as error:
@@ -202,7 +204,8 @@ def _refuse_half_derivatives(objective: Objective, batch: Any, answers: tuple[Te
     """Second derivatives must be the slope of the first: a backward pass of one's own may leave a part of them out.
 
     At a kink there is no such slope; what is left out is left out a little further, too. A parameter that no example
-    has a gradient by, such as an embedding's padding, is a constant: θ does not move along it.
+    has a gradient by, such as an embedding's padding, is a constant: θ does not move along it. Nor does it along a
+    padding that the output layer has for its weight, too, where its gradient is that of the weight alone.
 
     Raises:
         UnsupportedModel: if the slope settles at something else, here and there.
@@ -212,21 +215,68 @@ def _refuse_half_derivatives(objective: Objective, batch: Any, answers: tuple[Te
     _, G, _, products = answers
     direction, away = _directions(objective)
     moves = (G != 0).any(0)
-    direction = direction * moves
-    missing = _missing_share(objective, batch, direction, products[0] if bool(moves.all()) else None)
-    if missing:
-        theta = objective.theta
-        moved = objective.at(theta + _AWAY * (float(theta.abs().max()) + 1) * away)
-        missing = _missing_share(moved, batch, direction)
+    product = products[0] if bool(moves.all()) else None
+    missing = _missing_near(objective, batch, direction * moves, away, product)
+    if missing and bool((held := _read_as_constants(objective, batch)).any()):
+        missing = _missing_near(objective, batch, direction * (moves & ~held), away)
     if not missing:
         return
     message = (
         f"The second derivatives of {objective.name} are not the slope of its first: they differ by {missing:.0%} of "
         "it along a random direction. Usual reasons: detach() inside the loss; or an autograd Function, or code "
-        "outside of torch, whose backward() is differentiable only once, so that its part is left out without a word. "
-        "Write backward() with operations of torch on saved tensors, or use operations that torch knows."
+        "outside of torch, whose backward() is differentiable only once, so that its part is left out without a word; "
+        "or rows padded on the left whose first token has a label, read off a padding that sees no token. "
+        "Write backward() with operations of torch on saved tensors, or use operations that torch knows; give that "
+        "token the label -100."
     )
     raise UnsupportedModel(message)
+
+
+def _missing_near(
+    objective: Objective, batch: Any, direction: Tensor, away: Tensor, product: Tensor | None = None
+) -> float:
+    """The same share at θ̂ and a little further, the smaller of the two."""
+    missing = _missing_share(objective, batch, direction, product)
+    if missing:
+        theta = objective.theta
+        moved = objective.at(theta + _AWAY * (float(theta.abs().max()) + 1) * away)
+        missing = _missing_share(moved, batch, direction)
+    return missing
+
+
+def _read_as_constants(objective: Objective, batch: Any) -> Tensor:
+    """The entries that an embedding reads without a gradient, its padding: another layer may have them as weights."""
+    params = calculus.leaves_of(objective)
+    with _Paddings() as seen:
+        objective.loss(params, take(calculus.ready(objective, batch), 0))
+    parts = []
+    for block in params.values() if isinstance(params, dict) else [params]:
+        part = torch.zeros(block.shape, dtype=torch.bool)
+        for row in seen.found.get(id(block), ()):
+            part[row] = True
+        parts.append(part.reshape(-1))
+    return torch.cat(parts)
+
+
+class _Paddings(TorchFunctionMode):
+    """Inside, the paddings of embeddings are kept, by the id of their table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[int, set[int]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        names = {
+            functional.embedding: ("input", "weight", "padding_idx"),
+            torch.embedding: ("weight", "indices", "padding_idx"),
+        }
+        if func in names:
+            given = {**dict(zip(names[func], args, strict=False)), **kwargs}
+            padding = given.get("padding_idx")
+            if padding is not None and (func is functional.embedding or padding >= 0):  # torch.embedding has none at −1
+                self.found.setdefault(id(given["weight"]), set()).add(padding)
+        return func(*args, **kwargs)
 
 
 def _missing_share(objective: Objective, batch: Any, direction: Tensor, product: Tensor | None = None) -> float:
@@ -284,7 +334,6 @@ def _answers(objective: Objective, batch: Any, *, shortly: bool = False) -> tupl
         raise UnsupportedModel(message) from error
 
 
-def _agree(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
-    rtol = _TOLERANCE.get(dtype, 1e-3)
+def _agree(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...], rtol: float) -> bool:
     ours, truth = ((*first, products.sum(0)) for *first, products in (ours, truth))
     return all(agree(a, b, rtol) for a, b in zip(ours, truth, strict=True))

@@ -154,6 +154,21 @@ def test_the_same_rows_in_every_form():
         np.testing.assert_allclose(influence.on_loss(query, labels[:2]).values, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow", "columns", "transform"])
+def test_a_dataset_in_every_format(kind):
+    stored = pytest.importorskip("datasets").Dataset.from_list(rows("bert"))
+    if kind == "columns":
+        data = stored.with_format("torch", columns=["input_ids", "label"])
+    elif kind == "transform":
+        data = stored.with_transform(lambda batch: {"input_ids": batch["input_ids"], "labels": batch["label"]})
+    else:
+        data = stored.with_format(kind)
+    settings = {"damping": 1.0, "parameters": ["classifier.weight"]}
+    ours, expected = (uw.explain(built("bert"), one, **settings) for one in (data, rows("bert")))
+    assert ours.examples.ids.tolist() == expected.examples.ids.tolist()
+    np.testing.assert_array_equal(ours.on_loss(data.select([0, 1])).values, expected.on_loss(rows("bert")[:2]).values)
+
+
 def test_padding_on_the_left_is_the_users_and_is_kept():
     model = built("llama")
     longest = max(LENGTHS)
@@ -204,7 +219,7 @@ def test_a_loss_with_more_in_it_is_refused_by_its_value():
             return output
 
     model = Scaled(built("bert").config).eval()
-    with refused("computes a loss of", "Pass the criterion of its output and the "):
+    with refused("computes a loss of", "loss=lambda output, y: mse_loss(output.logits, y)"):
         uw.explain(model, rows("bert"), damping=1.0)
     influence = uw.explain(
         model,
@@ -214,6 +229,37 @@ def test_a_loss_with_more_in_it_is_refused_by_its_value():
         parameters=["classifier.bias"],
     )
     assert np.isfinite(influence.on_loss(rows("bert")[:1]).values).all()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "masked", "tags"])
+def test_a_criterion_of_classes_finds_the_labels_of_tokens_where_the_model_does(kind):
+    model, data = built(kind), rows(kind)
+    settings = {"damping": 1.0, "curvature": uw.operators.Hessian(), "solver": uw.solvers.CG()}
+    own, plain = (uw.explain(model, data, loss=loss, **settings) for loss in (None, torch.nn.CrossEntropyLoss()))
+    batch = own.examples.batch(range(len(data)))
+    torch.testing.assert_close(*(calculus.gradients(one.objective, batch) for one in (own, plain)), rtol=0, atol=0)
+    np.testing.assert_array_equal(own.examples.weights, plain.examples.weights)
+    smoothed = torch.nn.CrossEntropyLoss(label_smoothing=0.3)
+    influence = uw.explain(model, data, loss=smoothed, **settings)
+    ours = calculus.gradients(influence.objective, batch)
+    shift = 1 if kind == "gpt2" else 0
+    for k, row in enumerate(data):
+        labels = torch.tensor(row.get("labels", row["input_ids"]))
+        logits = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels[None]).logits[0]
+        loss = smoothed(logits[: len(logits) - shift], labels[shift:])
+        theirs = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        flat = [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), theirs, strict=True)]
+        flat = torch.cat([one.reshape(-1) for one in flat])
+        torch.testing.assert_close(ours[k].float(), flat, rtol=1e-4, atol=1e-6)
+
+
+def test_a_criterion_that_fails_on_logits_is_told_what_failed():
+    with refused("and the criterion does not take it (Expected target size", "Pass a criterion of the whole output"):
+        uw.explain(built("llama"), rows("llama"), loss=lambda output, y: cross_entropy(output.logits, y))
+    plain = torch.nn.Linear(3, 2)
+    for loss in (lambda output, y: output.logits[y], lambda _, y: {}[int(y[0])]):
+        with refused("The loss failed on one example", "that of a module as loss(output, target) of a batch"):
+            uw.explain(plain, torch.ones(4, 3), torch.ones(4).long(), loss=loss)
 
 
 def test_rows_without_labels():

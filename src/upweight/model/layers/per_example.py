@@ -24,7 +24,7 @@ from torch import Tensor
 from upweight.data.trees import batch_length, leaves, tree_map
 from upweight.errors import first_line
 from upweight.model import attention_twice, calculus, linear
-from upweight.model.agreement import agree
+from upweight.model.agreement import agree, tolerance
 from upweight.model.layers import pieces
 from upweight.model.layers.convolution import Convolution, Seen, unrolled, windows
 from upweight.model.layers.pieces import Direct, Lookup, Piece, Product, merged
@@ -35,7 +35,6 @@ from upweight.model.transforms import vmap
 
 _FEW = 3
 _UNWATCHED = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError)  # of losses that resist it
-_TOLERANCE = {torch.float64: 1e-8}  # of captured gradients against autograd; 1e-3 in lower precision
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,7 @@ def _structured(
     found = Plan(uses, words, True, "", sizes, watch.bytes, shapes)
     truth = calculus.gradients(objective, batch) if truth is None else truth
     ours = pieces.rows(capture(objective, found, batch), sizes)[:, 0]
-    rtol = _TOLERANCE.get(objective.reference.dtype, 1e-3)
-    if agree(ours, truth, rtol):
+    if agree(ours, truth, tolerance(objective, batch)):
         return found
     return unstructured(f"captured gradients differ from autograd's by {float((ours - truth).abs().max()):.2g}")
 
