@@ -78,6 +78,11 @@ class Pace:
         self.ended = len(self._said) >= agree and bool((self.left <= (self.settled or 0.0)).all())
         return self.ended
 
+    def again(self) -> None:
+        """What was seen was not so, of a recurrence that had lost what it solves: the next steps count alone."""
+        self.ended = False
+        self._values, self._said = [], []
+
     def _left(self) -> Float[Tensor, " k"] | None:
         """What is still to come to the values, relative to their size; None where too few steps were made."""
         made = len(self._values)
