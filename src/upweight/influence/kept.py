@@ -22,7 +22,7 @@ from upweight.model.chunks import CHUNK
 from upweight.runs import ranks, threads
 from upweight.runs.files import check_room
 from upweight.runs.store import SCORES, SOLUTIONS, Store, fingerprint
-from upweight.solvers import Solution
+from upweight.solvers import CG, Solution, Solver
 
 _CHUNK_BYTES = 2**24
 _ROWS = "rows_of_a_chunk"  # in the manifest
@@ -181,5 +181,10 @@ def work(system: System) -> dict[str, Any]:
 
 def _fingerprint(system: System, queries: Examples, measure: str) -> dict[str, Any]:
     """What scores on these queries depend on."""
-    asked = {"queries": queries.fingerprint(), "measure": measure, "solver": repr(system.begun_with)}
+    asked = {"queries": queries.fingerprint(), "measure": measure, "solver": _in_words(system.begun_with)}
     return work(system) | asked
+
+
+def _in_words(solver: Solver) -> str:
+    """A solver without the number of products that end it: with more of them the same work goes on."""
+    return repr(replace(solver, max_sweeps=CG.max_sweeps) if isinstance(solver, CG) else solver)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from upweight.data.trees import take
 from upweight.model import calculus
@@ -42,21 +41,25 @@ def tolerance(objective: Objective, batch: Any) -> float:
     """
     if objective.reference.dtype != torch.float64:
         return _LOWER
-    with torch.enable_grad(), _Precisions() as seen:
-        objective.loss(calculus.leaves_of(objective), take(calculus.ready(objective, batch), 0))
-    lowest = min((dtype.itemsize for dtype in seen.met), default=8)
+    with torch.enable_grad():
+        loss = objective.loss(calculus.leaves_of(objective), take(calculus.ready(objective, batch), 0))
+    lowest = min((dtype.itemsize for dtype in _precisions(loss)), default=8)
     return _DOUBLE if lowest == 8 else _SINGLE_INSIDE if lowest == 4 else _LOWER
 
 
-class _Precisions(TorchFunctionMode):
-    """Inside, the precisions of all that depends on a parameter are kept."""
+def _precisions(loss: Tensor) -> set[torch.dtype]:
+    """Those of all that the loss was computed from and that depends on a parameter.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.met: set[torch.dtype] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.requires_grad:
-            self.met.add(out.dtype)
-        return out
+    >>> x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    >>> sorted(map(str, _precisions(x.float().square().double().sum())))
+    ['torch.float32', 'torch.float64']
+    """
+    waiting, seen, found = [loss.grad_fn], set(), set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found |= {made.dtype for made in getattr(node, "_input_metadata", ())}
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return found

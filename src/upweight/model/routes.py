@@ -248,7 +248,7 @@ def _read_as_constants(objective: Objective, batch: Any) -> Tensor:
     """The entries that an embedding reads without a gradient, its padding: another layer may have them as weights."""
     params = calculus.leaves_of(objective)
     with _Paddings() as seen:
-        objective.loss(params, take(calculus.ready(objective, batch), 0))
+        (objective.outputs or objective.loss)(params, take(calculus.ready(objective, batch), 0))
     parts = []
     for block in params.values() if isinstance(params, dict) else [params]:
         part = torch.zeros(block.shape, dtype=torch.bool)

@@ -39,7 +39,6 @@ _TINY = 1e-30  # of the largest number on the diagonal: what a few rows say of s
 _MATRIX_UP_TO = 4000  # parameters: many directions that no row sees are found in a matrix
 _SMALL = 500  # where the matrix takes a few products as long as a solution: the same of models that are not linear
 FURTHER = 5.0  # times the products of a trial
-_LOST = 0.3  # of the true residual: a recurrence that is so far off it knows little of what values still do
 _MARGIN = 0.9  # of the goal, so that the residual that is recomputed at the end passes too
 
 
@@ -260,9 +259,7 @@ class Iteration:
                 alone = self.inverse is None and (way is None or not way.many)
                 exactly = alone or self.together(V) or coarse is self.operator  # no coarser products
                 P = run.direction if drifted < 1e-3 and exactly else None
-                if pace.ended and drifted > _LOST:
-                    pace.again()
-                if pace.ended or (way is not None and pace.looks(X, R if P is None else P, run.steps)):
+                if pace.rests(X, R if P is None else P, drifted, None if way is None else run.steps):
                     missed = torch.maximum(_share(R, size), _share(R * D, weighed))
                     break
         found = self._found(self._project(X), R if P is None else P, V, R, missed, sweeps, smallest)

@@ -34,6 +34,7 @@ SECONDS = 30.0  # between two states that are kept
 _PATIENCE = 5.0  # seconds that a signal waits
 _WITNESSES = 64  # rows whose values are followed
 _SLOWEST = 0.95
+_LOST = 0.3  # of the true residual: a recurrence that is so far off it knows little of what values still do
 
 
 class Pace:
@@ -78,10 +79,22 @@ class Pace:
         self.ended = len(self._said) >= agree and bool((self.left <= (self.settled or 0.0)).all())
         return self.ended
 
-    def again(self) -> None:
-        """What was seen was not so, of a recurrence that had lost what it solves: the next steps count alone."""
-        self.ended = False
-        self._values, self._said = [], []
+    def rests(self, X: Float[Tensor, "k p"], P: Float[Tensor, "k p"], drifted: float, steps: int | None) -> bool:
+        """After a run: keeps the state if it is time; whether the values have settled.
+
+        Args:
+            X: the solutions.
+            P: the directions to go on in.
+            drifted: what the recurrence believes of the residual is off by, as a share of it. Where that is much, what
+                was seen was not so, and the next steps count alone.
+            steps: of the run, if they were not looked at one by one.
+        """
+        if steps is not None:
+            return self._looks(X, P, steps)
+        self._keep(X, P)
+        if self.ended and drifted > _LOST:
+            self.ended, self._values, self._said = False, [], []
+        return self.ended
 
     def _left(self) -> Float[Tensor, " k"] | None:
         """What is still to come to the values, relative to their size; None where too few steps were made."""
@@ -104,7 +117,7 @@ class Pace:
                 stop_here("some steps of the solver")
 
     def steps(self, most: int) -> int:
-        """How many products to make before `looks`, at most so many, where steps cannot be looked at one by one."""
+        """How many products a run makes, at most so many, where steps cannot be looked at one by one."""
         self._start = time.monotonic()
         if self.rows is not None:
             return min(most, STEPS)
@@ -112,8 +125,7 @@ class Pace:
             return most
         return min(most, STEPS if self._each is None else max(1, int(_PATIENCE / max(self._each, 1e-9))))
 
-    def looks(self, X: Float[Tensor, "k p"], P: Float[Tensor, "k p"], steps: int) -> bool:
-        """`look` after so many steps."""
+    def _looks(self, X: Tensor, P: Tensor, steps: int) -> bool:
         if self.keep is not None:  # by rank 0's clock, for all take as many steps
             each = (time.monotonic() - self._start) / max(1, steps)
             self._each = float(ranks.same("the pace", torch.tensor([each]).double())[0])

@@ -127,6 +127,22 @@ def test_a_state_that_is_kept_costs_no_product(tmp_path, monkeypatch, settled):
     assert needed[0] == needed[1]
 
 
+def test_a_solve_that_was_too_short_goes_on_with_more_products(tmp_path, monkeypatch):
+    monkeypatch.setattr("upweight.solvers.pacing.SECONDS", 0.0)
+    whole = explained(CG(rtol=1e-8))
+    operator = counted(whole)
+    exact, needed = whole.on_loss(XQ, YQ).values, operator.products
+    short = explained(CG(rtol=1e-8, max_sweeps=needed - 6))
+    counted(short)
+    with pytest.raises(uw.errors.NotConverged, match="raise max_sweeps"):
+        short.on_loss(XQ, YQ, store=tmp_path / "run")
+    influence = explained(CG(rtol=1e-8, max_sweeps=500))
+    operator = counted(influence)
+    found = influence.on_loss(XQ, YQ, store=tmp_path / "run").values
+    assert operator.products < needed / 2
+    assert np.abs(found - exact).max() < 1e-6 * np.abs(exact).max()
+
+
 def test_values_that_settle_at_once_are_not_solved_for_long():
     """A large λ leaves little to do: six steps tell that, one more agrees, and the residual takes a product."""
     influence = explained(CG(rtol=1e-12, settled=0.05), damping=3.0)
