@@ -1,4 +1,4 @@
-"""Claim: self-influence of all rows of MNIST softmax regression costs at most 1/1.6 of what the build before it took.
+"""Question: how much longer did the build before take for self-influence of all rows of MNIST softmax regression?
 
 n = 55,000, p = 7,840, values to a proven relative error of 1e-6 (`solvers.outer`), `uw.explain(...)` to `.values` in
 processes of their own that take turns, one thread each; processor seconds, for the machine is shared.
