@@ -16,8 +16,8 @@ from torch import Tensor
 from upweight.data.arrays import as_tensor
 from upweight.model import penalties
 from upweight.model.objective import Linear
-from upweight.operators.linear import LinearHessian, mean_factors
-from upweight.operators.units import augmented, comparable, inverted
+from upweight.operators.linear import LinearHessian
+from upweight.operators.mean_factors import augmented, comparable, inverted
 
 _JITTER = 1e-7  # of the largest curvature: keeps directions that the subsample does not see positive
 
@@ -37,7 +37,7 @@ def leading_inverse(operator: LinearHessian, damping: float, rank: int) -> Calla
     assert structure is not None  # LinearHessian has a linear predictor
     K, d = structure.n_outputs, structure.n_features
     strengths = augmented(penalties.diagonal(objective)[None], K, d, structure.intercept)[0] + damping  # (K, w)
-    A, B, units = comparable(*mean_factors(operator), strengths)
+    A, B, units = comparable(*operator.mean_factors(), strengths)
     if not bool(torch.isfinite(A.float()).all()):
         return None
     (a, Q), (b, QB) = torch.linalg.eigh(A.float()), torch.linalg.eigh(B)

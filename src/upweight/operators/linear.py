@@ -30,8 +30,8 @@ from upweight.model import linear, penalties
 from upweight.model.objective import Linear
 from upweight.model.sweep import Sweep, finite
 from upweight.operators import sparse
+from upweight.operators.mean_factors import kronecker_inverse, mean_factors
 from upweight.operators.shift import Shift, shift_invariant
-from upweight.operators.units import augmented, comparable, inverted
 from upweight.runs import ranks
 from upweight.runs.sums import Sums
 
@@ -282,13 +282,18 @@ class LinearHessian:
             return None
         return Shift(K, strengths[0])
 
+    def mean_factors(self) -> tuple[Float[Tensor, "w w"], Float[Tensor, "K K"]]:
+        """mean(x̃x̃ᵀ) and mean(wᵢhᵢ), whose Kronecker product approximates C without its penalty.  Cost: one pass."""
+        return mean_factors(self.rows_with_curvatures, self.curvatures, self._structure, self.precision)
+
     def approximate_inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
         """(C + λI)⁻¹ with C ≈ mean(wᵢhᵢ) ⊗ mean(x̃ᵢx̃ᵢᵀ) + ∇²r, or with C's diagonal where that would cost too much.
 
         Of a sparse X the columns that most rows have are taken together, the others each for itself.
         """
         if self.dense_and_narrow:
-            return self._kronecker(damping)
+            diagonal = penalties.diagonal(self.sweep.objective)
+            return kronecker_inverse(self.mean_factors(), self._structure, diagonal, damping)
         diagonal = self.diagonal() + damping
         if self.sparse:
             spread = _diagonals(self.curvatures, self._structure.n_outputs)
@@ -470,28 +475,6 @@ class LinearHessian:
             total[rows] += second.numpy()
         return torch.from_numpy(total)
 
-    def _kronecker(self, damping: float) -> Callable[[Tensor], Tensor]:
-        """Eigenvectors of the two mean factors; the penalty is taken as the same for all parameters."""
-        K, d, intercept = self._structure.n_outputs, self._structure.n_features, self._structure.intercept
-        diagonal = penalties.diagonal(self.sweep.objective)
-        strengths = augmented(diagonal[None], K, d, intercept)[0] + damping
-        A, B, units = comparable(*mean_factors(self), strengths)
-        (a, QA), (b, QB) = torch.linalg.eigh(A), torch.linalg.eigh(B)
-        penalty = float(diagonal[: K * d].mean()) + damping if units is None else 0.0
-        inverse, free, alone = inverted(a, b, penalty, strengths, units)
-        free = QB[:, free]
-
-        def apply(R: Tensor) -> Tensor:
-            whole = augmented(R, K, d, intercept)
-            whole = whole if units is None else whole * units.to(R)
-            left, right, scale = QB.to(R), QA.to(R), inverse.to(R)
-            out = left @ (((left.T @ whole) @ right) * scale) @ right.T
-            out = out + free.to(R) @ ((free.T.to(R) @ whole) * alone.to(R))
-            out = out if units is None else out * units.to(R)
-            return torch.cat([out[:, :, :d].flatten(1), out[:, :, d]], 1) if intercept else out.flatten(1)
-
-        return apply
-
 
 def _of_one_vector(
     a: NDArray[Any], shift: Tensor | None, precision: torch.dtype, kept: list[Tensor] | None
@@ -520,23 +503,6 @@ def _of_one_vector(
         return torch.from_numpy(total if shift is not None else total[:-1])[None]
 
     return product
-
-
-def mean_factors(operator: LinearHessian) -> tuple[Float[Tensor, "w w"], Float[Tensor, "K K"]]:
-    """mean(x̃x̃ᵀ) and mean(wᵢhᵢ), whose Kronecker product approximates C without its penalty.  Cost: one pass, n·w²."""
-    structure: Linear = operator.sweep.objective.linear  # type: ignore[assignment]
-    K, h = structure.n_outputs, operator.curvatures
-    B = torch.diag(h[:, :K].mean(0))
-    if h.shape[1] > K:
-        B = B - h[:, K:].T @ h[:, K:] / len(h)
-
-    def outer(batch: Any, _: Tensor) -> Tensor:
-        X = batch[0].to(operator.precision)
-        X = torch.cat([X, X.new_ones(len(X), 1)], 1) if structure.intercept else X
-        return X.T @ X
-
-    width = structure.n_features + int(structure.intercept)
-    return operator.rows_with_curvatures.fold(outer, vectors=width // 8 + 1, label="preconditioner") / len(h), B
 
 
 def _entry(h: Tensor, K: int, i: int, j: int) -> Tensor:

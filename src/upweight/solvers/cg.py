@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -436,10 +437,11 @@ class Iteration:
         partial = replace(self._partial(X, P, V, sweeps), min_curvature=met if math.isfinite(met) else float("nan"))
         worst = int(partial.residual.argmax())
         less = f"{2 * float(partial.residual[worst]):.1g}"
+        settling = "" if self.spec.settled is None else f", or values settled to {self.spec.settled:g},"
         accept = f", or accept less: CG(rtol={less})." if float(less) < 1 else "."
         message = (
             f"CG reached a relative residual of {float(partial.residual[worst]):.2g} for query {worst} after "
-            f"{sweeps} sweeps; {self.spec.rtol:g} was promised "
+            f"{sweeps} sweeps; {self.spec.rtol:g}{settling} was promised "
             f"(damping {self.damping:g}, smallest curvature met {float(smallest.min()):.2g}). The system is badly "
             "conditioned, or the arithmetic is too coarse (float32). "
             f"Continue from error.solution.state, raise max_sweeps, or use a larger damping{accept}"
@@ -488,15 +490,15 @@ def _share(R: Tensor, size: Tensor) -> Tensor:
 
 def _scale(operator: Operator, damping: float) -> Tensor | None:
     """1/√diag(C + λI) over a few thousand rows, for operators that are means over rows; None for others."""
-    if not hasattr(operator, "subsample"):
+    rows: Any = operator
+    if not hasattr(rows, "subsample"):
         return None
-    n = operator.sweep.n  # type: ignore[attr-defined]
-    whole = n <= _SCALE_ROWS or getattr(operator, "sparse", False)  # few sparse rows miss most of the columns
-    few = operator if whole else operator.subsample(_SCALE_ROWS)  # type: ignore[attr-defined]
-    diagonal = few.diagonal() + damping  # type: ignore[attr-defined]
+    whole = rows.sweep.n <= _SCALE_ROWS or getattr(rows, "sparse", False)  # few sparse rows miss most of the columns
+    few = rows if whole else rows.subsample(_SCALE_ROWS)
+    diagonal: Tensor = few.diagonal() + damping
     largest = float(diagonal.max()) or 1.0  # in place of what no row sees, which must not blow up rounding
     if not whole and bool(((diagonal > 0) & (diagonal < _TINY * largest)).any()):  # of these rows, or in small units
-        diagonal = operator.diagonal() + damping  # type: ignore[attr-defined]
+        diagonal = rows.diagonal() + damping
     return torch.where(diagonal > 0, diagonal, largest).rsqrt()
 
 

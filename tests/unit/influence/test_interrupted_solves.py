@@ -13,16 +13,18 @@ from upweight.influence.scores import Scores
 from upweight.operators import EKFAC, KFAC, Arnoldi, GaussNewton
 from upweight.operators.implicit import Implicit
 from upweight.solvers import CG, Cholesky, LiSSA, Preconditioned
+from upweight.solvers.pacing import Pace
 
 X = torch.randn(80, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.randint(0, 3, (80,), generator=torch.Generator().manual_seed(1))
 XQ, YQ = X[:3] + 0.3, Y[:3]
 
 
-def explained(solver, curvature=GaussNewton(), damping=1e-3):  # noqa: B008
+def explained(solver, curvature=None, damping=1e-3):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 3)).double()
-    return uw.explain(model, X, Y, loss=cross_entropy, curvature=curvature, solver=solver, damping=damping)
+    how = {"curvature": curvature or GaussNewton(), "solver": solver, "damping": damping}
+    return uw.explain(model, X, Y, loss=cross_entropy, **how)
 
 
 class Counted:
@@ -182,6 +184,26 @@ def test_other_questions_on_the_same_queries_go_on_in_the_same_folder(tmp_path, 
         assert lowest - 1e-9 <= scores.certificate.min_curvature < 1  # an upper bound, and a number
     with pytest.raises(uw.errors.StoreMismatch, match="queries"):
         asked(again, on=(XQ[:2], YQ[:2]), store=tmp_path / "run")
+
+
+def test_values_that_a_recurrence_without_its_residual_saw_settle_are_looked_at_again():
+    pace = Pace(0.01, explained(CG()).operator, None)
+    x = torch.randn(2, pace.rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    steps = [x * (1 - 0.1**step) for step in range(1, 30)]  # converges to x at once
+
+    def until(start):
+        return next(step for step in range(start, 30) if pace.look(steps[step], x))
+
+    first = until(0)
+    assert not pace.rests(steps[first], x, 0.5, None)  # half of the residual is not what it was believed to be
+    second = until(first + 1)
+    assert second - first == first + 1  # as many steps, looked at alone
+    assert pace.rests(steps[second], x, 0.1, None)
+
+
+def test_what_was_promised_is_told_of_values_too():
+    with pytest.raises(uw.errors.NotConverged, match=r"; 1e-08, or values settled to 0\.001, was promised"):
+        explained(CG(rtol=1e-8, settled=0.001, max_sweeps=4)).on_loss(XQ, YQ)
 
 
 def test_equal_queries_settle_together():
